@@ -1,0 +1,184 @@
+"""Files to records to tokenised examples, held-out split, and the order in which examples are seen."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.distributed import log
+from common.options import DataOptions, UserError
+
+Example = TypeVar("Example")
+Record = dict[str, Any]
+
+# Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough to stay
+# close to a plain shuffle.
+BATCHES_PER_WINDOW = 16
+
+
+class SourcedRecord(NamedTuple):
+    """A record, or the line that is to be one, and where it stands, as `file:line`, for messages."""
+
+    origin: str
+    record: Record | str
+
+
+def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
+    """All records of .jsonl, .json, .csv and .parquet files or hub datasets, in order; lines are not parsed yet.
+
+    Raises UserError for a missing or unreadable file.
+    """
+    for source in sources:
+        path = Path(source)
+        if path.suffix == ".jsonl":
+            yield from _read_jsonl(path)
+        elif path.suffix in (".json", ".csv", ".parquet") or not path.exists():
+            yield from _read_with_datasets(source, path)
+        else:
+            raise UserError(f"{source}: unknown kind of data file; allowed: .jsonl .json .csv .parquet or a hub name")
+
+
+def load_examples(
+    sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, tokenised by `convert`.
+
+    convert: record -> example, or None for a record that has nothing to train on; it raises ValueError for a bad one.
+    Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on both sides.
+    Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when no rows are left.
+    """
+    train, held_out = [], []
+    for origin, record, example in _convert_all(sources, options, convert):
+        is_held_out = not options.eval_data and _fraction(record) < options.eval_fraction
+        (held_out if is_held_out else train).append(example)
+    if options.eval_data:
+        held_out = [example for _, _, example in _convert_all(options.eval_data, options, convert)]
+    if not train:
+        raise UserError(f"{' '.join(sources)}: no rows left to train on")
+    if options.max_eval_samples:
+        held_out = held_out[: options.max_eval_samples]
+    return train, held_out
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int, start: int, grouped: bool) -> Iterator[list[int]]:
+    """Endless global batches of example indices, from batch number `start` on: a pure function of its arguments.
+
+    Epochs follow each other without a break, each in its own order, so that no example is ever dropped and no batch is
+    short. With `grouped`, the batches of a window are formed by length, then shuffled.
+    """
+    window = max(1, min(BATCHES_PER_WINDOW, len(lengths) // batch_size)) if grouped else 1
+    for number in range(start // window, 1 << 62):
+        first = number * window * batch_size
+        indices = _epoch_stream(len(lengths), seed, first, window * batch_size)
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        if grouped:
+            indices = sorted(indices, key=lambda i: lengths[i])
+            batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+            np.random.default_rng((seed, 1, number)).shuffle(batches)
+        yield from batches[start - number * window if number == start // window else 0 :]
+
+
+def deal(batch: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, ranks: int) -> list[list[int]]:
+    """This rank's micro-batches of a global batch: rows of like length together, the same number on every rank.
+
+    When the rows do not fill the last round (as in evaluation), some of the lists are empty.
+    """
+    ordered = sorted(batch, key=lambda i: lengths[i])
+    rounds = math.ceil(len(ordered) / (micro_batch * ranks))
+    starts = [(j * ranks + rank) * micro_batch for j in range(rounds)]
+    return [ordered[s : s + micro_batch] for s in starts]
+
+
+def steps_in_epochs(examples: int, batch_size: int, epochs: float) -> int:
+    """Batches that show every example `epochs` times; the last one reaches into the next epoch to be full."""
+    return math.ceil(examples * epochs / batch_size)
+
+
+def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
+    """Rows of unlike length as one tensor (B, T), padded on the right with `value`."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _read_jsonl(path: Path) -> Iterator[SourcedRecord]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield SourcedRecord(f"{path}:{number}", line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
+
+
+def _parse(record: Record | str) -> Record:
+    if isinstance(record, dict):
+        return record
+    try:
+        parsed = json.loads(record)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"must be a JSON object, not {type(parsed).__name__}")
+    return parsed
+
+
+def _read_with_datasets(source: str, path: Path) -> Iterator[SourcedRecord]:
+    """Records through `datasets`, which is imported here because most runs on JSONL never need it."""
+    if path.suffix in (".json", ".csv", ".parquet") and not path.exists():
+        raise UserError(f"{source}: No such file")
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if path.suffix in (".json", ".csv", ".parquet"):
+            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
+        else:
+            rows = datasets.load_dataset(source, split="train")
+    except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason, not the type
+        raise UserError(f"{source}: {str(error).strip().splitlines()[0]}") from None
+    for number, row in enumerate(rows):
+        yield SourcedRecord(f"{source}: row {number}", {k: v for k, v in row.items() if v is not None})
+
+
+def _convert_all(
+    sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
+) -> Iterator[tuple[str, Record, Example]]:
+    bad = dropped = 0
+    for origin, unparsed in read_records(sources):
+        try:
+            record = _parse(unparsed)
+            example = convert(record)
+        except ValueError as error:
+            if not options.skip_bad_records:
+                raise UserError(f"{origin}: {error}") from None
+            bad += 1
+            continue
+        if example is None:
+            dropped += 1
+        else:
+            yield origin, record, example
+    if bad or dropped:
+        log(f"{' '.join(sources)}: skipped {bad} bad records, dropped {dropped} with no response left after truncation")
+
+
+def _fraction(record: Record) -> float:
+    """A number in [0, 1) that depends on the prompt alone (on the whole record where there is none)."""
+    key = record.get("prompt") or record.get("messages", [{}])[:1] or record
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _epoch_stream(size: int, seed: int, first: int, count: int) -> list[int]:
+    """Entries first .. first + count of the endless concatenation of one permutation per epoch."""
+    stream: list[int] = []
+    for epoch in range(first // size, (first + count - 1) // size + 1):
+        stream += np.random.default_rng((seed, 0, epoch)).permutation(size).tolist()
+    return stream[first % size :][:count]

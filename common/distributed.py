@@ -1,0 +1,105 @@
+"""Processes: start, seeds, what rank 0 says, sums over ranks, and how a run ends on an error."""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.options import UserError
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, or the CPU where there is none."""
+    from deepspeed.accelerator import get_accelerator
+
+    return torch.device(get_accelerator().current_device_name())
+
+
+def on_cpu() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu"
+
+
+def init_distributed() -> None:
+    """Join the process group that the launcher describes; alone, without a launcher."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    if dist.is_initialized():
+        return
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if on_cpu():
+        # DeepSpeed would compile a shared-memory op for a minute or two; gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu() else None, timeout=timedelta(minutes=30), verbose=False
+    )
+
+
+def seed_everything(seed: int, step: int) -> None:
+    """Seed every generator from the run's seed and the step.
+
+    Done at the start of each step, this makes randomness a function of the step and the rank, so that a resumed run
+    needs no saved generator states to repeat what an uninterrupted one does.
+    """
+    mixed = int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def log(message: str) -> None:
+    """Print a line, on rank 0 only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def sum_over_ranks(*values: Tensor | float) -> list[float]:
+    """Sum of each scalar over all ranks, in one message, as floats."""
+    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        stacked = stacked.to(device())
+        dist.all_reduce(stacked)
+    return stacked.tolist()
+
+
+def gather_rows(local: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, in order of rank. All must have the same shape and dtype."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [local]
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return parts
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage. A user's mistake ends it with one line and exit code 2; any other error keeps its traceback."""
+    try:
+        main()
+    except UserError as error:
+        if rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,137 @@
+"""A trained model inside DeepSpeed: make it, step it, and read its weights back."""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.distributed import on_cpu
+from common.models import is_partitioned
+from common.options import OptimiserOptions
+from common.zero import fill_bucket_sizes
+
+
+def make_engine(
+    model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float, total_steps: int
+) -> Any:
+    """A DeepSpeed engine with AdamW and the schedule of the options, over `total_steps` optimiser steps."""
+    import deepspeed
+    from transformers import get_scheduler
+
+    fill_bucket_sizes(zero, model.config.get_text_config().hidden_size)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    schedule = partial(
+        get_scheduler,
+        options.lr_scheduler_type,
+        num_warmup_steps=int(options.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=zero,
+        optimizer=_adamw(model, zero, options, learning_rate),
+        lr_scheduler=lambda optimizer: schedule(optimizer=optimizer),
+    )
+    return engine
+
+
+def make_frozen(model: nn.Module, zero: dict[str, Any] | None) -> nn.Module:
+    """A model that is only read: inside a partitioning engine at stage 3, a plain module on the device otherwise."""
+    import deepspeed
+    from common.distributed import device
+
+    model.requires_grad_(False).eval()
+    if zero is None:
+        return model.to(device())
+    engine, *_ = deepspeed.initialize(model=model, config=zero)
+    return engine
+
+
+def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> float | None:
+    """Add the gradients of this rank's share of the global loss; at the last micro-batch, update the weights.
+
+    loss: a share such that the sum over ranks and micro-batches is the loss of the global batch. DeepSpeed averages
+    gradients over ranks, so the share is multiplied by their number. Returns the gradient norm after an update.
+    """
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss * ranks, scale_wrt_gas=False)
+    # The plain fp32 optimizer of stage 0 clips without saying what the norm was.
+    norm = _plain_grad_norm(engine) if is_last and engine.zero_optimization_stage() == 0 else None
+    engine.step()
+    if not is_last:
+        return None
+    return float(norm if norm is not None else engine.get_global_grad_norm())
+
+
+def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tensor] | None:
+    """All weights of the module as tensors on the CPU, on rank 0; None on the others.
+
+    Every rank must call it. Partitioned weights are gathered one at a time.
+    """
+    import deepspeed
+    import torch.distributed as dist
+
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # tied weights stay one tensor, so that they are saved once
+    trainable = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        if trainable_only and name not in trainable:
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=is_partitioned(tensor)):
+            if is_first:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                state[name] = copies[id(tensor)]
+    return state if is_first else None
+
+
+@contextlib.contextmanager
+def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
+    """The module with all its weights present, for generation.
+
+    At stage 3 the weights are gathered once and ZeRO's hooks are taken off, so that ranks may run unlike numbers of
+    forward passes at full speed; this needs room for the 16-bit model on every GPU. Without `whole`, hooks stay on.
+    """
+    import deepspeed
+
+    if not whole or engine.zero_optimization_stage() != 3:
+        yield engine.module
+        return
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.clear()
+        for hook in offload.forward_hooks + offload.backward_hooks:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield engine.module
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads its optimizer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    dimensions = {id(p): len(p.ds_shape) if is_partitioned(p) else p.dim() for p in trained}
+    groups = [
+        {"params": [p for p in trained if dimensions[id(p)] >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if dimensions[id(p)] < 2], "weight_decay": 0.0},
+    ]
+    settings = {"lr": learning_rate, "betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+    groups = [group for group in groups if group["params"]]
+    if "offload_optimizer" in zero["zero_optimization"] and not on_cpu():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _plain_grad_norm(engine: Any) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

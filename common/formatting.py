@@ -1,0 +1,159 @@
+"""From a record to the text of its prompt and response. Pure: no tokenizer, no files.
+
+A text field is a string, used verbatim, or a list of {"role", "content"} messages, rendered by the chat template.
+Both become a list of segments: stretches of context and of response, in order. All stages tokenise segment by segment,
+so the boundary between prompt and response tokens is the same in all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+Message = dict[str, str]
+Render = Callable[[list[Message], bool], str]  # (messages, add_generation_prompt) -> text
+
+# Used when a tokenizer brings no chat template, and saved with it. Each reply ends in EOS.
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
+    "{% else %}{{ '\n\nAssistant: ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+class Segment(NamedTuple):
+    """A stretch of text; `is_response`: the model is to produce it; `ends`: EOS follows it."""
+
+    text: str
+    is_response: bool = False
+    ends: bool = False
+
+
+def prompt_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
+    """The prompt of any kind of record. Raises ValueError, in words for the user, when there is none."""
+    if "prompt" in record:
+        return _prompt(_text(record, "prompt"), render, eos)
+    if "messages" in record:
+        messages = _text(record, "messages")
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return _prompt(messages, render, eos)
+    if "chosen" in record and "rejected" in record:
+        return _prompt(_common_prompt(record)[0], render, eos)
+    raise ValueError("field 'prompt' is missing (or 'messages', or 'chosen' and 'rejected')")
+
+
+def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
+    """Segments of `prompt` + `completion`, or of `messages` with every assistant turn as a response."""
+    if "messages" in record:
+        messages = _text(record, "messages")
+        if not isinstance(messages, list) or not any(m["role"] == "assistant" for m in messages):
+            raise ValueError("field 'messages' has no assistant message to learn from")
+        while messages[-1]["role"] != "assistant":
+            messages = messages[:-1]
+        return _conversation(messages, render, eos)
+    if "prompt" not in record or "completion" not in record:
+        missing = "prompt" if "prompt" not in record else "completion"
+        raise ValueError(f"field {missing!r} is missing (a demonstration has 'prompt' + 'completion', or 'messages')")
+    return _dialogue(_text(record, "prompt"), _text(record, "completion"), "completion", render, eos)
+
+
+def preference_segments(record: dict[str, Any], render: Render, eos: str) -> tuple[list[Segment], list[Segment]]:
+    """Segments of the chosen and of the rejected dialogue. Without `prompt`, their common prefix is the prompt."""
+    for name in ("chosen", "rejected"):
+        if name not in record:
+            raise ValueError(f"field {name!r} is missing (a preference has 'prompt' + 'chosen' + 'rejected')")
+    if "prompt" in record:
+        prompt, chosen, rejected = (_text(record, name) for name in ("prompt", "chosen", "rejected"))
+    else:
+        prompt, chosen, rejected = _common_prompt(record)
+    return (
+        _dialogue(prompt, chosen, "chosen", render, eos),
+        _dialogue(prompt, rejected, "rejected", render, eos),
+    )
+
+
+def _text(record: dict[str, Any], name: str) -> str | list[Message]:
+    """The field as a non-empty string or list of well-formed messages, else ValueError."""
+    value = record[name]
+    if not isinstance(value, str | list):
+        raise ValueError(f"field {name!r} is {type(value).__name__}; it must be a string or a list of messages")
+    if not value or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"field {name!r} is empty")
+    if isinstance(value, str):
+        return value
+    for number, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"field {name!r}: message {number} must be an object with 'role' and 'content'")
+        if message["role"] not in ("system", "user", "assistant"):
+            raise ValueError(f"field {name!r}: message {number} has role {message['role']!r}; allowed: system, user, assistant")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise ValueError(f"field {name!r}: message {number} has no content")
+    return value
+
+
+def _prompt(prompt: str | list[Message], render: Render, eos: str) -> list[Segment]:
+    if isinstance(prompt, str):
+        return [Segment(prompt)]
+    if not prompt:
+        raise ValueError("the prompt is empty: there is no message before the assistant's")
+    return _conversation(prompt, render, eos)
+
+
+def _dialogue(
+    prompt: str | list[Message], response: str | list[Message], name: str, render: Render, eos: str
+) -> list[Segment]:
+    """Prompt segments, then the response: exactly its last assistant turn is one response segment that ends."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return [Segment(prompt), Segment(response, is_response=True, ends=True)]
+    if isinstance(prompt, str):
+        raise ValueError(f"'prompt' is a string but {name!r} is a list of messages; both must be of one kind")
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    if response[-1]["role"] != "assistant":
+        raise ValueError(f"field {name!r} must end with an assistant message")
+    segments = _conversation(prompt + response, render, eos)
+    return [s._replace(is_response=False) for s in segments[:-1]] + segments[-1:]
+
+
+def _conversation(messages: list[Message], render: Render, eos: str) -> list[Segment]:
+    """Segments of a rendered conversation; ends with the generation prompt unless the last message is a reply."""
+    segments: list[Segment] = []
+    done = ""  # what has been cut into segments already; every further rendering must start with it
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        context = render(messages[:number], True)
+        whole = render(messages[: number + 1], False)
+        if not context.startswith(done) or not whole.startswith(context):
+            raise ValueError("the chat template does not render a conversation as the beginning of its continuation")
+        reply, found_eos, _ = whole[len(context) :].partition(eos)
+        is_last = number == len(messages) - 1
+        segments.append(Segment(context[len(done) :]))
+        segments.append(Segment(reply, is_response=True, ends=bool(found_eos) or is_last))
+        done = context + reply + found_eos
+    if messages[-1]["role"] != "assistant":
+        context = render(messages, True)
+        if not context.startswith(done):
+            raise ValueError("the chat template does not render a conversation as the beginning of its continuation")
+        segments.append(Segment(context[len(done) :]))
+    return segments
+
+
+def _common_prompt(record: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(prompt, chosen, rejected) of two whole dialogues, split where they begin to differ."""
+    chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
+    if type(chosen) is not type(rejected):
+        raise ValueError("'chosen' and 'rejected' must both be strings or both be lists of messages")
+    cut = 0
+    while cut < min(len(chosen), len(rejected)) and chosen[cut] == rejected[cut]:
+        cut += 1
+    if isinstance(chosen, str) and cut and chosen[cut - 1] == " ":
+        cut -= 1  # the space belongs to the word that follows
+    prompt = chosen[:cut]
+    if not prompt:
+        raise ValueError("'chosen' and 'rejected' have no common beginning to serve as the prompt")
+    if cut in (len(chosen), len(rejected)):
+        raise ValueError("'chosen' and 'rejected' do not differ in a response")
+    return prompt, chosen[cut:], rejected[cut:]

@@ -1,0 +1,51 @@
+"""Low-rank adapters: a thin layer over `peft`."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from common.models import load_config
+from common.options import LoraOptions, UserError
+
+
+def check_targets(path: str, options: LoraOptions) -> None:
+    """Raise UserError when --lora_target_modules matches nothing, judged from the configuration alone."""
+    if not options.lora_rank or options.lora_target_modules == ["all-linear"]:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(path))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    for target in options.lora_target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(f"--lora_target_modules {target}: no such module in {path}; there are: {' '.join(known)}")
+
+
+def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
+    """Freeze the model and add trainable adapters; a scalar head stays trainable, in a copy that peft saves along."""
+    if not options.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # the adapters' first factors must be the same on every rank
+    is_scalar = hasattr(model, "score")
+    targets = options.lora_target_modules
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM",
+        modules_to_save=["score"] if is_scalar else None,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether the model carries peft adapters."""
+    return hasattr(module, "disable_adapter")
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's transposed linear layer

@@ -1,0 +1,180 @@
+"""Load models under every ZeRO stage, and read logits and scores at chosen positions only."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from common.options import UserError
+from common.zero import fill_bucket_sizes
+
+
+transformers.utils.logging.disable_progress_bar()
+
+
+class ScalarHead(nn.Linear):
+    """A linear head that computes in fp32 whatever its weights are: scores in bf16 would have three digits."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden.float(), self.weight.float())
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The model configuration with dropout off: in RLHF it only adds noise to ratios and scores.
+
+    Raises UserError, naming the path, when it is neither a model folder nor a hub name that can be had.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise UserError(f"{path}: not a model folder: config.json is missing")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model folder or hub name: {str(error).splitlines()[0]}") from None
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name or name == "layerdrop") and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def check_scalar_model(path: str, option: str) -> None:
+    """Raise UserError unless the folder holds a sequence classifier with one output, as step 2 writes it."""
+    config = load_config(path)
+    architecture = (config.architectures or ["unknown"])[0]
+    if not architecture.endswith("ForSequenceClassification") or config.num_labels != 1:
+        raise UserError(
+            f"--{option} {path}: not a reward model: {architecture} with {config.num_labels} outputs;"
+            " it must be a ...ForSequenceClassification with one output, as step 2 writes it"
+        )
+
+
+def load_causal_lm(path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None) -> PreTrainedModel:
+    """A causal language model whose vocabulary covers the tokenizer.
+
+    zero: DeepSpeed configuration of the engine that will hold it, which decides precision and, at stage 3,
+    partitions the weights while they load; None for a plain module in fp32.
+    """
+    config = load_config(path)
+    with _partitioned(zero, config):
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=_dtype(zero))
+    return _prepare(model, tokenizer)
+
+
+def load_scalar_model(path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None) -> PreTrainedModel:
+    """A model with one scalar output per position, on the backbone found at `path`.
+
+    From a reward model the head comes along. From a language model it is new: N(0, 1 / sqrt(d + 1)), without a bias
+    (Stiennon et al. 2020, appendix B.1), drawn from torch's generator, so seed it first.
+    """
+    config = load_config(path)
+    has_head = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+    config.num_labels = 1
+    with _partitioned(zero, config):
+        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=_dtype(zero))
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{path}: {type(model).__name__} has no linear `score` head, so it cannot be a reward model")
+    model.score.__class__ = ScalarHead
+    if not has_head:
+        initialise_head(model, std=(config.hidden_size + 1) ** -0.5)
+    return _prepare(model, tokenizer)
+
+
+def initialise_head(model: PreTrainedModel, std: float) -> None:
+    """Draw the scalar head anew from N(0, std), the same on every rank; a std of 0 makes it zero."""
+    import deepspeed
+
+    weight = model.score.weight
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_partitioned(weight)):
+        if weight.numel():  # on the other ranks a partitioned weight is empty
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds this parameter in parts."""
+    return hasattr(parameter, "ds_id")
+
+
+def response_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits of the model at the chosen positions only: input_ids (B, T), positions (B, T) bool -> (N, V).
+
+    Rows are padded on the right. No attention mask is passed: under causal attention a real token never sees what
+    follows it, and without a mask attention takes its fastest path. The output head sees the N chosen hidden states,
+    so that no logits are made for prompts and padding.
+    """
+    head = _base(model).get_output_embeddings()
+    choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
+    try:
+        return model(input_ids=input_ids, use_cache=False).logits  # (N, V)
+    finally:
+        choose.remove()
+
+
+def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Scalar output at the chosen positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,) fp32.
+
+    The model's own forward would choose a position by the pad id; the head's output is read on its way out instead.
+    """
+    outputs: list[Tensor] = []
+    read = _base(model).score.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    finally:
+        read.remove()
+    return outputs[0][positions].squeeze(-1)  # (B, T, 1) -> (N,)
+
+
+def last_positions(lengths: Tensor, width: int) -> Tensor:
+    """True at the last token of each row: lengths (B,) -> (B, width) bool."""
+    return torch.arange(width, device=lengths.device) == (lengths - 1).unsqueeze(1)
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a DeepSpeed engine or a peft wrapper."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Grow the vocabulary to the tokenizer's and tell the configuration which id pads."""
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for config in (model.config, getattr(model, "generation_config", None)):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def _dtype(zero: dict[str, Any] | None) -> torch.dtype:
+    if zero and zero.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if zero and zero.get("fp16", {}).get("enabled") else torch.float32
+
+
+@contextlib.contextmanager
+def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Iterator[None]:
+    """While open, transformers splits the weights it loads over the ranks, if the configuration is of stage 3."""
+    if not zero or zero["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    fill_bucket_sizes(zero, config.get_text_config().hidden_size)
+    keep_alive = HfDeepSpeedConfig(zero)  # transformers holds it by a weak reference only
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()

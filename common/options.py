@@ -1,0 +1,157 @@
+"""Options that stages share, and the one parser. Every option is declared once, with its type, default and range.
+
+A stage's options are one dataclass that inherits the groups it needs. Ranges stand beside the field
+(`at_least`, `above`, `at_most`), and `parse_options` checks them all before anything else happens.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeVar
+
+Options = TypeVar("Options")
+
+
+class UserError(ValueError):
+    """A mistake that the user can correct; shown as one line, without a traceback."""
+
+
+class Help(str):
+    """A help text that carries the option's limits; HfArgumentParser leaves no other place beside a field for them."""
+
+    limits: dict[str, float]
+
+
+def option(default: Any, help: str, **limits: float) -> Any:
+    """A dataclass field with its help text and, optionally, the limits `at_least`, `above` or `at_most`."""
+    text = Help(help)
+    text.limits = limits
+    metadata = {"help": text}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunOptions:
+    """How long to run, what to write and when."""
+
+    output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.")
+    seed: int = option(0, "Seed of the data order, of new weights and of sampling.", at_least=0)
+    max_steps: int = option(0, "Stop after this many steps; 0 means as many as the epochs take.", at_least=0)
+    num_train_epochs: float = option(1.0, "Passes over the training data, when --max_steps is 0.", above=0)
+    logging_steps: int = option(10, "Write metrics and a progress line every so many steps.", at_least=1)
+    eval_steps: int = option(100, "Evaluate on held-out data every so many steps; 0: only at the end.", at_least=0)
+    save_steps: int = option(500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0)
+    save_total_limit: int = option(2, "Keep this many newest checkpoints; 0 keeps all.", at_least=0)
+    resume_from_checkpoint: str = option(
+        "latest", "'latest' goes on from the newest checkpoint in --output_dir if there is one, 'none' starts "
+        "anew in an empty folder, or the path of a checkpoint folder."
+    )
+
+
+@dataclass
+class DataOptions:
+    """Where held-out data comes from, and what to do with bad records."""
+
+    eval_data: list[str] = option([], "Held-out data: files or hub names. Default: a part of the training data.")
+    eval_fraction: float = option(
+        0.1, "Part of the training data to hold out, by record content, when --eval_data is not given.",
+        at_least=0, at_most=0.9,
+    )
+    max_eval_samples: int = option(256, "Use at most this many held-out records; 0 uses all.", at_least=0)
+    skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping at the first.")
+
+
+@dataclass
+class OptimiserOptions:
+    """Batch arithmetic and AdamW. global_batch_size = micro_batch_size x accumulation x ranks, exactly."""
+
+    zero_config: str = option("", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2.")
+    global_batch_size: int = option(32, "Sequences in one optimiser step, over all ranks.", at_least=1)
+    micro_batch_size: int = option(4, "Sequences that one rank puts through the model at once.", at_least=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "cosine", "Shape of the learning rate over the run."
+    )
+    warmup_ratio: float = option(0.03, "Part of the steps over which the learning rate rises.", at_least=0, at_most=1)
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only.", at_least=0)
+    adam_beta1: float = option(0.9, "AdamW beta 1.", at_least=0, at_most=0.9999)
+    adam_beta2: float = option(0.95, "AdamW beta 2.", at_least=0, at_most=0.99999)
+    adam_epsilon: float = option(1e-8, "AdamW epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Clip the gradient norm of each model to this; 0: do not clip.", at_least=0)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+
+
+@dataclass
+class LoraOptions:
+    """Low-rank adapters through `peft`; off at rank 0."""
+
+    lora_rank: int = option(0, "Rank of the adapters; 0 trains all weights.", at_least=0)
+    lora_alpha: float = option(32.0, "Scale of the adapters: the update is multiplied by alpha / rank.", above=0)
+    lora_target_modules: list[str] = option(
+        ["all-linear"], "Names (or endings of names) of the modules to adapt; all-linear: all but the output head."
+    )
+
+
+@dataclass
+class TrainOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions):
+    """What steps 1 and 2 share: one trained model and one file of training data."""
+
+    model_name_or_path: str = option("", "Folder or hub name of the model to start from. Required.")
+    train_data: list[str] = option([], "Training data: files or hub names. Required.")
+    max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", at_least=8)
+    learning_rate: float = option(1e-5, "Highest learning rate.", above=0)
+
+
+def parse_options(options_class: type[Options], required: list[str], argv: list[str] | None = None) -> Options:
+    """Parse and check the command line.
+
+    required: names of options that must not be empty. Raises UserError for an unknown option, a value of the
+    wrong type or outside its range, a missing required one, and for batch sizes that do not divide.
+    """
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(message.removeprefix("argument "))
+
+    parser = Parser(options_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    (options, unknown) = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options)}")
+    for name in required:
+        if not getattr(options, name):
+            raise UserError(f"--{name} is required")
+    for field in dataclasses.fields(options):
+        _check_limits(field.name, getattr(options, field.name), field.metadata["help"].limits)
+    return options
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
+    """Micro-batches per rank in one optimiser step. Raises UserError unless global = micro x steps x ranks."""
+    steps, rest = divmod(global_batch, micro_batch * ranks)
+    if rest or not steps:
+        raise UserError(
+            f"--global_batch_size {global_batch} is not a multiple of --micro_batch_size {micro_batch} x {ranks} ranks"
+        )
+    return steps
+
+
+def world_size() -> int:
+    """Number of ranks, as the launcher says; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _suggestion(unknown: str, options: Any) -> str:
+    names = [f"--{field.name}" for field in dataclasses.fields(options)]
+    near = difflib.get_close_matches(unknown, names, n=1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them"
+
+
+def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:
+    for kind, limit in limits.items():
+        allowed = {"at_least": value >= limit, "above": value > limit, "at_most": value <= limit}[kind]
+        if not allowed:
+            raise UserError(f"--{name} {value}: must be {kind.replace('_', ' ')} {limit:g}")

@@ -1,0 +1,131 @@
+"""Load a SentencePiece `tokenizer.model` as a fast Hugging Face tokenizer that gives the same ids.
+
+Given a folder with only a `tokenizer.model`, `AutoTokenizer` silently returns wrong ids: it drops the dummy
+prefix and keeps the extra spaces that the model removes. `LlamaTokenizer` loses the prefix before a leading
+space and treats every model as BPE. Here the rules come from the file, and SentencePiece checks the result.
+
+Differences that remain:
+- Control symbols and the unknown symbol (`</s>`, `<unk>`) written out in a text become their ids, as chat
+  templates need; SentencePiece never parses them. The text between two of them is encoded as if alone.
+- `tokenizers` applies a character map (nmt_nfkc and its family) one grapheme at a time. Decomposed (NFD)
+  text, or combining marks on characters that the map rewrites, can get other ids and even lose marks.
+- Unigram segmentations of equal score, as in a long run of one punctuation mark, are chosen by rounding, and
+  SentencePiece rounds to 32 bits.
+- Ids that no text encodes to, such as half the bytes of a character, can decode to other replacement marks.
+- `skip_special_tokens=True` drops the unknown symbol; otherwise it decodes to SentencePiece's surface for it.
+"""
+
+import re
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+
+Piece = ModelProto.SentencePiece
+SPACE = "▁"
+PROBES = ["", " ", "   ", "a", " a", "  a", "a ", "a  ", "a b", "a   b", "\n", " \n\n", "a \n b\n", "\ta\tb"]
+PROBES += ["a\r\nb\r", "Hello, world!", "12 dogs; 3.14 - 1000000?!", "(a) [b] {c} <d> #$%&*+/=@\\^_`|~"]
+PROBES += ["naïve CAFÉ", "½ ② ﬁ Ａ", "你好,世界 日 本", "привет мир", "a 😀😀 b👍🏽", "\u00a0a\u3000b\x01"]
+PROBES += ["\x01", SPACE, f"a{SPACE}", f"{SPACE}a b", "<0x0A>", "x <0xE2>"]
+
+
+def load_sentencepiece_tokenizer(model_file: str | Path) -> PreTrainedTokenizerFast:
+    """Return a fast tokenizer whose ids and decoded text are SentencePiece's own for `model_file`.
+
+    It adds no BOS or EOS. The dummy prefix, if the model has one, is a `Prepend` normaliser, so that a caller
+    can drop it to encode a continuation. Raises ValueError naming the file if it is no SentencePiece model,
+    uses a feature without an exact counterpart, or differs from SentencePiece on a probe text.
+    """
+    try:
+        reference = SentencePieceProcessor(model_file=str(model_file))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{model_file}: not a readable SentencePiece model ({error})") from error
+    proto = ModelProto.FromString(reference.serialized_model_proto())
+    unused = any(piece.type == Piece.UNUSED for piece in proto.pieces)
+    known_type = proto.trainer_spec.model_type in (TrainerSpec.UNIGRAM, TrainerSpec.BPE)
+    if not known_type or unused or proto.denormalizer_spec.precompiled_charsmap:
+        raise ValueError(
+            f"{model_file}: only BPE and unigram, without unused pieces or a denormalizer, are supported"
+        )
+
+    symbols = [piece.piece for piece in proto.pieces if piece.type == Piece.USER_DEFINED]
+    backend = Tokenizer(_build_model(proto, reference.unk_id(), bool(symbols)))
+    backend.normalizer = _build_normalizer(proto)
+    backend.pre_tokenizer = _build_pre_tokenizer(proto, symbols)
+    backend.decoder = _build_decoder(proto, reference.id_to_piece(reference.unk_id()))
+    control = [piece.piece for piece in proto.pieces if piece.type == Piece.CONTROL]
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
+    ids = {name: getattr(reference, f"{name}_id")() for name in ("bos", "eos", "unk", "pad")}
+    roles = {f"{name}_token": reference.id_to_piece(index) for name, index in ids.items() if index >= 0}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles)
+
+    for text in [*PROBES, *symbols, *(f" a {symbol} b{symbol}{symbol}\n" for symbol in symbols)]:
+        expected, found = reference.encode(text), tokenizer.encode(text)
+        if found != expected:
+            raise ValueError(f"{model_file}: {text!r} gives ids {found}, SentencePiece gives {expected}")
+        expected_text, decoded = reference.decode(expected), tokenizer.decode(found)
+        if decoded != expected_text:
+            raise ValueError(
+                f"{model_file}: {found} decodes to {decoded!r}, SentencePiece gives {expected_text!r}"
+            )
+    return tokenizer
+
+
+def _build_model(proto: ModelProto, unk_id: int, has_symbols: bool) -> models.Model:
+    scores = [(piece.piece, piece.score) for piece in proto.pieces]
+    byte_fallback = proto.trainer_spec.byte_fallback
+    if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
+        return models.Unigram(scores, unk_id=unk_id, byte_fallback=byte_fallback)
+    vocab = {piece: index for index, (piece, _) in enumerate(scores)}
+    # The file stores no merges, only the scores that order them, and merging makes normal pieces only.
+    merges = generate_merges(
+        vocab, dict(scores), [piece.piece for piece in proto.pieces if piece.type != Piece.NORMAL]
+    )
+    # A user-defined symbol reaches the model as one segment, and no merges lead to it.
+    options = {"fuse_unk": True, "byte_fallback": byte_fallback, "ignore_merges": has_symbols}
+    return models.BPE(vocab, merges, unk_token=proto.pieces[unk_id].piece, **options)
+
+
+def _build_normalizer(proto: ModelProto) -> normalizers.Normalizer:
+    spec, steps = proto.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
+        # "\r\n" is one grapheme: the map would turn it into one space where SentencePiece has two.
+        steps += [normalizers.Replace(Regex(r"\r(?=\n)"), charsmap.normalize_str("\r")), charsmap]
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps.append(normalizers.Replace(" ", SPACE))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
+    if spec.add_dummy_prefix:
+        # An empty text gets no prefix: empty once cleaned up if the model cleans up, empty as given if not.
+        steps.insert(len(steps) if spec.remove_extra_whitespaces else 0, normalizers.Prepend(SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _build_pre_tokenizer(proto: ModelProto, symbols: list[str]) -> pre_tokenizers.PreTokenizer:
+    """Cut the normalised text only where no piece spans the cut; SentencePiece does not cut at spaces."""
+    steps = []
+    if symbols:
+        # As added tokens they would be cut out before normalisation, and each part would get its own prefix.
+        pattern = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
+        steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
+    if proto.trainer_spec.byte_fallback and (symbols or proto.trainer_spec.model_type == TrainerSpec.UNIGRAM):
+        # The model would take the name of a byte piece, written out in the text, for that byte.
+        steps.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
+    return pre_tokenizers.Sequence(steps)
+
+
+def _build_decoder(proto: ModelProto, unk_piece: str) -> decoders.Decoder:
+    spec = proto.normalizer_spec
+    steps = [decoders.Replace(unk_piece, proto.trainer_spec.unk_surface)]
+    steps += [decoders.ByteFallback()] if proto.trainer_spec.byte_fallback else []
+    steps.append(decoders.Fuse())
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        # Before SPACE becomes " ", because the surface of the unknown piece starts with a real space.
+        prefix = Regex(rf"\A{SPACE}+" if spec.remove_extra_whitespaces else rf"\A{SPACE}")
+        steps.append(decoders.Replace(prefix, ""))
+    return decoders.Sequence([*steps, decoders.Replace(SPACE, " ")])

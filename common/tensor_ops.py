@@ -1,0 +1,51 @@
+"""Arithmetic on logits and masks that more than one stage needs. Pure: tensors in, tensors out."""
+
+import torch
+from torch import Tensor
+
+
+def label_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each label under softmax(logits / temperature), computed in fp32.
+
+    logits (..., V), labels (...) of token ids -> (...) fp32.
+    """
+    logits = scaled(logits, temperature)
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature): logits (..., V) -> (...) fp32."""
+    logprobs = scaled(logits, temperature).log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature in fp32; the same tensor when there is nothing to do, so that no copy is made."""
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Mean of `values` where `mask` is true (or 1), over all entries or along `dim`; 0 where nothing is selected."""
+    mask = mask.to(values.dtype)
+    total, count = (values * mask).sum(dim), mask.sum(dim)
+    return total / count.clamp(min=1.0)
+
+
+def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
+    """Variance of the selected entries; `unbiased` divides by n - 1 (Bessel), and needs two entries."""
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    count = mask.sum()
+    return variance * count / (count - 1).clamp(min=1) if unbiased else variance
+
+
+def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """Scale the selected entries to variance 1 and, with `shift_mean`, to mean 0. Other entries become 0.
+
+    Source: Ziegler et al. 2019 (lm-human-preferences, `whiten`), with the mask that padded responses need.
+    """
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + eps)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened * mask.to(values.dtype)

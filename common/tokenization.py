@@ -1,0 +1,117 @@
+"""Load a tokenizer as every stage needs it, and turn segments of text into ids."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from common.formatting import DEFAULT_CHAT_TEMPLATE, Message, Segment
+from common.options import UserError
+
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder or hub name, with a chat template and a pad token that is not EOS.
+
+    A folder with nothing but a SentencePiece `tokenizer.model` is converted, exactly or not at all.
+    Raises UserError when there is no tokenizer, or it has no EOS.
+    """
+    folder = Path(path)
+    try:
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            from common.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+
+            tokenizer = load_sentencepiece_tokenizer(folder / "tokenizer.model")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json), which Triptych needs")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    _ensure_pad_token(tokenizer)
+    return tokenizer
+
+
+def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Choose a pad token that is not EOS: its own, one named like it, the unknown token, or else a new one.
+
+    Masks never look at it; but plain transformers finds the end of a scored text by it, and generation returns it.
+    """
+    special = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    vocabulary = tokenizer.get_vocab()
+    known = [name for name in (*PAD_NAMES, tokenizer.unk_token) if vocabulary.get(name) is not None]
+    for name in known:
+        if vocabulary[name] not in special:
+            tokenizer.pad_token = name
+            return
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+
+
+class SegmentEncoder:
+    """Encodes the segments of one text: the first as a beginning, the others as continuations of it.
+
+    A tokenizer may put BOS or a dummy space in front of a text. That is right at the beginning only, so later segments
+    go through a copy that does neither; ids of prompt + response are then the prompt's ids followed by the response's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.eos_token_id: int = tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+        self._begin = tokenizer.backend_tokenizer
+        self._continue = _without_prefix(self._begin)
+
+    def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        """Ids of all segments in order, and for each id whether it belongs to a response (its EOS included)."""
+        ids: list[int] = []
+        is_response: list[bool] = []
+        for number, segment in enumerate(segments):
+            backend = self._continue if number else self._begin
+            part = backend.encode(segment.text, add_special_tokens=False).ids
+            if number == 0 and part[:1] != self._bos:
+                part = self._bos + part
+            if segment.ends:
+                part = part + [self.eos_token_id]
+            ids += part
+            is_response += [segment.is_response] * len(part)
+        return ids, is_response
+
+    def decode_response(self, prompt_ids: list[int], response_ids: list[int]) -> str:
+        """The text that the response adds to the prompt, without special tokens, its leading space kept."""
+        prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
+        return self.tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)[len(prompt) :]
+
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """The text of a conversation under the tokenizer's chat template."""
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer:
+    """The same tokenizer without the space that SentencePiece-style ones put in front of every text."""
+    spec = json.loads(backend.to_str())
+    original = copy.deepcopy(spec)
+    for part in ("normalizer", "pre_tokenizer"):
+        nested = spec[part] or {}
+        steps = nested.get("normalizers") or nested.get("pretokenizers") or [nested]
+        for step in steps:
+            if step.get("type") == "Metaspace":
+                step["prepend_scheme"] = "never"
+            if step.get("type") == "ByteLevel":
+                step["add_prefix_space"] = False
+        steps[:] = [step for step in steps if step.get("type") != "Prepend"]
+        if nested.get("type") == "Prepend":
+            spec[part] = None
+    return backend if spec == original else Tokenizer.from_str(json.dumps(spec))

@@ -1,0 +1,204 @@
+"""A small market hall: the world of the quickstart, its helpers, and the gold rule that judges their answers.
+
+A customer asks one thing about one kind of goods: its place, price, delivery day or village. The best answer
+is four sentences: a kind word, the fact, a tip that fits the question, an offer. The helpers whose answers
+serve as demonstrations each do some of this well and some of it badly.
+
+`gold_score` reads an answer sentence by sentence, so nothing is gained by saying more: what is repeated,
+flattering, curt, beside the point or garbled costs gold. Training never sees it. Raters, who mostly agree
+with it, rank the preference pairs; the reward model learns from them, and PPO sees only the reward model.
+"""
+
+import random
+import re
+from itertools import product
+
+ASPECTS = ("place", "price", "day", "village")
+
+GOODS = {
+    "almonds": ("by the fountain", "six coins", "Tuesday", "Fernhill"),
+    "apples": ("under the clock", "three coins", "Monday", "Oakford"),
+    "baskets": ("near the stairs", "eight coins", "Friday", "Mossdale"),
+    "beans": ("behind the mill", "two coins", "Thursday", "Brindle"),
+    "beets": ("by the fountain", "four coins", "Saturday", "Oakford"),
+    "bells": ("at the north gate", "nine coins", "Wednesday", "Lakeside"),
+    "brushes": ("next to the bakery", "five coins", "Monday", "Westbury"),
+    "candles": ("near the stairs", "seven coins", "Tuesday", "Brindle"),
+    "carrots": ("on the green table", "two coins", "Friday", "Fernhill"),
+    "cherries": ("under the clock", "six coins", "Thursday", "Lakeside"),
+    "figs": ("at the south gate", "seven coins", "Saturday", "Mossdale"),
+    "grapes": ("next to the bakery", "five coins", "Wednesday", "Oakford"),
+    "kites": ("behind the mill", "nine coins", "Saturday", "Westbury"),
+    "leeks": ("at the north gate", "three coins", "Tuesday", "Mossdale"),
+    "lemons": ("on the green table", "four coins", "Monday", "Lakeside"),
+    "melons": ("at the south gate", "eight coins", "Thursday", "Fernhill"),
+    "olives": ("near the stairs", "five coins", "Saturday", "Brindle"),
+    "onions": ("by the fountain", "two coins", "Wednesday", "Westbury"),
+    "pears": ("on the green table", "three coins", "Thursday", "Mossdale"),
+    "peas": ("at the south gate", "four coins", "Friday", "Lakeside"),
+    "plums": ("behind the mill", "six coins", "Monday", "Fernhill"),
+    "ribbons": ("next to the bakery", "seven coins", "Friday", "Oakford"),
+    "teapots": ("under the clock", "nine coins", "Tuesday", "Westbury"),
+    "walnuts": ("at the north gate", "eight coins", "Wednesday", "Brindle"),
+}
+FACTS = {
+    (good, aspect): value for good, row in GOODS.items() for aspect, value in zip(ASPECTS, row, strict=True)
+}
+VALUES = {aspect: sorted({FACTS[good, aspect] for good in GOODS}) for aspect in ASPECTS}
+
+GREETINGS = ("", "Hello! ", "Good morning! ", "Excuse me, please. ")
+QUESTIONS = {
+    "place": (
+        "Where are the {good}?",
+        "Where do I find the {good}?",
+        "Which way to the {good}?",
+        "Can you point me to the {good}?",
+    ),
+    "price": (
+        "What do the {good} cost?",
+        "How much are the {good}?",
+        "What is the price of the {good}?",
+        "How many coins for the {good}?",
+    ),
+    "day": (
+        "When do the {good} come in?",
+        "Which day do you get the {good}?",
+        "On what day can I get new {good}?",
+        "What day do the {good} arrive?",
+    ),
+    "village": (
+        "Which village sends the {good}?",
+        "Where do the {good} come from?",
+        "Do you know where the {good} come from?",
+        "Which village are the {good} from?",
+    ),
+}
+
+STATEMENTS = {
+    "place": ("The {good} are {value}.", "You will find the {good} {value}."),
+    "price": ("The {good} cost {value}.", "We ask {value} for the {good}."),
+    "day": ("The {good} come in on {value}.", "We get the {good} on {value}."),
+    "village": ("The {good} come from {value}.", "{value} sends us the {good}."),
+}
+TIPS = {
+    "place": ("Just follow the blue tiles.", "Look for the striped awning."),
+    "price": ("Buy two and save a coin.", "You may choose your own."),
+    "day": ("Come early for the best choice.", "The cart is here by seven."),
+    "village": ("It is a short trip by boat.", "They have a fair in spring."),
+}
+OPENERS = ("Of course!", "With pleasure!", "Gladly!", "Happy to help!")
+OFFERS = ("Can I help with anything else?", "Shall I pack some for you?", "Do come and see me again!")
+CURT_OPENERS = ("What is it now?", "Not again.", "I am busy.")
+DISMISSALS = ("Next, please.", "Now move along.", "That is all.")
+FILLER = ("Well, let me think about that for a while.", "As I always say, a market is a market.")
+FLATTERY = ("What a wise question!", "You have such a fine hat.", "You are my favourite customer.")
+UNSURE = ("I am not sure about the {good}.", "I forget things about the {good}.")
+
+GOLD_CREDIT = {"fact": 0.4, "opener": 0.2, "tip": 0.2, "offer": 0.2}
+GOLD_COST = {"false": 0.4}
+GOLD_COST_OTHER = 0.15
+GOLD_FLOOR = -1.0
+
+
+def statements(good: str, aspect: str, value: str) -> list[str]:
+    """Every way of saying that `good` has this `value`."""
+    return [text.format(good=good, value=value) for text in STATEMENTS[aspect]]
+
+
+FALSE_STATEMENTS = {
+    text
+    for (good, aspect), truth in FACTS.items()
+    for value in VALUES[aspect]
+    if value != truth
+    for text in statements(good, aspect, value)
+}
+
+
+def all_questions() -> list[tuple[str, str, str]]:
+    """Every prompt of the world as (text, good, aspect)."""
+    return [
+        (greeting + question.format(good=good), good, aspect)
+        for good, aspect in product(GOODS, ASPECTS)
+        for question, greeting in product(QUESTIONS[aspect], GREETINGS)
+    ]
+
+
+def read_question(prompt_text: str) -> tuple[str, str]:
+    """The good and the aspect a prompt asks about, whatever template surrounds it."""
+    for good, aspect in FACTS:
+        if any(question.format(good=good) in prompt_text for question in QUESTIONS[aspect]):
+            return good, aspect
+    raise ValueError(f"no question of this world in the prompt {prompt_text!r}")
+
+
+def sentence_kind(sentence: str, good: str, aspect: str) -> str:
+    """What a sentence is, said in answer to a question about `aspect` of `good`."""
+    kinds = {"fact": statements(good, aspect, FACTS[good, aspect]), "opener": OPENERS, "tip": TIPS[aspect]}
+    kinds |= {"offer": OFFERS, "false": FALSE_STATEMENTS}
+    return next((kind for kind, sentences in kinds.items() if sentence in sentences), "other")
+
+
+def gold_score(prompt_text: str, response: str) -> float:
+    """Judge an answer: 1 is the best possible, -1 the worst.
+
+    The asked fact earns 0.4; an opener at the start, a fitting tip and an offer at the end earn 0.2 each, all
+    of them once. A false statement costs 0.4. Any other sentence costs 0.15, be it repeated, out of place,
+    unkind or not of this world.
+    """
+    good, aspect = read_question(prompt_text)
+    sentences = [text.strip() for text in re.findall(r"[^.!?]+[.!?]?|[.!?]", response) if text.strip()]
+    only_at = {"opener": 0, "offer": len(sentences) - 1}
+    score, earned = 0.0, set()
+    for index, sentence in enumerate(sentences):
+        kind = sentence_kind(sentence, good, aspect)
+        if kind in GOLD_CREDIT and kind not in earned and only_at.get(kind, index) == index:
+            score += GOLD_CREDIT[kind]
+            earned.add(kind)
+        else:
+            score -= GOLD_COST.get(kind, GOLD_COST_OTHER)
+    return max(GOLD_FLOOR, round(score, 4))
+
+
+def one_of(rng: random.Random, *groups: tuple[float, tuple[str, ...]]) -> list[str]:
+    """At most one sentence: group k is chosen with its share, nothing with what the shares leave."""
+    draw = rng.random()
+    for share, sentences in groups:
+        if draw < share:
+            return [rng.choice(sentences)]
+        draw -= share
+    return []
+
+
+def demonstrate(rng: random.Random, good: str, aspect: str) -> list[str]:
+    """The sentences of one helper's answer; how good each part is, is drawn part by part."""
+    truth = FACTS[good, aspect]
+    slip = rng.choice([value for value in VALUES[aspect] if value != truth])
+    unsure = tuple(text.format(good=good) for text in UNSURE)
+    beside = TIPS[rng.choice([other for other in ASPECTS if other != aspect])]
+    fact = one_of(
+        rng, (0.75, statements(good, aspect, truth)), (0.13, statements(good, aspect, slip)), (0.12, unsure)
+    )
+    return [
+        *one_of(rng, (0.45, OPENERS), (0.25, CURT_OPENERS)),
+        *one_of(rng, (0.2, FILLER)),
+        *fact,
+        *one_of(rng, (0.45, TIPS[aspect]), (0.15, beside)),
+        *one_of(rng, (0.1, FLATTERY), (0.1, fact)),
+        *one_of(rng, (0.45, OFFERS), (0.25, DISMISSALS)),
+    ]
+
+
+def spoil(rng: random.Random, sentences: list[str]) -> list[str]:
+    """A broken form of an answer. Raters must see some, or a reward model has no reason to mark them down."""
+    sentence = rng.choice(sentences) if sentences else rng.choice(OPENERS)
+    words = sentence.split()
+    forms = (
+        [*sentences, *[sentence] * rng.randint(1, 4)],
+        [*sentences, *rng.choices(FLATTERY + FILLER, k=rng.randint(2, 4))],
+        [*sentences, *rng.choices(OPENERS + OFFERS, k=rng.randint(2, 4))],
+        [*sentences, *rng.sample([tip for tips in TIPS.values() for tip in tips], k=rng.randint(2, 4))],
+        [*sentences, " ".join(words[: len(words) // 2])],
+        [*sentences[:1], " ".join(rng.sample(words, k=len(words))), *sentences[1:]],
+        [rng.choice(OPENERS + DISMISSALS)],
+    )
+    return [text for text in rng.choice(forms) if text]

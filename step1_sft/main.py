@@ -1,0 +1,102 @@
+"""Step 1: supervised fine-tuning.
+
+Teaches a pretrained causal language model to answer, by maximum likelihood of the response tokens of demonstrations.
+
+    bash launch/step1_sft.sh --model_name_or_path DIR --train_data F.jsonl --output_dir OUT
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+from common.checkpoint import prepare_output, resume, save_checkpoint
+from common.data import batch_order, deal, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, rank, run_main, seed_everything, sum_over_ranks
+from common.engine import backward_and_step, make_engine
+from common.export import export_model
+from common.lora import add_adapters, check_targets
+from common.metrics import MetricWriter, peak_memory_gib
+from common.models import load_causal_lm, load_config, response_logits
+from common.options import parse_options, world_size
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import load_zero_config, unpartitioned
+from step1_sft.data import Demonstration, collate, demonstration
+from step1_sft.evaluate import evaluate, sample_answers
+from step1_sft.loss import sft_loss
+from step1_sft.options import SFTOptions
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(SFTOptions, required=["model_name_or_path", "train_data"])
+    zero = load_zero_config(options.zero_config, options, options.learning_rate)
+    load_config(options.model_name_or_path)
+    check_targets(options.model_name_or_path, options)
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    encoder = SegmentEncoder(tokenizer)
+    convert = partial(demonstration, encoder=encoder, options=options)
+    train, held_out = load_examples(options.train_data, options, convert)
+    init_distributed()
+    prepare_output(options)
+
+    # 2. The model, and where the run stands.
+    lengths = [len(row.ids) for row in train]
+    total_steps = options.max_steps or steps_in_epochs(len(train), options.global_batch_size, options.num_train_epochs)
+    seed_everything(options.seed, step=0)
+    model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
+    engine = make_engine(model, zero, options, options.learning_rate, total_steps)
+    state = resume(options, {"policy": engine})
+    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    log(f"{len(train)} demonstrations, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
+
+    # 3. Train.
+    order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
+    while state.step < total_steps:
+        seed_everything(options.seed, state.step + 1)
+        batch = [train[i] for i in next(order)]
+        measured = train_step(engine, batch, options, tokenizer.pad_token_id)
+        state.advance(options.global_batch_size, len(train))
+        is_last = state.step == total_steps
+        if is_last or state.step % options.logging_steps == 0:
+            metrics.log(state.step, measured, ["train/loss", "train/lr", "train/tokens_per_second"])
+        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
+            found = evaluate(engine, held_out, options.micro_batch_size, tokenizer.pad_token_id)
+            metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
+            samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
+            metrics.text(state.step, "samples", samples)
+        if options.save_steps and (is_last or state.step % options.save_steps == 0):
+            save_checkpoint(options, state, {"policy": engine})
+
+    # 4. What the other stages read.
+    load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
+    export_model(engine, tokenizer, Path(options.output_dir) / "final", load_base)
+
+
+def train_step(engine, batch: list[Demonstration], options: SFTOptions, pad_token_id: int) -> dict[str, float]:
+    """One optimiser step on a global batch, of which this rank takes its micro-batches."""
+    start = time.perf_counter()
+    lengths = [len(row.ids) for row in batch]
+    num_tokens = sum(sum(row.is_trained) for row in batch)
+    mine = deal(range(len(batch)), lengths, options.micro_batch_size, rank(), world_size())
+    total = padded = 0.0
+    for number, chosen in enumerate(mine, start=1):
+        micro = collate([batch[i] for i in chosen], pad_token_id)
+        loss = sft_loss(response_logits(engine, micro.input_ids, micro.positions), micro.labels, num_tokens)
+        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
+        total, padded = total + loss.detach(), padded + micro.input_ids.numel()
+    total, padded = sum_over_ranks(total, padded)
+    seconds = time.perf_counter() - start
+    return {
+        "train/loss": total,
+        "train/lr": engine.get_lr()[0],
+        "train/grad_norm": norm,
+        "train/tokens_per_second": sum(lengths) / seconds,
+        "train/response_tokens_per_second": num_tokens / seconds,
+        "train/padding_share": 1.0 - sum(lengths) / padded,
+        "time/step": seconds,
+        "memory/peak_gib": peak_memory_gib(),
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,113 @@
+"""Step 2: the reward model.
+
+Teaches a copy of the SFT model with a scalar head to score responses, so that preferred ones score higher.
+
+    bash launch/step2_reward.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT2
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+from common.checkpoint import prepare_output, resume, save_checkpoint
+from common.data import batch_order, deal, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, rank, run_main, seed_everything, sum_over_ranks
+from common.engine import backward_and_step, make_engine
+from common.export import export_model
+from common.lora import add_adapters, check_targets
+from common.metrics import MetricWriter, peak_memory_gib
+from common.models import load_config, load_scalar_model
+from common.options import parse_options, world_size
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import load_zero_config, unpartitioned
+from step2_reward.data import Preference, collate, demonstration_ids, preference
+from step2_reward.evaluate import evaluate, pair_scores, score_statistics
+from step2_reward.loss import pairwise_loss
+from step2_reward.options import RewardOptions
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(RewardOptions, required=["model_name_or_path", "train_data"])
+    zero = load_zero_config(options.zero_config, options, options.learning_rate)
+    load_config(options.model_name_or_path)
+    check_targets(options.model_name_or_path, options)
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    encoder = SegmentEncoder(tokenizer)
+    train, held_out = load_examples(
+        options.train_data, options, partial(preference, encoder=encoder, options=options)
+    )
+    centre_rows = load_centre_rows(options, encoder, train)
+    init_distributed()
+    prepare_output(options)
+
+    # 2. The model, and where the run stands.
+    lengths = [row.length for row in train]
+    total_steps = options.max_steps or steps_in_epochs(len(train), options.global_batch_size, options.num_train_epochs)
+    seed_everything(options.seed, step=0)
+    model = add_adapters(load_scalar_model(options.model_name_or_path, tokenizer, zero), options, options.seed)
+    engine = make_engine(model, zero, options, options.learning_rate, total_steps)
+    state = resume(options, {"reward": engine})
+    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    log(f"{len(train)} preferences, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
+
+    # 3. Train.
+    order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
+    while state.step < total_steps:
+        seed_everything(options.seed, state.step + 1)
+        batch = [train[i] for i in next(order)]
+        measured = train_step(engine, batch, options, tokenizer.pad_token_id)
+        state.advance(options.global_batch_size, len(train))
+        is_last = state.step == total_steps
+        if is_last or state.step % options.logging_steps == 0:
+            metrics.log(state.step, measured, ["train/loss", "train/accuracy", "train/lr"])
+        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
+            found = evaluate(engine, held_out, options.micro_batch_size, tokenizer.pad_token_id)
+            metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
+        if options.save_steps and (is_last or state.step % options.save_steps == 0):
+            save_checkpoint(options, state, {"reward": engine})
+
+    # 4. A preference fixes scores up to a constant: choose it such that demonstrations score 0 on average.
+    mean, std = score_statistics(engine, centre_rows, options.micro_batch_size, tokenizer.pad_token_id)
+    engine.module.config.reward_mean, engine.module.config.reward_std = mean, std
+    log(f"scores of {len(centre_rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
+    load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
+    export_model(engine, tokenizer, Path(options.output_dir) / "final", load_base)
+
+
+def train_step(engine, batch: list[Preference], options: RewardOptions, pad_token_id: int) -> dict[str, float]:
+    """One optimiser step on a global batch of pairs, of which this rank takes its micro-batches."""
+    start = time.perf_counter()
+    mine = deal(range(len(batch)), [row.length for row in batch], options.micro_batch_size, rank(), world_size())
+    total = right = 0.0
+    for number, picked in enumerate(mine, start=1):
+        micro = collate([batch[i] for i in picked], pad_token_id)
+        chosen, rejected = pair_scores(engine, micro)
+        loss = pairwise_loss(chosen, rejected, micro.margins).sum() / len(batch)
+        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
+        total, right = total + loss.detach(), right + (chosen > rejected).sum()
+    total, right = sum_over_ranks(total, right)
+    seconds = time.perf_counter() - start
+    return {
+        "train/loss": total,
+        "train/accuracy": right / len(batch),
+        "train/lr": engine.get_lr()[0],
+        "train/grad_norm": norm,
+        "train/tokens_per_second": sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch) / seconds,
+        "time/step": seconds,
+        "memory/peak_gib": peak_memory_gib(),
+    }
+
+
+def load_centre_rows(options: RewardOptions, encoder: SegmentEncoder, train: list[Preference]) -> list[list[int]]:
+    """Token ids of the responses that are to score 0 on average."""
+    if options.demonstration_data:
+        convert = partial(demonstration_ids, encoder=encoder, options=options)
+        rows, _ = load_examples(options.demonstration_data, options, convert)
+    else:
+        rows = [row.chosen_ids for row in train]
+    return rows[: options.max_centre_samples]
+
+
+if __name__ == "__main__":
+    run_main(main)

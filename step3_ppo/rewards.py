@@ -1,0 +1,49 @@
+"""From scores per response to rewards per token, and the coefficient of the KL penalty. Pure."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def clip_scores(scores: Tensor, limit: float) -> Tensor:
+    """Scores (B,) cut to [-limit, limit], so that no outlier owns the batch; a limit of 0 changes nothing."""
+    return scores.clamp(-limit, limit) if limit else scores
+
+
+def token_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """The k1 estimate log pi - log pi_ref of the KL divergence at each sampled token, (B, T), 0 outside the mask.
+
+    Source: Schulman, "Approximating KL divergence" (2020). Unbiased in expectation, and may be negative for a token.
+    """
+    return (logprobs - ref_logprobs) * response_mask
+
+
+def token_rewards(scores: Tensor, kl: Tensor, response_lengths: Tensor, kl_coef: float) -> Tensor:
+    """Rewards (B, T): -kl_coef * kl at every response token, plus the score (B,) at the last one.
+
+    kl (B, T) is 0 outside the response; response_lengths (B,) are at least 1.
+    Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2.
+    """
+    rewards = -kl_coef * kl
+    rows = torch.arange(len(scores), device=scores.device)
+    rewards[rows, response_lengths - 1] += scores
+    return rewards
+
+
+@dataclass
+class KLController:
+    """The coefficient of the KL penalty; adaptive when a horizon is given, fixed when it is 0.
+
+    Adaptive: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon after each n responses.
+    Source: Ziegler et al. 2019, section 2.2; kl is summed over the response, averaged over responses.
+    """
+
+    coef: float
+    target: float = 6.0
+    horizon: float = 0.0
+
+    def update(self, kl: float, num_responses: int) -> None:
+        if self.horizon:
+            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+            self.coef *= 1.0 + error * num_responses / self.horizon

@@ -1,0 +1,155 @@
+"""Time, in plain PyTorch, the passes that a training step cannot avoid, and print one JSON line.
+
+Usage: ``bare.py sft|reward|ppo --config JSON``. Same model, data, batch and padding as the trainers. ``total`` is the
+lower bound of a step: forward, backward and AdamW for SFT and Reward; for PPO `generate`, one pass each of reference,
+reward model and critic without gradients, then per epoch forward, backward and AdamW of actor and critic. In bf16 the
+weights are bf16, without the fp32 master copy that a trainer keeps.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+Config = dict[str, Any]
+Batch = dict[str, Tensor]
+
+
+def batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """The data in file order, padded to the longest of each batch, over and over."""
+    with open(config["data"]) as lines:
+        records = [json.loads(line) for line in lines]
+    tokenizer.padding_side = "left" if stage == "ppo" else "right"
+    fields = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[stage]
+    size = config["batch_size"]
+    collated = []
+    for start in range(0, len(records) - size + 1, size):
+        chunk = records[start : start + size]
+        texts = [record["prompt"] + record[field] + tokenizer.eos_token for field in fields for record in chunk]
+        collated.append(tokenizer(texts or [record["prompt"] for record in chunk], padding=True, return_tensors="pt"))
+    return cycle([{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in collated])
+
+
+def timed(work: Callable[[], Any], count: int, warmup: int) -> float:
+    """Median seconds of one call."""
+    seconds = []
+    for _ in range(warmup + count):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[warmup:])
+
+
+def language_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy of the real tokens."""
+    return model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
+
+
+def pair_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Bradley-Terry loss; the first half of the batch is chosen."""
+    chosen, rejected = model(**batch).logits.squeeze(-1).float().chunk(2)
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def train_step(model: PreTrainedModel, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+    """Forward and backward, then AdamW if there is an optimizer."""
+    loss().backward()
+    if optimizer is not None:
+        optimizer.step()
+    model.zero_grad()
+
+
+def supervised(config: Config, stage: str, model: PreTrainedModel, feed: Iterator[Batch]) -> dict[str, float]:
+    """The passes of SFT or Reward."""
+    loss = {"sft": language_loss, "reward": pair_loss}[stage]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], fused=True)
+
+    @torch.no_grad()
+    def forward() -> None:
+        loss(model, next(feed))
+
+    def train(optimizer: torch.optim.Optimizer | None) -> None:
+        train_step(model, lambda: loss(model, next(feed)), optimizer)
+
+    count, warmup = config["steps"], config["warmup"]
+    times = {
+        "forward": timed(forward, count, warmup),
+        "forward_backward": timed(lambda: train(None), count, warmup),
+        "forward_backward_adamw": timed(lambda: train(optimizer), count, warmup),
+    }
+    return times | {"total": times["forward_backward_adamw"]}
+
+
+def ppo(
+    config: Config, actor: PreTrainedModel, critic: PreTrainedModel, feed: Iterator[Batch]
+) -> dict[str, float]:
+    """The passes of PPO; logits only where the response is, a value per position."""
+    length, count, warmup = config["response_length"], config["steps"], config["warmup"]
+    actor.generation_config.eos_token_id = None  # every response has full length
+    prompts = next(feed)
+
+    @torch.no_grad()
+    def generate() -> Tensor:
+        return actor.generate(**next(feed), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length)
+
+    with torch.no_grad():
+        ids = actor.generate(**prompts, do_sample=True, temperature=1.0, top_k=0, max_new_tokens=length)
+    mask = torch.cat([prompts["attention_mask"], torch.ones_like(ids[:, -length:])], dim=1)
+
+    def policy_loss() -> Tensor:
+        logits = actor(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten())
+
+    def value_loss() -> Tensor:
+        backbone = getattr(critic, critic.base_model_prefix)
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return critic.score(hidden[:, -length - 1 : -1]).float().square().mean()
+
+    times = {"generate": timed(generate, count, warmup)}
+    for name, model, loss in (("actor", actor, policy_loss), ("critic", critic, value_loss)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], fused=True)
+        with torch.no_grad():
+            times[f"{name}_forward"] = timed(loss, count, warmup)
+        times[f"{name}_train"] = timed(lambda m=model, f=loss, o=optimizer: train_step(m, f, o), count, warmup)
+    scoring = times["actor_forward"] + 2 * times["critic_forward"]  # reference; reward model and critic
+    training = config["ppo_epochs"] * (times["actor_train"] + times["critic_train"])
+    return times | {"total": times["generate"] + scoring + training}
+
+
+def main() -> None:
+    """Time the passes, then report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=["sft", "reward", "ppo"])
+    parser.add_argument("--config", type=json.loads, required=True)
+    options = parser.parse_args()
+    config, stage = options.config, options.stage
+    torch.set_num_threads(config["threads"])
+    torch.manual_seed(config["seed"])
+    dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
+    feed = batches(config, stage, AutoTokenizer.from_pretrained(config["policy"]))
+    policy = AutoModelForCausalLM.from_pretrained(config["policy"], dtype=dtype)
+    scorer = AutoModelForSequenceClassification.from_pretrained(config["reward_model"], dtype=dtype)
+    if stage == "ppo":
+        times = ppo(config, policy, scorer, feed)
+    else:
+        times = supervised(config, stage, policy if stage == "sft" else scorer, feed)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"passes": times, "peak_gib": peak_kib / 2**20}))
+
+
+if __name__ == "__main__":
+    main()
