@@ -30,18 +30,25 @@ class Segment(NamedTuple):
     ends: bool = False
 
 
-def prompt_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
+def find_prompt(record: dict[str, Any]) -> str | list[Message]:
     """The prompt of any kind of record. Raises ValueError, in words for the user, when there is none."""
     if "prompt" in record:
-        return _prompt(_text(record, "prompt"), render, eos)
+        return _text(record, "prompt")
     if "messages" in record:
         messages = _text(record, "messages")
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        return _prompt(messages, render, eos)
+        if not messages:
+            raise ValueError("field 'messages' has nothing before the assistant's message")
+        return messages
     if "chosen" in record and "rejected" in record:
-        return _prompt(_common_prompt(record)[0], render, eos)
+        return _common_prompt(record)[0]
     raise ValueError("field 'prompt' is missing (or 'messages', or 'chosen' and 'rejected')")
+
+
+def prompt_segments(prompt: str | list[Message], render: Render, eos: str) -> list[Segment]:
+    """A prompt as segments, up to where the response begins."""
+    return [Segment(prompt)] if isinstance(prompt, str) else _conversation(prompt, render, eos)
 
 
 def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
@@ -56,7 +63,7 @@ def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> 
     if "prompt" not in record or "completion" not in record:
         missing = "prompt" if "prompt" not in record else "completion"
         raise ValueError(f"field {missing!r} is missing (a demonstration has 'prompt' + 'completion', or 'messages')")
-    return _dialogue(_text(record, "prompt"), _text(record, "completion"), "completion", render, eos)
+    return dialogue_segments(_text(record, "prompt"), _text(record, "completion"), render, eos)
 
 
 def preference_segments(record: dict[str, Any], render: Render, eos: str) -> tuple[list[Segment], list[Segment]]:
@@ -69,9 +76,28 @@ def preference_segments(record: dict[str, Any], render: Render, eos: str) -> tup
     else:
         prompt, chosen, rejected = _common_prompt(record)
     return (
-        _dialogue(prompt, chosen, "chosen", render, eos),
-        _dialogue(prompt, rejected, "rejected", render, eos),
+        dialogue_segments(prompt, chosen, render, eos, "chosen"),
+        dialogue_segments(prompt, rejected, render, eos, "rejected"),
     )
+
+
+def dialogue_segments(
+    prompt: str | list[Message], response: str | list[Message], render: Render, eos: str, name: str = "completion"
+) -> list[Segment]:
+    """Prompt segments, then the response, whose last assistant turn alone is marked as one.
+
+    name: the field the response comes from, for messages.
+    """
+    if isinstance(prompt, str) and isinstance(response, str):
+        return [Segment(prompt), Segment(response, is_response=True, ends=True)]
+    if isinstance(prompt, str):
+        raise ValueError(f"'prompt' is a string but {name!r} is a list of messages; both must be of one kind")
+    if isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+    if response[-1]["role"] != "assistant":
+        raise ValueError(f"field {name!r} must end with an assistant message")
+    segments = _conversation(prompt + response, render, eos)
+    return [s._replace(is_response=False) for s in segments[:-1]] + segments[-1:]
 
 
 def _text(record: dict[str, Any], name: str) -> str | list[Message]:
@@ -91,30 +117,6 @@ def _text(record: dict[str, Any], name: str) -> str | list[Message]:
         if not isinstance(message["content"], str) or not message["content"].strip():
             raise ValueError(f"field {name!r}: message {number} has no content")
     return value
-
-
-def _prompt(prompt: str | list[Message], render: Render, eos: str) -> list[Segment]:
-    if isinstance(prompt, str):
-        return [Segment(prompt)]
-    if not prompt:
-        raise ValueError("the prompt is empty: there is no message before the assistant's")
-    return _conversation(prompt, render, eos)
-
-
-def _dialogue(
-    prompt: str | list[Message], response: str | list[Message], name: str, render: Render, eos: str
-) -> list[Segment]:
-    """Prompt segments, then the response: exactly its last assistant turn is one response segment that ends."""
-    if isinstance(prompt, str) and isinstance(response, str):
-        return [Segment(prompt), Segment(response, is_response=True, ends=True)]
-    if isinstance(prompt, str):
-        raise ValueError(f"'prompt' is a string but {name!r} is a list of messages; both must be of one kind")
-    if isinstance(response, str):
-        response = [{"role": "assistant", "content": response}]
-    if response[-1]["role"] != "assistant":
-        raise ValueError(f"field {name!r} must end with an assistant message")
-    segments = _conversation(prompt + response, render, eos)
-    return [s._replace(is_response=False) for s in segments[:-1]] + segments[-1:]
 
 
 def _conversation(messages: list[Message], render: Render, eos: str) -> list[Segment]:

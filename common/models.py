@@ -112,7 +112,7 @@ def response_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> T
     follows it, and without a mask attention takes its fastest path. The output head sees the N chosen hidden states,
     so that no logits are made for prompts and padding.
     """
-    head = _base(model).get_output_embeddings()
+    head = base_model(model).get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
     try:
         return model(input_ids=input_ids, use_cache=False).logits  # (N, V)
@@ -124,14 +124,17 @@ def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tens
     """Scalar output at the chosen positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,) fp32.
 
     The model's own forward would choose a position by the pad id; the head's output is read on its way out instead.
+    The `reward_mean` and `reward_std` of the configuration, which step 2 writes, are applied.
     """
     outputs: list[Tensor] = []
-    read = _base(model).score.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    read = base_model(model).score.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     try:
         model(input_ids=input_ids, use_cache=False)
     finally:
         read.remove()
-    return outputs[0][positions].squeeze(-1)  # (B, T, 1) -> (N,)
+    config = base_model(model).config
+    scores = outputs[0][positions].squeeze(-1)  # (B, T, 1) -> (N,)
+    return (scores - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
 
 
 def last_positions(lengths: Tensor, width: int) -> Tensor:
@@ -139,7 +142,7 @@ def last_positions(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) == (lengths - 1).unsqueeze(1)
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
+def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a DeepSpeed engine or a peft wrapper."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,9 +1,9 @@
 """Time, in plain PyTorch, the passes that a training step cannot avoid, and print one JSON line.
 
-Usage: ``bare.py sft|reward|ppo --config JSON``. Same model, data, batch and padding as the trainers. ``total`` is the
-lower bound of a step: forward, backward and AdamW for SFT and Reward; for PPO `generate`, one pass each of reference,
-reward model and critic without gradients, then per epoch forward, backward and AdamW of actor and critic. In bf16 the
-weights are bf16, without the fp32 master copy that a trainer keeps.
+Usage: ``bare.py sft|reward|ppo --config JSON``. Same model, data and batch as the trainers, batches in file
+order. The step is the sum of these: forward, backward and AdamW for SFT and Reward; for PPO `generate`, one pass
+each of reference, reward model and critic without gradients, then per epoch forward, backward and AdamW of actor
+and critic. In bf16 the weights are bf16, without the fp32 master copy that a trainer keeps.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from statistics import median
 from typing import Any
@@ -39,8 +40,9 @@ def batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerBase) -> I
     collated = []
     for start in range(0, len(records) - size + 1, size):
         chunk = records[start : start + size]
-        texts = [record["prompt"] + record[field] + tokenizer.eos_token for field in fields for record in chunk]
-        collated.append(tokenizer(texts or [record["prompt"] for record in chunk], padding=True, return_tensors="pt"))
+        texts = [row["prompt"] + row[field] + tokenizer.eos_token for field in fields for row in chunk]
+        texts = texts or [row["prompt"] for row in chunk]
+        collated.append(tokenizer(texts, padding=True, return_tensors="pt"))
     return cycle([{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in collated])
 
 
@@ -65,7 +67,9 @@ def pair_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
 
-def train_step(model: PreTrainedModel, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+def train_step(
+    model: PreTrainedModel, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None
+) -> None:
     """Forward and backward, then AdamW if there is an optimizer."""
     loss().backward()
     if optimizer is not None:
@@ -111,8 +115,9 @@ def ppo(
     mask = torch.cat([prompts["attention_mask"], torch.ones_like(ids[:, -length:])], dim=1)
 
     def policy_loss() -> Tensor:
-        logits = actor(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, -length:].flatten())
+        output = actor(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=length + 1)
+        logits = output.logits[:, :-1].flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, ids[:, -length:].flatten())
 
     def value_loss() -> Tensor:
         backbone = getattr(critic, critic.base_model_prefix)
@@ -124,7 +129,7 @@ def ppo(
         optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], fused=True)
         with torch.no_grad():
             times[f"{name}_forward"] = timed(loss, count, warmup)
-        times[f"{name}_train"] = timed(lambda m=model, f=loss, o=optimizer: train_step(m, f, o), count, warmup)
+        times[f"{name}_train"] = timed(partial(train_step, model, loss, optimizer), count, warmup)
     scoring = times["actor_forward"] + 2 * times["critic_forward"]  # reference; reward model and critic
     training = config["ppo_epochs"] * (times["actor_train"] + times["critic_train"])
     return times | {"total": times["generate"] + scoring + training}
@@ -148,7 +153,7 @@ def main() -> None:
     else:
         times = supervised(config, stage, policy if stage == "sft" else scorer, feed)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"passes": times, "peak_gib": peak_kib / 2**20}))
+    print(json.dumps({"seconds": [times.pop("total")], "passes": times, "peak_gib": peak_kib / 2**20}))
 
 
 if __name__ == "__main__":

@@ -2,48 +2,49 @@
 
     python tests/bench/compare.py [--stages sft reward ppo] [--sides trl triptych bare] [--json FILE]
 
-Everyone gets the same random model, data, batch, precision and number of threads. A step is timed from the end of the
-step before to its own end, for Triptych by watching its metrics file grow. TRL runs in an environment of its own under
-`.venv-bench/`, made on the first run. SFT and Reward come from TRL 1.16.0, PPO from 1.12.0, the last release that has
-it. Run on an idle machine: two trainings that share cores slow each other far more than twofold.
+Start it with the Python that Triptych runs in. Everyone gets the same random model, data, batch, precision and
+number of threads, and a step is timed from the end of the step before to its own end. TRL runs in an environment
+of its own under `.venv-bench/`, made on the first run: SFT and Reward from TRL 1.16.0, PPO from 1.12.0, the last
+release that has it. Run on an idle machine: two trainings that share cores slow each other far more than twofold.
 """
 
 import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-ENVIRONMENT = ROOT / ".venv-bench"
+ENVIRONMENT = HERE.parents[1] / ".venv-bench"
 PYTHON = ENVIRONMENT / "env" / "bin" / "python"
 TRL_WITH_PPO = ENVIRONMENT / "trl112"
+STAGES = ["sft", "reward", "ppo"]
+SIDES = ["trl", "triptych", "bare"]
 Config = dict[str, Any]
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=["sft", "reward", "ppo"], default=["sft", "reward", "ppo"])
-    sides = ["trl", "triptych", "bare"]
-    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="Who runs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="Who runs, in this order.")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--zero_config", help="ZeRO JSON for Triptych; default zero0 in fp32, zero1 with bf16 in bf16.")
+    parser.add_argument("--zero_config", default="", help="ZeRO JSON for Triptych. Default: by precision.")
     parser.add_argument("--steps", type=int, default=20, help="Measured steps.")
     parser.add_argument("--warmup", type=int, default=3, help="Steps before them, at least 1.")
-    parser.add_argument("--repeats", type=int, default=1, help="Rounds of all sides in turn; their steps are pooled.")
+    parser.add_argument("--repeats", type=int, default=1, help="Rounds of all sides; their steps are pooled.")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--response_length", type=int, default=64, help="New tokens of each PPO response.")
-    parser.add_argument("--ppo_epochs", type=int, nargs="+", default=[4, 1], help="One PPO comparison for each.")
+    parser.add_argument("--ppo_epochs", type=int, nargs="+", default=[4, 1], help="One comparison for each.")
+    parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--fixed_lengths", action="store_true", help="All records equally long: no padding.")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
@@ -54,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-def stop(message: str) -> None:
-    """End with one line."""
-    sys.exit(f"compare.py: {message}")
+def last_line(text: str) -> str:
+    """What a failed command said last."""
+    return (text.strip().splitlines() or ["no output"])[-1]
 
 
 def make_environment() -> None:
@@ -72,105 +73,96 @@ def make_environment() -> None:
         [*pip, "-r", str(HERE / "requirements.txt")],
         [*pip, "--no-deps", "--target", str(TRL_WITH_PPO), "trl==1.12.0"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            stop(f"cannot make the environment: {' '.join(command[1:])}: {last_line(done.stderr)}")
+            sys.exit(f"compare.py: cannot make the environment: {last_line(done.stderr or done.stdout)}")
     stamp.write_text(wanted)
 
 
-def last_line(text: str) -> str:
-    """What a failed command said last."""
-    return (text.strip().splitlines() or ["no output"])[-1]
-
-
-def variables(options: argparse.Namespace, **more: str) -> dict[str, str]:
-    """The environment of every child: the same threads, no hub."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    fixed = {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return kept | fixed | {"CUDA_VISIBLE_DEVICES": ""} | more
-
-
-def run_child(script: str, arguments: list[str], config: Config, environment: dict[str, str]) -> Config:
-    """Run one of the scripts beside this one and read the JSON of its last line."""
-    command = [str(PYTHON), str(HERE / script), *arguments, "--config", json.dumps(config)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+def run_child(script: str, arguments: list[str], config: Config, threads: int) -> Config:
+    """Run one of the scripts beside this one, on the CPU, without the hub; return the JSON of its last line."""
+    dropped = ("PYTHONPATH", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if script == "run_trl.py" and arguments == ["ppo"]:
+        environment["PYTHONPATH"] = str(TRL_WITH_PPO)
+    python = sys.executable if script == "run_triptych.py" else str(PYTHON)
+    command = [python, str(HERE / script), *arguments, "--config", json.dumps(config)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        stop(f"{script} {' '.join(arguments)} failed: {last_line(done.stderr)}")
+        sys.exit(f"compare.py: {' '.join([script, *arguments])} failed: {last_line(done.stderr)}")
     return json.loads(last_line(done.stdout))
 
 
-def zero_config(options: argparse.Namespace, folder: Path) -> Path:
-    """The ZeRO JSON that gives Triptych the wanted precision."""
-    if options.zero_config:
-        return Path(options.zero_config).resolve()
-    shipped = ROOT / "common" / "zero_configs"
-    if options.precision == "fp32":
-        return shipped / "zero0.json"
-    path = folder / "zero1_bf16.json"
-    path.write_text(json.dumps(json.loads((shipped / "zero1.json").read_text()) | {"bf16": {"enabled": True}}))
-    return path
+def measure(stage: str, epochs: int, options: argparse.Namespace, made: Config, folder: Path) -> Config:
+    """All sides of one stage, in turn, as often as asked: step time, tokens per second, memory, passes."""
+    total_steps = options.warmup + options.steps
+    config = vars(options) | {"json": None, "ppo_epochs": epochs, "total_steps": total_steps}
+    config |= {"policy": made["policy"], "reward_model": made["reward_model"], "data": made["data"][stage]}
+    tokens = options.batch_size * made["tokens_per_record"][stage]
+    tokens += options.batch_size * options.response_length if stage == "ppo" else 0
+    found: Config = {side: [] for side in options.sides}
+    for number in range(options.repeats):
+        for side in options.sides:
+            script = "bare.py" if side == "bare" else f"run_{side}.py"
+            config["output_dir"] = str(folder / f"{stage}_{epochs}_{side}_{number}")
+            print(f"  {stage}: {side}, round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
+            found[side].append(run_child(script, [stage], config, options.threads))
+    result: Config = {}
+    for side, rounds in found.items():
+        seconds = [second for one in rounds for second in one["seconds"]]
+        names = rounds[0].get("passes", {})
+        result[side] = {
+            "step_seconds": median(seconds),
+            "tokens_per_second": tokens / median(seconds),
+            "peak_gib": max(one["peak_gib"] for one in rounds),
+            "passes": {name: median(one["passes"][name] for one in rounds) for name in names},
+            "all_seconds": seconds,
+        }
+    return result
 
 
-def triptych_command(stage: str, options: argparse.Namespace, config: Config) -> list[str]:
-    """The launch script with its options."""
-    values = {
-        "output_dir": config["output_dir"],
-        "global_batch_size": options.batch_size,
-        "micro_batch_size": options.batch_size,
-        "max_steps": config["total_steps"],
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "eval_fraction": 0,
-        "save_steps": 0,
-        "seed": options.seed,
-    }
-    zero, rate = zero_config(options, Path(config["output_dir"]).parent), config["learning_rate"]
-    if stage == "ppo":
-        script = "step3_ppo.sh"
-        values |= {"actor_model_name_or_path": config["policy"], "reward_model_name_or_path": config["reward_model"]}
-        values |= {"prompt_data": config["data"], "rollout_batch_size": options.batch_size, "temperature": 1.0}
-        values |= {"ppo_epochs": config["ppo_epochs"], "max_response_length": options.response_length}
-        values |= {"max_prompt_length": options.max_length - options.response_length}
-        values |= {"actor_learning_rate": rate, "critic_learning_rate": rate}
-        if options.zero_config or options.precision == "bf16":
-            values |= {"actor_zero_config": zero, "critic_zero_config": zero}
-    else:
-        script = {"sft": "step1_sft.sh", "reward": "step2_reward.sh"}[stage]
-        values |= {"model_name_or_path": config["policy"], "train_data": config["data"]}
-        values |= {"max_length": options.max_length, "learning_rate": rate, "zero_config": zero}
-    flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-    return ["bash", str(ROOT / "launch" / script), *flags]
+def ratio(result: Config, side: str, base: str) -> str:
+    """How many times the step of `base` the step of `side` takes."""
+    if side not in result or base not in result:
+        return "-"
+    return f"{result[side]['step_seconds'] / result[base]['step_seconds']:.2f}"
 
 
-def run_triptych(stage: str, options: argparse.Namespace, config: Config) -> Config:
-    """Run a stage through its launcher; note when each line of its metrics appears."""
-    output = Path(config["output_dir"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    command = triptych_command(stage, options, config)
-    if not Path(command[1]).exists():
-        stop(f"Triptych's {stage} cannot run: no {Path(command[1]).relative_to(ROOT)}")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = variables(options, PATH=path, MASTER_PORT=port, NUM_GPUS="1")
-    log, metrics, seen, ends = output.with_suffix(".log"), output / "metrics.jsonl", 0, []
-    with log.open("w") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-        while child.poll() is None:
-            size = metrics.stat().st_size if metrics.exists() else 0
-            if size > seen:
-                seen = size
-                ends.append(time.perf_counter())
-            time.sleep(0.002)
-    if child.returncode:
-        errors = [line for line in log.read_text().splitlines() if "Error" in line or "error:" in line]
-        stop(f"Triptych's {stage} failed, log in {log}: {last_line(errors[0] if errors else log.read_text())}")
-    rows = [row for row in map(json.loads, metrics.read_text().splitlines()) if "time/step" in row]
-    if len(rows) != config["total_steps"] or len(ends) < len(rows):
-        stop(f"Triptych's {stage} logged {len(rows)} of {config['total_steps']} steps, log in {log}")
-    ends = ends[: len(rows)]
-    measured = [row for row in rows if row["step"] > options.warmup]
-    parts = {name: median(row[name] for row in measured) for name in measured[0] if name.startswith("time/")}
-    seconds = [end - start for start, end in zip(ends[options.warmup - 1 : -1], ends[options.warmup :], strict=True)]
-    return {"seconds": seconds, "peak_gib": max(row["memory/peak_gib"] for row in rows), "passes": parts}
+def print_table(name: str, result: Config) -> None:
+    """One stage: a row per side, then what the steps consist of."""
+    print(f"\n{name}\n{'':10}{'step s':>9}{'tokens/s':>10}{'peak GiB':>10}{'/ bare':>8}{'/ TRL':>8}")
+    for side, row in result.items():
+        figures = f"{row['step_seconds']:9.3f}{row['tokens_per_second']:10.0f}{row['peak_gib']:10.2f}"
+        print(f"{side:10}{figures}{ratio(result, side, 'bare'):>8}{ratio(result, side, 'trl'):>8}")
+    for side, row in result.items():
+        if row["passes"]:
+            print(f"{side}: " + "  ".join(f"{key} {value:.3f}" for key, value in row["passes"].items()))
+
+
+def main() -> None:
+    """Make what is missing, measure, print."""
+    options = parse_arguments()
+    make_environment()
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"compare.py: load {load:.1f}: the machine is not idle, the figures are noise", file=sys.stderr)
+    folder = Path(tempfile.mkdtemp(prefix="triptych_bench_"))
+    records = options.batch_size * (options.warmup + options.steps)
+    wanted = {"folder": str(folder / "made"), "records": records, "seed": options.seed}
+    made = run_child("fixture.py", [], wanted | {"fixed_lengths": options.fixed_lengths}, options.threads)
+    results: Config = {}
+    for stage in options.stages:
+        for epochs in options.ppo_epochs if stage == "ppo" else [0]:
+            name = f"{stage}, {epochs} epochs" if stage == "ppo" else stage
+            results[name] = measure(stage, epochs, options, made, folder)
+            print_table(name, results[name])
+    if options.json:
+        settings = vars(options) | {"json": str(options.json), "cores": os.cpu_count(), "load": load}
+        options.json.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Make the benchmark's model, tokenizer and data: random, seeded, and the same for every contender.
 
-Usage: ``fixture.py --config JSON`` with keys ``folder records seed fixed_lengths``. Prints one JSON line: the paths, and the
-mean number of real (unpadded) tokens of one record per kind of data.
+Usage: ``fixture.py --config JSON`` with keys ``folder records seed fixed_lengths``. Prints one JSON line: the
+paths, and the mean number of real (unpadded) tokens of one record per kind of data.
 """
 
 import argparse
@@ -12,7 +12,12 @@ from statistics import mean
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 VOCAB_SIZE = 4096
 PROMPT_TOKENS = (16, 32)  # inclusive ranges, drawn uniformly
@@ -20,7 +25,7 @@ COMPLETION_TOKENS = (36, 66)
 
 
 def make_tokenizer(rng: random.Random) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    """Train a byte-level BPE on made-up words; return it with the words that are one token, with and without a space before them."""
+    """Train a byte-level BPE on made-up words; return it with the words that are one token wherever they stand."""
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(2000)]
     bpe = Tokenizer(models.BPE())
@@ -37,7 +42,8 @@ def make_tokenizer(rng: random.Random) -> tuple[PreTrainedTokenizerFast, list[st
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=1024
     )
     assert len(tokenizer) == VOCAB_SIZE
-    return tokenizer, [word for word in words if len(bpe.encode(word).ids) == len(bpe.encode(" " + word).ids) == 1]
+    short = [word for word in words if len(bpe.encode(word).ids) == len(bpe.encode(" " + word).ids) == 1]
+    return tokenizer, short
 
 
 def make_models(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[Path, Path]:

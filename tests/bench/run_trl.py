@@ -1,8 +1,8 @@
 """Train one stage with TRL and print one JSON line: seconds of each measured step and the peak memory.
 
-Usage: ``run_trl.py sft|reward|ppo --config JSON``, in the environment that ``compare.py`` makes: SFT and Reward with
-TRL 1.16, PPO with 1.12 on ``PYTHONPATH``. A step lasts from the end of the step before to its own end, so that
-fetching the batch and logging count. Gradient checkpointing, evaluation, saving and reporting are off.
+Usage: ``run_trl.py sft|reward|ppo --config JSON``, in the environment that ``compare.py`` makes: SFT and Reward
+with TRL 1.16, PPO with 1.12 on ``PYTHONPATH``. A step lasts from the end of the step before to its own end, so
+that fetching the batch and logging count. Gradient checkpointing, evaluation, saving and reporting are off.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ class StepClock(TrainerCallback):
 
     def seconds(self, warmup: int) -> list[float]:
         """Durations of the steps after the warm-up."""
-        return [end - start for start, end in zip(self.ends[warmup - 1 : -1], self.ends[warmup:], strict=True)]
+        return [end - start for start, end in pairwise(self.ends[warmup - 1 :])]
 
 
 def common_arguments(config: Config) -> Config:
@@ -74,7 +75,9 @@ def load_policy(config: Config, dtype: torch.dtype = torch.float32) -> PreTraine
 
 def load_scorer(config: Config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The scalar-head model."""
-    return AutoModelForSequenceClassification.from_pretrained(config["reward_model"], num_labels=1, dtype=dtype)
+    return AutoModelForSequenceClassification.from_pretrained(
+        config["reward_model"], num_labels=1, dtype=dtype
+    )
 
 
 def make_sft(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: StepClock) -> Trainer:
@@ -90,7 +93,9 @@ def make_sft(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, 
     )
 
 
-def make_reward(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: StepClock) -> Trainer:
+def make_reward(
+    config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: StepClock
+) -> Trainer:
     """Pairwise reward model."""
     arguments = trl.RewardConfig(
         **common_arguments(config), max_steps=config["total_steps"], max_length=config["max_length"]
@@ -119,7 +124,7 @@ def make_ppo(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, 
         num_sample_generations=0,
     )
     tokenizer.padding_side = "left"
-    data = data.map(lambda record: {"input_ids": tokenizer(record["prompt"])["input_ids"]}, remove_columns=["prompt"])
+    data = Dataset.from_dict({"input_ids": tokenizer(data["prompt"][:])["input_ids"]})
     return PPOTrainer(
         arguments,
         tokenizer,
@@ -146,8 +151,7 @@ def main() -> None:
     make = {"sft": make_sft, "reward": make_reward, "ppo": make_ppo}[options.stage]
     make(config, data, AutoTokenizer.from_pretrained(config["policy"]), clock).train()
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = {"seconds": clock.seconds(config["warmup"]), "peak_gib": peak_kib / 2**20, "version": trl.__version__}
-    print(json.dumps(result))
+    print(json.dumps({"seconds": clock.seconds(config["warmup"]), "peak_gib": peak_kib / 2**20}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""Step 3: proximal policy optimisation against the reward model, with a KL penalty to the SFT model.
+
+    bash launch/step3_ppo.sh --actor_model_name_or_path OUT1/final --reward_model_name_or_path OUT2/final \
+        --prompt_data F.jsonl --output_dir OUT3
+"""
+
+import time
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from common.checkpoint import prepare_output, resume, save_checkpoint
+from common.data import batch_order, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, run_main, seed_everything
+from common.export import export_model
+from common.lora import check_targets
+from common.metrics import MetricWriter, peak_memory_gib
+from common.models import check_scalar_model, load_causal_lm, load_config
+from common.options import parse_options, world_size
+from common.tensor_ops import masked_whiten
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import load_zero_config, unpartitioned
+from step3_ppo.advantages import generalised_advantages
+from step3_ppo.data import Prompt, prompt
+from step3_ppo.evaluate import evaluate, rollout_metrics
+from step3_ppo.models import Models, build_models, load_critic, same_tokens
+from step3_ppo.optimise import optimise
+from step3_ppo.options import PPOOptions, check_rollout_arithmetic
+from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
+from step3_ppo.rollout import Rollout, collect_rollout
+
+SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(
+        PPOOptions, required=["actor_model_name_or_path", "reward_model_name_or_path", "prompt_data"]
+    )
+    check_rollout_arithmetic(options)
+    actor_zero = load_zero_config(
+        options.actor_zero_config or options.zero_config, options, options.actor_learning_rate
+    )
+    critic_zero = load_zero_config(
+        options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
+    )
+    load_config(options.actor_model_name_or_path)
+    check_scalar_model(options.reward_model_name_or_path, "reward_model_name_or_path")
+    check_targets(options.actor_model_name_or_path, options)
+    tokenizer = load_tokenizer(options.actor_model_name_or_path)
+    reward_tokenizer = load_tokenizer(options.reward_model_name_or_path)
+    encoder = SegmentEncoder(tokenizer)
+    reward_encoder = None if same_tokens(tokenizer, reward_tokenizer) else SegmentEncoder(reward_tokenizer)
+    train, held_out = load_examples(
+        options.prompt_data, options, partial(prompt, encoder=encoder, options=options)
+    )
+    init_distributed()
+    prepare_output(options)
+
+    # 2. Four models, and where the run stands.
+    prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
+    total_steps = options.max_steps or steps_in_epochs(len(train), prompts_per_step, options.num_train_epochs)
+    updates_per_step = options.ppo_epochs * (options.rollout_batch_size // options.global_batch_size)
+    seed_everything(options.seed, step=0)
+    models = build_models(
+        options, encoder, reward_encoder, actor_zero, critic_zero, total_steps * updates_per_step
+    )
+    engines = {"actor": models.actor, "critic": models.critic}
+    state = resume(options, engines)
+    horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
+    kl = KLController(state.controllers.get("kl_coef", options.kl_coef), options.target_kl, horizon)
+    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {world_size()} ranks")
+
+    def evaluate_and_log() -> None:
+        figures, table = evaluate(models, held_out, options)
+        metrics.log(state.step, figures, ["eval/score", "eval/kl", "eval/length", "eval/distinct_2"])
+        metrics.text(state.step, "samples", table)
+
+    if held_out and state.step == 0:
+        evaluate_and_log()
+
+    order = batch_order([len(p.ids) for p in train], prompts_per_step, options.seed, state.step, grouped=False)
+    while state.step < total_steps:
+        start = time.perf_counter()
+        step = state.step + 1
+        seed_everything(options.seed, step)
+        batch = [train[i] for i in next(order) for _ in range(options.samples_per_prompt)]
+
+        # 3. Sample and score, without gradients.
+        rollout, seconds = collect_rollout(models, batch, options, step)
+        # 4. Per-token KL penalty, and the score on the last token.
+        rewards = shape_rewards(rollout, options, kl.coef)
+        # 5. Advantages over the whole rollout.
+        advantages, returns = estimate_advantages(rollout, rewards, options)
+        # 6. Clipped policy and value losses, several epochs.
+        train_start = time.perf_counter()
+        stats = optimise(models, rollout, advantages, returns, options, step)
+        seconds["time/train"] = time.perf_counter() - train_start
+        seconds["time/step"] = time.perf_counter() - start
+
+        # 7. Record.
+        found = rollout_metrics(rollout, returns) | stats | seconds | {"kl/coef": kl.coef}
+        found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
+        found["rollout/tokens_per_second"] = int(rollout.response_lengths.sum()) / seconds["time/rollout"]
+        kl.update(found["kl/mean"], options.rollout_batch_size)
+        state.controllers["kl_coef"] = kl.coef
+        state.advance(prompts_per_step, len(train))
+        is_last = state.step == total_steps
+        if is_last or state.step % options.logging_steps == 0:
+            metrics.log(state.step, found, SHOWN)
+        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
+            evaluate_and_log()
+        if options.save_steps and (is_last or state.step % options.save_steps == 0):
+            save_checkpoint(options, state, engines)
+
+    # 8. What other programs read.
+    output = Path(options.output_dir)
+    load_actor = partial(load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero))
+    load_value = partial(load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoder is None)
+    export_model(models.actor, tokenizer, output / "final", load_actor)
+    export_model(models.critic, tokenizer, output / "final_critic", load_value)
+
+
+def shape_rewards(rollout: Rollout, options: PPOOptions, kl_coef: float) -> Tensor:
+    """Rewards (B, R): the KL penalty at every token, the clipped score less any missing-EOS penalty at the last."""
+    scores = clip_scores(rollout.scores, options.score_clip)
+    scores = scores - options.missing_eos_penalty * ~rollout.ended
+    kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
+    return token_rewards(scores, kl, rollout.response_lengths, kl_coef)
+
+
+def estimate_advantages(rollout: Rollout, rewards: Tensor, options: PPOOptions) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened over all response tokens of the rollout, and returns, both (B, R)."""
+    mask = rollout.response_mask
+    advantages, returns = generalised_advantages(
+        rewards, rollout.values, mask, options.gamma, options.gae_lambda
+    )
+    return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
+
+
+if __name__ == "__main__":
+    run_main(main)
