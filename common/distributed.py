@@ -41,7 +41,7 @@ def init_distributed() -> None:
         return
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", "0")  # alone, any free port will do
     if on_cpu():
         # DeepSpeed would compile a shared-memory op for a minute or two; gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -3,44 +3,51 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-# install FILE: a virtual environment with what FILE lists, made once and again when FILE changes.
+# install FILE...: a virtual environment with what the files list; again only when they change.
 install() {
-    local venv="$ROOT/.venv" requirements="$ROOT/$1" stamp="$ROOT/.venv/$(basename "$1").installed"
+    local venv="$ROOT/.venv" file
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
     export PATH="$venv/bin:$PATH"
-    cmp -s "$requirements" "$stamp" && return
-    echo "installing $1 into .venv"
-    pip install --quiet --disable-pip-version-check -r "$requirements"
-    cp "$requirements" "$stamp"
+    for file in "$@"; do
+        cmp -s "$ROOT/$file" "$venv/${file//\//-}.installed" && continue
+        echo "installing $file into .venv (once; this takes a few minutes)"
+        pip install --quiet --disable-pip-version-check -r "$ROOT/$file"
+        cp "$ROOT/$file" "$venv/${file//\//-}.installed"
+    done
 }
 
-# Without a GPU the ranks are processes on the CPU that share its cores.
+# Without a GPU, ranks are processes that share the cores, and nothing is compiled at run time.
 choose_device() {
-    command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && return
+    nvidia-smi -L >/dev/null 2>&1 && return
+    NUM_GPUS="${NUM_GPUS:-1}"
     export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(nproc) + NUM_GPUS - 1) / NUM_GPUS ))}"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
 }
 
-# The value that follows option $1 in the remaining arguments.
-option_value() {
-    local name="$1" found=""
-    shift
-    while [ $# -gt 0 ]; do
-        case "$1" in
-        "$name") found="${2:-}" ;;
-        "$name="*) found="${1#*=}" ;;
-        esac
-        shift
+# output_dir DEFAULT OPTIONS...: the value of --output_dir among the options.
+output_dir() {
+    local found="$1" previous="" word
+    for word in "${@:2}"; do
+        [ "$previous" = --output_dir ] && found="$word"
+        [[ "$word" == --output_dir=* ]] && found="${word#*=}"
+        previous="$word"
     done
     printf %s "$found"
 }
 
-# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: the DeepSpeed launcher, its log also in output_dir/train.log.
+# On one machine any free port will do, so that two runs do not collide.
+choose_port() {
+    [ -n "$MASTER_PORT$HOSTFILE" ] && return
+    MASTER_PORT="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+}
+
+# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks; the log also goes to output_dir/train.log.
 run_stage() {
-    local module="$1" output
-    output="$(option_value --output_dir "${@:3}")"
-    output="${output:-$2}"
+    local output
+    choose_device
+    choose_port
+    output="$(output_dir "${@:2}")"
     mkdir -p "$output"
-    deepspeed ${HOSTFILE:+--hostfile "$HOSTFILE"} --num_gpus "$NUM_GPUS" --master_port "$MASTER_PORT" \
-        --no_local_rank --module "$module" "${@:3}" 2>&1 | tee -a "$output/train.log"
+    deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
+        --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}" 2>&1 | tee -a "$output/train.log"
 }

@@ -1,9 +1,9 @@
 """Time, in plain PyTorch, the passes that a training step cannot avoid, and print one JSON line.
 
 Usage: ``bare.py sft|reward|ppo --config JSON``. Same model, data and batch as the trainers, batches in file
-order. The step is the sum of these: forward, backward and AdamW for SFT and Reward; for PPO `generate`, one pass
-each of reference, reward model and critic without gradients, then per epoch forward, backward and AdamW of actor
-and critic. In bf16 the weights are bf16, without the fp32 master copy that a trainer keeps.
+order. The step is the sum of these: forward, backward and AdamW for SFT and Reward; for PPO `generate`, one
+pass each of reference, reward model and critic without gradients, then per epoch forward, backward and AdamW
+of actor and critic. In bf16 the weights are bf16, without the fp32 master copy that a trainer keeps.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -32,8 +33,7 @@ Batch = dict[str, Tensor]
 
 def batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """The data in file order, padded to the longest of each batch, over and over."""
-    with open(config["data"]) as lines:
-        records = [json.loads(line) for line in lines]
+    records = [json.loads(line) for line in Path(config["data"]).read_text().splitlines()]
     tokenizer.padding_side = "left" if stage == "ppo" else "right"
     fields = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[stage]
     size = config["batch_size"]

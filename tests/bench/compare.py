@@ -2,10 +2,11 @@
 
     python tests/bench/compare.py [--stages sft reward ppo] [--sides trl triptych bare] [--json FILE]
 
-Start it with the Python that Triptych runs in. Everyone gets the same random model, data, batch, precision and
-number of threads, and a step is timed from the end of the step before to its own end. TRL runs in an environment
-of its own under `.venv-bench/`, made on the first run: SFT and Reward from TRL 1.16.0, PPO from 1.12.0, the last
-release that has it. Run on an idle machine: two trainings that share cores slow each other far more than twofold.
+Start it with the Python that Triptych runs in. Everyone gets the same random model, data, batch, precision
+and number of threads, and a step is timed from the end of the step before to its own end. TRL runs in an
+environment of its own under `.venv-bench/`, made on the first run: SFT and Reward from TRL 1.16.0, PPO from
+1.12.0, the last release that has it. Run on an idle machine: two trainings that share cores slow each other
+far more than twofold.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def make_environment() -> None:
 
 
 def run_child(script: str, arguments: list[str], config: Config, threads: int) -> Config:
-    """Run one of the scripts beside this one, on the CPU, without the hub; return the JSON of its last line."""
+    """Run one of the scripts beside this one, on the CPU, offline; return the JSON of its last line."""
     dropped = ("PYTHONPATH", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
@@ -155,7 +156,7 @@ def main() -> None:
     results: Config = {}
     for stage in options.stages:
         for epochs in options.ppo_epochs if stage == "ppo" else [0]:
-            name = f"{stage}, {epochs} epochs" if stage == "ppo" else stage
+            name = f"{stage}, ppo_epochs {epochs}" if stage == "ppo" else stage
             results[name] = measure(stage, epochs, options, made, folder)
             print_table(name, results[name])
     if options.json:

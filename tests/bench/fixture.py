@@ -25,7 +25,7 @@ COMPLETION_TOKENS = (36, 66)
 
 
 def make_tokenizer(rng: random.Random) -> tuple[PreTrainedTokenizerFast, list[str]]:
-    """Train a byte-level BPE on made-up words; return it with the words that are one token wherever they stand."""
+    """Train a byte-level BPE on made-up words; return it with the words that are one token everywhere."""
     letters = "etaoinshrdlucmfwypvbgk"
     words = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(2000)]
     bpe = Tokenizer(models.BPE())
@@ -74,7 +74,7 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
 def make_records(
     kind: str, count: int, words: list[str], rng: random.Random, fixed_lengths: bool
 ) -> list[dict[str, str]]:
-    """Records of one kind of data; every text but a prompt starts with a space, so that strings concatenate."""
+    """Records of one kind of data; all texts but prompts start with a space, so that strings concatenate."""
 
     def text(bounds: tuple[int, int]) -> str:
         length = sum(bounds) // 2 if fixed_lengths else rng.randint(*bounds)
@@ -88,7 +88,7 @@ def make_records(
 
 
 def tokens_of(record: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> int:
-    """Tokens a trainer processes for a record: each continuation with its prompt and EOS; a prompt as it is."""
+    """Tokens a trainer processes for a record: each continuation with prompt and EOS; a lone prompt as is."""
     continuations = [record[field] + tokenizer.eos_token for field in record if field != "prompt"] or [""]
     return sum(len(tokenizer(record["prompt"] + text)["input_ids"]) for text in continuations)
 

@@ -1,8 +1,8 @@
-"""Train one stage with Triptych's launch script and print one JSON line: step times, their parts, peak memory.
+"""Train one stage with Triptych's launch script and print one JSON line: step times, their parts, the memory.
 
-Usage: ``run_triptych.py sft|reward|ppo --config JSON``, in the environment that Triptych runs in. A step lasts
-from one line of metrics to the next, as seen from outside, so that fetching the batch and logging count; the
-medians of the `time/...` metrics are reported beside it.
+Usage: ``run_triptych.py sft|reward|ppo --config JSON``, in the environment that Triptych runs in. A step
+lasts from one line of metrics to the next, as seen from outside, so that fetching the batch and logging
+count; the medians of the `time/...` metrics are reported beside it.
 """
 
 import argparse

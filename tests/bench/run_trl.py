@@ -1,8 +1,9 @@
 """Train one stage with TRL and print one JSON line: seconds of each measured step and the peak memory.
 
-Usage: ``run_trl.py sft|reward|ppo --config JSON``, in the environment that ``compare.py`` makes: SFT and Reward
-with TRL 1.16, PPO with 1.12 on ``PYTHONPATH``. A step lasts from the end of the step before to its own end, so
-that fetching the batch and logging count. Gradient checkpointing, evaluation, saving and reporting are off.
+Usage: ``run_trl.py sft|reward|ppo --config JSON``, in the environment that ``compare.py`` makes: SFT and
+Reward with TRL 1.16, PPO with 1.12 on ``PYTHONPATH``. A step lasts from the end of the step before to its own
+end, so that fetching the batch and logging count. Gradient checkpointing, evaluation, saving and reporting
+are off.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import resource
 import time
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,7 +38,7 @@ class StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         """Called after each optimiser step; by PPO after each rollout and the epochs over it."""
         self.ends.append(time.perf_counter())
 
@@ -145,8 +147,8 @@ def main() -> None:
     options = parser.parse_args()
     config = options.config
     torch.set_num_threads(config["threads"])
-    with open(config["data"]) as lines:
-        data = Dataset.from_list([json.loads(line) for line in lines])
+    lines = Path(config["data"]).read_text().splitlines()
+    data = Dataset.from_list([json.loads(line) for line in lines])
     clock = StepClock()
     make = {"sft": make_sft, "reward": make_reward, "ppo": make_ppo}[options.stage]
     make(config, data, AutoTokenizer.from_pretrained(config["policy"]), clock).train()

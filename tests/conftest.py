@@ -1,0 +1,51 @@
+"""What all tests share: one thread, the CPU where there is no GPU, the shared folder, the reference values."""
+
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+torch.set_num_threads(1)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+
+# The tolerance of every comparison with a reference value or a closed form.
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models, tokenizers, data and reference values; it is not part of the repository."""
+    if not SHARED.exists():
+        pytest.skip(f"needs the shared folder beside the repository: {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def reference(shared: Path) -> Callable[[str], SimpleNamespace]:
+    """Looks a case up by its id: params, inputs and outputs as attributes, lists of numbers as tensors."""
+    cases = {case["id"]: case for case in json.loads((shared / "reference/values.json").read_text())["cases"]}
+
+    def look_up(case_id: str) -> SimpleNamespace:
+        case = cases[case_id]
+        return SimpleNamespace(**{part: _tensors(case[part]) for part in ("params", "inputs", "outputs")})
+
+    return look_up
+
+
+def _tensors(values: dict[str, Any]) -> SimpleNamespace:
+    converted = {k: torch.tensor(v) if isinstance(v, list | float) else v for k, v in values.items()}
+    return SimpleNamespace(**converted)

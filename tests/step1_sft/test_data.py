@@ -1,0 +1,84 @@
+"""Which tokens of a demonstration are learnt, and where they stand in a batch."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from common.formatting import Segment
+from step1_sft.data import Demonstration, collate, demonstration
+from step1_sft.options import SFTOptions
+
+EOS, PAD = 1, 0
+
+
+class WordEncoder:
+    """Stands in for the encoder: every word is a token, numbered as they come, and EOS is 1."""
+
+    tokenizer = SimpleNamespace(eos_token="</s>")
+
+    def render(self, messages, add_generation_prompt):
+        text = "".join(f"{m['role']} : {m['content']} {'</s> ' * (m['role'] == 'assistant')}" for m in messages)
+        return text + "assistant : " * add_generation_prompt
+
+    def encode(self, segments: list[Segment]) -> tuple[list[int], list[bool]]:
+        ids, mask = [], []
+        for segment in segments:
+            part = [10 + len(ids) + i for i in range(len(segment.text.split()))] + [EOS] * segment.ends
+            ids, mask = ids + part, mask + [segment.is_response] * len(part)
+        return ids, mask
+
+
+def tokenise(record: dict, **options) -> Demonstration | None:
+    return demonstration(record, WordEncoder(), SFTOptions(**options))
+
+
+def test_only_the_response_and_its_eos_are_learnt():
+    row = tokenise({"prompt": "three words here", "completion": "two more"})
+    assert row.ids == [10, 11, 12, 13, 14, EOS]
+    assert row.is_trained == [False, False, False, True, True, True]
+    assert row.prompt_ids == [10, 11, 12]
+
+
+def test_every_assistant_turn_is_learnt():
+    turns = [("user", "hello there"), ("assistant", "hi"), ("user", "bye"), ("assistant", "so long")]
+    row = tokenise({"messages": [{"role": role, "content": content} for role, content in turns]})
+    #          user : hello there assistant : | hi EOS | user : bye assistant : | so long EOS
+    assert row.is_trained == [False] * 6 + [True] * 2 + [False] * 5 + [True] * 3
+    assert row.prompt_ids == row.ids[:6]
+
+
+def test_loss_on_all_tokens_leaves_out_the_first():
+    row = tokenise({"prompt": "three words here", "completion": "two more"}, loss_on="prompt_and_response")
+    assert row.is_trained == [False, True, True, True, True, True]
+
+
+def test_truncation_keeps_the_beginning():
+    long = "w " * 20
+    row = tokenise({"prompt": "three words here", "completion": long}, max_length=8)
+    assert row.ids == list(range(10, 18))
+    assert row.is_trained == [False] * 3 + [True] * 5
+
+
+@pytest.mark.parametrize("words, left", [(7, True), (8, False), (30, False)])
+def test_truncation_that_leaves_no_response_drops_the_record(words, left):
+    row = tokenise({"prompt": "w " * words, "completion": "answer"}, max_length=8)
+    assert (row is not None) == left
+
+
+def test_collate_aligns_positions_with_labels():
+    rows = [
+        Demonstration([10, 11, 12, 13, EOS], [False, False, True, True, True]),
+        Demonstration([20, 21, EOS], [False, True, True]),
+        Demonstration([30, 31, 32, 33], [False, True, False, True]),  # two turns
+    ]
+    batch = collate(rows, PAD)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13, EOS], [20, 21, EOS, PAD, PAD], [30, 31, 32, 33, PAD]]
+    assert batch.positions.int().tolist() == [[0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]
+    assert batch.labels.tolist() == [12, 13, EOS, 21, EOS, 31, 33]
+
+
+def test_a_learnt_pad_id_inside_a_row_is_kept():
+    """Masks come from lengths: an id that happens to be the pad id is a token like any other."""
+    batch = collate([Demonstration([10, PAD, PAD], [False, True, True]), Demonstration([20, 21], [False, True])], PAD)
+    assert batch.labels.tolist() == [PAD, PAD, 21]
+    assert batch.positions.int().tolist() == [[1, 1, 0], [1, 0, 0]]

@@ -1,0 +1,88 @@
+"""The losses of PPO and their gradients, against another implementation and closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from common.tensor_ops import masked_mean
+from step3_ppo.losses import LOG_RATIO_LIMIT, policy_loss, value_loss
+from tests.conftest import assert_close
+
+
+def test_policy_loss_matches_the_reference(reference):
+    case = reference("ppo.loss.default")
+    mask, logprobs = ~case.inputs.padding_mask, case.inputs.new_logprobs.requires_grad_()
+    result = policy_loss(
+        logprobs, case.inputs.old_logprobs_masked, case.inputs.advantages, case.params.cliprange.item()
+    )
+    loss = masked_mean(result.loss, mask)
+    loss.backward()
+    assert_close(loss, case.outputs.pg_loss)
+    assert_close(masked_mean(result.clipped.float(), mask), case.outputs.pg_clipfrac)
+    assert_close(logprobs.grad, case.outputs.grad_new_logprobs)
+    # The reference averages the ratio over padding too, where it is 1.
+    assert_close(torch.where(mask, result.ratio, 1.0).mean(), case.outputs.ratio_mean)
+
+
+def test_value_loss_matches_the_reference(reference):
+    case = reference("ppo.loss.default")
+    mask, values = ~case.inputs.padding_mask_p1, case.inputs.vpred.requires_grad_()
+    result = value_loss(
+        values, case.inputs.old_values_masked, case.inputs.returns, case.params.cliprange_value.item()
+    )
+    # The reference leaves the factor 1/2 to the one who adds the losses: vf_loss has it, the clip fraction does not.
+    loss = masked_mean(result.loss, mask)
+    (case.params.vf_coef * loss).backward()
+    assert_close(loss, case.outputs.vf_loss)
+    assert_close(masked_mean(result.clipped.float(), mask), case.outputs.vf_clipfrac)
+    assert_close(values.grad, case.outputs.grad_vpred)
+    assert_close(case.outputs.pg_loss + case.params.vf_coef * loss, case.outputs.loss)
+
+
+def test_the_first_update_has_ratio_one_and_the_policy_gradient():
+    logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5])
+    result = policy_loss(logprobs, logprobs.detach(), advantages, clip_range=0.2, dual_clip=3.0)
+    result.loss.sum().backward()
+    assert torch.equal(result.ratio, torch.ones(3)) and not result.clipped.any()
+    assert_close(logprobs.grad, -advantages)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, gradient",
+    [
+        (2.0, -1.0, 2.0, 2.0),  # below the bound: the plain surrogate
+        (5.0, -1.0, 3.0, 0.0),  # beyond it: -c A, and no gradient
+        (5.0, 1.0, -1.2, 0.0),  # a good token has the ordinary clip
+        (0.5, -1.0, 0.8, 0.0),
+        (0.5, 1.0, -0.5, -0.5),
+    ],
+)
+def test_dual_clip_bounds_a_bad_token(ratio, advantage, loss, gradient):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    result = policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), clip_range=0.2, dual_clip=3.0)
+    result.loss.backward()
+    assert_close(result.loss, torch.tensor([loss]))
+    assert_close(logprobs.grad, torch.tensor([gradient]))
+
+
+def test_without_dual_clip_a_bad_token_is_not_bounded():
+    result = policy_loss(torch.tensor([math.log(5.0)]), torch.zeros(1), torch.tensor([-1.0]), 0.2)
+    assert_close(result.loss, torch.tensor([5.0]))
+
+
+def test_an_absurd_ratio_does_not_become_inf():
+    logprobs = torch.tensor([0.0, -500.0], requires_grad=True)
+    result = policy_loss(logprobs, torch.tensor([-500.0, 0.0]), torch.tensor([-1.0, -1.0]), clip_range=0.2)
+    result.loss.sum().backward()
+    assert result.ratio.isfinite().all() and result.loss.isfinite().all() and logprobs.grad.isfinite().all()
+    assert_close(result.ratio.log(), torch.tensor([LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT]))
+
+
+def test_value_clip_closed_form():
+    values, old, returns = torch.tensor([1.0, 0.1, 1.0]), torch.zeros(3), torch.tensor([0.0, 1.0, 2.0])
+    result = value_loss(values, old, returns, clip_range=0.2)
+    # 1: the value itself is further off; 2: within the range; 3: kept at 0.2, which is further from 2 than 1 is.
+    assert_close(result.loss, torch.tensor([0.5, 0.5 * 0.9**2, 0.5 * 1.8**2]))
+    assert result.clipped.tolist() == [False, False, True]

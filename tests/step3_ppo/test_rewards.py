@@ -1,0 +1,65 @@
+"""The KL penalty, the reward per token and the KL controller."""
+
+import pytest
+import torch
+
+from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
+from tests.conftest import assert_close
+
+
+def test_token_kl_is_the_k1_estimate(reference):
+    case = reference("ppo.kl_estimators")
+    mask = torch.ones_like(case.outputs.k1, dtype=torch.bool)
+    assert_close(token_kl(case.inputs.logprobs, case.inputs.ref_logprobs, mask), case.outputs.k1)
+    mask[1, 2:] = False
+    assert_close(token_kl(case.inputs.logprobs, case.inputs.ref_logprobs, mask), case.outputs.k1 * mask)
+
+
+def test_penalty_matches_the_reference(reference):
+    case = reference("ppo.gae.default")
+    mask = ~case.outputs.padding_mask
+    kl = token_kl(case.inputs.logprobs, case.inputs.ref_logprobs, mask)
+    rewards = token_rewards(torch.zeros(4), kl, mask.sum(1), kl_coef=case.params.kl_coef.item())
+    assert_close(rewards, case.outputs.non_score_reward)
+
+
+def test_score_stands_on_the_last_token():
+    kl = torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]])
+    rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, torch.tensor([3, 1]), kl_coef=0.5)
+    assert_close(rewards, torch.tensor([[-0.05, 0.1, 1.85], [-1.25, 0.0, 0.0]]))
+    assert_close(kl, torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]]))  # left as it was
+
+
+def test_clip_scores():
+    scores = torch.tensor([-12.0, 3.0, 12.0])
+    assert clip_scores(scores, 10.0).tolist() == [-10.0, 3.0, 10.0]
+    assert clip_scores(scores, 0.0).tolist() == [-12.0, 3.0, 12.0]
+
+
+@pytest.mark.parametrize(
+    "kl, expected",
+    [
+        (6.6, 0.1 * (1 + 0.1 * 0.05)),  # 10 % above the target
+        (5.4, 0.1 * (1 - 0.1 * 0.05)),
+        (6.0, 0.1),
+        (60.0, 0.1 * (1 + 0.2 * 0.05)),  # the error counts 0.2 at most
+        (-60.0, 0.1 * (1 - 0.2 * 0.05)),
+    ],
+)
+def test_adaptive_controller_by_hand(kl, expected):
+    controller = KLController(coef=0.1, target=6.0, horizon=1000)
+    controller.update(kl, num_responses=50)
+    assert controller.coef == pytest.approx(expected, rel=1e-12)
+
+
+def test_adaptive_controller_compounds():
+    controller = KLController(coef=0.1, target=6.0, horizon=100)
+    for _ in range(3):
+        controller.update(60.0, num_responses=10)
+    assert controller.coef == pytest.approx(0.1 * 1.02**3, rel=1e-12)
+
+
+def test_fixed_controller_stays():
+    controller = KLController(coef=0.1)
+    controller.update(1e6, num_responses=50)
+    assert controller.coef == 0.1

@@ -1,0 +1,170 @@
+"""Sampling: the right distribution, the right log-probabilities, and nothing but a row's own numbers in a response."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
+from step3_ppo.sampling import InverseTransformSampler, Responses, nucleus, sample_responses, uniforms_for
+from tests.conftest import assert_close
+
+EOS, PAD, VOCABULARY = 0, 39, 40
+PROBABILITIES = torch.tensor([0.05, 0.5, 0.0, 0.3, 0.15])
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [17, 18]]
+TEMPERATURE = 0.7
+
+
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature=1.0, top_p=1.0):
+    """Tokens (B,) and their log-probabilities, for logits (V,) or (B, V) and one uniform number per row."""
+    sampler = InverseTransformSampler(uniforms[:, None], temperature, top_p)
+    scores = sampler(torch.zeros(len(uniforms), 1), logits.expand(len(uniforms), -1))
+    assert torch.equal(scores.isfinite().sum(-1), torch.ones(len(uniforms), dtype=torch.long))
+    return scores.argmax(-1), sampler.logprobs[0]
+
+
+def test_frequencies_follow_the_distribution():
+    count = 4000
+    tokens, _ = draw(PROBABILITIES.log(), uniforms_for(0, 1, range(count), 1)[:, 0])
+    found = tokens.bincount(minlength=5)
+    assert found[2] == 0
+    expected = count * PROBABILITIES
+    chi_square = ((found - expected) ** 2 / expected)[PROBABILITIES > 0].sum()
+    assert chi_square < 16.3, "three degrees of freedom, p = 0.001"
+
+
+def test_evenly_spaced_numbers_give_exact_shares():
+    count = 10_000
+    logits = torch.tensor([1.0, -0.5, 0.3, 2.0])
+    tokens, logprobs = draw(logits, (torch.arange(count) + 0.5) / count, temperature=2.0)
+    exact = (logits.double() / 2.0).softmax(-1)
+    assert (tokens.bincount(minlength=4) - count * exact).abs().max() <= 1
+    assert_close(logprobs, exact.log().float()[tokens])
+
+
+def test_ends_of_the_range():
+    tokens, _ = draw(torch.tensor([[0.0, 0.0, float("-inf")]]), torch.tensor([0.0, 1 - 2**-24]))
+    assert tokens.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.9, [1, 3, 4]), (0.97, [0, 1, 3, 4])])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
+    found = nucleus(PROBABILITIES[None], top_p)[0]
+    expected = torch.zeros(5)
+    expected[kept] = PROBABILITIES[kept]
+    assert torch.equal(found, expected)
+
+
+def test_top_p_renormalises_what_is_drawn_but_not_the_logprobs():
+    count = 8000
+    tokens, logprobs = draw(PROBABILITIES.log(), (torch.arange(count) + 0.5) / count, top_p=0.6)
+    assert tokens.bincount(minlength=5).tolist() == [0, 5000, 0, 3000, 0]  # 0.5 : 0.3
+    assert_close(logprobs, PROBABILITIES.log()[tokens])
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    generator = torch.Generator().manual_seed(3)
+    logits, uniforms = torch.randn(20, 11, generator=generator), torch.rand(20, generator=generator)
+    together, _ = draw(logits, uniforms, top_p=0.8)
+    alone = [draw(logits[i : i + 1], uniforms[i : i + 1], top_p=0.8)[0].item() for i in range(20)]
+    assert together.tolist() == alone
+    assert len(set(alone)) > 3
+
+
+def test_uniforms_are_a_function_of_seed_step_and_row():
+    base = uniforms_for(0, 1, [4, 7], 5)
+    assert base.shape == (2, 5) and base.dtype == torch.float32
+    assert torch.equal(base, uniforms_for(0, 1, [4, 7], 5))
+    assert torch.equal(base[1], uniforms_for(0, 1, [7], 5)[0])
+    assert torch.equal(base[:, :3], uniforms_for(0, 1, [4, 7], 3)), "a longer limit only adds numbers"
+    others = [base[1], uniforms_for(1, 1, [4], 5)[0], uniforms_for(0, 2, [4], 5)[0]]
+    assert all((base[0] != other).all() for other in others)
+    assert (base >= 0).all() and (base < 1).all()
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def sample(model, rows: list[int], length: int = 10, uniforms=None, top_p: float = 1.0) -> Responses:
+    uniforms = uniforms_for(0, 1, rows, length) if uniforms is None else uniforms
+    prompts = [PROMPTS[row] for row in rows]
+    return sample_responses(model, prompts, uniforms, TEMPERATURE, top_p, EOS, PAD, synced=False)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_logprobs_are_those_of_the_trainer(model, top_p):
+    """Generation pads on the left and caches; the update pads on the right and does not: the numbers agree."""
+    responses = sample(model, [0, 1, 2, 3], top_p=top_p)
+    lengths = responses.lengths.tolist()
+    rows = [p + ids[:n].tolist() for p, ids, n in zip(PROMPTS, responses.ids, lengths, strict=True)]
+    width = max(map(len, rows))
+    empty = torch.zeros_like(responses.logprobs)
+    rollout = Rollout(
+        input_ids=torch.tensor([row + [PAD] * (width - len(row)) for row in rows]),
+        prompt_lengths=torch.tensor([len(p) for p in PROMPTS]),
+        response_lengths=responses.lengths,
+        ended=responses.ended,
+        logprobs=responses.logprobs,
+        ref_logprobs=empty,
+        values=empty,
+        scores=empty[:, 0],
+    )
+    with torch.no_grad():
+        trained, _ = actor_logprobs(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
+        alone = [model(torch.tensor([row])).logits[0] for row in rows]
+    drawn = responses.logprobs[rollout.response_mask]
+    torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-5)
+    for row, (ids, logits, prompt) in enumerate(zip(rows, alone, PROMPTS, strict=True)):
+        exact = (logits.double() / TEMPERATURE).log_softmax(-1)
+        expected = [exact[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
+        found = responses.logprobs[row, : lengths[row]]
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
+
+
+def test_a_response_does_not_depend_on_the_batch(model):
+    together = sample(model, [0, 1, 2, 3])
+    for row in range(4):
+        alone = sample(model, [row])
+        assert torch.equal(alone.ids[0], together.ids[row])
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], rtol=0, atol=1e-5)
+    reversed_order = sample(model, [3, 2, 1, 0])
+    assert torch.equal(reversed_order.ids.flip(0), together.ids)
+
+
+def test_eos_ends_a_response_and_counts(model):
+    """EOS is the first id of the vocabulary, so the number 0 draws it and a number near 1 never does."""
+    uniforms = torch.full((3, 6), 0.999)
+    uniforms[1, 2] = 0.0
+    uniforms[2, [0, 4]] = 0.0
+    found = sample(model, [0, 1, 2], uniforms=uniforms)
+    assert found.lengths.tolist() == [6, 3, 1]
+    assert found.ended.tolist() == [False, True, True]
+    assert (found.ids[0] != EOS).all()
+    assert found.ids[1, 2] == EOS and (found.ids[1, 3:] == PAD).all()
+    assert found.ids[2].tolist() == [EOS] + [PAD] * 5
+    mask = torch.arange(6) < found.lengths[:, None]
+    assert (found.logprobs[mask] < 0).all() and not found.logprobs[~mask].any()
+
+
+def test_all_rows_ending_early_still_fill_the_limit(model):
+    found = sample(model, [0, 1], uniforms=torch.zeros(2, 6))
+    assert found.ids.shape == found.logprobs.shape == (2, 6)
+    assert found.lengths.tolist() == [1, 1]
+
+
+def test_generation_defaults_of_the_model_are_ignored_and_kept(model):
+    expected = sample(model, [0, 1])
+    defaults = model.generation_config
+    defaults.repetition_penalty, defaults.min_new_tokens = 5.0, 9
+    try:
+        found = sample(model, [0, 1])
+        assert torch.equal(found.ids, expected.ids)
+        assert model.generation_config is defaults
+    finally:
+        defaults.repetition_penalty, defaults.min_new_tokens = None, None
