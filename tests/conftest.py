@@ -1,4 +1,4 @@
-"""What all tests share: one thread, the CPU where there is no GPU, the shared folder, the reference values."""
+"""What all tests share: one thread, the CPU where there is no GPU, the shared folder, reference values."""
 
 import json
 import os
@@ -28,7 +28,7 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real models, tokenizers, data and reference values; it is not part of the repository."""
+    """The folder with real models, tokenizers, data and reference values, beside the repository."""
     if not SHARED.exists():
         pytest.skip(f"needs the shared folder beside the repository: {SHARED}")
     return SHARED

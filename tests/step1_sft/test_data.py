@@ -1,31 +1,10 @@
 """Which tokens of a demonstration are learnt, and where they stand in a batch."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from common.formatting import Segment
 from step1_sft.data import Demonstration, collate, demonstration
 from step1_sft.options import SFTOptions
-
-EOS, PAD = 1, 0
-
-
-class WordEncoder:
-    """Stands in for the encoder: every word is a token, numbered as they come, and EOS is 1."""
-
-    tokenizer = SimpleNamespace(eos_token="</s>")
-
-    def render(self, messages, add_generation_prompt):
-        text = "".join(f"{m['role']} : {m['content']} {'</s> ' * (m['role'] == 'assistant')}" for m in messages)
-        return text + "assistant : " * add_generation_prompt
-
-    def encode(self, segments: list[Segment]) -> tuple[list[int], list[bool]]:
-        ids, mask = [], []
-        for segment in segments:
-            part = [10 + len(ids) + i for i in range(len(segment.text.split()))] + [EOS] * segment.ends
-            ids, mask = ids + part, mask + [segment.is_response] * len(part)
-        return ids, mask
+from tests.word_encoder import EOS, PAD, WordEncoder
 
 
 def tokenise(record: dict, **options) -> Demonstration | None:
@@ -79,6 +58,7 @@ def test_collate_aligns_positions_with_labels():
 
 def test_a_learnt_pad_id_inside_a_row_is_kept():
     """Masks come from lengths: an id that happens to be the pad id is a token like any other."""
-    batch = collate([Demonstration([10, PAD, PAD], [False, True, True]), Demonstration([20, 21], [False, True])], PAD)
+    rows = [Demonstration([10, PAD, PAD], [False, True, True]), Demonstration([20, 21], [False, True])]
+    batch = collate(rows, PAD)
     assert batch.labels.tolist() == [PAD, PAD, 21]
     assert batch.positions.int().tolist() == [[1, 1, 0], [1, 0, 0]]

@@ -6,7 +6,7 @@ from common.formatting import Segment
 from step2_reward.data import Preference, collate, fit, preference
 from step2_reward.options import RewardOptions
 from tests.conftest import assert_close
-from tests.step1_sft.test_data import EOS, PAD, WordEncoder
+from tests.word_encoder import EOS, PAD, WordEncoder
 
 
 def cut(prompt_words: int, response_words: int, max_length: int) -> list[int]:
@@ -50,6 +50,7 @@ def test_margin_enters_only_when_asked_for():
 
 def test_collate_puts_chosen_rows_before_rejected_ones():
     batch = collate([Preference([2, 3, EOS], [4, EOS], 0.5), Preference([5, EOS], [6, 7, 8, EOS], 0.0)], PAD)
-    assert batch.input_ids.tolist() == [[2, 3, EOS, PAD], [5, EOS, PAD, PAD], [4, EOS, PAD, PAD], [6, 7, 8, EOS]]
+    chosen, rejected = [[2, 3, EOS, PAD], [5, EOS, PAD, PAD]], [[4, EOS, PAD, PAD], [6, 7, 8, EOS]]
+    assert batch.input_ids.tolist() == chosen + rejected
     assert batch.lengths.tolist() == [3, 2, 2, 4]
     assert_close(batch.margins.cpu().tolist(), [0.5, 0.0])

@@ -12,7 +12,8 @@ from tests.conftest import assert_close
 @pytest.mark.parametrize("name", ["reward.bt.plain", "reward.bt.margin"])
 def test_loss_and_gradients_match_the_reference(reference, name):
     case = reference(name)
-    chosen, rejected = case.inputs.rewards_chosen.requires_grad_(), case.inputs.rewards_rejected.requires_grad_()
+    chosen = case.inputs.rewards_chosen.requires_grad_()
+    rejected = case.inputs.rewards_rejected.requires_grad_()
     loss = pairwise_loss(chosen, rejected, getattr(case.inputs, "margin", 0.0)).mean()
     loss.backward()
     assert_close(loss, case.outputs.loss)

@@ -18,10 +18,11 @@ def random_case() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["default", "gae1", "td0"])
 def test_advantages_match_the_reference(reference, name):
-    """The reference pays the score one position after the last token, so its mask here is one position longer."""
+    """The reference pays the score one position after the last token, so its mask is one longer."""
     case = reference(f"ppo.gae.{name}")
+    mask, gamma, gae_lambda = ~case.outputs.padding_mask_p1, case.params.gamma, case.params.lam
     advantages, returns = generalised_advantages(
-        case.outputs.rewards, case.inputs.values, ~case.outputs.padding_mask_p1, case.params.gamma, case.params.lam
+        case.outputs.rewards, case.inputs.values, mask, gamma, gae_lambda
     )
     assert_close(advantages, case.outputs.advantages_raw)
     assert_close(returns, case.outputs.returns)

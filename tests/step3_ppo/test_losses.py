@@ -31,7 +31,6 @@ def test_value_loss_matches_the_reference(reference):
     result = value_loss(
         values, case.inputs.old_values_masked, case.inputs.returns, case.params.cliprange_value.item()
     )
-    # The reference leaves the factor 1/2 to the one who adds the losses: vf_loss has it, the clip fraction does not.
     loss = masked_mean(result.loss, mask)
     (case.params.vf_coef * loss).backward()
     assert_close(loss, case.outputs.vf_loss)
@@ -83,6 +82,6 @@ def test_an_absurd_ratio_does_not_become_inf():
 def test_value_clip_closed_form():
     values, old, returns = torch.tensor([1.0, 0.1, 1.0]), torch.zeros(3), torch.tensor([0.0, 1.0, 2.0])
     result = value_loss(values, old, returns, clip_range=0.2)
-    # 1: the value itself is further off; 2: within the range; 3: kept at 0.2, which is further from 2 than 1 is.
+    # First: the value itself is further off. Second: within the range. Third: kept at 0.2, far from 2.
     assert_close(result.loss, torch.tensor([0.5, 0.5 * 0.9**2, 0.5 * 1.8**2]))
     assert result.clipped.tolist() == [False, False, True]

@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the right log-probabilities, and nothing but a row's own numbers in a response."""
+"""Sampling: the right distribution, the right log-probabilities, and rows that know nothing of each other."""
 
 import pytest
 import torch
@@ -46,7 +46,9 @@ def test_ends_of_the_range():
     assert tokens.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.9, [1, 3, 4]), (0.97, [0, 1, 3, 4])])
+@pytest.mark.parametrize(
+    "top_p, kept", [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.9, [1, 3, 4]), (0.97, [0, 1, 3, 4])]
+)
 def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
     found = nucleus(PROBABILITIES[None], top_p)[0]
     expected = torch.zeros(5)
@@ -85,8 +87,8 @@ def test_uniforms_are_a_function_of_seed_step_and_row():
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.4,
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
@@ -99,7 +101,7 @@ def sample(model, rows: list[int], length: int = 10, uniforms=None, top_p: float
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_logprobs_are_those_of_the_trainer(model, top_p):
-    """Generation pads on the left and caches; the update pads on the right and does not: the numbers agree."""
+    """Generation pads on the left and caches; the update pads on the right and does not."""
     responses = sample(model, [0, 1, 2, 3], top_p=top_p)
     lengths = responses.lengths.tolist()
     rows = [p + ids[:n].tolist() for p, ids, n in zip(PROMPTS, responses.ids, lengths, strict=True)]

@@ -1,0 +1,192 @@
+"""Ids of segments, on tokenizers of every common make: trained here, and real ones."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from common.formatting import DEFAULT_CHAT_TEMPLATE, Segment, demonstration_segments, prompt_segments
+from common.options import UserError
+from common.tokenization import SegmentEncoder, load_tokenizer
+from tests.conftest import SHARED
+
+CORPUS = [
+    "Once upon a time there was a little girl named Lily. She had a big red ball.",
+    "The dog ran in the park until the end of the day, and they were happy.",
+    "Human: what is 12 + 30? Assistant: it is 42!",
+] * 4
+PAIRS = [
+    ("Once upon", " a time there was a little girl"),
+    ("Once upon a time.", " She had a ball. They were happy!"),
+    ("The dog", " ran"),
+    ("Human: what is 12 + 30? Assistant:", " it is 42"),
+]
+MADE = ["byte_level", "byte_level_prefix", "metaspace_first", "metaspace_always", "prepend"]
+REAL = {
+    "smollm2": "tokenizers/smollm2",
+    "stories260K": "models/stories260K",
+    "sp-unigram-1k": "tokenizers/sp-unigram-1k/tokenizer.model",
+}
+
+
+def make(kind: str, folder: Path) -> Path:
+    """Train a small BPE tokenizer of the given make; those with a prefix also put <s> in front."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "prepend"))
+    alphabet = []
+    if kind.startswith("byte_level"):
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind.endswith("prefix"))
+        tokenizer.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    elif kind.startswith("metaspace"):
+        scheme = kind.removeprefix("metaspace_")
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    else:  # as Llama 2 has it
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    names = {"unk_token": "<unk>", "eos_token": "</s>"}
+    if kind != "byte_level":
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        names["bos_token"] = "<s>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[*MADE, *REAL])
+def encoder(request, tmp_path_factory) -> SegmentEncoder:
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param in MADE:
+        return SegmentEncoder(load_tokenizer(str(make(request.param, folder))))
+    source = request.getfixturevalue("shared") / REAL[request.param]
+    if source.suffix == ".model":  # nothing but the SentencePiece file
+        shutil.copy(source, folder)
+        source = folder
+    return SegmentEncoder(load_tokenizer(str(source)))
+
+
+def response(text: str) -> Segment:
+    return Segment(text, is_response=True, ends=True)
+
+
+def test_pad_is_an_id_of_its_own(encoder):
+    tokenizer = encoder.tokenizer
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def test_one_bos_exactly_when_the_tokenizer_adds_it(encoder):
+    bos = encoder.tokenizer.bos_token_id
+    adds = bos is not None and bos in encoder.tokenizer("Once upon").input_ids
+    for prompt, answer in PAIRS:
+        ids, _ = encoder.encode([Segment(prompt), response(answer)])
+        assert ids.count(bos) == adds
+        assert (ids[0] == bos) == adds
+
+
+def test_bos_written_by_a_template_is_not_doubled(encoder):
+    bos = encoder.tokenizer.bos_token
+    if bos is None:
+        pytest.skip("this tokenizer has no BOS")
+    ids, _ = encoder.encode([Segment(bos + "Once upon"), response(" a time")])
+    assert ids.count(encoder.tokenizer.bos_token_id) == 1
+
+
+def test_one_eos_at_the_end(encoder):
+    for prompt, answer in PAIRS:
+        ids, is_response = encoder.encode([Segment(prompt), response(answer)])
+        assert ids.count(encoder.eos_token_id) == 1 and ids[-1] == encoder.eos_token_id
+        assert is_response[-1] and len(is_response) == len(ids)
+
+
+def test_one_eos_also_when_the_text_has_it_already(encoder):
+    eos = encoder.tokenizer.eos_token
+    ids, is_response = encoder.encode([Segment("Once upon"), response(" a time" + eos)])
+    assert (ids, is_response) == encoder.encode([Segment("Once upon"), response(" a time")])
+
+
+def test_the_prompt_is_the_same_with_and_without_its_response(encoder):
+    for prompt, answer in PAIRS:
+        alone, _ = encoder.encode([Segment(prompt)])
+        whole, is_response = encoder.encode([Segment(prompt), response(answer)])
+        assert whole[: len(alone)] == alone
+        assert is_response == [False] * len(alone) + [True] * (len(whole) - len(alone))
+
+
+def test_a_continuation_reads_as_one_text(encoder):
+    """At a word boundary, ids of prompt and response are those of the whole text: no dummy space between them."""
+    for prompt, answer in PAIRS:
+        whole = encoder.tokenizer(prompt + answer).input_ids
+        whole = whole[:-1] if whole[-1] == encoder.eos_token_id else whole
+        assert encoder.encode([Segment(prompt), response(answer)])[0] == [*whole, encoder.eos_token_id]
+
+
+def test_decoding_gives_the_response_back_with_its_leading_space(encoder):
+    for prompt, answer in PAIRS:
+        prompt_ids, _ = encoder.encode([Segment(prompt)])
+        whole, _ = encoder.encode([Segment(prompt), response(answer)])
+        assert encoder.decode_response(prompt_ids, whole[len(prompt_ids) :]) == answer
+
+
+def test_a_conversation_survives_the_round_trip(encoder):
+    if "sp-unigram" in str(encoder.tokenizer.name_or_path) or encoder.tokenizer("\n\n").input_ids == []:
+        pytest.skip("this tokenizer has no newlines")
+    turns = [("user", "Once upon"), ("assistant", "a time"), ("user", "The dog"), ("assistant", "ran")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    eos = encoder.tokenizer.eos_token
+    prompt, _ = encoder.encode(prompt_segments(messages[:3], encoder.render, eos))
+    whole, is_response = encoder.encode(demonstration_segments({"messages": messages}, encoder.render, eos))
+    assert whole[: len(prompt)] == prompt
+    assert [i for i, learnt in zip(whole, is_response, strict=True) if learnt].count(encoder.eos_token_id) == 2
+    assert encoder.decode_response(prompt, whole[len(prompt) :]).strip() == "ran"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"needs {SHARED}")
+def test_stories_continuation_is_the_text_itself():
+    encoder = SegmentEncoder(load_tokenizer(str(SHARED / "models/stories260K")))
+    ids, _ = encoder.encode([Segment("Once upon"), response(" a time")])
+    assert ids == [*encoder.tokenizer("Once upon a time").input_ids, encoder.eos_token_id]
+
+
+def test_default_template_only_where_there_is_none(tmp_path):
+    folder = make("byte_level", tmp_path)
+    assert load_tokenizer(str(folder)).chat_template == DEFAULT_CHAT_TEMPLATE
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).chat_template == "{{ messages }}"
+
+
+def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path):
+    first = load_tokenizer(str(make("byte_level_prefix", tmp_path / "a")))
+    first.save_pretrained(tmp_path / "b")
+    second = load_tokenizer(str(tmp_path / "b"))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert (first.pad_token, first.chat_template) == (second.pad_token, second.chat_template)
+
+
+@pytest.mark.parametrize("last", ["user", "assistant"])
+def test_what_a_template_refuses_is_a_bad_record(tmp_path, last):
+    """A template may raise, and transformers may choke; both are a mistake in the record, not in Triptych."""
+    tokenizer = load_tokenizer(str(make("byte_level", tmp_path)))
+    if last == "user":
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}][last == "assistant" :]
+    with pytest.raises(ValueError):
+        demonstration_segments({"messages": messages}, SegmentEncoder(tokenizer).render, "</s>")
+
+
+def test_no_tokenizer_and_no_eos_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no usable tokenizer"):
+        load_tokenizer(str(tmp_path / "empty"))
+    folder = make("byte_level", tmp_path / "made")
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(folder)
+    with pytest.raises(UserError, match="no EOS"):
+        load_tokenizer(str(folder))
