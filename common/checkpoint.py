@@ -1,15 +1,14 @@
 """The directory contract: checkpoints to resume from, and `final/` for other stages and programs.
 
-    output_dir/options.json                 the resolved options
-    output_dir/checkpoints/step_000100/     one DeepSpeed folder per trained model, and state.json, written last
-    output_dir/final/                       a plain Hugging Face folder
+    output_dir/options.json                 the resolved options output_dir/checkpoints/step_000100/     one
+    DeepSpeed folder per trained model, and state.json, written last output_dir/final/                       a
+    plain Hugging Face folder
 
 A checkpoint is written beside its place and renamed into it, so a folder that has its name is complete.
 """
 
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from common.distributed import barrier, log, rank
 from common.options import Options, UserError
 
-# What may differ between a run and its continuation: paths, intervals, how much is done at once, and more steps.
+# What may differ between a run and its continuation: paths, intervals, how much is done at once, and more
+# steps.
 FREE_OPTIONS = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "max_steps", "num_train_epochs", "micro_batch_size", "generation_batch_size", "gradient_checkpointing",
@@ -48,21 +48,25 @@ class TrainState:
 def prepare_output(options: Options) -> None:
     """Claim the output directory for this run and write options.json.
 
-    Raises UserError, naming the options that differ, when the directory holds a different run, and when it holds any
-    run although --resume_from_checkpoint is 'none'.
+    Raises UserError, naming the options that differ, when the directory holds a different run, and when it
+    holds any run although --resume_from_checkpoint is 'none'.
     """
     folder = Path(options.output_dir)
     known = folder / "options.json"
     current = json.loads(json.dumps(dataclasses.asdict(options)))
     if known.exists():
         if options.resume_from_checkpoint == "none":
-            raise UserError(f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'")
+            raise UserError(
+                f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'"
+            )
         earlier = json.loads(known.read_text())
         keys = [k for k in current.keys() | earlier.keys() if current.get(k) != earlier.get(k)]
         differing = sorted(set(keys) - FREE_OPTIONS)
         if differing:
             changes = ", ".join(f"--{k} {earlier.get(k)} -> {current.get(k)}" for k in differing)
-            raise UserError(f"--output_dir {folder}: holds a different run ({changes}); choose another folder")
+            raise UserError(
+                f"--output_dir {folder}: holds a different run ({changes}); choose another folder"
+            )
     barrier()
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,8 @@ def prepare_output(options: Options) -> None:
 
 
 def resume(options: Options, engines: dict[str, Any]) -> TrainState:
-    """Load the checkpoint that --resume_from_checkpoint names into the engines; a fresh state if there is none.
+    """Load the checkpoint that --resume_from_checkpoint names into the engines; a fresh state if there is
+    none.
 
     Raises UserError when a named checkpoint is not complete.
     """
@@ -82,7 +87,9 @@ def resume(options: Options, engines: dict[str, Any]) -> TrainState:
     if folder is None:
         return TrainState()
     if not (folder / "state.json").exists():
-        raise UserError(f"--resume_from_checkpoint {folder}: not a complete checkpoint: state.json is missing")
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: not a complete checkpoint: state.json is missing"
+        )
     for name, engine in engines.items():
         engine.load_checkpoint(str(folder), tag=name, load_module_strict=not _is_partial(engine))
     state = TrainState(**json.loads((folder / "state.json").read_text()))
@@ -108,7 +115,7 @@ def save_checkpoint(options: Options, state: TrainState, engines: dict[str, Any]
     if rank() == 0:
         _write_json(temporary / "options.json", dataclasses.asdict(options))
         _write_json(temporary / "state.json", dataclasses.asdict(state))
-        os.rename(temporary, final)
+        temporary.rename(final)
         if options.save_total_limit:
             for old in list_checkpoints(Path(options.output_dir))[: -options.save_total_limit]:
                 shutil.rmtree(old)
@@ -122,11 +129,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _is_partial(engine: Any) -> bool:
-    """Whether only some weights are trained, as with adapters; the frozen ones come from the model folder again."""
+    """Whether only some weights are trained, as with adapters; the frozen ones come from the model folder
+    again.
+    """
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
 def _write_json(path: Path, content: Any) -> None:
     beside = path.with_suffix(".json.tmp")
     beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    beside.replace(path)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from common.distributed import log
+from common.formatting import find_prompt
 from common.options import DataOptions, UserError
 
 Example = TypeVar("Example")
 Record = dict[str, Any]
 
-# Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough to stay
-# close to a plain shuffle.
+# Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough
+# to stay close to a plain shuffle.
 BATCHES_PER_WINDOW = 16
 
 
@@ -30,7 +31,8 @@ class SourcedRecord(NamedTuple):
 
 
 def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
-    """All records of .jsonl, .json, .csv and .parquet files or hub datasets, in order; lines are not parsed yet.
+    """All records of .jsonl, .json, .csv and .parquet files or hub datasets, in order; lines are not parsed
+    yet.
 
     Raises UserError for a missing or unreadable file.
     """
@@ -41,7 +43,9 @@ def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
         elif path.suffix in (".json", ".csv", ".parquet") or not path.exists():
             yield from _read_with_datasets(source, path)
         else:
-            raise UserError(f"{source}: unknown kind of data file; allowed: .jsonl .json .csv .parquet or a hub name")
+            raise UserError(
+                f"{source}: unknown kind of data file; allowed: .jsonl .json .csv .parquet or a hub name"
+            )
 
 
 def load_examples(
@@ -49,16 +53,17 @@ def load_examples(
 ) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, tokenised by `convert`.
 
-    convert: record -> example, or None for a record that has nothing to train on; it raises ValueError for a bad one.
-    Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on both sides.
-    Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when no rows are left.
+    convert: record -> example, or None for a record that has nothing to train on; it raises ValueError for a
+    bad one. Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on
+    both sides. Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when
+    no rows are left.
     """
     train, held_out = [], []
-    for origin, record, example in _convert_all(sources, options, convert):
+    for record, example in _convert_all(sources, options, convert):
         is_held_out = not options.eval_data and _fraction(record) < options.eval_fraction
         (held_out if is_held_out else train).append(example)
     if options.eval_data:
-        held_out = [example for _, _, example in _convert_all(options.eval_data, options, convert)]
+        held_out = [example for _, example in _convert_all(options.eval_data, options, convert)]
     if not train:
         raise UserError(f"{' '.join(sources)}: no rows left to train on")
     if options.max_eval_samples:
@@ -66,26 +71,40 @@ def load_examples(
     return train, held_out
 
 
-def batch_order(lengths: Sequence[int], batch_size: int, seed: int, start: int, grouped: bool) -> Iterator[list[int]]:
-    """Endless global batches of example indices, from batch number `start` on: a pure function of its arguments.
+def batch_order(
+    lengths: Sequence[int], batch_size: int, seed: int, start: int, grouped: bool
+) -> Iterator[list[int]]:
+    """Endless global batches of example indices, from batch number `start` on: a pure function of its
+    arguments.
 
-    Epochs follow each other without a break, each in its own order, so that no example is ever dropped and no batch is
-    short. With `grouped`, the batches of a window are formed by length, then shuffled.
+    Epochs follow each other without a break, each in its own order, so that no example is ever dropped and no
+    batch is short. With `grouped`, the batches of a window are formed by length, then shuffled.
     """
-    window = max(1, min(BATCHES_PER_WINDOW, len(lengths) // batch_size)) if grouped else 1
-    for number in range(start // window, 1 << 62):
-        first = number * window * batch_size
-        indices = _epoch_stream(len(lengths), seed, first, window * batch_size)
+    size, number = len(lengths), start
+    while True:
+        epoch = number * batch_size // size
+        # Batches that lie within one epoch are grouped; one that holds the turn of an epoch is taken as it
+        # is.
+        first, end = math.ceil(epoch * size / batch_size), (epoch + 1) * size // batch_size
+        if not grouped or number < first or number >= end:
+            yield _epoch_stream(size, seed, number * batch_size, batch_size)
+            number += 1
+            continue
+        begin = number - (number - first) % BATCHES_PER_WINDOW
+        window = min(BATCHES_PER_WINDOW, end - begin)
+        indices = _epoch_stream(size, seed, begin * batch_size, window * batch_size)
+        indices.sort(key=lambda i: lengths[i])
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-        if grouped:
-            indices = sorted(indices, key=lambda i: lengths[i])
-            batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-            np.random.default_rng((seed, 1, number)).shuffle(batches)
-        yield from batches[start - number * window if number == start // window else 0 :]
+        np.random.default_rng((seed, 1, begin)).shuffle(batches)
+        yield from batches[number - begin :]
+        number = begin + window
 
 
-def deal(batch: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, ranks: int) -> list[list[int]]:
-    """This rank's micro-batches of a global batch: rows of like length together, the same number on every rank.
+def deal(
+    batch: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, ranks: int
+) -> list[list[int]]:
+    """This rank's micro-batches of a global batch: rows of like length together, the same number on every
+    rank.
 
     When the rows do not fill the last round (as in evaluation), some of the lists are empty.
     """
@@ -150,7 +169,7 @@ def _read_with_datasets(source: str, path: Path) -> Iterator[SourcedRecord]:
 
 def _convert_all(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> Iterator[tuple[str, Record, Example]]:
+) -> Iterator[tuple[Record, Example]]:
     bad = dropped = 0
     for origin, unparsed in read_records(sources):
         try:
@@ -164,15 +183,17 @@ def _convert_all(
         if example is None:
             dropped += 1
         else:
-            yield origin, record, example
+            yield record, example
     if bad or dropped:
-        log(f"{' '.join(sources)}: skipped {bad} bad records, dropped {dropped} with no response left after truncation")
+        log(
+            f"{' '.join(sources)}: skipped {bad} bad records,"
+            f" dropped {dropped} with no response left after truncation"
+        )
 
 
 def _fraction(record: Record) -> float:
-    """A number in [0, 1) that depends on the prompt alone (on the whole record where there is none)."""
-    key = record.get("prompt") or record.get("messages", [{}])[:1] or record
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).digest()
+    """A number in [0, 1) that depends on the prompt alone."""
+    digest = hashlib.blake2b(json.dumps(find_prompt(record), sort_keys=True).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -39,7 +39,12 @@ def init_distributed() -> None:
 
     if dist.is_initialized():
         return
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0")  # alone, any free port will do
     if on_cpu():
@@ -55,8 +60,8 @@ def init_distributed() -> None:
 def seed_everything(seed: int, step: int) -> None:
     """Seed every generator from the run's seed and the step.
 
-    Done at the start of each step, this makes randomness a function of the step and the rank, so that a resumed run
-    needs no saved generator states to repeat what an uninterrupted one does.
+    Done at the start of each step, this makes randomness a function of the step and the rank, so that a
+    resumed run needs no saved generator states to repeat what an uninterrupted one does.
     """
     mixed = int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0])
     random.seed(mixed)
@@ -94,7 +99,9 @@ def barrier() -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage. A user's mistake ends it with one line and exit code 2; any other error keeps its traceback."""
+    """Run a stage. A user's mistake ends it with one line and exit code 2; any other error keeps its
+    traceback.
+    """
     try:
         main()
     except UserError as error:

@@ -40,8 +40,11 @@ def make_engine(
 
 
 def make_frozen(model: nn.Module, zero: dict[str, Any] | None) -> nn.Module:
-    """A model that is only read: inside a partitioning engine at stage 3, a plain module on the device otherwise."""
+    """A model that is only read: inside a partitioning engine at stage 3, a plain module on the device
+    otherwise.
+    """
     import deepspeed
+
     from common.distributed import device
 
     model.requires_grad_(False).eval()
@@ -54,8 +57,9 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None) -> nn.Module:
 def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> float | None:
     """Add the gradients of this rank's share of the global loss; at the last micro-batch, update the weights.
 
-    loss: a share such that the sum over ranks and micro-batches is the loss of the global batch. DeepSpeed averages
-    gradients over ranks, so the share is multiplied by their number. Returns the gradient norm after an update.
+    loss: a share such that the sum over ranks and micro-batches is the loss of the global batch. DeepSpeed
+    averages gradients over ranks, so the share is multiplied by their number. Returns the gradient norm after
+    an update.
     """
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * ranks, scale_wrt_gas=False)
@@ -94,8 +98,9 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
 def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
     """The module with all its weights present, for generation.
 
-    At stage 3 the weights are gathered once and ZeRO's hooks are taken off, so that ranks may run unlike numbers of
-    forward passes at full speed; this needs room for the 16-bit model on every GPU. Without `whole`, hooks stay on.
+    At stage 3 the weights are gathered once and ZeRO's hooks are taken off, so that ranks may run unlike
+    numbers of forward passes at full speed; this needs room for the 16-bit model on every GPU. Without
+    `whole`, hooks stay on.
     """
     import deepspeed
 
@@ -117,14 +122,20 @@ def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
 
 
 def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
-    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads its optimizer."""
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads its
+    optimizer.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     dimensions = {id(p): len(p.ds_shape) if is_partitioned(p) else p.dim() for p in trained}
     groups = [
         {"params": [p for p in trained if dimensions[id(p)] >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in trained if dimensions[id(p)] < 2], "weight_decay": 0.0},
     ]
-    settings = {"lr": learning_rate, "betas": (options.adam_beta1, options.adam_beta2), "eps": options.adam_epsilon}
+    settings = {
+        "lr": learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+    }
     groups = [group for group in groups if group["params"]]
     if "offload_optimizer" in zero["zero_optimization"] and not on_cpu():
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -1,6 +1,5 @@
 """Write `final/`: a plain Hugging Face folder that transformers loads without Triptych."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +18,12 @@ def export_model(
     folder: Path,
     load_base: Callable[[], PreTrainedModel],
 ) -> None:
-    """Write the engine's model and the tokenizer to `folder`, by way of a folder beside it. Every rank must call it.
+    """Write the engine's model and the tokenizer to `folder`, by way of a folder beside it. Every rank must
+    call it.
 
-    With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is made on
-    rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left as it is.
+    With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is
+    made on rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left
+    as it is.
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
     if rank() == 0 and state is not None:
@@ -34,7 +35,7 @@ def export_model(
             engine.module.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        temporary.rename(folder)
     barrier()
     log(f"wrote {folder}")
 

@@ -1,8 +1,8 @@
 """From a record to the text of its prompt and response. Pure: no tokenizer, no files.
 
-A text field is a string, used verbatim, or a list of {"role", "content"} messages, rendered by the chat template.
-Both become a list of segments: stretches of context and of response, in order. All stages tokenise segment by segment,
-so the boundary between prompt and response tokens is the same in all of them.
+A text field is a string, used verbatim, or a list of {"role", "content"} messages, rendered by the chat
+template. Both become a list of segments: stretches of context and of response, in order. All stages tokenise
+segment by segment, so the boundary between prompt and response tokens is the same in all of them.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def find_prompt(record: dict[str, Any]) -> str | list[Message]:
     if "prompt" in record:
         return _text(record, "prompt")
     if "messages" in record:
-        messages = _text(record, "messages")
+        messages = _messages(record)
         while messages and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         if not messages:
@@ -54,20 +54,26 @@ def prompt_segments(prompt: str | list[Message], render: Render, eos: str) -> li
 def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
     """Segments of `prompt` + `completion`, or of `messages` with every assistant turn as a response."""
     if "messages" in record:
-        messages = _text(record, "messages")
-        if not isinstance(messages, list) or not any(m["role"] == "assistant" for m in messages):
+        messages = _messages(record)
+        if not any(m["role"] == "assistant" for m in messages):
             raise ValueError("field 'messages' has no assistant message to learn from")
         while messages[-1]["role"] != "assistant":
             messages = messages[:-1]
         return _conversation(messages, render, eos)
     if "prompt" not in record or "completion" not in record:
         missing = "prompt" if "prompt" not in record else "completion"
-        raise ValueError(f"field {missing!r} is missing (a demonstration has 'prompt' + 'completion', or 'messages')")
+        raise ValueError(
+            f"field {missing!r} is missing (a demonstration has 'prompt' + 'completion', or 'messages')"
+        )
     return dialogue_segments(_text(record, "prompt"), _text(record, "completion"), render, eos)
 
 
-def preference_segments(record: dict[str, Any], render: Render, eos: str) -> tuple[list[Segment], list[Segment]]:
-    """Segments of the chosen and of the rejected dialogue. Without `prompt`, their common prefix is the prompt."""
+def preference_segments(
+    record: dict[str, Any], render: Render, eos: str
+) -> tuple[list[Segment], list[Segment]]:
+    """Segments of the chosen and of the rejected dialogue. Without `prompt`, their common prefix is the
+    prompt.
+    """
     for name in ("chosen", "rejected"):
         if name not in record:
             raise ValueError(f"field {name!r} is missing (a preference has 'prompt' + 'chosen' + 'rejected')")
@@ -82,7 +88,11 @@ def preference_segments(record: dict[str, Any], render: Render, eos: str) -> tup
 
 
 def dialogue_segments(
-    prompt: str | list[Message], response: str | list[Message], render: Render, eos: str, name: str = "completion"
+    prompt: str | list[Message],
+    response: str | list[Message],
+    render: Render,
+    eos: str,
+    name: str = "completion",
 ) -> list[Segment]:
     """Prompt segments, then the response, whose last assistant turn alone is marked as one.
 
@@ -104,7 +114,9 @@ def _text(record: dict[str, Any], name: str) -> str | list[Message]:
     """The field as a non-empty string or list of well-formed messages, else ValueError."""
     value = record[name]
     if not isinstance(value, str | list):
-        raise ValueError(f"field {name!r} is {type(value).__name__}; it must be a string or a list of messages")
+        raise ValueError(
+            f"field {name!r} is {type(value).__name__}; it must be a string or a list of messages"
+        )
     if not value or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"field {name!r} is empty")
     if isinstance(value, str):
@@ -113,14 +125,26 @@ def _text(record: dict[str, Any], name: str) -> str | list[Message]:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError(f"field {name!r}: message {number} must be an object with 'role' and 'content'")
         if message["role"] not in ("system", "user", "assistant"):
-            raise ValueError(f"field {name!r}: message {number} has role {message['role']!r}; allowed: system, user, assistant")
+            raise ValueError(
+                f"field {name!r}: message {number} has role {message['role']!r};"
+                " allowed: system, user, assistant"
+            )
         if not isinstance(message["content"], str) or not message["content"].strip():
             raise ValueError(f"field {name!r}: message {number} has no content")
     return value
 
 
+def _messages(record: dict[str, Any]) -> list[Message]:
+    messages = _text(record, "messages")
+    if isinstance(messages, str):
+        raise ValueError("field 'messages' is a string; it must be a list of messages")
+    return messages
+
+
 def _conversation(messages: list[Message], render: Render, eos: str) -> list[Segment]:
-    """Segments of a rendered conversation; ends with the generation prompt unless the last message is a reply."""
+    """Segments of a rendered conversation; ends with the generation prompt unless the last message is a
+    reply.
+    """
     segments: list[Segment] = []
     done = ""  # what has been cut into segments already; every further rendering must start with it
     for number, message in enumerate(messages):
@@ -129,7 +153,9 @@ def _conversation(messages: list[Message], render: Render, eos: str) -> list[Seg
         context = render(messages[:number], True)
         whole = render(messages[: number + 1], False)
         if not context.startswith(done) or not whole.startswith(context):
-            raise ValueError("the chat template does not render a conversation as the beginning of its continuation")
+            raise ValueError(
+                "the chat template does not render a conversation as the beginning of its continuation"
+            )
         reply, found_eos, _ = whole[len(context) :].partition(eos)
         is_last = number == len(messages) - 1
         segments.append(Segment(context[len(done) :]))
@@ -138,7 +164,9 @@ def _conversation(messages: list[Message], render: Render, eos: str) -> list[Seg
     if messages[-1]["role"] != "assistant":
         context = render(messages, True)
         if not context.startswith(done):
-            raise ValueError("the chat template does not render a conversation as the beginning of its continuation")
+            raise ValueError(
+                "the chat template does not render a conversation as the beginning of its continuation"
+            )
         segments.append(Segment(context[len(done) :]))
     return segments
 

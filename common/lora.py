@@ -1,10 +1,8 @@
 """Low-rank adapters: a thin layer over `peft`."""
 
-from pathlib import Path
-
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.models import load_config
 from common.options import LoraOptions, UserError
@@ -16,15 +14,21 @@ def check_targets(path: str, options: LoraOptions) -> None:
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(path))
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)]
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
+    ]
     for target in options.lora_target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise UserError(f"--lora_target_modules {target}: no such module in {path}; there are: {' '.join(known)}")
+            raise UserError(
+                f"--lora_target_modules {target}: no such module in {path}; there are: {' '.join(known)}"
+            )
 
 
 def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
-    """Freeze the model and add trainable adapters; a scalar head stays trainable, in a copy that peft saves along."""
+    """Freeze the model and add trainable adapters; a scalar head stays trainable, in a copy that peft saves
+    along.
+    """
     if not options.lora_rank:
         return model
     from peft import LoraConfig, get_peft_model

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 import transformers
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +19,6 @@ from transformers import (
 
 from common.options import UserError
 from common.zero import fill_bucket_sizes
-
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -59,7 +58,9 @@ def check_scalar_model(path: str, option: str) -> None:
         )
 
 
-def load_causal_lm(path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None) -> PreTrainedModel:
+def load_causal_lm(
+    path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None
+) -> PreTrainedModel:
     """A causal language model whose vocabulary covers the tokenizer.
 
     zero: DeepSpeed configuration of the engine that will hold it, which decides precision and, at stage 3,
@@ -71,19 +72,25 @@ def load_causal_lm(path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str
     return _prepare(model, tokenizer)
 
 
-def load_scalar_model(path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None) -> PreTrainedModel:
+def load_scalar_model(
+    path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None
+) -> PreTrainedModel:
     """A model with one scalar output per position, on the backbone found at `path`.
 
-    From a reward model the head comes along. From a language model it is new: N(0, 1 / sqrt(d + 1)), without a bias
-    (Stiennon et al. 2020, appendix B.1), drawn from torch's generator, so seed it first.
+    From a reward model the head comes along. From a language model it is new: N(0, 1 / sqrt(d + 1)), without
+    a bias (Stiennon et al. 2020, appendix B.1), drawn from torch's generator, so seed it first.
     """
     config = load_config(path)
-    has_head = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+    has_head = (config.architectures or [""])[0].endswith(
+        "ForSequenceClassification"
+    ) and config.num_labels == 1
     config.num_labels = 1
     with _partitioned(zero, config):
         model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=_dtype(zero))
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{path}: {type(model).__name__} has no linear `score` head, so it cannot be a reward model")
+        raise UserError(
+            f"{path}: {type(model).__name__} has no linear `score` head, so it cannot be a reward model"
+        )
     model.score.__class__ = ScalarHead
     if not has_head:
         initialise_head(model, std=(config.hidden_size + 1) ** -0.5)
@@ -95,7 +102,10 @@ def initialise_head(model: PreTrainedModel, std: float) -> None:
     import deepspeed
 
     weight = model.score.weight
-    with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_partitioned(weight)):
+    with (
+        torch.no_grad(),
+        deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_partitioned(weight)),
+    ):
         if weight.numel():  # on the other ranks a partitioned weight is empty
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
 
@@ -108,9 +118,9 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 def response_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
     """Logits of the model at the chosen positions only: input_ids (B, T), positions (B, T) bool -> (N, V).
 
-    Rows are padded on the right. No attention mask is passed: under causal attention a real token never sees what
-    follows it, and without a mask attention takes its fastest path. The output head sees the N chosen hidden states,
-    so that no logits are made for prompts and padding.
+    Rows are padded on the right. No attention mask is passed: under causal attention a real token never sees
+    what follows it, and without a mask attention takes its fastest path. The output head sees the N chosen
+    hidden states, so that no logits are made for prompts and padding.
     """
     head = base_model(model).get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
@@ -121,13 +131,14 @@ def response_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> T
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Scalar output at the chosen positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,) fp32.
+    """Scalar output at the chosen positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,)
+    fp32.
 
-    The model's own forward would choose a position by the pad id; the head's output is read on its way out instead.
-    The `reward_mean` and `reward_std` of the configuration, which step 2 writes, are applied.
+    The model's own forward would choose a position by the pad id; the head's output is read on its way out
+    instead. The `reward_mean` and `reward_std` of the configuration, which step 2 writes, are applied.
     """
     outputs: list[Tensor] = []
-    read = base_model(model).score.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    read = base_model(model).score.register_forward_hook(lambda *call: outputs.append(call[-1]))
     try:
         model(input_ids=input_ids, use_cache=False)
     finally:
@@ -168,7 +179,9 @@ def _dtype(zero: dict[str, Any] | None) -> torch.dtype:
 
 @contextlib.contextmanager
 def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Iterator[None]:
-    """While open, transformers splits the weights it loads over the ranks, if the configuration is of stage 3."""
+    """While open, transformers splits the weights it loads over the ranks, if the configuration is of stage
+    3.
+    """
     if not zero or zero["zero_optimization"]["stage"] != 3:
         yield
         return

@@ -1,4 +1,5 @@
-"""Options that stages share, and the one parser. Every option is declared once, with its type, default and range.
+"""Options that stages share, and the one parser. Every option is declared once, with its type, default and
+range.
 
 A stage's options are one dataclass that inherits the groups it needs. Ranges stand beside the field
 (`at_least`, `above`, `at_most`), and `parse_options` checks them all before anything else happens.
@@ -6,6 +7,7 @@ A stage's options are one dataclass that inherits the groups it needs. Ranges st
 
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ class UserError(ValueError):
 
 
 class Help(str):
-    """A help text that carries the option's limits; HfArgumentParser leaves no other place beside a field for them."""
+    """A help text that carries the option's limits; HfArgumentParser leaves no other place beside a field for
+    them.
+    """
 
     limits: dict[str, float]
 
@@ -43,12 +47,17 @@ class RunOptions:
     max_steps: int = option(0, "Stop after this many steps; 0 means as many as the epochs take.", at_least=0)
     num_train_epochs: float = option(1.0, "Passes over the training data, when --max_steps is 0.", above=0)
     logging_steps: int = option(10, "Write metrics and a progress line every so many steps.", at_least=1)
-    eval_steps: int = option(100, "Evaluate on held-out data every so many steps; 0: only at the end.", at_least=0)
-    save_steps: int = option(500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0)
+    eval_steps: int = option(
+        100, "Evaluate on held-out data every so many steps; 0: only at the end.", at_least=0
+    )
+    save_steps: int = option(
+        500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0
+    )
     save_total_limit: int = option(2, "Keep this many newest checkpoints; 0 keeps all.", at_least=0)
     resume_from_checkpoint: str = option(
-        "latest", "'latest' goes on from the newest checkpoint in --output_dir if there is one, 'none' starts "
-        "anew in an empty folder, or the path of a checkpoint folder."
+        "latest",
+        "'latest' goes on from the newest checkpoint in --output_dir if there is one, 'none' starts "
+        "anew in an empty folder, or the path of a checkpoint folder.",
     )
 
 
@@ -56,31 +65,43 @@ class RunOptions:
 class DataOptions:
     """Where held-out data comes from, and what to do with bad records."""
 
-    eval_data: list[str] = option([], "Held-out data: files or hub names. Default: a part of the training data.")
+    eval_data: list[str] = option(
+        [], "Held-out data: files or hub names. Default: a part of the training data."
+    )
     eval_fraction: float = option(
-        0.1, "Part of the training data to hold out, by record content, when --eval_data is not given.",
-        at_least=0, at_most=0.9,
+        0.1,
+        "Part of the training data to hold out, by record content, when --eval_data is not given.",
+        at_least=0,
+        at_most=0.9,
     )
     max_eval_samples: int = option(256, "Use at most this many held-out records; 0 uses all.", at_least=0)
-    skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping at the first.")
+    skip_bad_records: bool = option(
+        False, "Count and skip malformed records instead of stopping at the first."
+    )
 
 
 @dataclass
 class OptimiserOptions:
     """Batch arithmetic and AdamW. global_batch_size = micro_batch_size x accumulation x ranks, exactly."""
 
-    zero_config: str = option("", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2.")
+    zero_config: str = option(
+        "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2."
+    )
     global_batch_size: int = option(32, "Sequences in one optimiser step, over all ranks.", at_least=1)
     micro_batch_size: int = option(4, "Sequences that one rank puts through the model at once.", at_least=1)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "cosine", "Shape of the learning rate over the run."
     )
-    warmup_ratio: float = option(0.03, "Part of the steps over which the learning rate rises.", at_least=0, at_most=1)
+    warmup_ratio: float = option(
+        0.03, "Part of the steps over which the learning rate rises.", at_least=0, at_most=1
+    )
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only.", at_least=0)
     adam_beta1: float = option(0.9, "AdamW beta 1.", at_least=0, at_most=0.9999)
     adam_beta2: float = option(0.95, "AdamW beta 2.", at_least=0, at_most=0.99999)
     adam_epsilon: float = option(1e-8, "AdamW epsilon.", above=0)
-    max_grad_norm: float = option(1.0, "Clip the gradient norm of each model to this; 0: do not clip.", at_least=0)
+    max_grad_norm: float = option(
+        1.0, "Clip the gradient norm of each model to this; 0: do not clip.", at_least=0
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
 
@@ -89,9 +110,12 @@ class LoraOptions:
     """Low-rank adapters through `peft`; off at rank 0."""
 
     lora_rank: int = option(0, "Rank of the adapters; 0 trains all weights.", at_least=0)
-    lora_alpha: float = option(32.0, "Scale of the adapters: the update is multiplied by alpha / rank.", above=0)
+    lora_alpha: float = option(
+        32.0, "Scale of the adapters: the update is multiplied by alpha / rank.", above=0
+    )
     lora_target_modules: list[str] = option(
-        ["all-linear"], "Names (or endings of names) of the modules to adapt; all-linear: all but the output head."
+        ["all-linear"],
+        "Names (or endings of names) of the modules to adapt; all-linear: all but the output head.",
     )
 
 
@@ -105,7 +129,9 @@ class TrainOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions):
     learning_rate: float = option(1e-5, "Highest learning rate.", above=0)
 
 
-def parse_options(options_class: type[Options], required: list[str], argv: list[str] | None = None) -> Options:
+def parse_options(
+    options_class: type[Options], required: list[str], argv: list[str] | None = None
+) -> Options:
     """Parse and check the command line.
 
     required: names of options that must not be empty. Raises UserError for an unknown option, a value of the
@@ -134,7 +160,8 @@ def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
     steps, rest = divmod(global_batch, micro_batch * ranks)
     if rest or not steps:
         raise UserError(
-            f"--global_batch_size {global_batch} is not a multiple of --micro_batch_size {micro_batch} x {ranks} ranks"
+            f"--global_batch_size {global_batch} is not a multiple of"
+            f" --micro_batch_size {micro_batch} x {ranks} ranks"
         )
     return steps
 
@@ -155,3 +182,5 @@ def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:
         allowed = {"at_least": value >= limit, "above": value > limit, "at_most": value <= limit}[kind]
         if not allowed:
             raise UserError(f"--{name} {value}: must be {kind.replace('_', ' ')} {limit:g}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value}: must be a finite number")

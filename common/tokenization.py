@@ -4,7 +4,9 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -43,7 +45,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
     """Choose a pad token that is not EOS: its own, one named like it, the unknown token, or else a new one.
 
-    Masks never look at it; but plain transformers finds the end of a scored text by it, and generation returns it.
+    Masks never look at it; but plain transformers finds the end of a scored text by it, and generation
+    returns it.
     """
     special = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
@@ -60,8 +63,9 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
 class SegmentEncoder:
     """Encodes the segments of one text: the first as a beginning, the others as continuations of it.
 
-    A tokenizer may put BOS or a dummy space in front of a text. That is right at the beginning only, so later segments
-    go through a copy that does neither; ids of prompt + response are then the prompt's ids followed by the response's.
+    A tokenizer may put BOS or a dummy space in front of a text. That is right at the beginning only, so later
+    segments go through a copy that does neither; ids of prompt + response are then the prompt's ids followed
+    by the response's.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -81,7 +85,7 @@ class SegmentEncoder:
             part = backend.encode(segment.text, add_special_tokens=False).ids
             if number == 0 and part[:1] != self._bos:
                 part = self._bos + part
-            if segment.ends:
+            if segment.ends and part[-1:] != [self.eos_token_id]:
                 part = part + [self.eos_token_id]
             ids += part
             is_response += [segment.is_response] * len(part)
@@ -93,10 +97,13 @@ class SegmentEncoder:
         return self.tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)[len(prompt) :]
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """The text of a conversation under the tokenizer's chat template."""
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        """The text of a conversation under the chat template. Raises ValueError when that refuses it."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
 def _without_prefix(backend: Tokenizer) -> Tokenizer:
@@ -111,7 +118,13 @@ def _without_prefix(backend: Tokenizer) -> Tokenizer:
                 step["prepend_scheme"] = "never"
             if step.get("type") == "ByteLevel":
                 step["add_prefix_space"] = False
-        steps[:] = [step for step in steps if step.get("type") != "Prepend"]
+        steps[:] = [step for step in steps if not _acts_at_the_beginning(step)]
         if nested.get("type") == "Prepend":
             spec[part] = None
     return backend if spec == original else Tokenizer.from_str(json.dumps(spec))
+
+
+def _acts_at_the_beginning(step: dict[str, Any]) -> bool:
+    """Whether a normalizer adds a space in front of a text, or takes those away that are there."""
+    pattern = step.get("pattern") if isinstance(step.get("pattern"), dict) else {}
+    return step.get("type") == "Prepend" or pattern.get("Regex", "").startswith("\\A")

@@ -1,7 +1,8 @@
 """Read a DeepSpeed JSON, fill the values that options own, refuse what contradicts them.
 
-The JSON owns ZeRO stage, offload, precision and communication. Options own batch sizes, accumulation, clipping, AdamW
-and the schedule: in the JSON these are "auto" or absent, and a value that says otherwise is an error, never an override.
+The JSON owns ZeRO stage, offload, precision and communication. Options own batch sizes, accumulation,
+clipping, AdamW and the schedule: in the JSON these are "auto" or absent, and a value that says otherwise is
+an error, never an override.
 """
 
 import copy
@@ -16,22 +17,51 @@ from common.options import OptimiserOptions, UserError, accumulation_steps, worl
 CONFIG_FOLDER = Path(__file__).parent / "zero_configs"
 
 # DeepSpeed accepts a misspelt top-level key in silence; we do not.
-KNOWN_KEYS = """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
-    zero_optimization bf16 fp16 torch_autocast amp data_types communication_data_type prescale_gradients
-    gradient_predivide_factor sparse_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    steps_per_print wall_clock_breakdown dump_state memory_breakdown comms_logger flops_profiler tensorboard
-    csv_monitor wandb comet activation_checkpointing aio checkpoint compile disable_allgather seed
-    use_data_before_expert_parallel_ load_universal_checkpoint
-""".split()
+KNOWN_KEYS = [
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "torch_autocast",
+    "amp",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "comet",
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "compile",
+    "disable_allgather",
+    "seed",
+]
+SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
 def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float) -> dict[str, Any]:
     """The DeepSpeed configuration of one trained model, without any "auto" left but the bucket sizes.
 
     path: a JSON file; empty for the shipped default. learning_rate: what the options say for this model.
-    Raises UserError, naming the file and the key, for an unreadable file, an unknown key, an unknown ZeRO stage,
-    16-bit precision at stage 0, and a value that contradicts an option.
+    Raises UserError, naming the file and the key, for an unreadable file, an unknown key, an unknown ZeRO
+    stage, 16-bit precision at stage 0, and a value that contradicts an option.
     """
     source = Path(path) if path else CONFIG_FOLDER / ("zero0.json" if on_cpu() else "zero2.json")
     config = _read(source)
@@ -49,7 +79,9 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
 
 
 def frozen_config(trained: dict[str, Any]) -> dict[str, Any] | None:
-    """Configuration of a frozen model beside a trained one: partitioned at stage 3, else None (a plain module)."""
+    """Configuration of a frozen model beside a trained one: partitioned at stage 3, else None (a plain
+    module).
+    """
     if trained["zero_optimization"]["stage"] != 3:
         return None
     config = copy.deepcopy(trained)
@@ -82,10 +114,14 @@ def _read(source: Path) -> dict[str, Any]:
         raise UserError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(config, dict):
         raise UserError(f"{source}: must hold one JSON object")
-    for key in config:
+    for key, value in config.items():
+        if key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{source}: {key} is {value!r}; it must be an object")
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            raise UserError(f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(
+                f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     return config
 
 
@@ -97,7 +133,9 @@ def _fill_precision(config: dict[str, Any], source: Path) -> None:
             section["enabled"] = name == "bf16" and stage > 0 and not on_cpu() and _has_bf16()
     enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
     if stage == 0 and enabled:
-        raise UserError(f"{source}: {enabled[0]} needs ZeRO stage 1 or higher; at stage 0 DeepSpeed starts Adam wrongly")
+        raise UserError(
+            f"{source}: {enabled[0]} needs ZeRO stage 1 or higher; at stage 0 DeepSpeed starts Adam wrongly"
+        )
 
 
 def _has_bf16() -> bool:
@@ -116,14 +154,19 @@ def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions)
     }
     for key, (name, value) in owned.items():
         if config.get(key, "auto") not in ("auto", value):
-            raise UserError(f"{source}: {key} is {config[key]} but {name} is {value}; write \"auto\" or the same value")
+            raise UserError(
+                f'{source}: {key} is {config[key]} but {name} is {value}; write "auto" or the same value'
+            )
         config[key] = value
-    # Triptych marks the accumulation boundary itself, so that a token mean over uneven micro-batches is exact.
+    # Triptych marks the accumulation boundary itself, so that a token mean over uneven micro-batches is
+    # exact.
     config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = options.micro_batch_size * world_size()
 
 
-def _take_optimizer(config: dict[str, Any], source: Path, options: OptimiserOptions, learning_rate: float) -> None:
+def _take_optimizer(
+    config: dict[str, Any], source: Path, options: OptimiserOptions, learning_rate: float
+) -> None:
     optimizer = config.pop("optimizer", {})
     if optimizer and optimizer.get("type") not in ("Adam", "AdamW"):
         raise UserError(f"{source}: optimizer.type is {optimizer.get('type')!r}; AdamW is the one there is")

@@ -14,8 +14,8 @@ python "$HERE/quickstart/build.py" --output_dir "$WORLD"
 
 # 1. Learn to speak from demonstrations of mixed quality: right and wrong, polite and rude.
 bash "$HERE/step1_sft.sh" --model_name_or_path "$WORLD/model" --train_data "$WORLD/demonstrations.jsonl" \
-    --output_dir "$OUTPUT/step1_sft" --max_length 96 --max_steps 600 --global_batch_size 32 --micro_batch_size 32 \
-    --learning_rate 5e-3 --logging_steps 50 --eval_steps 300 "$@"
+    --output_dir "$OUTPUT/step1_sft" --max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 \
+    --learning_rate 5e-3 --logging_steps 50 --eval_steps 200 "$@"
 step1=$SECONDS
 
 # 2. Learn from noisy raters which of two answers people prefer.

@@ -17,8 +17,12 @@ from step1_sft.loss import sft_loss
 
 
 @torch.no_grad()
-def evaluate(engine: Any, rows: Sequence[Demonstration], micro_batch: int, pad_token_id: int) -> dict[str, float]:
-    """eval/loss, the mean over all learnt tokens of all rows on all ranks, and eval/perplexity, its exponential."""
+def evaluate(
+    engine: Any, rows: Sequence[Demonstration], micro_batch: int, pad_token_id: int
+) -> dict[str, float]:
+    """eval/loss, the mean over all learnt tokens of all rows on all ranks, and eval/perplexity, its
+    exponential.
+    """
     engine.eval()
     lengths = [len(row.ids) for row in rows]
     total = count = 0.0
@@ -34,7 +38,9 @@ def evaluate(engine: Any, rows: Sequence[Demonstration], micro_batch: int, pad_t
 
 
 @torch.no_grad()
-def sample_answers(engine: Any, rows: Sequence[Demonstration], encoder: SegmentEncoder, max_new_tokens: int) -> str:
+def sample_answers(
+    engine: Any, rows: Sequence[Demonstration], encoder: SegmentEncoder, max_new_tokens: int
+) -> str:
     """Greedy answers to the prompts of the rows, as Markdown."""
     engine.eval()
     lines = []
@@ -42,10 +48,15 @@ def sample_answers(engine: Any, rows: Sequence[Demonstration], encoder: SegmentE
         for row in rows:
             prompt = torch.tensor([row.prompt_ids], device=engine.device)  # (1, P)
             whole = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
                 synced_gpus=False,
-            )  # fmt: skip
+            )
             answer = encoder.decode_response(row.prompt_ids, whole[0, prompt.shape[1] :].tolist())
-            lines.append(f"**{encoder.tokenizer.decode(row.prompt_ids, skip_special_tokens=True)}**\n\n{answer}")
+            lines.append(
+                f"**{encoder.tokenizer.decode(row.prompt_ids, skip_special_tokens=True)}**\n\n{answer}"
+            )
     engine.train()
     return "\n\n---\n\n".join(lines)

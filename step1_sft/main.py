@@ -1,6 +1,7 @@
 """Step 1: supervised fine-tuning.
 
-Teaches a pretrained causal language model to answer, by maximum likelihood of the response tokens of demonstrations.
+Teaches a pretrained causal language model to answer, by maximum likelihood of the response tokens of
+demonstrations.
 
     bash launch/step1_sft.sh --model_name_or_path DIR --train_data F.jsonl --output_dir OUT
 """
@@ -41,7 +42,9 @@ def main() -> None:
 
     # 2. The model, and where the run stands.
     lengths = [len(row.ids) for row in train]
-    total_steps = options.max_steps or steps_in_epochs(len(train), options.global_batch_size, options.num_train_epochs)
+    total_steps = options.max_steps or steps_in_epochs(
+        len(train), options.global_batch_size, options.num_train_epochs
+    )
     seed_everything(options.seed, step=0)
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
@@ -72,7 +75,9 @@ def main() -> None:
     export_model(engine, tokenizer, Path(options.output_dir) / "final", load_base)
 
 
-def train_step(engine, batch: list[Demonstration], options: SFTOptions, pad_token_id: int) -> dict[str, float]:
+def train_step(
+    engine, batch: list[Demonstration], options: SFTOptions, pad_token_id: int
+) -> dict[str, float]:
     """One optimiser step on a global batch, of which this rank takes its micro-batches."""
     start = time.perf_counter()
     lengths = [len(row.ids) for row in batch]

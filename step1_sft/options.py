@@ -14,5 +14,7 @@ class SFTOptions(TrainOptions):
     loss_on: Literal["response", "prompt_and_response"] = option(
         "response", "Learn from every assistant turn only, or from all tokens."
     )
-    num_samples: int = option(4, "Answers to held-out prompts written to TensorBoard at each evaluation.", at_least=0)
+    num_samples: int = option(
+        4, "Answers to held-out prompts written to TensorBoard at each evaluation.", at_least=0
+    )
     sample_length: int = option(64, "Longest such answer, in tokens.", at_least=1)

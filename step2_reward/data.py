@@ -53,7 +53,8 @@ def demonstration_ids(record: Record, encoder: SegmentEncoder, options: RewardOp
 def fit(segments: Sequence[Segment], encoder: SegmentEncoder, max_length: int) -> list[int]:
     """Ids of at most `max_length` tokens that end in EOS, where the score is read.
 
-    A long prompt loses its beginning, down to one token; then a long response loses its end, but never its EOS.
+    A long prompt loses its beginning, down to one token; then a long response loses its end, but never its
+    EOS.
     """
     prompt, _ = encoder.encode(segments[:-1])
     whole, _ = encoder.encode(segments)

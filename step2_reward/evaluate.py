@@ -15,14 +15,18 @@ from step2_reward.loss import pairwise_loss
 
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores of the B chosen and the B rejected responses, each (B,), at their last token, in one forward pass."""
+    """Scores of the B chosen and the B rejected responses, each (B,), at their last token, in one forward
+    pass.
+    """
     scores = token_scores(model, batch.input_ids, last_positions(batch.lengths, batch.input_ids.shape[1]))
     chosen, rejected = scores.chunk(2)
     return chosen, rejected
 
 
 @torch.no_grad()
-def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, pad_token_id: int) -> dict[str, float]:
+def evaluate(
+    engine: Any, rows: Sequence[Preference], micro_batch: int, pad_token_id: int
+) -> dict[str, float]:
     """Loss, accuracy (a tie is half right), mean margin, and mean and std of the scores of either side."""
     engine.eval()
     sums = torch.zeros(8, dtype=torch.float64)
@@ -33,7 +37,16 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, pad_toke
         if picked:
             right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
             loss = pairwise_loss(chosen, rejected, batch.margins)
-            parts = [torch.ones_like(loss), loss, right, chosen, chosen**2, rejected, rejected**2, chosen - rejected]
+            parts = [
+                torch.ones_like(loss),
+                loss,
+                right,
+                chosen,
+                chosen**2,
+                rejected,
+                rejected**2,
+                chosen - rejected,
+            ]
             sums += torch.stack([part.double().sum() for part in parts]).cpu()
     count, loss, right, chosen, chosen_sq, rejected, rejected_sq, margin = sum_over_ranks(*sums)
     engine.train()
@@ -49,7 +62,9 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, pad_toke
 
 
 @torch.no_grad()
-def score_statistics(engine: Any, rows: Sequence[list[int]], micro_batch: int, pad_token_id: int) -> tuple[float, float]:
+def score_statistics(
+    engine: Any, rows: Sequence[list[int]], micro_batch: int, pad_token_id: int
+) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores of token rows that end in EOS."""
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)

@@ -6,6 +6,7 @@ Teaches a copy of the SFT model with a scalar head to score responses, so that p
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,9 +44,13 @@ def main() -> None:
 
     # 2. The model, and where the run stands.
     lengths = [row.length for row in train]
-    total_steps = options.max_steps or steps_in_epochs(len(train), options.global_batch_size, options.num_train_epochs)
+    total_steps = options.max_steps or steps_in_epochs(
+        len(train), options.global_batch_size, options.num_train_epochs
+    )
     seed_everything(options.seed, step=0)
-    model = add_adapters(load_scalar_model(options.model_name_or_path, tokenizer, zero), options, options.seed)
+    model = add_adapters(
+        load_scalar_model(options.model_name_or_path, tokenizer, zero), options, options.seed
+    )
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     state = resume(options, {"reward": engine})
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
@@ -75,10 +80,14 @@ def main() -> None:
     export_model(engine, tokenizer, Path(options.output_dir) / "final", load_base)
 
 
-def train_step(engine, batch: list[Preference], options: RewardOptions, pad_token_id: int) -> dict[str, float]:
+def train_step(
+    engine, batch: list[Preference], options: RewardOptions, pad_token_id: int
+) -> dict[str, float]:
     """One optimiser step on a global batch of pairs, of which this rank takes its micro-batches."""
     start = time.perf_counter()
-    mine = deal(range(len(batch)), [row.length for row in batch], options.micro_batch_size, rank(), world_size())
+    mine = deal(
+        range(len(batch)), [row.length for row in batch], options.micro_batch_size, rank(), world_size()
+    )
     total = right = 0.0
     for number, picked in enumerate(mine, start=1):
         micro = collate([batch[i] for i in picked], pad_token_id)
@@ -93,17 +102,21 @@ def train_step(engine, batch: list[Preference], options: RewardOptions, pad_toke
         "train/accuracy": right / len(batch),
         "train/lr": engine.get_lr()[0],
         "train/grad_norm": norm,
-        "train/tokens_per_second": sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch) / seconds,
+        "train/tokens_per_second": sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
+        / seconds,
         "time/step": seconds,
         "memory/peak_gib": peak_memory_gib(),
     }
 
 
-def load_centre_rows(options: RewardOptions, encoder: SegmentEncoder, train: list[Preference]) -> list[list[int]]:
+def load_centre_rows(
+    options: RewardOptions, encoder: SegmentEncoder, train: list[Preference]
+) -> list[list[int]]:
     """Token ids of the responses that are to score 0 on average."""
     if options.demonstration_data:
         convert = partial(demonstration_ids, encoder=encoder, options=options)
-        rows, _ = load_examples(options.demonstration_data, options, convert)
+        all_of_them = replace(options, eval_data=[], eval_fraction=0.0)
+        rows, _ = load_examples(options.demonstration_data, all_of_them, convert)
     else:
         rows = [row.chosen_ids for row in train]
     return rows[: options.max_centre_samples]

@@ -7,12 +7,15 @@ from common.options import TrainOptions, option
 
 @dataclass
 class RewardOptions(TrainOptions):
-    """A reward model from preferences: `prompt` + `chosen` + `rejected`, or whole-dialogue `chosen` + `rejected`."""
+    """A reward model from preferences: `prompt` + `chosen` + `rejected`, or whole-dialogue `chosen` +
+    `rejected`.
+    """
 
     output_dir: str = option("output/step2_reward", "Folder for logs, checkpoints and the final model.")
     learning_rate: float = option(9e-6, "Highest learning rate.", above=0)
     use_margin: bool = option(False, "Let the `margin` of a record enter the loss.")
     demonstration_data: list[str] = option(
-        [], "Demonstrations that are to score 0 on average. Default: the chosen responses of the training data."
+        [],
+        "Demonstrations that are to score 0 on average. Default: the chosen responses of the training data.",
     )
     max_centre_samples: int = option(512, "Responses scored to find that average.", at_least=2)

@@ -9,11 +9,10 @@ def generalised_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation over right-padded responses.
 
-    rewards (B, T): per token; values (B, T): the critic before the token is chosen; response_mask (B, T): 1 on
-    response tokens, which start at column 0. The state after the last token is terminal, with value 0.
-    Returns advantages and returns (= advantages + values), both (B, T), 0 outside the mask.
-    Source: Schulman et al. 2016 (GAE), eq. 16: A_t = sum_l (gamma lambda)^l delta_{t+l},
-    delta_t = r_t + gamma V_{t+1} - V_t.
+    rewards (B, T): per token; values (B, T): the critic before the token is chosen; response_mask (B, T): 1
+    on response tokens, which start at column 0. The state after the last token is terminal, with value 0.
+    Returns advantages and returns (= advantages + values), both (B, T), 0 outside the mask. Source: Schulman
+    et al. 2016 (GAE), eq. 16: A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
     """
     mask = response_mask.to(values.dtype)
     rewards, values = rewards * mask, values * mask

@@ -12,7 +12,9 @@ from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import token_kl
 from step3_ppo.rollout import Rollout, collect_rollout
 
-EVALUATION_STEP = 1 << 40  # a sampling step that training never reaches: every evaluation draws the same numbers
+EVALUATION_STEP = (
+    1 << 40
+)  # a sampling step that training never reaches: every evaluation draws the same numbers
 
 
 def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> tuple[dict[str, float], str]:
@@ -53,8 +55,8 @@ def response_kl(rollout: Rollout) -> float:
 def describe_responses(rollout: Rollout) -> dict[str, float]:
     """Length in tokens, share that ended by themselves, and distinct-2.
 
-    distinct_2: different pairs of neighbouring tokens / all such pairs within a response, averaged over responses
-    (Li et al. 2016, per response, so that it does not depend on how many there are).
+    distinct_2: different pairs of neighbouring tokens / all such pairs within a response, averaged over
+    responses (Li et al. 2016, per response, so that it does not depend on how many there are).
     """
     shares = []
     for row in range(len(rollout.scores)):

@@ -1,4 +1,6 @@
-"""The losses of PPO. Pure: every function works on response coordinates, (B, T), and returns one value per token."""
+"""The losses of PPO. Pure: every function works on response coordinates, (B, T), and returns one value per
+token.
+"""
 
 from typing import NamedTuple
 
@@ -9,7 +11,9 @@ LOG_RATIO_LIMIT = 20.0  # e^20: keeps one absurd token from turning the whole ba
 
 
 class PolicyLoss(NamedTuple):
-    """Per-token results, each (B, T): the loss, the probability ratio, and where the clip was the active bound."""
+    """Per-token results, each (B, T): the loss, the probability ratio, and where the clip was the active
+    bound.
+    """
 
     loss: Tensor
     ratio: Tensor
@@ -21,9 +25,9 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped surrogate, -min(ratio * A, clip(ratio, 1 - e, 1 + e) * A), for each token.
 
-    logprobs, old_logprobs, advantages (B, T). With `dual_clip` c > 1 the loss of a token with A < 0 is at most
-    -c * A, so that a ratio that exploded cannot dominate (0 turns it off).
-    Source: Schulman et al. 2017 (PPO), eq. 7; dual clip: Ye et al. 2020, eq. 5.
+    logprobs, old_logprobs, advantages (B, T). With `dual_clip` c > 1 the loss of a token with A < 0 is at
+    most -c * A, so that a ratio that exploded cannot dominate (0 turns it off). Source: Schulman et al. 2017
+    (PPO), eq. 7; dual clip: Ye et al. 2020, eq. 5.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
@@ -43,9 +47,11 @@ class ValueLoss(NamedTuple):
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> ValueLoss:
-    """Half the larger of the squared errors of the value and of the value kept within `clip_range` of the old one.
+    """Half the larger of the squared errors of the value and of the value kept within `clip_range` of the old
+    one.
 
-    values, old_values, returns (B, T). Source: the PPO2 implementation of OpenAI baselines; Ziegler et al. 2019.
+    values, old_values, returns (B, T). Source: the PPO2 implementation of OpenAI baselines; Ziegler et al.
+    2019.
     """
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     error, near_error = (values - returns) ** 2, (near - returns) ** 2

@@ -22,9 +22,9 @@ from common.tensor_ops import masked_whiten
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step3_ppo.advantages import generalised_advantages
-from step3_ppo.data import Prompt, prompt
+from step3_ppo.data import prompt
 from step3_ppo.evaluate import evaluate, rollout_metrics
-from step3_ppo.models import Models, build_models, load_critic, same_tokens
+from step3_ppo.models import build_models, load_critic, same_tokens
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions, check_rollout_arithmetic
 from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
@@ -81,7 +81,9 @@ def main() -> None:
     if held_out and state.step == 0:
         evaluate_and_log()
 
-    order = batch_order([len(p.ids) for p in train], prompts_per_step, options.seed, state.step, grouped=False)
+    order = batch_order(
+        [len(p.ids) for p in train], prompts_per_step, options.seed, state.step, grouped=False
+    )
     while state.step < total_steps:
         start = time.perf_counter()
         step = state.step + 1
@@ -117,14 +119,18 @@ def main() -> None:
 
     # 8. What other programs read.
     output = Path(options.output_dir)
-    load_actor = partial(load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero))
+    load_actor = partial(
+        load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
+    )
     load_value = partial(load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoder is None)
     export_model(models.actor, tokenizer, output / "final", load_actor)
     export_model(models.critic, tokenizer, output / "final_critic", load_value)
 
 
 def shape_rewards(rollout: Rollout, options: PPOOptions, kl_coef: float) -> Tensor:
-    """Rewards (B, R): the KL penalty at every token, the clipped score less any missing-EOS penalty at the last."""
+    """Rewards (B, R): the KL penalty at every token, the clipped score less any missing-EOS penalty at the
+    last.
+    """
     scores = clip_scores(rollout.scores, options.score_clip)
     scores = scores - options.missing_eos_penalty * ~rollout.ended
     kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)

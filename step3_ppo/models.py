@@ -21,8 +21,8 @@ from step3_ppo.options import PPOOptions
 class Models:
     """Actor and critic are DeepSpeed engines that learn; reference and reward model are frozen.
 
-    With adapters, `reference` is None: it is the actor with its adapter off. So is `reward` when the critic stands on
-    the reward model's backbone. Two copies of weights then do the work of four.
+    With adapters, `reference` is None: it is the actor with its adapter off. So is `reward` when the critic
+    stands on the reward model's backbone. Two copies of weights then do the work of four.
     """
 
     actor: Any
@@ -68,12 +68,16 @@ def build_models(
         reference = make_frozen(base, zero)
     if not shares_reward:
         zero = frozen_config(critic_zero)
-        base = load_scalar_model(options.reward_model_name_or_path, reward_tokenizer, zero or unpartitioned(critic_zero))
+        base = load_scalar_model(
+            options.reward_model_name_or_path, reward_tokenizer, zero or unpartitioned(critic_zero)
+        )
         reward = make_frozen(base, zero)
 
     actor = load_causal_lm(options.actor_model_name_or_path, tokenizer, actor_zero)
     actor = add_adapters(actor, options, options.seed)
-    critic = add_adapters(load_critic(options, tokenizer, critic_zero, reward_encoder is None), options, options.seed)
+    critic = add_adapters(
+        load_critic(options, tokenizer, critic_zero, reward_encoder is None), options, options.seed
+    )
     return Models(
         actor=make_engine(actor, actor_zero, options, options.actor_learning_rate, updates),
         critic=make_engine(critic, critic_zero, options, options.critic_learning_rate, updates),
@@ -87,11 +91,16 @@ def build_models(
 def load_critic(
     options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], same_tokens: bool
 ) -> PreTrainedModel:
-    """The critic before training: the reward model, or the SFT model with a zero head when their tokens differ."""
+    """The critic before training: the reward model, or the SFT model with a zero head when their tokens
+    differ.
+    """
     if same_tokens:
         log("critic: starts from the reward model")
         return load_scalar_model(options.reward_model_name_or_path, tokenizer, zero)
-    log("critic: starts from the SFT model with a zero head, because actor and reward model have unlike tokenizers")
+    log(
+        "critic: starts from the SFT model with a zero head,"
+        " because actor and reward model have unlike tokenizers"
+    )
     critic = load_scalar_model(options.actor_model_name_or_path, tokenizer, zero)
     initialise_head(critic, std=0.0)
     return critic

@@ -26,8 +26,9 @@ def optimise(
 ) -> dict[str, float]:
     """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
 
-    Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and micro-batches.
-    Returns means over the tokens of all updates; `policy/ratio` is that of the first minibatch, where it must be 1.
+    Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
+    micro-batches. Returns means over the tokens of all updates; `policy/ratio` is that of the first
+    minibatch, where it must be 1.
     """
     models.actor.train()
     models.critic.train()

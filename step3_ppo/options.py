@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.options import DataOptions, LoraOptions, OptimiserOptions, RunOptions, UserError, option, world_size
+from common.options import (
+    DataOptions,
+    LoraOptions,
+    OptimiserOptions,
+    RunOptions,
+    UserError,
+    option,
+    world_size,
+)
 
 
 @dataclass
@@ -14,10 +22,14 @@ class SamplingOptions:
     rollout_batch_size: int = option(128, "Responses collected per iteration, over all ranks.", at_least=1)
     samples_per_prompt: int = option(1, "Responses to each prompt of an iteration.", at_least=1)
     generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
-    max_prompt_length: int = option(256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1)
+    max_prompt_length: int = option(
+        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
+    )
     max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
     temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
-    top_p: float = option(1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1)
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
+    )
     gather_for_generation: bool = option(
         True, "At ZeRO-3, gather all weights once per rollout; turn off when they do not fit on one GPU."
     )
@@ -32,18 +44,28 @@ class AlgorithmOptions:
     actor_learning_rate: float = option(3e-6, "Highest learning rate of the actor.", above=0)
     critic_learning_rate: float = option(9e-6, "Highest learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations in which only the critic learns.", at_least=0)
-    kl_coef: float = option(0.05, "Weight of the KL penalty in the reward; the first one, if adaptive.", at_least=0)
-    kl_controller: Literal["fixed", "adaptive"] = option("fixed", "Keep --kl_coef, or steer KL to --target_kl.")
-    target_kl: float = option(6.0, "KL per response, in nats, that the adaptive controller steers to.", above=0)
+    kl_coef: float = option(
+        0.05, "Weight of the KL penalty in the reward; the first one, if adaptive.", at_least=0
+    )
+    kl_controller: Literal["fixed", "adaptive"] = option(
+        "fixed", "Keep --kl_coef, or steer KL to --target_kl."
+    )
+    target_kl: float = option(
+        6.0, "KL per response, in nats, that the adaptive controller steers to.", above=0
+    )
     kl_horizon: int = option(10_000, "Responses over which the adaptive controller acts.", at_least=1)
     clip_range: float = option(0.2, "The policy's probability ratio is clipped to 1 -/+ this.", above=0)
     value_clip_range: float = option(0.2, "The value is kept this near to its old one.", above=0)
-    dual_clip: float = option(3.0, "Bound on the loss of a bad token, in units of its advantage; 0: none.", at_least=0)
+    dual_clip: float = option(
+        3.0, "Bound on the loss of a bad token, in units of its advantage; 0: none.", at_least=0
+    )
     gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", at_least=0, at_most=1)
     whiten_advantages: bool = option(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
     score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not.", at_least=0)
-    missing_eos_penalty: float = option(1.0, "Taken from the score of a response that did not end.", at_least=0)
+    missing_eos_penalty: float = option(
+        1.0, "Taken from the score of a response that did not end.", at_least=0
+    )
 
 
 @dataclass
@@ -60,8 +82,12 @@ class PPOOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions, Samplin
     )
     warmup_ratio: float = option(0.0, "Part of the steps over which the rates rise.", at_least=0, at_most=1)
     adam_epsilon: float = option(1e-5, "AdamW epsilon.", above=0)
-    eval_steps: int = option(20, "Evaluate on held-out prompts every so many iterations; 0: at the end.", at_least=0)
-    save_steps: int = option(50, "Save a checkpoint every so many iterations and at the end; 0: never.", at_least=0)
+    eval_steps: int = option(
+        20, "Evaluate on held-out prompts every so many iterations; 0: at the end.", at_least=0
+    )
+    save_steps: int = option(
+        50, "Save a checkpoint every so many iterations and at the end; 0: never.", at_least=0
+    )
     logging_steps: int = option(1, "Write metrics and a progress line every so many iterations.", at_least=1)
 
 

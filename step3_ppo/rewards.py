@@ -12,9 +12,11 @@ def clip_scores(scores: Tensor, limit: float) -> Tensor:
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """The k1 estimate log pi - log pi_ref of the KL divergence at each sampled token, (B, T), 0 outside the mask.
+    """The k1 estimate log pi - log pi_ref of the KL divergence at each sampled token, (B, T), 0 outside the
+    mask.
 
-    Source: Schulman, "Approximating KL divergence" (2020). Unbiased in expectation, and may be negative for a token.
+    Source: Schulman, "Approximating KL divergence" (2020). Unbiased in expectation, and may be negative for a
+    token.
     """
     return (logprobs - ref_logprobs) * response_mask
 

@@ -22,7 +22,8 @@ from step3_ppo.sampling import Responses, sample_responses, uniforms_for
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses with all that was measured when they were drawn; the same on every rank, in the order of prompts.
+    """B responses with all that was measured when they were drawn; the same on every rank, in the order of
+    prompts.
 
     Token t of a response stands in column t of every (B, R) tensor; what follows the end is 0. `logprobs`,
     `ref_logprobs` and `values` are of the state before that token is chosen.
@@ -40,7 +41,9 @@ class Rollout:
     @property
     def response_mask(self) -> Tensor:
         """(B, R) bool: true on response tokens."""
-        return torch.arange(self.logprobs.shape[1], device=self.logprobs.device) < self.response_lengths[:, None]
+        return (
+            torch.arange(self.logprobs.shape[1], device=self.logprobs.device) < self.response_lengths[:, None]
+        )
 
     def prompt(self, row: int) -> list[int]:
         return self.input_ids[row, : self.prompt_lengths[row]].tolist()
@@ -54,10 +57,11 @@ class Rollout:
 def collect_rollout(
     models: Models, prompts: Sequence[Prompt], options: PPOOptions, step: int, with_values: bool = True
 ) -> tuple[Rollout, dict[str, float]]:
-    """Respond to the prompts and score the responses, every rank a part of them; returns seconds per phase too.
+    """Respond to the prompts and score the responses, every rank a part of them; returns seconds per phase
+    too.
 
-    step: together with the seed and the row's number it decides what is sampled. The number of prompts must be a
-    multiple of the number of ranks.
+    step: together with the seed and the row's number it decides what is sampled. The number of prompts must
+    be a multiple of the number of ranks.
     """
     models.actor.eval()
     models.critic.eval()
@@ -74,7 +78,9 @@ def collect_rollout(
 
 
 def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-    """Where the state before each response token is: (B,), (B,) -> (B, width) bool, from the prompt's last token."""
+    """Where the state before each response token is: (B,), (B,) -> (B, width) bool, from the prompt's last
+    token.
+    """
     column = torch.arange(width, device=prompt_lengths.device)
     first = (prompt_lengths - 1)[:, None]
     return (column >= first) & (column < first + response_lengths[:, None])
@@ -90,7 +96,9 @@ class Rows:
 
 
 def actor_logprobs(model: torch.nn.Module, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens of some rows, (N,) row by row, and the logits (N, V) behind them."""
+    """Log-probabilities of the response tokens of some rows, (N,) row by row, and the logits (N, V) behind
+    them.
+    """
     logits = response_logits(model, rows.input_ids, rows.positions)
     return label_logprobs(logits, rows.labels, temperature), logits
 
@@ -117,11 +125,16 @@ def _sample(
             uniforms = uniforms_for(options.seed, step, chunk, options.max_response_length).to(device())
             parts.append(
                 sample_responses(
-                    base_model(module), [prompts[i].ids for i in chunk], uniforms, options.temperature, options.top_p,
-                    tokenizer.eos_token_id, tokenizer.pad_token_id,
+                    base_model(module),
+                    [prompts[i].ids for i in chunk],
+                    uniforms,
+                    options.temperature,
+                    options.top_p,
+                    tokenizer.eos_token_id,
+                    tokenizer.pad_token_id,
                     synced=models.actor.zero_optimization_stage() == 3 and not options.gather_for_generation,
                 )
-            )  # fmt: skip
+            )
     responses = Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [
         prompts[i].ids + ids[:length].tolist()
@@ -151,20 +164,25 @@ def _score(
         return _per_token(part, options, lambda rows: actor_logprobs(model, rows, options.temperature)[0])
 
     if next(models.actor.module.parameters()).dtype != torch.float32:
-        # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the update does.
+        # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
+        # update does.
         part = replace(part, logprobs=logprobs_of(models.actor))
     with models.reference_model() as reference:
         part = replace(part, ref_logprobs=logprobs_of(reference))
     with models.reward_model() as reward:
         part = replace(part, scores=_scores(reward, models, prompts, part, options))
     if with_values:
-        values = _per_token(part, options, lambda rows: token_scores(models.critic, rows.input_ids, rows.positions))
+        values = _per_token(
+            part, options, lambda rows: token_scores(models.critic, rows.input_ids, rows.positions)
+        )
         part = replace(part, values=values)
     return part
 
 
 def _per_token(part: Rollout, options: PPOOptions, measure: Callable[[Rows], Tensor]) -> Tensor:
-    """Apply `measure`, rows -> (N,), to all rows in batches of like length, and put the results in place: (B, R)."""
+    """Apply `measure`, rows -> (N,), to all rows in batches of like length, and put the results in place: (B,
+    R).
+    """
     lengths = (part.prompt_lengths + part.response_lengths).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     result = torch.zeros_like(part.logprobs)
@@ -181,8 +199,9 @@ def _per_token(part: Rollout, options: PPOOptions, measure: Callable[[Rows], Ten
 def _scores(
     reward: torch.nn.Module, models: Models, prompts: Sequence[Prompt], part: Rollout, options: PPOOptions
 ) -> Tensor:
-    """Scores (B,) of whole responses, read at an EOS: one is added to a response that has none, for scoring only,
-    because the reward model has never learnt what to say elsewhere."""
+    """Scores (B,) of whole responses, read at an EOS: one is added to a response that has none, for scoring
+    only, because the reward model has never learnt what to say elsewhere.
+    """
     encoder = models.reward_encoder or models.encoder
     rows = []
     for number, prompt in enumerate(prompts):

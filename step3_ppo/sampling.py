@@ -23,9 +23,10 @@ class Responses(NamedTuple):
 class InverseTransformSampler(LogitsProcessor):
     """Chooses each token by one uniform number per row and position, instead of by a shared random stream.
 
-    The token is the first whose cumulative probability exceeds the number, so a row's response depends on its own
-    numbers alone: not on its neighbours, the batch size or the rank. `generate` then takes the argmax of what this
-    returns. Log-probabilities come at no cost; they are of the whole distribution, also when top_p cuts it.
+    The token is the first whose cumulative probability exceeds the number, so a row's response depends on its
+    own numbers alone: not on its neighbours, the batch size or the rank. `generate` then takes the argmax of
+    what this returns. Log-probabilities come at no cost; they are of the whole distribution, also when top_p
+    cuts it.
     """
 
     def __init__(self, uniforms: Tensor, temperature: float, top_p: float) -> None:
@@ -55,7 +56,9 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers (B, length) in [0, 1): a function of the seed, the step and the row's number in the rollout."""
+    """Uniform numbers (B, length) in [0, 1): a function of the seed, the step and the row's number in the
+    rollout.
+    """
     streams = [np.random.default_rng((seed, 3, step, row)).random(length, dtype=np.float32) for row in rows]
     return torch.from_numpy(np.stack(streams))
 
@@ -67,7 +70,9 @@ def sample_responses(
 ) -> Responses:  # fmt: skip
     """Responses of at most R tokens to the prompts, uniforms (B, R). synced: every rank runs all R forwards."""
     device, longest = uniforms.device, max(map(len, prompts))
-    input_ids = torch.tensor([[pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)  # (B, P)
+    input_ids = torch.tensor(
+        [[pad_token_id] * (longest - len(p)) + p for p in prompts], device=device
+    )  # (B, P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     attention_mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # (B, P)
     sampler = InverseTransformSampler(uniforms, temperature, top_p)
@@ -98,4 +103,6 @@ def _cut(sampled: Tensor, logprobs: Tensor, limit: int, eos_token_id: int, pad_t
     mask = torch.arange(limit, device=sampled.device) < lengths[:, None]  # (B, R)
     widen = (0, limit - steps)
     ids = nn.functional.pad(sampled, widen, value=pad_token_id).masked_fill(~mask, pad_token_id)
-    return Responses(ids, lengths, ended, nn.functional.pad(logprobs[:, :steps], widen).masked_fill(~mask, 0.0))
+    return Responses(
+        ids, lengths, ended, nn.functional.pad(logprobs[:, :steps], widen).masked_fill(~mask, 0.0)
+    )

@@ -1,6 +1,7 @@
 """Run a stage's `main` on some ranks by forking this process, which has the heavy imports done already.
 
-The launcher takes five seconds per start, a fork a fraction of one; a few tests use the launcher all the same.
+The launcher takes five seconds per start, a fork a fraction of one; a few tests use the launcher all the
+same.
 """
 
 import contextlib

@@ -43,8 +43,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def common(output: Path, steps: int) -> list[str]:
     return [
-        "--output_dir", str(output), "--max_steps", str(steps), "--logging_steps", "1", "--global_batch_size", "8",
-        "--micro_batch_size", "2", "--max_eval_samples", "12", "--eval_steps", "0", "--save_steps", "0",
+        "--output_dir", str(output), "--max_steps", str(steps), "--logging_steps", "1",
+        "--global_batch_size", "8", "--micro_batch_size", "2", "--max_eval_samples", "12", "--eval_steps", "0", "--save_steps", "0",
     ]  # fmt: skip
 
 
@@ -58,7 +58,8 @@ def sft(world: Path, output: Path, steps: int = 3) -> list[str]:
 def reward(world: Path, start: Path, output: Path, steps: int = 3) -> list[str]:
     return [
         *common(output, steps), "--model_name_or_path", str(start), "--learning_rate", "1e-3",
-        "--train_data", str(world / "preferences.jsonl"), "--eval_data", str(world / "preferences_heldout.jsonl"),
+        "--train_data", str(world / "preferences.jsonl"),
+        "--eval_data", str(world / "preferences_heldout.jsonl"),
     ]  # fmt: skip
 
 
@@ -82,7 +83,9 @@ def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     succeed("step1_sft.main", sft(world, folder / "sft"), folder)
     succeed("step2_reward.main", reward(world, folder / "sft/final", folder / "reward"), folder)
-    succeed("step3_ppo.main", ppo(world, folder / "sft/final", folder / "reward/final", folder / "ppo"), folder)
+    succeed(
+        "step3_ppo.main", ppo(world, folder / "sft/final", folder / "reward/final", folder / "ppo"), folder
+    )
     return folder
 
 
@@ -97,7 +100,7 @@ def lora_run(world: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-# --- exported folders -------------------------------------------------------------------------------------------------
+# --- exported folders ---------------------------------------------------------------------------------------
 
 
 def test_plain_transformers_gives_the_policy_the_loss_of_the_run(world: Path, run: Path) -> None:
@@ -137,7 +140,8 @@ def test_plain_transformers_gives_the_reward_model_the_scores_of_the_run(world: 
 def test_scores_of_the_chosen_are_centred(run: Path) -> None:
     config = AutoModelForSequenceClassification.from_pretrained(run / "reward/final").config
     assert math.isfinite(config.reward_mean) and config.reward_std > 0
-    # step 3 reads the centred scores: an untrained policy's answers score near, not far, from the demonstrations'
+    # step 3 reads the centred scores: an untrained policy's answers score near, not far, from the
+    # demonstrations'
     assert abs(metrics(run / "ppo", "reward/mean")[0]) < 10
 
 
@@ -168,7 +172,7 @@ def test_merged_and_adapter_are_the_same_model(world: Path, run: Path, lora_run:
         assert not torch.allclose(merged(ids).logits, plain(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-# --- numbers that must hold -------------------------------------------------------------------------------------------
+# --- numbers that must hold ---------------------------------------------------------------------------------
 
 
 def test_ratio_is_one_and_kl_is_zero_at_the_start(run: Path, lora_run: Path) -> None:
@@ -204,7 +208,9 @@ def test_two_ranks_learn_what_one_learns(
 def test_offload_changes_nothing(world: Path, run: Path, tmp_path: Path, name: str) -> None:
     options = [*sft(world, tmp_path / "sft"), "--zero_config", str(ZERO / f"{name}.json")]
     succeed("step1_sft.main", options, tmp_path)
-    assert metrics(tmp_path / "sft", "train/loss") == pytest.approx(metrics(run / "sft", "train/loss"), **CLOSE)
+    assert metrics(tmp_path / "sft", "train/loss") == pytest.approx(
+        metrics(run / "sft", "train/loss"), **CLOSE
+    )
 
 
 def test_micro_batch_size_changes_nothing(world: Path, run: Path, tmp_path: Path) -> None:
@@ -214,8 +220,15 @@ def test_micro_batch_size_changes_nothing(world: Path, run: Path, tmp_path: Path
     succeed("step2_reward.main", [*reward(world, start[0], tmp_path / "reward"), *other], tmp_path)
     generation = ["--generation_batch_size", "3"]
     succeed("step3_ppo.main", [*ppo(world, *start, tmp_path / "ppo"), *other, *generation], tmp_path)
-    for output, name in (("sft", "train/loss"), ("reward", "train/loss"), ("ppo", "policy/loss"), ("ppo", "value/loss")):
-        assert metrics(tmp_path / output, name) == pytest.approx(metrics(run / output, name), rel=1e-5, abs=1e-6)
+    for output, name in (
+        ("sft", "train/loss"),
+        ("reward", "train/loss"),
+        ("ppo", "policy/loss"),
+        ("ppo", "value/loss"),
+    ):
+        assert metrics(tmp_path / output, name) == pytest.approx(
+            metrics(run / output, name), rel=1e-5, abs=1e-6
+        )
 
 
 def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
@@ -229,7 +242,7 @@ def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ppo/final").dtype == torch.bfloat16
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# --- resume -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,9 +251,18 @@ def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     world: Path, run: Path, tmp_path: Path, ranks: int, zero: str, extra: list[str]
 ) -> None:
-    """Two steps, then a new process for the rest: the same bytes in final/ and the same metrics lines, times aside."""
+    """Two steps, then a new process for the rest: the same bytes in final/ and the same metrics lines, times
+    aside.
+    """
     start = run / "sft/final", run / "reward/final"
-    constant = ["--lr_scheduler_type", "constant", "--save_steps", "2", "--zero_config", str(ZERO / f"{zero}.json")]
+    constant = [
+        "--lr_scheduler_type",
+        "constant",
+        "--save_steps",
+        "2",
+        "--zero_config",
+        str(ZERO / f"{zero}.json"),
+    ]
     for module, make in (
         ("step1_sft.main", lambda output, steps: sft(world, output, steps)),
         ("step2_reward.main", lambda output, steps: reward(world, start[0], output, steps)),
@@ -275,19 +297,25 @@ def test_a_different_run_is_not_overwritten(world: Path, run: Path) -> None:
     assert (run / "sft/metrics.jsonl").read_text() == before
 
 
-# --- unlike tokenizers ------------------------------------------------------------------------------------------------
+# --- unlike tokenizers --------------------------------------------------------------------------------------
 
 
 def test_a_reward_model_with_its_own_tokenizer(world: Path, run: Path, tmp_path: Path) -> None:
-    """The text is encoded again for the reward model, and the critic starts from the SFT model with a zero head."""
+    """The text is encoded again for the reward model, and the critic starts from the SFT model with a zero
+    head.
+    """
     other = tmp_path / "other"
     shutil.copytree(run / "reward/final", other)
     tokenizer = AutoTokenizer.from_pretrained(other)
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "Q: ").replace("<|assistant|>", " A: ")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "Q: ").replace(
+        "<|assistant|>", " A: "
+    )
     tokenizer.save_pretrained(other)
     options = ppo(world, run / "sft/final", other, tmp_path / "ppo")
     result = run_stage("step3_ppo.main", options, tmp_path)
     assert result.codes == [0], result.output
     assert "critic: starts from the SFT model with a zero head" in result.output
     assert metrics(tmp_path / "ppo", "value/mean")[0] == 0.0
-    assert metrics(tmp_path / "ppo", "reward/mean")[0] != pytest.approx(metrics(run / "ppo", "reward/mean")[0], abs=1e-3)
+    assert metrics(tmp_path / "ppo", "reward/mean")[0] != pytest.approx(
+        metrics(run / "ppo", "reward/mean")[0], abs=1e-3
+    )

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from launch.quickstart.world import all_questions, demonstrate, gold_score, spoil
 
-HELD_OUT_PROMPTS = 192
+HELD_OUT_PROMPTS = 96
 DEMONSTRATIONS = 6000
 PREFERENCES = 5000
 HELD_OUT_PREFERENCES = 500
 SPOILED_SHARE = 0.15
 RATER_NOISE = 0.09
-SMALLEST_GAP = 0.05
+SMALLEST_GAP = 0.2
 VOCAB_SIZE = 832
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -16,29 +16,11 @@ from itertools import product
 ASPECTS = ("place", "price", "day", "village")
 
 GOODS = {
-    "almonds": ("by the fountain", "six coins", "Tuesday", "Fernhill"),
     "apples": ("under the clock", "three coins", "Monday", "Oakford"),
-    "baskets": ("near the stairs", "eight coins", "Friday", "Mossdale"),
     "beans": ("behind the mill", "two coins", "Thursday", "Brindle"),
-    "beets": ("by the fountain", "four coins", "Saturday", "Oakford"),
-    "bells": ("at the north gate", "nine coins", "Wednesday", "Lakeside"),
-    "brushes": ("next to the bakery", "five coins", "Monday", "Westbury"),
-    "candles": ("near the stairs", "seven coins", "Tuesday", "Brindle"),
-    "carrots": ("on the green table", "two coins", "Friday", "Fernhill"),
     "cherries": ("under the clock", "six coins", "Thursday", "Lakeside"),
-    "figs": ("at the south gate", "seven coins", "Saturday", "Mossdale"),
     "grapes": ("next to the bakery", "five coins", "Wednesday", "Oakford"),
-    "kites": ("behind the mill", "nine coins", "Saturday", "Westbury"),
-    "leeks": ("at the north gate", "three coins", "Tuesday", "Mossdale"),
-    "lemons": ("on the green table", "four coins", "Monday", "Lakeside"),
-    "melons": ("at the south gate", "eight coins", "Thursday", "Fernhill"),
-    "olives": ("near the stairs", "five coins", "Saturday", "Brindle"),
-    "onions": ("by the fountain", "two coins", "Wednesday", "Westbury"),
     "pears": ("on the green table", "three coins", "Thursday", "Mossdale"),
-    "peas": ("at the south gate", "four coins", "Friday", "Lakeside"),
-    "plums": ("behind the mill", "six coins", "Monday", "Fernhill"),
-    "ribbons": ("next to the bakery", "seven coins", "Friday", "Oakford"),
-    "teapots": ("under the clock", "nine coins", "Tuesday", "Westbury"),
     "walnuts": ("at the north gate", "eight coins", "Wednesday", "Brindle"),
 }
 FACTS = {
@@ -176,7 +158,7 @@ def demonstrate(rng: random.Random, good: str, aspect: str) -> list[str]:
     unsure = tuple(text.format(good=good) for text in UNSURE)
     beside = TIPS[rng.choice([other for other in ASPECTS if other != aspect])]
     fact = one_of(
-        rng, (0.75, statements(good, aspect, truth)), (0.13, statements(good, aspect, slip)), (0.12, unsure)
+        rng, (0.76, statements(good, aspect, truth)), (0.06, statements(good, aspect, slip)), (0.18, unsure)
     )
     return [
         *one_of(rng, (0.45, OPENERS), (0.25, CURT_OPENERS)),

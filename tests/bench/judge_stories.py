@@ -2,8 +2,9 @@
 
     python tests/bench/judge_stories.py --prompts F.jsonl --reference SFT/final POLICY/final ...
 
-For each policy: mean sentiment and its standard error, KL to the reference (k1, summed over the response), distinct-2
-(different word pairs / word pairs) over all continuations together and within one, and the mean length.
+For each policy: mean sentiment and its standard error, KL to the reference (k1, summed over the response),
+distinct-2 (different word pairs / word pairs) over all continuations together and within one, and the mean
+length.
 """
 
 import argparse
@@ -33,13 +34,17 @@ def held_out_prompts(path: str, encoder: SegmentEncoder) -> list[list[int]]:
     """Token ids of the prompts that step 3 holds out of the same file by default."""
 
     def convert(record: dict) -> list[int]:
-        return encoder.encode(prompt_segments(find_prompt(record), encoder.render, encoder.tokenizer.eos_token))[0]
+        return encoder.encode(
+            prompt_segments(find_prompt(record), encoder.render, encoder.tokenizer.eos_token)
+        )[0]
 
     return load_examples([path], DataOptions(max_eval_samples=0), convert)[1]
 
 
 @torch.no_grad()
-def total_logprobs(model: torch.nn.Module, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+def total_logprobs(
+    model: torch.nn.Module, prompts: list[list[int]], responses: list[list[int]]
+) -> torch.Tensor:
     """Log-probability of each whole response, (B,)."""
     input_ids = pad_rows([p + r for p, r in zip(prompts, responses, strict=True)], 0)
     starts, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
@@ -65,7 +70,11 @@ def judge(path: str, reference: torch.nn.Module, encoder: SegmentEncoder, prompt
     texts = [encoder.decode_response(p, r) for p, r in zip(prompts, responses, strict=True)]
     analyser = SentimentIntensityAnalyzer()
     sentiment = torch.tensor([analyser.polarity_scores(text)["compound"] for text in texts])
-    kl = (total_logprobs(model, prompts, responses) - total_logprobs(reference, prompts, responses)).mean().item()
+    kl = (
+        (total_logprobs(model, prompts, responses) - total_logprobs(reference, prompts, responses))
+        .mean()
+        .item()
+    )
     within = sum(distinct_2([text]) for text in texts) / len(texts)
     error = sentiment.std().item() / len(texts) ** 0.5
     return (
@@ -75,7 +84,9 @@ def judge(path: str, reference: torch.nn.Module, encoder: SegmentEncoder, prompt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--reference", required=True)
     parser.add_argument("policies", nargs="+")

@@ -25,6 +25,11 @@ NO_EOS = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 COUNTING = "{{ messages | length }}" + NO_EOS  # what comes first depends on what comes last
+FORGETS_REPLIES = (
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 LOSES_CONTEXT = "{% if add_generation_prompt %}answer now:{% else %}" + NO_EOS + "{% endif %}"
 
 
@@ -109,10 +114,13 @@ def test_only_the_last_reply_of_a_dialogue_is_the_response():
     assert [s.ends for s in segments] == [False, True, False, True]
 
 
-@pytest.mark.parametrize("text", [COUNTING, LOSES_CONTEXT])
-def test_a_template_that_rewrites_the_beginning_is_refused(text):
+@pytest.mark.parametrize(
+    "text, contents",
+    [(COUNTING, "ab"), (LOSES_CONTEXT, "ab"), (FORGETS_REPLIES, "abcd"), (FORGETS_REPLIES, "abc")],
+)
+def test_a_template_that_rewrites_the_beginning_is_refused(text, contents):
     with pytest.raises(ValueError, match="chat template does not render"):
-        demonstration_segments({"messages": chat("a", "b", "c", "d")}, template(text), EOS)
+        prompt_segments(chat(*contents), template(text), EOS)
 
 
 def test_common_beginning_is_the_prompt(reference):
@@ -153,11 +161,11 @@ DEMONSTRATION, PREFERENCE, PROMPT = demonstration_segments, preference_segments,
         (DEMONSTRATION, {"prompt": "a", "completion": chat("b")}, "'completion' is a list of messages"),
         (DEMONSTRATION, {"prompt": SOME, "completion": chat("b")}, "'completion' must end with an assistant"),
         (DEMONSTRATION, {"messages": []}, "'messages' is empty"),
-        (DEMONSTRATION, {"messages": "text"}, "'messages' has no assistant message"),
+        (DEMONSTRATION, {"messages": "text"}, "'messages'"),
         (DEMONSTRATION, {"messages": SOME}, "'messages' has no assistant message"),
         (DEMONSTRATION, {"messages": ["text"]}, "'messages': message 0 must be an object"),
         (DEMONSTRATION, {"messages": [*SOME, {"role": "user"}]}, "'messages': message 1 must be an object"),
-        (DEMONSTRATION, {"messages": [{"role": "tool", "content": "a"}]}, "'messages': message 0 has role 'tool'"),
+        (DEMONSTRATION, {"messages": [{"role": "tool", "content": "a"}]}, "message 0 has role 'tool'"),
         (DEMONSTRATION, {"messages": chat("a", " ")}, "'messages': message 1 has no content"),
         (PREFERENCE, {"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
         (PREFERENCE, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),

@@ -15,13 +15,13 @@ from tests.conftest import SHARED
 CORPUS = [
     "Once upon a time there was a little girl named Lily. She had a big red ball.",
     "The dog ran in the park until the end of the day, and they were happy.",
-    "Human: what is 12 + 30? Assistant: it is 42!",
+    "Human: what is this? Assistant: it is a big ball!",
 ] * 4
 PAIRS = [
     ("Once upon", " a time there was a little girl"),
     ("Once upon a time.", " She had a ball. They were happy!"),
     ("The dog", " ran"),
-    ("Human: what is 12 + 30? Assistant:", " it is 42"),
+    ("Human: what is this? Assistant:", " it is a big ball"),
 ]
 MADE = ["byte_level", "byte_level_prefix", "metaspace_first", "metaspace_always", "prepend"]
 REAL = {
@@ -42,7 +42,8 @@ def make(kind: str, folder: Path) -> Path:
         scheme = kind.removeprefix("metaspace_")
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    else:  # as Llama 2 has it
+    else:  # as Llama 2 has it: words are kept apart in training only
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
@@ -51,6 +52,8 @@ def make(kind: str, folder: Path) -> Path:
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
+    if kind == "prepend":
+        tokenizer.pre_tokenizer = None
     names = {"unk_token": "<unk>", "eos_token": "</s>"}
     if kind != "byte_level":
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -79,6 +82,16 @@ def test_pad_is_an_id_of_its_own(encoder):
     tokenizer = encoder.tokenizer
     assert tokenizer.pad_token_id is not None
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def test_pad_is_a_new_token_where_all_others_are_one(tmp_path):
+    """As in GPT-2, where one token is BOS, EOS and the unknown one."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(make("byte_level", tmp_path))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "</s>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token == "<|pad|>"
+    assert loaded.pad_token_id == len(tokenizer)
 
 
 def test_one_bos_exactly_when_the_tokenizer_adds_it(encoder):
@@ -120,7 +133,7 @@ def test_the_prompt_is_the_same_with_and_without_its_response(encoder):
 
 
 def test_a_continuation_reads_as_one_text(encoder):
-    """At a word boundary, ids of prompt and response are those of the whole text: no dummy space between them."""
+    """At a word boundary, ids of prompt and response are those of the whole text: no dummy space between."""
     for prompt, answer in PAIRS:
         whole = encoder.tokenizer(prompt + answer).input_ids
         whole = whole[:-1] if whole[-1] == encoder.eos_token_id else whole
@@ -143,7 +156,8 @@ def test_a_conversation_survives_the_round_trip(encoder):
     prompt, _ = encoder.encode(prompt_segments(messages[:3], encoder.render, eos))
     whole, is_response = encoder.encode(demonstration_segments({"messages": messages}, encoder.render, eos))
     assert whole[: len(prompt)] == prompt
-    assert [i for i, learnt in zip(whole, is_response, strict=True) if learnt].count(encoder.eos_token_id) == 2
+    learnt = [i for i, is_learnt in zip(whole, is_response, strict=True) if is_learnt]
+    assert learnt.count(encoder.eos_token_id) == 2
     assert encoder.decode_response(prompt, whole[len(prompt) :]).strip() == "ran"
 
 
@@ -171,13 +185,19 @@ def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path):
     assert (first.pad_token, first.chat_template) == (second.pad_token, second.chat_template)
 
 
-@pytest.mark.parametrize("last", ["user", "assistant"])
-def test_what_a_template_refuses_is_a_bad_record(tmp_path, last):
-    """A template may raise, and transformers may choke; both are a mistake in the record, not in Triptych."""
+@pytest.mark.parametrize(
+    "roles, chat_template",
+    [
+        (["user", "assistant"], "{{ raise_exception('roles must alternate') }}"),
+        (["assistant"], DEFAULT_CHAT_TEMPLATE),
+    ],
+    ids=["the template raises", "nothing before the reply"],
+)
+def test_what_a_template_refuses_is_a_bad_record(tmp_path, roles, chat_template):
+    """ValueError, so that the file and line are named or the record is skipped."""
     tokenizer = load_tokenizer(str(make("byte_level", tmp_path)))
-    if last == "user":
-        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}][last == "assistant" :]
+    tokenizer.chat_template = chat_template
+    messages = [{"role": role, "content": "a"} for role in roles]
     with pytest.raises(ValueError):
         demonstration_segments({"messages": messages}, SegmentEncoder(tokenizer).render, "</s>")
 

@@ -44,6 +44,8 @@ def test_evenly_spaced_numbers_give_exact_shares():
 def test_ends_of_the_range():
     tokens, _ = draw(torch.tensor([[0.0, 0.0, float("-inf")]]), torch.tensor([0.0, 1 - 2**-24]))
     assert tokens.tolist() == [0, 1]
+    tokens, _ = draw(torch.tensor([[float("-inf"), 0.0, 0.0]]), torch.tensor([0.0]))
+    assert tokens.tolist() == [1], "a token of probability 0 is never drawn"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,254 @@
+"""Files to records, the held-out split, the order of examples and how a batch is dealt to ranks."""
+
+import csv
+import json
+from collections import Counter
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.data import batch_order, deal, load_examples, pad_rows, read_records, steps_in_epochs
+from common.formatting import demonstration_segments, find_prompt
+from common.options import DataOptions, UserError
+from common.tokenization import SegmentEncoder, load_tokenizer
+from step1_sft.data import demonstration
+from step1_sft.options import SFTOptions
+
+RECORDS = [{"prompt": f"question {i % 40}", "completion": f"answer {i}"} for i in range(200)]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """`datasets` keeps what it converts; here it goes with the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def convert(record: dict) -> tuple[str, str]:
+    """A strict converter without a tokenizer."""
+    prompt, response = demonstration_segments(record, None, "</s>")
+    return prompt.text, response.text
+
+
+# Files
+
+
+def write_as(kind: str, folder: Path) -> str:
+    import datasets
+
+    path = folder / f"records.{kind}"
+    if kind == "jsonl":
+        write(path, RECORDS)
+    elif kind == "json":
+        path.write_text(json.dumps(RECORDS))
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(RECORDS)
+    else:
+        datasets.Dataset.from_list(RECORDS).to_parquet(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_examples(tmp_path, kind):
+    examples, _ = load_examples([write_as(kind, tmp_path)], DataOptions(eval_fraction=0.0), convert)
+    assert examples == [(r["prompt"], r["completion"]) for r in RECORDS]
+
+
+def test_several_files_are_read_in_order(tmp_path):
+    files = [write(tmp_path / f"{i}.jsonl", RECORDS[i : i + 2]) for i in (4, 0)]
+    examples, _ = load_examples(files, DataOptions(eval_fraction=0.0), convert)
+    assert [completion for _, completion in examples] == ["answer 4", "answer 5", "answer 0", "answer 1"]
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name}: No such file"):
+        list(read_records([str(tmp_path / name)]))
+
+
+def test_an_unknown_kind_of_file_is_named_with_what_is_allowed(tmp_path):
+    (tmp_path / "data.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"data.txt: unknown kind .* \.jsonl \.json \.csv \.parquet"):
+        list(read_records([str(tmp_path / "data.txt")]))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"{}\n\xc3("])
+def test_a_file_that_is_not_text_is_named(tmp_path, content):
+    (tmp_path / "binary.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="binary.jsonl: not UTF-8"):
+        list(read_records([str(tmp_path / "binary.jsonl")]))
+
+
+# Bad records
+
+BAD = {
+    '{"prompt": "a", ': "not valid JSON",
+    '["prompt"]': "must be a JSON object, not list",
+    '{"prompt": "a"}': "field 'completion' is missing",
+    '{"prompt": "a", "completion": ""}': "field 'completion' is empty",
+    '{"prompt": 7, "completion": "b"}': "field 'prompt' is int",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_record_is_an_error_with_file_and_line(tmp_path, line):
+    path = Path(write(tmp_path / "data.jsonl", RECORDS[:3]))
+    path.write_text(path.read_text() + "\n" + line + "\n" + json.dumps(RECORDS[0]) + "\n")
+    with pytest.raises(UserError) as error:
+        load_examples([str(path)], DataOptions(), convert)
+    assert str(error.value).startswith(f"{path}:5: ")  # an empty line counts as a line
+    assert BAD[line] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_records_are_skipped_and_counted_on_request(tmp_path, capsys):
+    path = Path(write(tmp_path / "data.jsonl", RECORDS[:3]))
+    path.write_text("\n".join([*BAD, path.read_text(), *BAD]))
+    options = DataOptions(skip_bad_records=True, eval_fraction=0.0)
+    examples, _ = load_examples([str(path)], options, convert)
+    assert [completion for _, completion in examples] == ["answer 0", "answer 1", "answer 2"]
+    assert f"skipped {2 * len(BAD)} bad records" in capsys.readouterr().out
+
+
+def test_no_rows_left_is_an_error(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="empty.jsonl: no rows left"):
+        load_examples([str(tmp_path / "empty.jsonl")], DataOptions(), convert)
+    with pytest.raises(UserError, match="no rows left"):
+        load_examples([write(tmp_path / "short.jsonl", RECORDS)], DataOptions(), lambda _: None)
+
+
+# Held-out split
+
+KINDS = {
+    "prompts": lambda i: {"prompt": f"question {i % 40}", "completion": f"answer {i}"},
+    "messages": lambda i: {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": f"question {i % 40}"},
+            {"role": "assistant", "content": f"answer {i}"},
+        ]
+    },
+    "dialogues": lambda i: {"chosen": f"Q: {i % 40} A: yes {i}", "rejected": f"Q: {i % 40} A: no {i}"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_part_of_the_prompts_is_held_out(tmp_path, kind):
+    """Also with a system message that all records share, and with preferences that have no `prompt` field."""
+    records = [KINDS[kind](i) for i in range(400)]
+    options = DataOptions(eval_fraction=0.3, max_eval_samples=0)
+    with_prompt = lambda record: (json.dumps(find_prompt(record)), json.dumps(record))  # noqa: E731
+    split = partial(load_examples, options=options, convert=with_prompt)
+    train, held_out = split([write(tmp_path / "data.jsonl", records)])
+    assert len(train) + len(held_out) == 400
+    assert 40 < len(held_out) < 200
+    assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in held_out}
+    order = np.random.default_rng(0).permutation(400)
+    shuffled = split([write(tmp_path / "other.jsonl", [records[i] for i in order])])
+    assert [sorted(part) for part in shuffled] == [sorted(train), sorted(held_out)]
+
+
+def test_eval_data_of_its_own_leaves_all_records_for_training(tmp_path):
+    options = DataOptions(eval_data=[write(tmp_path / "eval.jsonl", RECORDS[:9])], max_eval_samples=5)
+    train, held_out = load_examples([write(tmp_path / "train.jsonl", RECORDS)], options, convert)
+    assert (len(train), len(held_out)) == (200, 5)
+
+
+# Order
+
+LENGTHS = np.random.default_rng(0).integers(1, 500, 103).tolist()
+
+
+def take(count: int, start: int = 0, grouped: bool = True, seed: int = 0, size: int = 4) -> list[list[int]]:
+    return list(islice(batch_order(LENGTHS, size, seed, start, grouped), count))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("size", [1, 4, 7, 64, 103, 200])
+def test_an_epoch_shows_every_example(grouped, size):
+    batches = take(steps_in_epochs(len(LENGTHS), size, 1), grouped=grouped, size=size)
+    seen = Counter(i for batch in batches for i in batch)
+    assert all(len(batch) == size for batch in batches)
+    assert seen.keys() == set(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_no_example_falls_behind(grouped):
+    """When epochs and batches come out even, every example has been seen equally often."""
+    seen = Counter(i for batch in take(103, grouped=grouped) for i in batch)
+    assert seen == dict.fromkeys(range(103), 4)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_order_is_deterministic_and_can_be_resumed_anywhere(grouped):
+    batches = take(60, grouped=grouped)
+    assert batches == take(60, grouped=grouped)
+    assert batches != take(60, grouped=grouped, seed=1)
+    for start in (1, 15, 16, 17, 25, 26, 40):
+        assert take(60 - start, start=start, grouped=grouped) == batches[start:]
+
+
+def test_epochs_differ():
+    stream = [i for batch in take(52, grouped=False) for i in batch]
+    assert stream[:103] != stream[103:206]
+
+
+def test_grouped_batches_hold_like_lengths():
+    for start in (0, 25, 75):  # one epoch after another
+        grouped, plain = (
+            np.mean([np.ptp([LENGTHS[i] for i in batch]) for batch in take(25, start, grouped)])
+            for grouped in (True, False)
+        )
+        assert grouped < 0.4 * plain
+
+
+def test_grouped_batches_do_not_come_in_the_order_of_length():
+    first = [max(LENGTHS[i] for i in batch) for batch in take(12)]
+    assert first != sorted(first) and first != sorted(first, reverse=True)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 24, 31])
+@pytest.mark.parametrize("micro_batch, ranks", [(1, 1), (2, 4), (3, 2), (4, 8)])
+def test_deal_gives_each_row_to_one_rank_and_each_rank_the_same_number_of_rounds(rows, micro_batch, ranks):
+    parts = [deal(range(rows), LENGTHS, micro_batch, rank, ranks) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(len(chunk) <= micro_batch for part in parts for chunk in part)
+    assert sorted(i for part in parts for chunk in part for i in chunk) == list(range(rows))
+
+
+def test_deal_puts_rows_of_like_length_together():
+    parts = [deal(range(24), LENGTHS, 3, rank, 2) for rank in range(2)]
+    chunks = sorted((sorted(LENGTHS[i] for i in chunk) for part in parts for chunk in part), key=min)
+    assert [length for chunk in chunks for length in chunk] == sorted(LENGTHS[:24])
+    assert all(len(chunk) == 3 for chunk in chunks)
+
+
+def test_little_padding_on_real_conversations(shared):
+    encoder = SegmentEncoder(load_tokenizer(str(shared / "tokenizers/smollm2")))
+    options = SFTOptions(eval_fraction=0.0, max_length=1024)
+    to_example = partial(demonstration, encoder=encoder, options=options)
+    train, _ = load_examples([str(shared / "data/oasst/demonstrations.jsonl")], options, to_example)
+    lengths = [len(row.ids) for row in train]
+    real = padded = 0
+    for batch in islice(batch_order(lengths, 16, 0, 0, grouped=True), steps_in_epochs(len(train), 16, 1)):
+        for chunk in deal(batch, lengths, 4, 0, 1):
+            real += sum(lengths[i] for i in chunk)
+            padded += len(chunk) * max(lengths[i] for i in chunk)
+    assert 1 - real / padded < 0.05
+
+
+def test_pad_rows():
+    assert pad_rows([[1, 2], [], [3, 4, 5]], 9).tolist() == [[1, 2, 9], [9, 9, 9], [3, 4, 5]]
+    assert pad_rows([[True], [False, True]], False).tolist() == [[True, False], [False, True]]

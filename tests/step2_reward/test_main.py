@@ -1,0 +1,24 @@
+"""Which responses the scores are centred on."""
+
+import json
+
+from step2_reward.data import Preference
+from step2_reward.main import load_centre_rows
+from step2_reward.options import RewardOptions
+from tests.word_encoder import EOS, WordEncoder
+
+TRAIN = [Preference([10, 11, EOS], [10, EOS], 0.0), Preference([20, EOS], [20, 21, EOS], 0.0)]
+
+
+def test_without_demonstrations_the_chosen_responses_serve():
+    assert load_centre_rows(RewardOptions(), WordEncoder(), TRAIN) == [[10, 11, EOS], [20, EOS]]
+
+
+def test_all_demonstrations_serve_also_when_held_out_preferences_are_given(tmp_path):
+    demonstrations, preferences = tmp_path / "demonstrations.jsonl", tmp_path / "preferences.jsonl"
+    records = [{"prompt": f"a b {i}", "completion": "c"} for i in range(50)]
+    demonstrations.write_text("".join(json.dumps(record) + "\n" for record in records))
+    preferences.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    for eval_data in ([], [str(preferences)]):
+        options = RewardOptions(demonstration_data=[str(demonstrations)], eval_data=eval_data)
+        assert load_centre_rows(options, WordEncoder(), TRAIN) == [[10, 11, 12, 13, EOS]] * 50

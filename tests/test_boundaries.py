@@ -1,0 +1,95 @@
+"""The rules of the house: who imports whom, what is pure, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+STAGES = ("step1_sft", "step2_reward", "step3_ppo")
+PYTHON = sorted(
+    path.relative_to(REPOSITORY)
+    for folder in ("common", "launch", *STAGES)
+    for path in (REPOSITORY / folder).rglob("*.py")
+)
+PURE = [
+    path
+    for path in PYTHON
+    if path.name in ("loss.py", "losses.py", "advantages.py", "rewards.py", "formatting.py", "tensor_ops.py")
+]
+SCRIPTS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "launch").rglob("*.sh"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all modules that a file imports, at any depth."""
+    found = set()
+    for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_there_is_something_to_look_at():
+    assert {path.parts[0] for path in PYTHON} >= {"common", *STAGES}
+    assert {str(path.parent) for path in PURE} >= {"common", *STAGES}
+    assert len(SCRIPTS) > 3
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_no_module_reaches_into_a_stage_that_is_not_its_own(path):
+    if path.parts[0] != "launch":
+        assert not roots(path) & (set(STAGES) - {path.parts[0]})
+    assert "tests" not in roots(path)
+
+
+@pytest.mark.parametrize("path", PURE, ids=str)
+def test_formulas_are_pure(path):
+    standard = {"collections", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
+    assert roots(path) <= {"torch", "common"} | standard
+    ours = {name for name in imports(path) if name.split(".")[0] == "common"}
+    assert ours <= {"common.tensor_ops"}
+    assert not any(name.startswith("torch.distributed") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=str)
+def test_modules_are_short_and_named_for_what_they_do(path):
+    text = (REPOSITORY / path).read_text()
+    assert path.name != "utils.py"
+    if path.name == "__init__.py":
+        assert text == ""
+    assert len(text.splitlines()) <= 250
+
+
+def test_test_packages_are_empty_too():
+    assert all(path.read_text() == "" for path in (REPOSITORY / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=str)
+def test_launch_scripts_are_short_strict_and_well_formed(path):
+    lines = (REPOSITORY / path).read_text().splitlines()
+    if path.name == "environment.sh":  # is sourced: it runs under the settings of the script that reads it
+        assert not lines[0].startswith("#!")
+    else:
+        commands = [line for line in lines if line.strip() and not line.startswith("#")]
+        assert lines[0] == "#!/usr/bin/env bash"
+        assert commands[0] == "set -euo pipefail"
+        assert len(lines) <= 40
+    checked = subprocess.run(["bash", "-n", str(REPOSITORY / path)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_formulas_import_without_deepspeed_or_transformers():
+    modules = ", ".join(".".join(path.with_suffix("").parts) for path in PURE)
+    code = f"import sys, {modules}; print({{'deepspeed', 'transformers'}} & sys.modules.keys())"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert printed.stdout.strip() == "set()", printed.stderr
