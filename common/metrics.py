@@ -1,4 +1,4 @@
-"""One writer for everything a run reports: metrics.jsonl, TensorBoard and a progress line. Silent off rank 0."""
+"""One writer for all that a run reports: metrics.jsonl, TensorBoard, a progress line. Silent off rank 0."""
 
 import json
 import resource
@@ -12,7 +12,7 @@ from common.distributed import log, rank
 
 
 class MetricWriter:
-    """Appends one JSON line per logged step to `output_dir/metrics.jsonl`, the same scalars to TensorBoard."""
+    """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in TensorBoard."""
 
     def __init__(self, output_dir: str, start_step: int, total_steps: int) -> None:
         self._path = Path(output_dir) / "metrics.jsonl"

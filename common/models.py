@@ -24,7 +24,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class ScalarHead(nn.Linear):
-    """A linear head that computes in fp32 whatever its weights are: scores in bf16 would have three digits."""
+    """A linear head that computes in fp32 whatever its weights are: bf16 scores have three digits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden.float(), self.weight.float())

@@ -156,7 +156,7 @@ def parse_options(
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per rank in one optimiser step. Raises UserError unless global = micro x steps x ranks."""
+    """Micro-batches per rank in a step. Raises UserError unless global = micro x steps x ranks."""
     steps, rest = divmod(global_batch, micro_batch * ranks)
     if rest or not steps:
         raise UserError(

@@ -77,7 +77,7 @@ class SegmentEncoder:
         self._continue = _without_prefix(self._begin)
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Ids of all segments in order, and for each id whether it belongs to a response (its EOS included)."""
+        """Ids of all segments in order, and for each whether it belongs to a response, EOS included."""
         ids: list[int] = []
         is_response: list[bool] = []
         for number, segment in enumerate(segments):
@@ -97,7 +97,7 @@ class SegmentEncoder:
         return self.tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)[len(prompt) :]
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """The text of a conversation under the chat template. Raises ValueError when that refuses it."""
+        """A conversation under the chat template. Raises ValueError when the template refuses it."""
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt

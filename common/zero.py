@@ -18,41 +18,14 @@ CONFIG_FOLDER = Path(__file__).parent / "zero_configs"
 
 # DeepSpeed accepts a misspelt top-level key in silence; we do not.
 KNOWN_KEYS = [
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-    "amp",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "dump_state",
-    "memory_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "comet",
-    "activation_checkpointing",
-    "aio",
-    "checkpoint",
-    "compile",
-    "disable_allgather",
-    "seed",
-]
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast",
+    "amp", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
+    "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "flops_profiler",
+    "tensorboard", "csv_monitor", "wandb", "comet", "activation_checkpointing", "aio", "checkpoint",
+    "compile", "disable_allgather", "seed",
+]  # fmt: skip
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
@@ -95,7 +68,7 @@ def unpartitioned(trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill_bucket_sizes(config: dict[str, Any], hidden_size: int) -> None:
-    """Replace "auto" bucket sizes of ZeRO by the usual multiples of the hidden size (those of Hugging Face)."""
+    """Replace "auto" bucket sizes of ZeRO by the usual multiples of the hidden size, as Hugging Face does."""
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),

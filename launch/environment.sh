@@ -2,6 +2,7 @@
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONSAFEPATH=1  # a folder named `common` where the user stands must not be taken for ours
 
 # install FILE...: a virtual environment with what the files list; again only when they change.
 install() {

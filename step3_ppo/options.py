@@ -92,7 +92,7 @@ class PPOOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions, Samplin
 
 
 def check_rollout_arithmetic(options: PPOOptions) -> None:
-    """Raise UserError unless a rollout is whole prompts, the same for every rank, in whole optimiser steps."""
+    """Raise UserError unless a rollout is whole prompts, equal shares and whole optimiser steps."""
     rows, ranks = options.rollout_batch_size, world_size()
     for name, divisor in {
         "--global_batch_size": options.global_batch_size,

@@ -225,7 +225,7 @@ def _scores(
 
 
 def _gather(part: Rollout, owners: Sequence[int]) -> Rollout:
-    """All rows of all ranks on every rank, in the order of prompts. owners: the prompt of each gathered row."""
+    """All rows on every rank, in the order of prompts. owners: the prompt of each gathered row."""
     index = torch.tensor(owners, device=device()).argsort()
     fields = {name: torch.cat(gather_rows(value))[index] for name, value in vars(part).items()}
     whole = Rollout(**fields)

@@ -68,7 +68,7 @@ def sample_responses(
     model: nn.Module, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, top_p: float,
     eos_token_id: int, pad_token_id: int, synced: bool,
 ) -> Responses:  # fmt: skip
-    """Responses of at most R tokens to the prompts, uniforms (B, R). synced: every rank runs all R forwards."""
+    """Responses of at most R tokens; uniforms (B, R). synced: every rank runs all R forwards."""
     device, longest = uniforms.device, max(map(len, prompts))
     input_ids = torch.tensor(
         [[pad_token_id] * (longest - len(p)) + p for p in prompts], device=device

@@ -44,7 +44,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def common(output: Path, steps: int) -> list[str]:
     return [
         "--output_dir", str(output), "--max_steps", str(steps), "--logging_steps", "1",
-        "--global_batch_size", "8", "--micro_batch_size", "2", "--max_eval_samples", "12", "--eval_steps", "0", "--save_steps", "0",
+        "--global_batch_size", "8", "--micro_batch_size", "2", "--max_eval_samples", "12",
+        "--eval_steps", "0", "--save_steps", "0",
     ]  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def test_plain_transformers_gives_the_policy_the_loss_of_the_run(world: Path, ru
 
 
 def test_plain_transformers_gives_the_reward_model_the_scores_of_the_run(world: Path, run: Path) -> None:
-    """Scores from the text-classification pipeline give the run's own held-out mean, on either padding side."""
+    """Scores of the text-classification pipeline have the run's held-out mean, on either padding side."""
     rows = [json.loads(line) for line in (world / "preferences_heldout.jsonl").read_text().splitlines()[:12]]
     tokenizer = AutoTokenizer.from_pretrained(run / "reward/final")
     texts = [tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False) for row in rows]
