@@ -40,7 +40,7 @@ def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
         path = Path(source)
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
-        elif path.suffix in (".json", ".csv", ".parquet") or not path.exists():
+        elif path.suffix in (".json", ".csv", ".parquet") or not (path.exists() or path.suffix[1:].isalpha()):
             yield from _read_with_datasets(source, path)
         else:
             raise UserError(
@@ -59,8 +59,8 @@ def load_examples(
     no rows are left.
     """
     train, held_out = [], []
-    for record, example in _convert_all(sources, options, convert):
-        is_held_out = not options.eval_data and _fraction(record) < options.eval_fraction
+    for place, example in _convert_all(sources, options, convert):
+        is_held_out = not options.eval_data and place < options.eval_fraction
         (held_out if is_held_out else train).append(example)
     if options.eval_data:
         held_out = [example for _, example in _convert_all(options.eval_data, options, convert)]
@@ -151,7 +151,7 @@ def _parse(record: Record | str) -> Record:
 
 def _read_with_datasets(source: str, path: Path) -> Iterator[SourcedRecord]:
     """Records through `datasets`, which is imported here because most runs on JSONL never need it."""
-    if path.suffix in (".json", ".csv", ".parquet") and not path.exists():
+    if path.suffix[1:].isalpha() and not path.exists():
         raise UserError(f"{source}: No such file")
     import datasets
 
@@ -169,12 +169,13 @@ def _read_with_datasets(source: str, path: Path) -> Iterator[SourcedRecord]:
 
 def _convert_all(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> Iterator[tuple[Record, Example]]:
+) -> Iterator[tuple[float, Example]]:
+    """Every good record's place in [0, 1), for the split, and its example."""
     bad = dropped = 0
     for origin, unparsed in read_records(sources):
         try:
             record = _parse(unparsed)
-            example = convert(record)
+            example, place = convert(record), _fraction(record)
         except ValueError as error:
             if not options.skip_bad_records:
                 raise UserError(f"{origin}: {error}") from None
@@ -183,7 +184,7 @@ def _convert_all(
         if example is None:
             dropped += 1
         else:
-            yield record, example
+            yield place, example
     if bad or dropped:
         log(
             f"{' '.join(sources)}: skipped {bad} bad records,"

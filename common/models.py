@@ -17,10 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.distributed import log
 from common.options import UserError
 from common.zero import fill_bucket_sizes
 
+# Loading speaks through our own log: no bars, and no report of the scalar head that is new by intention.
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
 
 
 class ScalarHead(nn.Linear):
@@ -45,6 +48,14 @@ def load_config(path: str) -> PretrainedConfig:
         if ("dropout" in name or "pdrop" in name or name == "layerdrop") and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
+
+
+def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
+    """`wanted` tokens, or as many as the model has positions for, saying so when that is fewer."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    if wanted > limit:
+        log(f"--{option} {wanted} is more than the model's {limit} positions: {limit} it is")
+    return min(wanted, limit)
 
 
 def check_scalar_model(path: str, option: str) -> None:

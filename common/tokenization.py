@@ -116,6 +116,8 @@ def _without_prefix(backend: Tokenizer) -> Tokenizer:
         for step in steps:
             if step.get("type") == "Metaspace":
                 step["prepend_scheme"] = "never"
+            if step.get("type") == "Strip":
+                step["strip_left"] = False
             if step.get("type") == "ByteLevel":
                 step["add_prefix_space"] = False
         steps[:] = [step for step in steps if not _acts_at_the_beginning(step)]

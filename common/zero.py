@@ -25,6 +25,7 @@ KNOWN_KEYS = [
     "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "flops_profiler",
     "tensorboard", "csv_monitor", "wandb", "comet", "activation_checkpointing", "aio", "checkpoint",
     "compile", "disable_allgather", "seed",
+    "gradient_allreduce_op", "dataloader_drop_last", "seq_parallel_communication_data_type",
 ]  # fmt: skip
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 

@@ -17,7 +17,7 @@ from common.engine import backward_and_step, make_engine
 from common.export import export_model
 from common.lora import add_adapters, check_targets
 from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_causal_lm, load_config, response_logits
+from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import parse_options, world_size
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
@@ -31,7 +31,8 @@ def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(SFTOptions, required=["model_name_or_path", "train_data"])
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
-    load_config(options.model_name_or_path)
+    config = load_config(options.model_name_or_path)
+    options.max_length = longest_input(config, options.max_length, "max_length")
     check_targets(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)

@@ -26,7 +26,7 @@ from step3_ppo.data import prompt
 from step3_ppo.evaluate import evaluate, rollout_metrics
 from step3_ppo.models import build_models, load_critic, same_tokens
 from step3_ppo.optimise import optimise
-from step3_ppo.options import PPOOptions, check_rollout_arithmetic
+from step3_ppo.options import PPOOptions, check_lengths, check_rollout_arithmetic
 from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
 from step3_ppo.rollout import Rollout, collect_rollout
 
@@ -45,7 +45,8 @@ def main() -> None:
     critic_zero = load_zero_config(
         options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
     )
-    load_config(options.actor_model_name_or_path)
+    config = load_config(options.actor_model_name_or_path)
+    check_lengths(options, config)
     check_scalar_model(options.reward_model_name_or_path, "reward_model_name_or_path")
     check_targets(options.actor_model_name_or_path, options)
     tokenizer = load_tokenizer(options.actor_model_name_or_path)

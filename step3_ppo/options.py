@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from transformers import PretrainedConfig
+
 from common.options import (
     DataOptions,
     LoraOptions,
@@ -101,3 +103,17 @@ def check_rollout_arithmetic(options: PPOOptions) -> None:
     }.items():
         if rows % divisor:
             raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
+
+
+def check_lengths(options: PPOOptions, config: PretrainedConfig) -> None:
+    """Shorten --max_prompt_length to what the model's positions leave; UserError when they leave nothing."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    room = positions - options.max_response_length - 1  # a response cut off is scored with an EOS after it
+    if room < 1:
+        raise UserError(
+            f"--max_response_length {options.max_response_length}: leaves no room for a prompt"
+            f" in the model's {positions} positions"
+        )
+    options.max_prompt_length = min(options.max_prompt_length, room)
