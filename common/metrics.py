@@ -58,7 +58,7 @@ class MetricWriter:
     def _forget_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run is about to repeat."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
             self._path.write_text("".join(f"{line}\n" for line in kept))
 

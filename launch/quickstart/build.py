@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.sentencepiece_tokenizer import load_sentencepiece_tokenizer
 from launch.quickstart.world import all_questions, demonstrate, gold_score, spoil
 
-HELD_OUT_PROMPTS = 96
+HELD_OUT_PROMPTS = 64
 DEMONSTRATIONS = 6000
 PREFERENCES = 5000
 HELD_OUT_PREFERENCES = 500

@@ -13,15 +13,17 @@ import random
 import re
 from itertools import product
 
-ASPECTS = ("place", "price", "day", "village")
+ASPECTS = ("place", "price")
 
 GOODS = {
-    "apples": ("under the clock", "three coins", "Monday", "Oakford"),
-    "beans": ("behind the mill", "two coins", "Thursday", "Brindle"),
-    "cherries": ("under the clock", "six coins", "Thursday", "Lakeside"),
-    "grapes": ("next to the bakery", "five coins", "Wednesday", "Oakford"),
-    "pears": ("on the green table", "three coins", "Thursday", "Mossdale"),
-    "walnuts": ("at the north gate", "eight coins", "Wednesday", "Brindle"),
+    "apples": ("under the clock", "three coins"),
+    "beans": ("behind the mill", "two coins"),
+    "cherries": ("by the fountain", "six coins"),
+    "grapes": ("next to the bakery", "five coins"),
+    "kites": ("near the stairs", "nine coins"),
+    "lemons": ("on the green table", "four coins"),
+    "pears": ("at the south gate", "seven coins"),
+    "walnuts": ("at the north gate", "eight coins"),
 }
 FACTS = {
     (good, aspect): value for good, row in GOODS.items() for aspect, value in zip(ASPECTS, row, strict=True)
@@ -42,31 +44,15 @@ QUESTIONS = {
         "What is the price of the {good}?",
         "How many coins for the {good}?",
     ),
-    "day": (
-        "When do the {good} come in?",
-        "Which day do you get the {good}?",
-        "On what day can I get new {good}?",
-        "What day do the {good} arrive?",
-    ),
-    "village": (
-        "Which village sends the {good}?",
-        "Where do the {good} come from?",
-        "Do you know where the {good} come from?",
-        "Which village are the {good} from?",
-    ),
 }
 
 STATEMENTS = {
     "place": ("The {good} are {value}.", "You will find the {good} {value}."),
     "price": ("The {good} cost {value}.", "We ask {value} for the {good}."),
-    "day": ("The {good} come in on {value}.", "We get the {good} on {value}."),
-    "village": ("The {good} come from {value}.", "{value} sends us the {good}."),
 }
 TIPS = {
     "place": ("Just follow the blue tiles.", "Look for the striped awning."),
     "price": ("Buy two and save a coin.", "You may choose your own."),
-    "day": ("Come early for the best choice.", "The cart is here by seven."),
-    "village": ("It is a short trip by boat.", "They have a fair in spring."),
 }
 OPENERS = ("Of course!", "With pleasure!", "Gladly!", "Happy to help!")
 OFFERS = ("Can I help with anything else?", "Shall I pack some for you?", "Do come and see me again!")
@@ -158,7 +144,7 @@ def demonstrate(rng: random.Random, good: str, aspect: str) -> list[str]:
     unsure = tuple(text.format(good=good) for text in UNSURE)
     beside = TIPS[rng.choice([other for other in ASPECTS if other != aspect])]
     fact = one_of(
-        rng, (0.76, statements(good, aspect, truth)), (0.06, statements(good, aspect, slip)), (0.18, unsure)
+        rng, (0.7, statements(good, aspect, truth)), (0.15, statements(good, aspect, slip)), (0.15, unsure)
     )
     return [
         *one_of(rng, (0.45, OPENERS), (0.25, CURT_OPENERS)),
