@@ -79,6 +79,8 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
     import deepspeed
     import torch.distributed as dist
 
+    if engine.zero_optimization_stage() == 3:
+        engine.empty_partition_cache()  # the last forward may have begun to fetch weights for a next one
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # tied weights stay one tensor, so that they are saved once

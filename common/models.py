@@ -61,8 +61,8 @@ def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
 def check_scalar_model(path: str, option: str) -> None:
     """Raise UserError unless the folder holds a sequence classifier with one output, as step 2 writes it."""
     config = load_config(path)
-    architecture = (config.architectures or ["unknown"])[0]
-    if not architecture.endswith("ForSequenceClassification") or config.num_labels != 1:
+    if not _is_scalar(config):
+        architecture = (config.architectures or ["unknown"])[0]
         raise UserError(
             f"--{option} {path}: not a reward model: {architecture} with {config.num_labels} outputs;"
             " it must be a ...ForSequenceClassification with one output, as step 2 writes it"
@@ -84,17 +84,15 @@ def load_causal_lm(
 
 
 def load_scalar_model(
-    path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None
+    path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None, seed: int = 0
 ) -> PreTrainedModel:
     """A model with one scalar output per position, on the backbone found at `path`.
 
     From a reward model the head comes along. From a language model it is new: N(0, 1 / sqrt(d + 1)), without
-    a bias (Stiennon et al. 2020, appendix B.1), drawn from torch's generator, so seed it first.
+    a bias (Stiennon et al. 2020, appendix B.1), drawn from the seed.
     """
     config = load_config(path)
-    has_head = (config.architectures or [""])[0].endswith(
-        "ForSequenceClassification"
-    ) and config.num_labels == 1
+    has_head = _is_scalar(config)
     config.num_labels = 1
     with _partitioned(zero, config):
         model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=_dtype(zero))
@@ -104,11 +102,11 @@ def load_scalar_model(
         )
     model.score.__class__ = ScalarHead
     if not has_head:
-        initialise_head(model, std=(config.hidden_size + 1) ** -0.5)
+        initialise_head(model, std=(config.hidden_size + 1) ** -0.5, seed=seed)
     return _prepare(model, tokenizer)
 
 
-def initialise_head(model: PreTrainedModel, std: float) -> None:
+def initialise_head(model: PreTrainedModel, std: float, seed: int = 0) -> None:
     """Draw the scalar head anew from N(0, std), the same on every rank; a std of 0 makes it zero."""
     import deepspeed
 
@@ -118,7 +116,7 @@ def initialise_head(model: PreTrainedModel, std: float) -> None:
         deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_partitioned(weight)),
     ):
         if weight.numel():  # on the other ranks a partitioned weight is empty
-            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std)
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -170,15 +168,23 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _is_scalar(config: PretrainedConfig) -> bool:
+    architecture = (config.architectures or [""])[0]
+    return architecture.endswith("ForSequenceClassification") and config.num_labels == 1
+
+
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Grow the vocabulary to the tokenizer's and tell the configuration which id pads."""
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same new rows on every rank, and in actor and reference
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id
-            config.eos_token_id = tokenizer.eos_token_id
+            if config.eos_token_id is None:
+                config.eos_token_id = tokenizer.eos_token_id
     return model
 
 

@@ -49,9 +49,9 @@ def main() -> None:
         len(train), options.global_batch_size, options.num_train_epochs
     )
     seed_everything(options.seed, step=0)
-    model = add_adapters(
-        load_scalar_model(options.model_name_or_path, tokenizer, zero), options, options.seed
-    )
+    model = load_scalar_model(options.model_name_or_path, tokenizer, zero, options.seed)
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores, until the end centres them
+    model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     state = resume(options, {"reward": engine})
     metrics = MetricWriter(options.output_dir, state.step, total_steps)

@@ -205,6 +205,15 @@ def test_two_ranks_learn_what_one_learns(
             assert found == pytest.approx(wanted, **CLOSE), f"{output} {name}"
 
 
+def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) -> None:
+    """ZeRO-3 with hooks on, ranks in step although their responses end at unlike lengths."""
+    start = run / "sft/final", run / "reward/final"
+    extra = ["--zero_config", str(ZERO / "zero3.json"), "--no_gather_for_generation"]
+    succeed("step3_ppo.main", [*ppo(world, *start, tmp_path / "ppo"), *extra], tmp_path, ranks=2)
+    for name in ("reward/mean", "response/length", "policy/loss"):
+        assert metrics(tmp_path / "ppo", name) == pytest.approx(metrics(run / "ppo", name), **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
 def test_offload_changes_nothing(world: Path, run: Path, tmp_path: Path, name: str) -> None:
     options = [*sft(world, tmp_path / "sft"), "--zero_config", str(ZERO / f"{name}.json")]

@@ -144,7 +144,7 @@ def demonstrate(rng: random.Random, good: str, aspect: str) -> list[str]:
     unsure = tuple(text.format(good=good) for text in UNSURE)
     beside = TIPS[rng.choice([other for other in ASPECTS if other != aspect])]
     fact = one_of(
-        rng, (0.7, statements(good, aspect, truth)), (0.15, statements(good, aspect, slip)), (0.15, unsure)
+        rng, (0.75, statements(good, aspect, truth)), (0.03, statements(good, aspect, slip)), (0.22, unsure)
     )
     return [
         *one_of(rng, (0.45, OPENERS), (0.25, CURT_OPENERS)),
