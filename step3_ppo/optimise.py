@@ -1,7 +1,7 @@
 """The update of PPO: several epochs of minibatches over one rollout."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,18 @@ from step3_ppo.data import minibatches
 from step3_ppo.losses import policy_loss, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
+from step3_ppo.rollout import Rollout, Rows, actor_logprobs, take_rows
 
 Sums = Counter[str]  # sums over tokens, turned into means at the end
+
+
+class Targets(NamedTuple):
+    """What the rollout says of the N response tokens of a micro-batch, each (N,), row by row."""
+
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
 
 
 def optimise(
@@ -33,63 +42,61 @@ def optimise(
     models.actor.train()
     models.critic.train()
     lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
-    mask = rollout.response_mask
+    per_token = (rollout.logprobs, rollout.values, advantages, returns)
     sums: Sums = Counter()
-    norms: dict[str, float] = {}
-    rows, size = len(lengths), options.global_batch_size
-    for number, batch in enumerate(minibatches(rows, size, options.ppo_epochs, options.seed, step)):
+    first: dict[str, float] = {}
+    norms: dict[str, float | None] = {}
+    batches = minibatches(len(lengths), options.global_batch_size, options.ppo_epochs, options.seed, step)
+    for batch in batches:
         tokens = int(rollout.response_lengths[batch].sum())
         mine = deal(batch, lengths, options.micro_batch_size, rank(), world_size())
-        for j, chunk in enumerate(mine, start=1):
-            index = torch.tensor(chunk, device=mask.device)
-            chosen = mask[index]  # (b, R), and below each x[index][chosen] is (N,), row by row
-            is_last = j == len(mine)
+        for number, chunk in enumerate(mine, start=1):
+            rows, is_last = take_rows(rollout, chunk), number == len(mine)
+            mask = rollout.response_mask[chunk]  # (b, R)
+            targets = Targets(*(values[chunk][mask] for values in per_token))
             if step > options.critic_warmup_steps:
-                norm = _actor_update(
-                    models.actor, rollout, chunk, rollout.logprobs[index][chosen], advantages[index][chosen],
-                    options, tokens, is_last, sums, is_first=number == 0,
-                )  # fmt: skip
-                norms["policy/grad_norm"] = norm
-            norms["value/grad_norm"] = _critic_update(
-                models.critic, rollout, chunk, rollout.values[index][chosen], returns[index][chosen],
-                options, tokens, is_last, sums,
-            )  # fmt: skip
-    names = sorted(sums)
-    sums = Counter(dict(zip(names, sum_over_ranks(*(sums[name] for name in names)), strict=True)))
-    first, updates = max(sums.pop("first_tokens", 0), 1), max(sums.pop("tokens"), 1)
-    means = {name: value / (first if name == "policy/ratio" else updates) for name, value in sums.items()}
+                norms["policy/grad_norm"] = _update_actor(
+                    models.actor, rows, targets, options, tokens, is_last, sums
+                )
+            norms["value/grad_norm"] = _update_critic(
+                models.critic, rows, targets, options, tokens, is_last, sums
+            )
+        first = first or {name: float(total) for name, total in sums.items()}
+    totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
+    *totals, first_tokens, first_ratio = sum_over_ranks(*totals)
+    means = dict(zip(sums, totals, strict=True))
+    count = means.pop("tokens")
+    means = {name: total / count for name, total in means.items()}
+    if "policy/ratio" in means:
+        means["policy/ratio"] = first_ratio / first_tokens
     return means | norms
 
 
-def _actor_update(
-    actor: Any, rollout: Rollout, chunk: list[int], old_logprobs: Tensor, advantages: Tensor,
-    options: PPOOptions, tokens: int, is_last: bool, sums: Sums, is_first: bool,
-) -> float | None:  # fmt: skip
-    """One micro-batch of the clipped policy loss; old_logprobs and advantages (N,)."""
-    logprobs, logits = actor_logprobs(actor, take_rows(rollout, chunk), options.temperature)
-    result = policy_loss(logprobs, old_logprobs, advantages, options.clip_range, options.dual_clip)
+def _update_actor(
+    actor: Any, rows: Rows, old: Targets, options: PPOOptions, tokens: int, is_last: bool, sums: Sums
+) -> float | None:
+    """One micro-batch of the clipped policy loss, a part of a minibatch of so many tokens."""
+    logprobs, logits = actor_logprobs(actor, rows, options.temperature)
+    result = policy_loss(logprobs, old.logprobs, old.advantages, options.clip_range, options.dual_clip)
     norm = backward_and_step(actor, result.loss.sum() / tokens, world_size(), is_last)
     with torch.no_grad():
         sums["policy/loss"] += result.loss.sum()
+        sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()
-        sums["policy/approx_kl"] += 0.5 * ((logprobs - old_logprobs) ** 2).sum()
+        sums["policy/approx_kl"] += 0.5 * ((logprobs - old.logprobs) ** 2).sum()
         sums["policy/entropy"] += entropy(logits, options.temperature).sum()
-        if is_first:
-            sums["policy/ratio"] += result.ratio.sum()
-            sums["first_tokens"] += len(logprobs)
     return norm
 
 
-def _critic_update(
-    critic: Any, rollout: Rollout, chunk: list[int], old_values: Tensor, returns: Tensor,
-    options: PPOOptions, tokens: int, is_last: bool, sums: Sums,
-) -> float | None:  # fmt: skip
-    """One micro-batch of the clipped value loss; old_values and returns (N,)."""
-    rows = take_rows(rollout, chunk)
+def _update_critic(
+    critic: Any, rows: Rows, old: Targets, options: PPOOptions, tokens: int, is_last: bool, sums: Sums
+) -> float | None:
+    """One micro-batch of the clipped value loss, a part of a minibatch of so many tokens."""
     values = token_scores(critic, rows.input_ids, rows.positions)
-    result = value_loss(values, old_values, returns, options.value_clip_range)
+    result = value_loss(values, old.values, old.returns, options.value_clip_range)
     norm = backward_and_step(critic, result.loss.sum() / tokens, world_size(), is_last)
-    sums["value/loss"] += result.loss.detach().sum()
-    sums["value/clip_fraction"] += result.clipped.sum()
-    sums["tokens"] += len(values)
+    with torch.no_grad():
+        sums["value/loss"] += result.loss.sum()
+        sums["value/clip_fraction"] += result.clipped.sum()
+        sums["tokens"] += len(values)
     return norm
