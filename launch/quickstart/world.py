@@ -1,8 +1,8 @@
 """A small market hall: the world of the quickstart, its helpers, and the gold rule that judges their answers.
 
-A customer asks one thing about one kind of goods: its place or its price. The best answer is four sentences: a
-kind word, the fact, a tip that fits the question, an offer. The helpers whose answers serve as demonstrations
-each do some of this well and some of it badly.
+A customer asks one thing about one kind of goods: its place or its price. The best answer is four sentences:
+a kind word, the fact, a tip that fits the question, an offer. The helpers whose answers serve as
+demonstrations each do some of this well and some of it badly.
 
 `gold_score` reads an answer sentence by sentence, so nothing is gained by saying more: what is repeated,
 flattering, curt, beside the point or garbled costs gold. Training never sees it. Raters, who mostly agree
