@@ -30,7 +30,10 @@ class SamplingOptions:
     max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
     temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
     top_p: float = option(
-        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
+        1.0,
+        "Sample from the likeliest tokens that make up this share (KL and ratio still see all tokens).",
+        above=0,
+        at_most=1,
     )
     gather_for_generation: bool = option(
         True, "At ZeRO-3, gather all weights once per rollout; turn off when they do not fit on one GPU."
