@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from common.distributed import on_cpu
 from common.models import is_partitioned
-from common.options import OptimiserOptions
+from common.options import OptimiserOptions, world_size
 from common.zero import fill_bucket_sizes
 
 
@@ -36,6 +36,10 @@ def make_engine(
         optimizer=_adamw(model, zero, options, learning_rate),
         lr_scheduler=lambda optimizer: schedule(optimizer=optimizer),
     )
+    if world_size() == 1 and engine.zero_optimization_stage() == 0:
+        engine.enable_backward_allreduce = (
+            False  # it would copy all gradients to a buffer and back, for nobody
+        )
     return engine
 
 
