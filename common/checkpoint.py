@@ -129,9 +129,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def _is_partial(engine: Any) -> bool:
-    """Whether only some weights are trained, as with adapters; the frozen ones come from the model folder
-    again.
-    """
+    """Whether only some weights are trained, as with adapters; checkpoints then leave the frozen ones out."""
     return any(not p.requires_grad for p in engine.module.parameters())
 
 

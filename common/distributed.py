@@ -99,9 +99,7 @@ def barrier() -> None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage. A user's mistake ends it with one line and exit code 2; any other error keeps its
-    traceback.
-    """
+    """Run a stage. A user's mistake ends it with one line and exit code 2, other errors with a traceback."""
     try:
         main()
     except UserError as error:

@@ -44,9 +44,7 @@ def make_engine(
 
 
 def make_frozen(model: nn.Module, zero: dict[str, Any] | None) -> nn.Module:
-    """A model that is only read: inside a partitioning engine at stage 3, a plain module on the device
-    otherwise.
-    """
+    """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device."""
     import deepspeed
 
     from common.distributed import device
@@ -128,9 +126,7 @@ def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
 
 
 def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
-    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads its
-    optimizer.
-    """
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     dimensions = {id(p): len(p.ds_shape) if is_partitioned(p) else p.dim() for p in trained}
     groups = [

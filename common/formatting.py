@@ -71,9 +71,7 @@ def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> 
 def preference_segments(
     record: dict[str, Any], render: Render, eos: str
 ) -> tuple[list[Segment], list[Segment]]:
-    """Segments of the chosen and of the rejected dialogue. Without `prompt`, their common prefix is the
-    prompt.
-    """
+    """Segments of the chosen and the rejected dialogue. Without `prompt`, it is their common prefix."""
     for name in ("chosen", "rejected"):
         if name not in record:
             raise ValueError(f"field {name!r} is missing (a preference has 'prompt' + 'chosen' + 'rejected')")
@@ -142,9 +140,7 @@ def _messages(record: dict[str, Any]) -> list[Message]:
 
 
 def _conversation(messages: list[Message], render: Render, eos: str) -> list[Segment]:
-    """Segments of a rendered conversation; ends with the generation prompt unless the last message is a
-    reply.
-    """
+    """Segments of a conversation, with the generation prompt unless the last message is a reply."""
     segments: list[Segment] = []
     done = ""  # what has been cut into segments already; every further rendering must start with it
     for number, message in enumerate(messages):

@@ -26,9 +26,7 @@ def check_targets(path: str, options: LoraOptions) -> None:
 
 
 def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
-    """Freeze the model and add trainable adapters; a scalar head stays trainable, in a copy that peft saves
-    along.
-    """
+    """Freeze the model and add adapters; a scalar head stays trainable, in a copy that peft saves along."""
     if not options.lora_rank:
         return model
     from peft import LoraConfig, get_peft_model

@@ -196,9 +196,7 @@ def _dtype(zero: dict[str, Any] | None) -> torch.dtype:
 
 @contextlib.contextmanager
 def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Iterator[None]:
-    """While open, transformers splits the weights it loads over the ranks, if the configuration is of stage
-    3.
-    """
+    """While open, transformers splits the weights it loads over the ranks, if the JSON is of stage 3."""
     if not zero or zero["zero_optimization"]["stage"] != 3:
         yield
         return

@@ -21,9 +21,7 @@ class UserError(ValueError):
 
 
 class Help(str):
-    """A help text that carries the option's limits; HfArgumentParser leaves no other place beside a field for
-    them.
-    """
+    """A help text that carries the option's limits: HfArgumentParser leaves no other place for them."""
 
     limits: dict[str, float]
 

@@ -29,9 +29,7 @@ def scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `values` where `mask` is true (or 1), over all entries or along `dim`; 0 where nothing is
-    selected.
-    """
+    """Mean of `values` where `mask` is true, over everything or along `dim`; 0 where nothing is selected."""
     mask = mask.to(values.dtype)
     total, count = (values * mask).sum(dim), mask.sum(dim)
     return total / count.clamp(min=1.0)

@@ -26,9 +26,7 @@ class Demonstration(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro-batch, padded on the right. The hidden state at a true position predicts the label of that
-    place.
-    """
+    """One micro-batch, padded on the right. The state at a true position predicts the label there."""
 
     input_ids: Tensor  # (B, T)
     positions: Tensor  # (B, T) bool

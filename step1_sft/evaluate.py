@@ -20,9 +20,7 @@ from step1_sft.loss import sft_loss
 def evaluate(
     engine: Any, rows: Sequence[Demonstration], micro_batch: int, pad_token_id: int
 ) -> dict[str, float]:
-    """eval/loss, the mean over all learnt tokens of all rows on all ranks, and eval/perplexity, its
-    exponential.
-    """
+    """eval/loss, the mean over all learnt tokens of all rows on all ranks, and its exponential."""
     engine.eval()
     lengths = [len(row.ids) for row in rows]
     total = count = 0.0

@@ -15,9 +15,7 @@ from step2_reward.loss import pairwise_loss
 
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores of the B chosen and the B rejected responses, each (B,), at their last token, in one forward
-    pass.
-    """
+    """Scores of the B chosen and the B rejected responses, each (B,), in one forward pass."""
     scores = token_scores(model, batch.input_ids, last_positions(batch.lengths, batch.input_ids.shape[1]))
     chosen, rejected = scores.chunk(2)
     return chosen, rejected

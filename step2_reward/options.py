@@ -7,9 +7,7 @@ from common.options import TrainOptions, option
 
 @dataclass
 class RewardOptions(TrainOptions):
-    """A reward model from preferences: `prompt` + `chosen` + `rejected`, or whole-dialogue `chosen` +
-    `rejected`.
-    """
+    """A reward model from `prompt` + `chosen` + `rejected`, or from whole dialogues."""
 
     output_dir: str = option("output/step2_reward", "Folder for logs, checkpoints and the final model.")
     learning_rate: float = option(9e-6, "Highest learning rate.", above=0)

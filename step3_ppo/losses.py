@@ -1,6 +1,4 @@
-"""The losses of PPO. Pure: every function works on response coordinates, (B, T), and returns one value per
-token.
-"""
+"""The losses of PPO. Pure: everything is per response token, (B, T) or any other shape."""
 
 from typing import NamedTuple
 
@@ -11,9 +9,7 @@ LOG_RATIO_LIMIT = 20.0  # e^20: keeps one absurd token from turning the whole ba
 
 
 class PolicyLoss(NamedTuple):
-    """Per-token results, each (B, T): the loss, the probability ratio, and where the clip was the active
-    bound.
-    """
+    """Per token, each (B, T): the loss, the probability ratio, and where the clip was the active bound."""
 
     loss: Tensor
     ratio: Tensor

@@ -129,9 +129,7 @@ def main() -> None:
 
 
 def shape_rewards(rollout: Rollout, options: PPOOptions, kl_coef: float) -> Tensor:
-    """Rewards (B, R): the KL penalty at every token, the clipped score less any missing-EOS penalty at the
-    last.
-    """
+    """Rewards (B, R): the KL penalty at every token, at the last one also the score."""
     scores = clip_scores(rollout.scores, options.score_clip)
     scores = scores - options.missing_eos_penalty * ~rollout.ended
     kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)

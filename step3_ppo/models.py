@@ -91,9 +91,7 @@ def build_models(
 def load_critic(
     options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], same_tokens: bool
 ) -> PreTrainedModel:
-    """The critic before training: the reward model, or the SFT model with a zero head when their tokens
-    differ.
-    """
+    """The critic before training: the reward model, or the SFT model with a zero head."""
     if same_tokens:
         log("critic: starts from the reward model")
         return load_scalar_model(options.reward_model_name_or_path, tokenizer, zero)

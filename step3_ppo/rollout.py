@@ -78,9 +78,7 @@ def collect_rollout(
 
 
 def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-    """Where the state before each response token is: (B,), (B,) -> (B, width) bool, from the prompt's last
-    token.
-    """
+    """Where the state before each response token is, from the prompt's last token on: (B, width) bool."""
     column = torch.arange(width, device=prompt_lengths.device)
     first = (prompt_lengths - 1)[:, None]
     return (column >= first) & (column < first + response_lengths[:, None])
@@ -96,9 +94,7 @@ class Rows:
 
 
 def actor_logprobs(model: torch.nn.Module, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens of some rows, (N,) row by row, and the logits (N, V) behind
-    them.
-    """
+    """Log-probabilities of the response tokens of some rows, (N,), and the logits (N, V) behind them."""
     logits = response_logits(model, rows.input_ids, rows.positions)
     return label_logprobs(logits, rows.labels, temperature), logits
 
@@ -180,9 +176,7 @@ def _score(
 
 
 def _per_token(part: Rollout, options: PPOOptions, measure: Callable[[Rows], Tensor]) -> Tensor:
-    """Apply `measure`, rows -> (N,), to all rows in batches of like length, and put the results in place: (B,
-    R).
-    """
+    """Apply `measure`, rows -> (N,), to all rows in batches of like length; the results in place, (B, R)."""
     lengths = (part.prompt_lengths + part.response_lengths).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     result = torch.zeros_like(part.logprobs)
@@ -210,6 +204,8 @@ def _scores(
             rows.append(ids + response + ([] if part.ended[number] else [encoder.eos_token_id]))
         else:
             text = models.encoder.decode_response(ids, response)
+            if not isinstance(prompt.source, str):
+                text = text.strip()  # its own template decides about the space before a message
             segments = dialogue_segments(prompt.source, text, encoder.render, encoder.tokenizer.eos_token)
             rows.append(encoder.encode(segments)[0])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

@@ -56,9 +56,7 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers (B, length) in [0, 1): a function of the seed, the step and the row's number in the
-    rollout.
-    """
+    """Uniform numbers (B, length) in [0, 1): a function of seed, step and the row's number."""
     streams = [np.random.default_rng((seed, 3, step, row)).random(length, dtype=np.float32) for row in rows]
     return torch.from_numpy(np.stack(streams))
 

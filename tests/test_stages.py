@@ -261,9 +261,7 @@ def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     world: Path, run: Path, tmp_path: Path, ranks: int, zero: str, extra: list[str]
 ) -> None:
-    """Two steps, then a new process for the rest: the same bytes in final/ and the same metrics lines, times
-    aside.
-    """
+    """Killed in step 4 of 4: the same bytes in final/ and the same metrics lines, times aside."""
     start = run / "sft/final", run / "reward/final"
     constant = [
         "--lr_scheduler_type",
@@ -311,9 +309,7 @@ def test_a_different_run_is_not_overwritten(world: Path, run: Path) -> None:
 
 
 def test_a_reward_model_with_its_own_tokenizer(world: Path, run: Path, tmp_path: Path) -> None:
-    """The text is encoded again for the reward model, and the critic starts from the SFT model with a zero
-    head.
-    """
+    """The text is encoded again for the reward model, and the critic starts with a zero head."""
     other = tmp_path / "other"
     shutil.copytree(run / "reward/final", other)
     tokenizer = AutoTokenizer.from_pretrained(other)
