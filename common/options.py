@@ -141,7 +141,8 @@ def parse_options(
         def error(self, message: str) -> NoReturn:
             raise UserError(message.removeprefix("argument "))
 
-    parser = Parser(options_class, allow_abbrev=False, description=sys.modules["__main__"].__doc__)
+    title = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
+    parser = Parser(options_class, allow_abbrev=False, usage="[--option value ...]", description=title)
     (options, unknown) = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options)}")

@@ -46,6 +46,7 @@ choose_port() {
 run_stage() {
     local output
     choose_device
+    [[ " $* " == *" --help "* ]] && exec python -m "$1" --help
     choose_port
     output="$(output_dir "${@:2}")"
     mkdir -p "$output"

@@ -223,9 +223,9 @@ def test_offload_changes_nothing(world: Path, run: Path, tmp_path: Path, name: s
     )
 
 
-def test_micro_batch_size_changes_nothing(world: Path, run: Path, tmp_path: Path) -> None:
+def test_micro_batches_and_checkpointing_change_nothing(world: Path, run: Path, tmp_path: Path) -> None:
     start = run / "sft/final", run / "reward/final"
-    other = ["--micro_batch_size", "8"]
+    other = ["--micro_batch_size", "8", "--gradient_checkpointing"]
     succeed("step1_sft.main", [*sft(world, tmp_path / "sft"), *other], tmp_path)
     succeed("step2_reward.main", [*reward(world, start[0], tmp_path / "reward"), *other], tmp_path)
     generation = ["--generation_batch_size", "3"]
