@@ -1,5 +1,6 @@
 """One rollout: sample responses, score them, and keep everything that the update needs. No gradients."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -197,6 +198,8 @@ def _scores(
     only, because the reward model has never learnt what to say elsewhere.
     """
     encoder = models.reward_encoder or models.encoder
+    # Other tokens may need more positions than the model has: a long prompt then loses its beginning.
+    room = getattr(base_model(reward).config, "max_position_embeddings", sys.maxsize)
     rows = []
     for number, prompt in enumerate(prompts):
         ids, response = part.prompt(number), part.response(number)
@@ -207,7 +210,7 @@ def _scores(
             if not isinstance(prompt.source, str):
                 text = text.strip()  # its own template decides about the space before a message
             segments = dialogue_segments(prompt.source, text, encoder.render, encoder.tokenizer.eos_token)
-            rows.append(encoder.encode(segments)[0])
+            rows.append(encoder.encode(segments)[0][-room:])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = torch.zeros(len(rows), device=device())
     for start in range(0, len(order), options.generation_batch_size):
