@@ -1,8 +1,8 @@
 """The directory contract: checkpoints to resume from, and `final/` for other stages and programs.
 
-    output_dir/options.json                 the resolved options output_dir/checkpoints/step_000100/     one
-    DeepSpeed folder per trained model, and state.json, written last output_dir/final/                       a
-    plain Hugging Face folder
+    output_dir/options.json                the resolved options
+    output_dir/checkpoints/step_000100/    a DeepSpeed folder per trained model, and state.json, written last
+    output_dir/final/                      a plain Hugging Face folder
 
 A checkpoint is written beside its place and renamed into it, so a folder that has its name is complete.
 """

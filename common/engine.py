@@ -37,9 +37,8 @@ def make_engine(
         lr_scheduler=lambda optimizer: schedule(optimizer=optimizer),
     )
     if world_size() == 1 and engine.zero_optimization_stage() == 0:
-        engine.enable_backward_allreduce = (
-            False  # it would copy all gradients to a buffer and back, for nobody
-        )
+        # It would copy all gradients to a buffer and back, for nobody.
+        engine.enable_backward_allreduce = False
     return engine
 
 
