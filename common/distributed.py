@@ -84,13 +84,11 @@ def sum_over_ranks(*values: Tensor | float) -> list[float]:
     return stacked.tolist()
 
 
-def gather_rows(local: Tensor) -> list[Tensor]:
-    """The tensors of all ranks, in order of rank. All must have the same shape and dtype."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [local]
-    parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, local.contiguous())
-    return parts
+def sum_tensor_over_ranks(tensor: Tensor) -> Tensor:
+    """Add up the tensors of all ranks, in place. All must have the same shape and dtype."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def barrier() -> None:

@@ -10,7 +10,8 @@ from step3_ppo.data import Prompt
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import token_kl
-from step3_ppo.rollout import Rollout, collect_rollout
+from step3_ppo.rollout import Rollout, sample_rollout
+from step3_ppo.scoring import score_rollout
 
 EVALUATION_STEP = (
     1 << 40
@@ -20,9 +21,9 @@ EVALUATION_STEP = (
 def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> tuple[dict[str, float], str]:
     """Figures on one response to each held-out prompt, and a Markdown table of the first few."""
     short = -len(prompts) % world_size()
-    rollout, _ = collect_rollout(
-        models, [*prompts, *prompts[:1] * short], options, EVALUATION_STEP, with_values=False
-    )
+    prompts_of_all = [*prompts, *prompts[:1] * short]
+    rollout = sample_rollout(models, prompts_of_all, options, EVALUATION_STEP)
+    rollout, _ = score_rollout(models, prompts_of_all, rollout, options)
     rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
     figures = {
         "eval/score": rollout.scores.mean().item(),

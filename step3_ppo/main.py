@@ -28,7 +28,8 @@ from step3_ppo.models import build_models, load_critic, same_tokens
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions, check_lengths, check_rollout_arithmetic
 from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
-from step3_ppo.rollout import Rollout, collect_rollout
+from step3_ppo.rollout import Rollout, sample_rollout
+from step3_ppo.scoring import score_rollout
 
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
 
@@ -91,22 +92,25 @@ def main() -> None:
         seed_everything(options.seed, step)
         batch = [train[i] for i in next(order) for _ in range(options.samples_per_prompt)]
 
-        # 3. Sample and score, without gradients.
-        rollout, seconds = collect_rollout(models, batch, options, step)
+        # 3. Sample, and have every model read the responses.
+        rollout = sample_rollout(models, batch, options, step)
+        sampled = time.perf_counter()
+        rollout, first_pass = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.
         rewards = shape_rewards(rollout, options, kl.coef)
         # 5. Advantages over the whole rollout.
         advantages, returns = estimate_advantages(rollout, rewards, options)
         # 6. Clipped policy and value losses, several epochs.
-        train_start = time.perf_counter()
-        stats = optimise(models, rollout, advantages, returns, options, step)
-        seconds["time/train"] = time.perf_counter() - train_start
-        seconds["time/step"] = time.perf_counter() - start
+        scored = time.perf_counter()
+        stats = optimise(models, rollout, first_pass, advantages, returns, options, step)
+        end = time.perf_counter()
 
         # 7. Record.
-        found = rollout_metrics(rollout, returns) | stats | seconds | {"kl/coef": kl.coef}
+        found = rollout_metrics(rollout, returns) | stats | {"kl/coef": kl.coef}
+        found |= {"time/rollout": sampled - start, "time/score": scored - sampled}
+        found |= {"time/train": end - scored, "time/step": end - start}
         found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
-        found["rollout/tokens_per_second"] = int(rollout.response_lengths.sum()) / seconds["time/rollout"]
+        found["rollout/tokens_per_second"] = int(rollout.response_lengths.sum()) / (sampled - start)
         kl.update(found["kl/mean"], options.rollout_batch_size)
         state.controllers["kl_coef"] = kl.coef
         state.advance(prompts_per_step, len(train))

@@ -17,6 +17,7 @@ from step3_ppo.losses import policy_loss, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, Rows, actor_logprobs, take_rows
+from step3_ppo.scoring import FirstPass
 
 Sums = Counter[str]  # sums over tokens, turned into means at the end
 
@@ -31,17 +32,19 @@ class Targets(NamedTuple):
 
 
 def optimise(
-    models: Models, rollout: Rollout, advantages: Tensor, returns: Tensor, options: PPOOptions, step: int
-) -> dict[str, float]:
+    models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor,
+    options: PPOOptions, step: int,
+) -> dict[str, float]:  # fmt: skip
     """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
 
+    first_pass: the forward passes of the first micro-batch, which scoring has made already.
     Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
     micro-batches. Returns means over the tokens of all updates; `policy/ratio` is that of the first
     minibatch, where it must be 1.
     """
     models.actor.train()
     models.critic.train()
-    lengths = (rollout.prompt_lengths + rollout.response_lengths).tolist()
+    lengths = rollout.lengths.tolist()
     per_token = (rollout.logprobs, rollout.values, advantages, returns)
     sums: Sums = Counter()
     first: dict[str, float] = {}
@@ -56,11 +59,12 @@ def optimise(
             targets = Targets(*(values[chunk][mask] for values in per_token))
             if step > options.critic_warmup_steps:
                 norms["policy/grad_norm"] = _update_actor(
-                    models.actor, rows, targets, options, tokens, is_last, sums
+                    models.actor, first_pass, rows, targets, options, tokens, is_last, sums
                 )
             norms["value/grad_norm"] = _update_critic(
-                models.critic, rows, targets, options, tokens, is_last, sums
+                models.critic, first_pass, rows, targets, options, tokens, is_last, sums
             )
+            first_pass = FirstPass()
         first = first or {name: float(total) for name, total in sums.items()}
     totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
     *totals, first_tokens, first_ratio = sum_over_ranks(*totals)
@@ -73,10 +77,11 @@ def optimise(
 
 
 def _update_actor(
-    actor: Any, rows: Rows, old: Targets, options: PPOOptions, tokens: int, is_last: bool, sums: Sums
-) -> float | None:
+    actor: Any, done: FirstPass, rows: Rows, old: Targets, options: PPOOptions, tokens: int, is_last: bool,
+    sums: Sums,
+) -> float | None:  # fmt: skip
     """One micro-batch of the clipped policy loss, a part of a minibatch of so many tokens."""
-    logprobs, logits = actor_logprobs(actor, rows, options.temperature)
+    logprobs, logits = done.policy or actor_logprobs(actor, rows, options.temperature)
     result = policy_loss(logprobs, old.logprobs, old.advantages, options.clip_range, options.dual_clip)
     norm = backward_and_step(actor, result.loss.sum() / tokens, world_size(), is_last)
     with torch.no_grad():
@@ -89,10 +94,11 @@ def _update_actor(
 
 
 def _update_critic(
-    critic: Any, rows: Rows, old: Targets, options: PPOOptions, tokens: int, is_last: bool, sums: Sums
-) -> float | None:
+    critic: Any, done: FirstPass, rows: Rows, old: Targets, options: PPOOptions, tokens: int, is_last: bool,
+    sums: Sums,
+) -> float | None:  # fmt: skip
     """One micro-batch of the clipped value loss, a part of a minibatch of so many tokens."""
-    values = token_scores(critic, rows.input_ids, rows.positions)
+    values = token_scores(critic, rows.input_ids, rows.positions) if done.values is None else done.values
     result = value_loss(values, old.values, old.returns, options.value_clip_range)
     norm = backward_and_step(critic, result.loss.sum() / tokens, world_size(), is_last)
     with torch.no_grad():

@@ -242,8 +242,9 @@ def test_little_padding_on_real_conversations(shared):
     train, _ = load_examples([str(shared / "data/oasst/demonstrations.jsonl")], options, to_example)
     lengths = [len(row.ids) for row in train]
     real = padded = 0
-    for batch in islice(batch_order(lengths, 16, 0, 0, grouped=True), steps_in_epochs(len(train), 16, 1)):
-        for chunk in deal(batch, lengths, 4, 0, 1):
+    size, steps = options.global_batch_size, steps_in_epochs(len(train), options.global_batch_size, 1)
+    for batch in islice(batch_order(lengths, size, 0, 0, grouped=True), steps):
+        for chunk in deal(batch, lengths, options.micro_batch_size, 0, 1):
             real += sum(lengths[i] for i in chunk)
             padded += len(chunk) * max(lengths[i] for i in chunk)
     assert 1 - real / padded < 0.05

@@ -1,0 +1,141 @@
+"""Everything that the models say of sampled responses: log-probabilities, values and scores."""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from common.data import deal, pad_rows
+from common.distributed import device, rank, sum_tensor_over_ranks
+from common.formatting import dialogue_segments
+from common.models import base_model, last_positions, token_scores
+from common.options import world_size
+from step3_ppo.data import Prompt, minibatches
+from step3_ppo.models import Models
+from step3_ppo.options import PPOOptions
+from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
+
+
+class FirstPass(NamedTuple):
+    """Forward passes over this rank's first micro-batch of the first minibatch, made with gradients.
+
+    What they say is a part of the rollout, and the update begins with their gradients: the weights are the
+    same, so the pass is made once. None: that model has still to make it.
+    """
+
+    policy: tuple[Tensor, Tensor] | None = None  # log-probabilities (N,) and logits (N, V) of the actor
+    values: Tensor | None = None  # (N,) of the critic
+
+
+@torch.no_grad()
+def score_rollout(
+    models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions, step: int | None = None
+) -> tuple[Rollout, FirstPass]:
+    """Have every model read the responses, each rank a part of them.
+
+    step: the iteration whose update follows; None measures all but values, for no update.
+    """
+    models.actor.eval()
+    models.critic.eval()
+    rest, first = _my_batches(rollout, options, step)
+    batches = [*rest, first] if first else rest
+    kept_policy = kept_values = None
+
+    def policy_pass(model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
+        return actor_logprobs(model, take_rows(rollout, batch), options.temperature)
+
+    def value_pass(batch: list[int]) -> Tensor:
+        rows = take_rows(rollout, batch)
+        return token_scores(models.critic, rows.input_ids, rows.positions)
+
+    with models.reference_model() as reference:
+        parts = [policy_pass(reference, batch)[0] for batch in batches]
+        found = {"ref_logprobs": _placed(rollout, batches, parts)}
+    with models.reward_model() as reward:
+        found["scores"] = _scores(reward, models, prompts, rollout, sum(batches, []), options)
+    if next(models.actor.module.parameters()).dtype != torch.float32:
+        # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
+        # update does.
+        parts = [policy_pass(models.actor, batch)[0] for batch in rest]
+        if first:
+            with _as_in_update(models.actor):
+                kept_policy = policy_pass(models.actor, first)
+            parts.append(kept_policy[0].detach())
+        found["logprobs"] = _placed(rollout, batches, parts)
+    if first:
+        parts = [value_pass(batch) for batch in rest]
+        with _as_in_update(models.critic):
+            kept_values = value_pass(first)
+        found["values"] = _placed(rollout, batches, [*parts, kept_values.detach()])
+    return replace(rollout, **found), FirstPass(kept_policy, kept_values)
+
+
+def _my_batches(rollout: Rollout, options: PPOOptions, step: int | None) -> tuple[list[list[int]], list[int]]:
+    """This rank's rows in batches of like length, and apart from them its first micro-batch of the update."""
+    lengths, micro = rollout.lengths.tolist(), options.micro_batch_size
+    first: list[list[int]] = [[] for _ in range(world_size())]
+    if step is not None:
+        minibatch = next(minibatches(len(lengths), options.global_batch_size, 1, options.seed, step))
+        first = [deal(minibatch, lengths, micro, r, world_size())[0] for r in range(world_size())]
+    rest = sorted(set(range(len(lengths))) - {row for rows in first for row in rows}, key=lengths.__getitem__)
+    mine, size = rest[rank() :: world_size()], options.generation_batch_size
+    return [mine[start : start + size] for start in range(0, len(mine), size)], first[rank()]
+
+
+@contextlib.contextmanager
+def _as_in_update(engine: Any) -> Iterator[None]:
+    """Passes keep what their gradients need, by recomputation where that is chosen."""
+    engine.train()
+    with torch.enable_grad():
+        yield
+
+
+def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
+    """The (N,) numbers of each batch at their tokens' places, those of all ranks together: (B, R)."""
+    mask = rollout.response_mask
+    result = torch.zeros(mask.shape, device=mask.device)
+    for batch, part in zip(batches, parts, strict=True):
+        index = torch.tensor(batch, device=mask.device)
+        block = torch.zeros(mask[index].shape, device=mask.device)
+        block[mask[index]] = part
+        result[index] = block
+    return sum_tensor_over_ranks(result)
+
+
+def _scores(
+    reward: nn.Module, models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
+    options: PPOOptions,
+) -> Tensor:  # fmt: skip
+    """Scores (B,) of whole responses, of which this rank reads its own; read at an EOS: one is added to a
+    response that has none, for scoring only, because the reward model has never learnt what to say elsewhere.
+    """
+    pad_token_id = (models.reward_encoder or models.encoder).tokenizer.pad_token_id
+    inputs = {row: _scored_ids(reward, models, prompts[row], rollout, row) for row in mine}
+    order = sorted(mine, key=lambda row: len(inputs[row]))
+    scores = torch.zeros(len(prompts), device=device())
+    for start in range(0, len(order), options.generation_batch_size):
+        chunk = order[start : start + options.generation_batch_size]
+        input_ids = pad_rows([inputs[row] for row in chunk], pad_token_id).to(device())
+        lengths = torch.tensor([len(inputs[row]) for row in chunk], device=device())
+        positions = last_positions(lengths, input_ids.shape[1])
+        scores[torch.tensor(chunk, device=device())] = token_scores(reward, input_ids, positions)
+    return sum_tensor_over_ranks(scores)
+
+
+def _scored_ids(reward: nn.Module, models: Models, prompt: Prompt, rollout: Rollout, row: int) -> list[int]:
+    """One prompt and response in the reward model's own tokens, with an EOS at the end."""
+    ids, response = rollout.prompt(row), rollout.response(row)
+    encoder = models.reward_encoder
+    if encoder is None:
+        return ids + response + ([] if rollout.ended[row] else [models.encoder.tokenizer.eos_token_id])
+    text = models.encoder.decode_response(ids, response)
+    if not isinstance(prompt.source, str):
+        text = text.strip()  # its own template decides about the space before a message
+    segments = dialogue_segments(prompt.source, text, encoder.render, encoder.tokenizer.eos_token)
+    # Other tokens may need more positions than the model has: a long prompt then loses its beginning.
+    room = getattr(base_model(reward).config, "max_position_embeddings", sys.maxsize)
+    return encoder.encode(segments)[0][-room:]
