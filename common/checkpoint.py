@@ -1,10 +1,11 @@
-"""The directory contract: checkpoints to resume from, and `final/` for other stages and programs.
+"""Checkpoints: folders that are complete or absent, from which a run goes on exactly where it was.
 
-    output_dir/options.json                the resolved options
-    output_dir/checkpoints/step_000100/    a DeepSpeed folder per trained model, and state.json, written last
-    output_dir/final/                      a plain Hugging Face folder
+    output_dir/checkpoints/step_000100/    a DeepSpeed folder per trained model
+        manifest.json                      sizes and checksums of its files, ranks, ZeRO stages, precision
+        options.json                       the resolved options
+        state.json                         step, position, controllers: `TrainState`
 
-A checkpoint is written beside its place and renamed into it, so a folder that has its name is complete.
+A checkpoint is written beside its place, flushed to disk and renamed into it.
 """
 
 import dataclasses
@@ -12,18 +13,14 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common.distributed import barrier, log, rank
-from common.options import Options, UserError
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-# What may differ between a run and its continuation: paths, intervals, how much is done at once, and more
-# steps.
-FREE_OPTIONS = {
-    "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "max_steps", "num_train_epochs", "micro_batch_size", "generation_batch_size", "gradient_checkpointing",
-    "max_eval_samples",
-}  # fmt: skip
+from common.distributed import barrier, gather_objects, log, rank
+from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
+from common.options import RunOptions, UserError, world_size
+from common.process import Stopped, stop_requested
 
 
 @dataclass
@@ -37,6 +34,11 @@ class TrainState:
     epoch: float = 0.0
     samples: int = 0
     controllers: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0  # updates left out because of numbers that are not finite
+    skipped_in_a_row: int = 0  # steps
+    losses: list[float] = field(default_factory=list)  # the last ones, to tell a spike
+    best: float | None = None  # of --best_metric
+    best_step: int | None = None
 
     def advance(self, samples: int, examples: int) -> None:
         """Count a finished step on `samples` of a data set of `examples`."""
@@ -44,96 +46,214 @@ class TrainState:
         self.samples += samples
         self.epoch = self.samples / examples
 
+    def is_best(self, metric: str, found: dict[str, float]) -> bool:
+        """Note the metric of an evaluation; true when it is the best so far. Losses are better when lower."""
+        if metric == "none":
+            return False
+        value = found[metric]
+        if self.best is not None and (value >= self.best if metric.endswith("loss") else value <= self.best):
+            return False
+        self.best, self.best_step = value, self.step
+        return True
 
-def prepare_output(options: Options) -> None:
-    """Claim the output directory for this run and write options.json.
 
-    Raises UserError, naming the options that differ, when the directory holds a different run, and when it
-    holds any run although --resume_from_checkpoint is 'none'.
+class Checkpoint(NamedTuple):
+    """A checkpoint folder that was found complete."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    state: TrainState
+
+
+class _Writer(TorchCheckpointEngine):
+    """Writes for DeepSpeed, keeps checksums, and remembers an error instead of raising it.
+
+    DeepSpeed meets in barriers after writing: a rank whose disk is full must still come to them.
     """
-    folder = Path(options.output_dir)
-    known = folder / "options.json"
-    current = json.loads(json.dumps(dataclasses.asdict(options)))
-    if known.exists():
-        if options.resume_from_checkpoint == "none":
-            raise UserError(
-                f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'"
-            )
-        earlier = json.loads(known.read_text())
-        keys = [k for k in current.keys() | earlier.keys() if current.get(k) != earlier.get(k)]
-        differing = sorted(set(keys) - FREE_OPTIONS)
-        if differing:
-            changes = ", ".join(f"--{k} {earlier.get(k)} -> {current.get(k)}" for k in differing)
-            raise UserError(
-                f"--output_dir {folder}: holds a different run ({changes}); choose another folder"
-            )
-    barrier()
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root, self.files, self.error = root, {}, ""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            super().save(state_dict, path)
+            flush_file(Path(path))
+            entry = {"bytes": Path(path).stat().st_size, "sha256": sha256(Path(path))}
+            self.files[str(Path(path).relative_to(self.root))] = entry
+        except (OSError, RuntimeError) as error:
+            self.error = str(error).strip().splitlines()[0]
+
+
+def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> bool:
+    """Write checkpoints/step_N and delete the oldest beyond --save_total_limit. Every rank must call it.
+
+    False when the disk would not take it: that is logged, its rest is removed, the older ones stay.
+    """
+    root = Path(options.output_dir) / "checkpoints"
+    final = root / f"step_{state.step:06}"
+    temporary = final.with_suffix(".tmp")
+    problem = ""
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(known, current)
+        problem = _make_room(root, temporary, list(engines))
+    if not (problem := _first(problem)):
+        files, problem = _write_engines(temporary, engines)
+    if not problem and rank() == 0:
+        problem = _complete(temporary, final, options, state, _manifest(engines, files))
+    if problem := _first(problem):
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        log(f"checkpoint of step {state.step} NOT saved: {problem}; training goes on, older checkpoints stay")
+        return False
+    if rank() == 0:
+        _delete_old(options, state)
+    barrier()
+    return True
 
 
-def resume(options: Options, engines: dict[str, Any]) -> TrainState:
-    """Load the checkpoint that --resume_from_checkpoint names into the engines; a fresh state if there is
-    none.
+def save_if_due(
+    options: RunOptions, state: TrainState, engines: dict[str, Any], is_best: bool, is_last: bool
+) -> None:
+    """After a step: a checkpoint when it is time for one, or when the run was asked to stop.
 
-    Raises UserError when a named checkpoint is not complete.
+    Raises Stopped, on all ranks, in the latter case.
+    """
+    is_stopped = stop_requested(options.output_dir) and not is_last
+    is_due = options.save_steps and (is_last or state.step % options.save_steps == 0)
+    is_saved = (is_stopped or is_best or is_due) and save_checkpoint(options, state, engines)
+    if is_stopped:
+        place = "there" if is_saved else "an older checkpoint"
+        raise Stopped(f"stopped after step {state.step}; the same command goes on from {place}")
+
+
+def find_checkpoint(options: RunOptions) -> Checkpoint | None:
+    """The checkpoint that --resume_from_checkpoint names, the same on every rank; None: start anew.
+
+    Of the newest ones that are damaged it says so, and takes the one before. Raises UserError when a named
+    one is not complete, and when there is none to be exported.
     """
     chosen = options.resume_from_checkpoint
-    if chosen == "none":
-        return TrainState()
-    complete = list_checkpoints(Path(options.output_dir))
-    folder = (complete[-1] if complete else None) if chosen == "latest" else Path(chosen)
-    if folder is None:
-        return TrainState()
-    if not (folder / "state.json").exists():
-        raise UserError(
-            f"--resume_from_checkpoint {folder}: not a complete checkpoint: state.json is missing"
-        )
-    for name, engine in engines.items():
-        engine.load_checkpoint(str(folder), tag=name, load_module_strict=not _is_partial(engine))
-    state = TrainState(**json.loads((folder / "state.json").read_text()))
-    log(f"resumed from {folder} at step {state.step}")
-    return state
-
-
-def save_checkpoint(options: Options, state: TrainState, engines: dict[str, Any]) -> None:
-    """Write checkpoints/step_N and delete the oldest beyond --save_total_limit. Every rank must call it."""
-    root = Path(options.output_dir) / "checkpoints"
-    final, temporary = root / f"step_{state.step:06}", root / f"step_{state.step:06}.tmp"
-    if (final / "state.json").exists():
-        return
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    for name, engine in engines.items():
-        engine.save_checkpoint(
-            str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=_is_partial(engine)
-        )
-    barrier()
-    if rank() == 0:
-        _write_json(temporary / "options.json", dataclasses.asdict(options))
-        _write_json(temporary / "state.json", dataclasses.asdict(state))
-        temporary.rename(final)
-        if options.save_total_limit:
-            for old in list_checkpoints(Path(options.output_dir))[: -options.save_total_limit]:
-                shutil.rmtree(old)
-    barrier()
+    folders = [] if chosen == "none" else [Path(chosen)]
+    if chosen == "latest":
+        folders = _first(list_checkpoints(Path(options.output_dir))[::-1])
+    for folder in folders:
+        if not (problem := _damage(folder)):
+            manifest, state = (json.loads((folder / f"{n}.json").read_text()) for n in ("manifest", "state"))
+            return Checkpoint(folder, manifest, TrainState(**state))
+        if chosen != "latest":
+            raise UserError(f"--resume_from_checkpoint {folder}: not a complete checkpoint: {problem}")
+        log(f"{folder} is damaged ({problem}): using the one before")
+    if options.export_only or options.resume_weights_only:
+        raise UserError(f"--output_dir {options.output_dir}: holds no complete checkpoint")
+    return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = sorted((output_dir / "checkpoints").glob("step_*"))
-    return [f for f in folders if not f.name.endswith(".tmp") and (f / "state.json").exists()]
+    """Checkpoints by their names, oldest first."""
+    folders = (output_dir / "checkpoints").glob("step_*")
+    return sorted(f for f in folders if f.suffix != ".tmp" and (f / "state.json").exists())
 
 
-def _is_partial(engine: Any) -> bool:
+def is_partial(engine: Any) -> bool:
     """Whether only some weights are trained, as with adapters; checkpoints then leave the frozen ones out."""
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def _write_json(path: Path, content: Any) -> None:
-    beside = path.with_suffix(".json.tmp")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    beside.replace(path)
+def precision(engine: Any) -> str:
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+
+
+def _make_room(root: Path, temporary: Path, names: list[str]) -> str:
+    """Empty folders to write to; the problem, if there is one."""
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for name in names:
+            (temporary / name).mkdir(parents=True)
+        last = max(map(folder_bytes, list_checkpoints(root.parent)), default=0)
+        if (free := free_bytes(root)) < last:
+            return f"{free / 2**20:.1f} MiB free, the last one took {last / 2**20:.1f} MiB"
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _write_engines(temporary: Path, engines: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Every rank's part of every engine: names, sizes and checksums of all files, and the first problem."""
+    writer = _Writer(temporary)
+    for name, engine in engines.items():
+        engine.checkpoint_engine, before = writer, engine.checkpoint_engine
+        engine._copy_recovery_script = lambda _: None  # it would raise on rank 0 alone when the disk is full
+        engine.save_checkpoint(
+            str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=is_partial(engine)
+        )
+        engine.checkpoint_engine = before
+    parts = gather_objects((writer.files, writer.error))
+    files = {name: entry for part, _ in parts for name, entry in part.items()}
+    return files, next((error for _, error in parts if error), "")
+
+
+def _manifest(engines: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    models = {
+        name: {"zero_stage": engine.zero_optimization_stage(), "precision": precision(engine)}
+        for name, engine in engines.items()
+    }
+    return {"world_size": world_size(), "models": models, "files": dict(sorted(files.items()))}
+
+
+def _complete(
+    temporary: Path, final: Path, options: RunOptions, state: TrainState, manifest: dict[str, Any]
+) -> str:
+    """Write what rank 0 knows, and give the folder its name; the problem, if there is one."""
+    try:
+        write_json(temporary / "options.json", dataclasses.asdict(options))
+        manifest["files"]["options.json"] = _entry(temporary / "options.json")
+        write_json(temporary / "manifest.json", manifest)
+        write_json(temporary / "state.json", dataclasses.asdict(state))
+        for folder in [*filter(Path.is_dir, temporary.iterdir()), temporary]:
+            flush_folder(folder)
+        shutil.rmtree(final, ignore_errors=True)  # one that was damaged, or is repeated
+        temporary.rename(final)
+        flush_folder(final.parent)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _delete_old(options: RunOptions, state: TrainState) -> None:
+    if not options.save_total_limit:
+        return
+    best = f"step_{state.best_step:06}" if state.best_step is not None else ""
+    for old in list_checkpoints(Path(options.output_dir))[: -options.save_total_limit]:
+        if old.name != best:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, or nothing; every rank checks a part of the files."""
+    problem = ""
+    try:
+        json.loads((folder / "state.json").read_text())
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name in sorted(files)[rank() :: world_size()]:
+            path = folder / name
+            if not path.exists():
+                problem = f"{name} is missing"
+            elif path.stat().st_size != files[name]["bytes"]:
+                problem = f"{name} has {path.stat().st_size} bytes, not {files[name]['bytes']}"
+            elif sha256(path) != files[name]["sha256"]:
+                problem = f"{name} has another checksum"
+    except FileNotFoundError as error:
+        problem = f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"state.json or manifest.json: {error}"
+    return _first(problem)
+
+
+def _first(value: Any) -> Any:
+    """The first of the ranks' values that says something, on every rank."""
+    values = gather_objects(value)
+    return next((v for v in values if v), values[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.distributed import log
 from common.formatting import find_prompt
-from common.options import DataOptions, UserError
+from common.options import DataOptions, RunOptions, UserError
 
 Example = TypeVar("Example")
 Record = dict[str, Any]
@@ -28,6 +28,18 @@ class SourcedRecord(NamedTuple):
 
     origin: str
     record: Record | str
+
+
+class Examples(list[Example]):
+    """Examples, and where the record of each stands, as `file:line`, for messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: list[str] = []
+
+    def add(self, example: Example, origin: str) -> None:
+        self.append(example)
+        self.origins.append(origin)
 
 
 def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
@@ -50,7 +62,7 @@ def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
 
 def load_examples(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Examples[Example], list[Example]]:
     """Training and held-out examples, tokenised by `convert`.
 
     convert: record -> example, or None for a record that has nothing to train on; it raises ValueError for a
@@ -58,17 +70,31 @@ def load_examples(
     both sides. Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when
     no rows are left.
     """
-    train, held_out = [], []
-    for place, example in _convert_all(sources, options, convert):
-        is_held_out = not options.eval_data and place < options.eval_fraction
-        (held_out if is_held_out else train).append(example)
+    train, held_out = Examples(), []
+    for origin, place, example in _convert_all(sources, options, convert):
+        if not options.eval_data and place < options.eval_fraction:
+            held_out.append(example)
+        else:
+            train.add(example, origin)
     if options.eval_data:
-        held_out = [example for _, example in _convert_all(options.eval_data, options, convert)]
+        held_out = [example for _, _, example in _convert_all(options.eval_data, options, convert)]
     if not train:
         raise UserError(f"{' '.join(sources)}: no rows left to train on")
     if options.max_eval_samples:
         held_out = held_out[: options.max_eval_samples]
     return train, held_out
+
+
+def check_best_metric(options: RunOptions, held_out: Sequence[Example], *measured: str) -> None:
+    """Raise UserError unless the stage measures --best_metric, and has held-out data to measure it on."""
+    if options.best_metric not in ("none", *measured):
+        raise UserError(
+            f"--best_metric {options.best_metric}: here it must be none or {' or '.join(measured)}"
+        )
+    if options.best_metric != "none" and not held_out:
+        raise UserError(
+            f"--best_metric {options.best_metric}: needs held-out data: --eval_data or --eval_fraction"
+        )
 
 
 def batch_order(
@@ -169,8 +195,8 @@ def _read_with_datasets(source: str, path: Path) -> Iterator[SourcedRecord]:
 
 def _convert_all(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> Iterator[tuple[float, Example]]:
-    """Every good record's place in [0, 1), for the split, and its example."""
+) -> Iterator[tuple[str, float, Example]]:
+    """Every good record's origin, its place in [0, 1), for the split, and its example."""
     bad = dropped = 0
     for origin, unparsed in read_records(sources):
         try:
@@ -184,7 +210,7 @@ def _convert_all(
         if example is None:
             dropped += 1
         else:
-            yield place, example
+            yield origin, place, example
     if bad or dropped:
         log(
             f"{' '.join(sources)}: skipped {bad} bad records,"

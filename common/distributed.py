@@ -1,17 +1,14 @@
-"""Processes: start, seeds, what rank 0 says, sums over ranks, and how a run ends on an error."""
+"""Ranks: how they meet, their seeds, what rank 0 says, sums over all of them."""
 
 import os
 import random
-import sys
-from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from common.options import UserError
 
 
 def rank() -> int:
@@ -31,8 +28,11 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def init_distributed() -> None:
-    """Join the process group that the launcher describes; alone, without a launcher."""
+def init_distributed(timeout_minutes: float) -> None:
+    """Join the process group that the launcher describes; alone, without a launcher.
+
+    timeout_minutes: how long a collective waits for the slowest rank before it fails.
+    """
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -53,7 +53,7 @@ def init_distributed() -> None:
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu() else None, timeout=timedelta(minutes=30), verbose=False
+        dist_backend="gloo" if on_cpu() else None, timeout=timedelta(minutes=timeout_minutes), verbose=False
     )
 
 
@@ -91,18 +91,15 @@ def sum_tensor_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def gather_objects(local: Any) -> list[Any]:
+    """What every rank gives, on every rank, in order of rank; small things only."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [local]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, local)
+    return parts
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a stage. A user's mistake ends it with one line and exit code 2, other errors with a traceback."""
-    try:
-        main()
-    except UserError as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()

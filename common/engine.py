@@ -1,6 +1,7 @@
 """A trained model inside DeepSpeed: make it, step it, and read its weights back."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.distributed import on_cpu
+from common.distributed import device, on_cpu
 from common.models import is_partitioned
 from common.options import OptimiserOptions, world_size
 from common.zero import fill_bucket_sizes
@@ -46,8 +47,6 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None) -> nn.Module:
     """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device."""
     import deepspeed
 
-    from common.distributed import device
-
     model.requires_grad_(False).eval()
     if zero is None:
         return model.to(device())
@@ -60,16 +59,19 @@ def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> f
 
     loss: a share such that the sum over ranks and micro-batches is the loss of the global batch. DeepSpeed
     averages gradients over ranks, so the share is multiplied by their number. Returns the gradient norm after
-    an update.
+    an update. A loss or norm that is not finite leaves the update out, on all ranks, and returns inf.
     """
     engine.set_gradient_accumulation_boundary(is_last)
-    engine.backward(loss * ranks, scale_wrt_gas=False)
-    # The plain fp32 optimizer of stage 0 clips without saying what the norm was.
+    # An infinite loss can have finite gradients; this makes them NaN, which every rank gets to see.
+    poison = loss.detach() * 0 + 1
+    engine.backward(loss * poison * ranks, scale_wrt_gas=False)
+    # The plain fp32 optimizer of stage 0 neither says what the norm was nor looks whether it is finite.
     norm = _plain_grad_norm(engine) if is_last and engine.zero_optimization_stage() == 0 else None
     engine.step()
     if not is_last:
         return None
-    return float(norm if norm is not None else engine.get_global_grad_norm())
+    norm = float(norm if norm is not None else engine.get_global_grad_norm())
+    return norm if engine.was_step_applied() else math.inf
 
 
 def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tensor] | None:
@@ -145,5 +147,10 @@ def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, le
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _plain_grad_norm(engine: Any) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+def _plain_grad_norm(engine: Any) -> float:
+    """Norm of all gradients; when it is not finite, they go, and DeepSpeed counts the update as left out."""
+    norm = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+    engine.optimizer.overflow = not math.isfinite(norm)
+    if engine.optimizer.overflow:
+        engine.optimizer.zero_grad(set_to_none=True)
+    return norm

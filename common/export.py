@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from common.distributed import barrier, log, rank
+from common.distributed import gather_objects, log, rank
 from common.engine import full_state_dict
+from common.files import flush_file, flush_folder
 from common.lora import is_adapted
+from common.options import UserError
 
 
 def export_model(
@@ -23,21 +26,53 @@ def export_model(
 
     With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is
     made on rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left
-    as it is.
+    as it is. Raises UserError, on all ranks, when the disk does not take it; what was there before stays.
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
-    if rank() == 0 and state is not None:
+    problem = ""
+    if rank() == 0:
         temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_adapted(engine.module):
-            _save_merged(engine, state, temporary, load_base())
-        else:
-            engine.module.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    barrier()
+        try:
+            _write(engine, tokenizer, state, temporary, load_base)
+            _take_place(temporary, folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = str(error).strip().splitlines()[0]
+            shutil.rmtree(temporary, ignore_errors=True)
+    if problem := gather_objects(problem)[0]:
+        raise UserError(f"{folder}: not written: {problem}; run the command again with --export_only")
     log(f"wrote {folder}")
+
+
+def export_best(*arguments: Any) -> None:
+    """`export_model`, of which a failure is no reason to end the run."""
+    try:
+        export_model(*arguments)
+    except UserError as error:
+        log(str(error).partition("; run")[0])
+
+
+def _write(
+    engine: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], folder: Path,
+    load_base: Callable[[], PreTrainedModel],
+) -> None:  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    if is_adapted(engine.module):
+        _save_merged(engine, state, folder, load_base())
+    else:
+        engine.module.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        flush_file(file)
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    flush_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _save_merged(engine: Any, state: dict[str, Any], folder: Path, base: PreTrainedModel) -> None:

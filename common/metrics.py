@@ -1,6 +1,8 @@
 """One writer for all that a run reports: metrics.jsonl, TensorBoard, a progress line. Silent off rank 0."""
 
+import contextlib
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 
 from common.distributed import log, rank
+from common.files import write_text
 
 
 class MetricWriter:
@@ -20,6 +23,7 @@ class MetricWriter:
         self._board: Any = None
         self._start_step, self._total_steps = start_step, total_steps
         self._start_time = time.perf_counter()
+        self._pending = ""  # lines that a full disk has not taken
         if rank() == 0:
             self._forget_after(start_step)
 
@@ -28,19 +32,24 @@ class MetricWriter:
         if rank() != 0:
             return
         metrics = {name: float(f"{value:.7g}") for name, value in metrics.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        board = self._tensorboard()
-        for name, value in metrics.items():
-            board.add_scalar(name, value, step)
-        board.flush()
+        plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._pending += json.dumps({"step": step, **plain}) + "\n"
         values = " | ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         log(f"step {step}/{self._total_steps} | {values} | ETA {self._time_left(step)}")
+        try:
+            self._write()
+            board = self._tensorboard()
+            for name, value in metrics.items():
+                board.add_scalar(name, value, step)
+            board.flush()
+        except OSError as error:
+            log(f"metrics of step {step} not written yet: {error}")
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Put a text (Markdown) into TensorBoard."""
         if rank() == 0:
-            self._tensorboard().add_text(tag, text, step)
+            with contextlib.suppress(OSError):
+                self._tensorboard().add_text(tag, text, step)
 
     def _tensorboard(self) -> Any:
         if self._board is None:
@@ -55,12 +64,24 @@ class MetricWriter:
         minutes, seconds = divmod(int(per_step * (self._total_steps - step)), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
+    def _write(self) -> None:
+        """Append what is pending, or nothing of it."""
+        with self._path.open("ab") as file:
+            end = file.tell()
+            try:
+                file.write(self._pending.encode())
+                file.flush()
+            except OSError:
+                file.truncate(end)
+                raise
+        self._pending = ""
+
     def _forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run is about to repeat."""
+        """Drop lines of steps that a resumed run is about to repeat, and one that was cut off."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
-            self._path.write_text("".join(f"{line}\n" for line in kept))
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
 
 
 def peak_memory_gib() -> float:

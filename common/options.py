@@ -57,6 +57,19 @@ class RunOptions:
         "'latest' goes on from the newest checkpoint in --output_dir if there is one, 'none' starts "
         "anew in an empty folder, or the path of a checkpoint folder.",
     )
+    resume_weights_only: bool = option(
+        False, "Take weights and position from the checkpoint, and start the optimiser anew."
+    )
+    export_only: bool = option(False, "Write final/ from the newest checkpoint, and train no more.")
+    best_metric: Literal["none", "eval/loss", "eval/accuracy", "eval/score"] = option(
+        "none", "Keep the model with the best value of this in best/, and its checkpoint."
+    )
+    max_skipped_steps: int = option(
+        20, "Stop after this many steps in a row whose numbers were not finite.", at_least=1
+    )
+    timeout_minutes: float = option(
+        30.0, "How long a rank waits for the slowest one before it gives up.", above=0
+    )
 
 
 @dataclass

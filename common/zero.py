@@ -106,6 +106,8 @@ def _fill_precision(config: dict[str, Any], source: Path) -> None:
         if section.get("enabled") == "auto":
             section["enabled"] = name == "bf16" and stage > 0 and not on_cpu() and _has_bf16()
     enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
+    if enabled == ["bf16"]:
+        config["bf16"].setdefault("check_grad_overflow", True)  # skip an update that is not finite
     if stage == 0 and enabled:
         raise UserError(
             f"{source}: {enabled[0]} needs ZeRO stage 1 or higher; at stage 0 DeepSpeed starts Adam wrongly"

@@ -42,14 +42,25 @@ choose_port() {
     MASTER_PORT="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
 }
 
-# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks; the log also goes to output_dir/train.log.
+# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks in place of this script, whose signals they heed.
 run_stage() {
-    local output
     choose_device
     [[ " $* " == *" --help "* ]] && exec python -m "$1" --help
     choose_port
-    output="$(output_dir "${@:2}")"
-    mkdir -p "$output"
-    deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
-        --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}" 2>&1 | tee -a "$output/train.log"
+    exec python "$ROOT/launch/supervise.py" "$(output_dir "${@:2}")" \
+        deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
+        --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
+}
+
+# step SCRIPT OPTIONS...: run another launch script, and pass on to it the signals that this one gets.
+step() {
+    local code
+    bash "$@" &
+    trap "kill -TERM $!" TERM INT USR1
+    while true; do
+        wait $! && code=0 || code=$?
+        kill -0 $! 2>/dev/null || break # a signal ends `wait` too
+    done
+    trap - TERM INT USR1
+    return "$code"
 }

@@ -9,13 +9,14 @@ PREFERENCES="${PREFERENCES:?data for step 2}"
 PROMPTS="${PROMPTS:?data for step 3}"
 OUTPUT="${OUTPUT:-output/pipeline}"
 HERE="$(dirname "${BASH_SOURCE[0]}")"
+source "$HERE/environment.sh"
 
-bash "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DEMONSTRATIONS" \
+step "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DEMONSTRATIONS" \
     --output_dir "$OUTPUT/step1_sft" ${STEP1_OPTIONS:-} "$@"
 
-bash "$HERE/step2_reward.sh" --model_name_or_path "$OUTPUT/step1_sft/final" --train_data "$PREFERENCES" \
+step "$HERE/step2_reward.sh" --model_name_or_path "$OUTPUT/step1_sft/final" --train_data "$PREFERENCES" \
     --output_dir "$OUTPUT/step2_reward" ${STEP2_OPTIONS:-} "$@"
 
-bash "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" \
+step "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" \
     --reward_model_name_or_path "$OUTPUT/step2_reward/final" --prompt_data "$PROMPTS" \
     --output_dir "$OUTPUT/step3_ppo" ${STEP3_OPTIONS:-} "$@"

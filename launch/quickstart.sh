@@ -13,20 +13,20 @@ started=$SECONDS
 python "$HERE/quickstart/build.py" --output_dir "$WORLD"
 
 # 1. Learn to speak from demonstrations of mixed quality: right and wrong, polite and rude.
-bash "$HERE/step1_sft.sh" --model_name_or_path "$WORLD/model" --train_data "$WORLD/demonstrations.jsonl" \
+step "$HERE/step1_sft.sh" --model_name_or_path "$WORLD/model" --train_data "$WORLD/demonstrations.jsonl" \
     --output_dir "$OUTPUT/step1_sft" --max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 \
     --learning_rate 5e-3 --logging_steps 50 --eval_steps 200 "$@"
 step1=$SECONDS
 
 # 2. Learn from noisy raters which of two answers people prefer.
-bash "$HERE/step2_reward.sh" --model_name_or_path "$OUTPUT/step1_sft/final" \
+step "$HERE/step2_reward.sh" --model_name_or_path "$OUTPUT/step1_sft/final" \
     --train_data "$WORLD/preferences.jsonl" --eval_data "$WORLD/preferences_heldout.jsonl" --max_eval_samples 0 \
     --output_dir "$OUTPUT/step2_reward" --max_length 96 --max_steps 400 --global_batch_size 32 \
     --micro_batch_size 32 --learning_rate 1e-3 --logging_steps 50 --eval_steps 200 "$@"
 step2=$SECONDS
 
 # 3. Practise against the reward model, staying close to step 1. The gold scorer is never shown.
-bash "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" \
+step "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" \
     --reward_model_name_or_path "$OUTPUT/step2_reward/final" --prompt_data "$WORLD/prompts.jsonl" \
     --eval_data "$WORLD/prompts_heldout.jsonl" --output_dir "$OUTPUT/step3_ppo" --max_response_length 64 \
     --max_steps 60 --rollout_batch_size 128 --global_batch_size 64 --micro_batch_size 64 --ppo_epochs 2 \

@@ -6,19 +6,24 @@ demonstrations.
     bash launch/step1_sft.sh --model_name_or_path DIR --train_data F.jsonl --output_dir OUT
 """
 
+import math
 import time
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import prepare_output, resume, save_checkpoint
-from common.data import batch_order, deal, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, rank, run_main, seed_everything, sum_over_ranks
+from common.checkpoint import find_checkpoint, save_if_due
+from common.data import batch_order, check_best_metric, deal, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
-from common.export import export_model
+from common.export import export_best, export_model
+from common.health import check_numbers
 from common.lora import add_adapters, check_targets
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import parse_options, world_size
+from common.process import run_main
+from common.resume import resume
+from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step1_sft.data import Demonstration, collate, demonstration
@@ -38,8 +43,10 @@ def main() -> None:
     encoder = SegmentEncoder(tokenizer)
     convert = partial(demonstration, encoder=encoder, options=options)
     train, held_out = load_examples(options.train_data, options, convert)
-    init_distributed()
-    prepare_output(options)
+    check_best_metric(options, held_out, "eval/loss")
+    init_distributed(options.timeout_minutes)
+    prepare_output(options, {"tokenizer": tokenizer})
+    checkpoint = find_checkpoint(options)
 
     # 2. The model, and where the run stands.
     lengths = [len(row.ids) for row in train]
@@ -49,18 +56,24 @@ def main() -> None:
     seed_everything(options.seed, step=0)
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
-    state = resume(options, {"policy": engine})
+    engines = {"policy": engine}
+    state = resume(checkpoint, options, engines)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    output = Path(options.output_dir)
+    load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
     log(f"{len(train)} demonstrations, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
 
     # 3. Train.
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
-    while state.step < total_steps:
+    while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
-        batch = [train[i] for i in next(order)]
-        measured = train_step(engine, batch, options, tokenizer.pad_token_id)
+        chosen = next(order)
+        measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
         state.advance(options.global_batch_size, len(train))
-        is_last = state.step == total_steps
+        skipped = not math.isfinite(measured["train/grad_norm"])
+        check_numbers(state, options, skipped, measured["train/loss"], [train.origins[i] for i in chosen])
+        measured["train/skipped_updates"] = state.skipped
+        is_last, is_best = state.step == total_steps, False
         if is_last or state.step % options.logging_steps == 0:
             metrics.log(state.step, measured, ["train/loss", "train/lr", "train/tokens_per_second"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
@@ -68,12 +81,12 @@ def main() -> None:
             metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
             samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
             metrics.text(state.step, "samples", samples)
-        if options.save_steps and (is_last or state.step % options.save_steps == 0):
-            save_checkpoint(options, state, {"policy": engine})
+            if is_best := state.is_best(options.best_metric, found):
+                export_best(engine, tokenizer, output / "best", load_base)
+        save_if_due(options, state, engines, is_best, is_last)
 
     # 4. What the other stages read.
-    load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    export_model(engine, tokenizer, Path(options.output_dir) / "final", load_base)
+    export_model(engine, tokenizer, output / "final", load_base)
 
 
 def train_step(

@@ -5,20 +5,27 @@ Teaches a copy of the SFT model with a scalar head to score responses, so that p
     bash launch/step2_reward.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT2
 """
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import prepare_output, resume, save_checkpoint
-from common.data import batch_order, deal, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, rank, run_main, seed_everything, sum_over_ranks
+from torch import nn
+
+from common.checkpoint import find_checkpoint, save_if_due
+from common.data import batch_order, check_best_metric, deal, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
-from common.export import export_model
+from common.export import export_best, export_model
+from common.health import check_numbers
 from common.lora import add_adapters, check_targets
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_config, load_scalar_model, longest_input
 from common.options import parse_options, world_size
+from common.process import run_main
+from common.resume import resume
+from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step2_reward.data import Preference, collate, demonstration_ids, preference
@@ -40,8 +47,10 @@ def main() -> None:
         options.train_data, options, partial(preference, encoder=encoder, options=options)
     )
     centre_rows = load_centre_rows(options, encoder, train)
-    init_distributed()
-    prepare_output(options)
+    check_best_metric(options, held_out, "eval/loss", "eval/accuracy")
+    init_distributed(options.timeout_minutes)
+    prepare_output(options, {"tokenizer": tokenizer})
+    checkpoint = find_checkpoint(options)
 
     # 2. The model, and where the run stands.
     lengths = [row.length for row in train]
@@ -50,35 +59,41 @@ def main() -> None:
     )
     seed_everything(options.seed, step=0)
     model = load_scalar_model(options.model_name_or_path, tokenizer, zero, options.seed)
-    model.config.reward_mean, model.config.reward_std = 0.0, 1.0  # raw scores, until the end centres them
+    set_centre(model, 0.0, 1.0)  # raw scores, until the end centres them
     model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
-    state = resume(options, {"reward": engine})
+    engines = {"reward": engine}
+    state = resume(checkpoint, options, engines)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    output = Path(options.output_dir)
+    load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
     log(f"{len(train)} preferences, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
 
     # 3. Train.
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
-    while state.step < total_steps:
+    while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
-        batch = [train[i] for i in next(order)]
-        measured = train_step(engine, batch, options, tokenizer.pad_token_id)
+        chosen = next(order)
+        measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
         state.advance(options.global_batch_size, len(train))
-        is_last = state.step == total_steps
+        skipped = not math.isfinite(measured["train/grad_norm"])
+        check_numbers(state, options, skipped, measured["train/loss"], [train.origins[i] for i in chosen])
+        measured["train/skipped_updates"] = state.skipped
+        is_last, is_best = state.step == total_steps, False
         if is_last or state.step % options.logging_steps == 0:
             metrics.log(state.step, measured, ["train/loss", "train/accuracy", "train/lr"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
             found = evaluate(engine, held_out, options.micro_batch_size, tokenizer.pad_token_id)
             metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
-        if options.save_steps and (is_last or state.step % options.save_steps == 0):
-            save_checkpoint(options, state, {"reward": engine})
+            if is_best := state.is_best(options.best_metric, found):
+                centre(engine, centre_rows, options, tokenizer.pad_token_id)
+                export_best(engine, tokenizer, output / "best", load_base)
+                set_centre(engine.module, 0.0, 1.0)
+        save_if_due(options, state, engines, is_best, is_last)
 
     # 4. A preference fixes scores up to a constant: choose it such that demonstrations score 0 on average.
-    mean, std = score_statistics(engine, centre_rows, options.micro_batch_size, tokenizer.pad_token_id)
-    engine.module.config.reward_mean, engine.module.config.reward_std = mean, std
-    log(f"scores of {len(centre_rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
-    load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    export_model(engine, tokenizer, Path(options.output_dir) / "final", load_base)
+    centre(engine, centre_rows, options, tokenizer.pad_token_id)
+    export_model(engine, tokenizer, output / "final", load_base)
 
 
 def train_step(
@@ -108,6 +123,17 @@ def train_step(
         "time/step": seconds,
         "memory/peak_gib": peak_memory_gib(),
     }
+
+
+def centre(engine, rows: list[list[int]], options: RewardOptions, pad_token_id: int) -> None:
+    """From here on scores are read such that these rows have mean 0 and standard deviation 1."""
+    mean, std = score_statistics(engine, rows, options.micro_batch_size, pad_token_id)
+    set_centre(engine.module, mean, std)
+    log(f"scores of {len(rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
+
+
+def set_centre(model: nn.Module, mean: float, std: float) -> None:
+    model.config.reward_mean, model.config.reward_std = mean, std
 
 
 def load_centre_rows(

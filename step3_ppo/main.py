@@ -10,14 +10,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from common.checkpoint import prepare_output, resume, save_checkpoint
-from common.data import batch_order, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, run_main, seed_everything
-from common.export import export_model
+from common.checkpoint import find_checkpoint, save_if_due
+from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, seed_everything
+from common.export import export_best, export_model
+from common.health import check_numbers
 from common.lora import check_targets
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import check_scalar_model, load_causal_lm, load_config
 from common.options import parse_options, world_size
+from common.process import run_main
+from common.resume import resume
+from common.run_folder import prepare_output
 from common.tensor_ops import masked_whiten
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
@@ -57,8 +61,10 @@ def main() -> None:
     train, held_out = load_examples(
         options.prompt_data, options, partial(prompt, encoder=encoder, options=options)
     )
-    init_distributed()
-    prepare_output(options)
+    check_best_metric(options, held_out, "eval/score")
+    init_distributed(options.timeout_minutes)
+    prepare_output(options, {"tokenizer": tokenizer, "tokenizer of the reward model": reward_tokenizer})
+    checkpoint = find_checkpoint(options)
 
     # 2. Four models, and where the run stands.
     prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
@@ -69,16 +75,25 @@ def main() -> None:
         options, encoder, reward_encoder, actor_zero, critic_zero, total_steps * updates_per_step
     )
     engines = {"actor": models.actor, "critic": models.critic}
-    state = resume(options, engines)
+    state = resume(checkpoint, options, engines)
     horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
     kl = KLController(state.controllers.get("kl_coef", options.kl_coef), options.target_kl, horizon)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
     log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {world_size()} ranks")
 
-    def evaluate_and_log() -> None:
+    output = Path(options.output_dir)
+    load_actor = partial(
+        load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
+    )
+    load_value = partial(load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoder is None)
+
+    def evaluate_and_log() -> bool:
         figures, table = evaluate(models, held_out, options)
         metrics.log(state.step, figures, ["eval/score", "eval/kl", "eval/length", "eval/distinct_2"])
         metrics.text(state.step, "samples", table)
+        if is_best := state.is_best(options.best_metric, figures):
+            export_best(models.actor, tokenizer, output / "best", load_actor)
+        return is_best
 
     if held_out and state.step == 0:
         evaluate_and_log()
@@ -86,11 +101,12 @@ def main() -> None:
     order = batch_order(
         [len(p.ids) for p in train], prompts_per_step, options.seed, state.step, grouped=False
     )
-    while state.step < total_steps:
+    while state.step < total_steps and not options.export_only:
         start = time.perf_counter()
         step = state.step + 1
         seed_everything(options.seed, step)
-        batch = [train[i] for i in next(order) for _ in range(options.samples_per_prompt)]
+        chosen = next(order)
+        batch = [train[i] for i in chosen for _ in range(options.samples_per_prompt)]
 
         # 3. Sample, and have every model read the responses.
         rollout = sample_rollout(models, batch, options, step)
@@ -106,6 +122,7 @@ def main() -> None:
         end = time.perf_counter()
 
         # 7. Record.
+        skipped = stats.pop("train/skipped_updates")
         found = rollout_metrics(rollout, returns) | stats | {"kl/coef": kl.coef}
         found |= {"time/rollout": sampled - start, "time/score": scored - sampled}
         found |= {"time/train": end - scored, "time/step": end - start}
@@ -114,20 +131,17 @@ def main() -> None:
         kl.update(found["kl/mean"], options.rollout_batch_size)
         state.controllers["kl_coef"] = kl.coef
         state.advance(prompts_per_step, len(train))
-        is_last = state.step == total_steps
+        origins = [train.origins[i] for i in chosen]
+        check_numbers(state, options, skipped, found["value/loss"], origins)
+        found["train/skipped_updates"] = state.skipped
+        is_last, is_best = state.step == total_steps, False
         if is_last or state.step % options.logging_steps == 0:
             metrics.log(state.step, found, SHOWN)
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            evaluate_and_log()
-        if options.save_steps and (is_last or state.step % options.save_steps == 0):
-            save_checkpoint(options, state, engines)
+            is_best = evaluate_and_log()
+        save_if_due(options, state, engines, is_best, is_last)
 
     # 8. What other programs read.
-    output = Path(options.output_dir)
-    load_actor = partial(
-        load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
-    )
-    load_value = partial(load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoder is None)
     export_model(models.actor, tokenizer, output / "final", load_actor)
     export_model(models.critic, tokenizer, output / "final_critic", load_value)
 

@@ -1,5 +1,6 @@
 """The update of PPO: several epochs of minibatches over one rollout."""
 
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ def optimise(
 
     first_pass: the forward passes of the first micro-batch, which scoring has made already.
     Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
-    micro-batches. Returns means over the tokens of all updates; `policy/ratio` is that of the first
-    minibatch, where it must be 1.
+    micro-batches. Returns means over the tokens of all updates, and how many were skipped because of numbers
+    that are not finite; `policy/ratio` is that of the first minibatch, where it must be 1.
     """
     models.actor.train()
     models.critic.train()
@@ -49,6 +50,7 @@ def optimise(
     sums: Sums = Counter()
     first: dict[str, float] = {}
     norms: dict[str, float | None] = {}
+    skipped = 0
     batches = minibatches(len(lengths), options.global_batch_size, options.ppo_epochs, options.seed, step)
     for batch in batches:
         tokens = int(rollout.response_lengths[batch].sum())
@@ -65,6 +67,7 @@ def optimise(
                 models.critic, first_pass, rows, targets, options, tokens, is_last, sums
             )
             first_pass = FirstPass()
+        skipped += sum(norm is not None and not math.isfinite(norm) for norm in norms.values())
         first = first or {name: float(total) for name, total in sums.items()}
     totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
     *totals, first_tokens, first_ratio = sum_over_ranks(*totals)
@@ -73,7 +76,7 @@ def optimise(
     means = {name: total / count for name, total in means.items()}
     if "policy/ratio" in means:
         means["policy/ratio"] = first_ratio / first_tokens
-    return means | norms
+    return means | norms | {"train/skipped_updates": skipped}
 
 
 def _update_actor(

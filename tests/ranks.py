@@ -20,7 +20,7 @@ import torch
 import torch.utils.tensorboard  # noqa: F401
 import transformers  # noqa: F401
 
-from common.distributed import run_main
+from common.process import run_main
 
 FORK = multiprocessing.get_context("fork")
 

@@ -6,6 +6,7 @@ set -euo pipefail
 KL_COEF="${KL_COEF:-0.12}"
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$HERE/environment.sh"
 
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -19,17 +20,17 @@ done
 : "${MODEL:?--model is required}" "${DATA:?--data is required}" "${OUTPUT:?--output is required}"
 
 # A light touch: the model writes stories already, and step 3 measures KL from where this ends.
-bash "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DATA/demonstrations.jsonl" \
+step "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DATA/demonstrations.jsonl" \
     --output_dir "$OUTPUT/step1_sft" --max_length 256 --global_batch_size 32 --micro_batch_size 16 \
     --learning_rate 1e-4 --seed "$SEED"
 
 # The margin of each pair says by how much one story is happier.
-bash "$HERE/step2_reward.sh" --model_name_or_path "$OUTPUT/step1_sft/final" --seed "$SEED" \
+step "$HERE/step2_reward.sh" --model_name_or_path "$OUTPUT/step1_sft/final" --seed "$SEED" \
     --train_data "$DATA/preferences.jsonl" --output_dir "$OUTPUT/step2_reward" --num_train_epochs 3 \
     --global_batch_size 32 --micro_batch_size 32 --learning_rate 1e-3 --use_margin --eval_steps 50
 
 # 100 iterations of 64 responses. Stories are cut at 48 tokens by design, so a missing EOS costs nothing.
-bash "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" --seed "$SEED" \
+step "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" --seed "$SEED" \
     --reward_model_name_or_path "$OUTPUT/step2_reward/final" --prompt_data "$DATA/prompts.jsonl" \
     --output_dir "$OUTPUT/step3_ppo" --max_response_length 48 --missing_eos_penalty 0 --max_steps 100 \
     --rollout_batch_size 64 --global_batch_size 64 --micro_batch_size 64 --ppo_epochs 2 \

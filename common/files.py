@@ -1,0 +1,84 @@
+"""Files that are whole or absent: atomic writes, checksums, free space, and the lock of a folder."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, TextIO
+
+from common.options import UserError
+
+CHUNK = 1 << 22  # bytes read at once
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file beside its place, flush it to disk, and rename it into place."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Like `write_json`, for text."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    flush_folder(path.parent)
+
+
+def flush_file(path: Path) -> None:
+    """Have the disk hold what was written."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Have the disk hold the names in a folder: a rename is not safe before that."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files below a folder; 0 when there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Claim a folder for this process: for as long as the returned file stays open, or the process lives.
+
+    The system gives the lock up when its holder dies, so a stale one cannot exist. Raises UserError, naming
+    the holder, when another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "run.lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(
+            f"--output_dir {folder}: in use by {file.read().strip()}; stop that run or choose another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

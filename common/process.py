@@ -1,0 +1,130 @@
+"""How a rank begins and ends: exit codes, the first error, polite stops, and no waiting for the dead."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch.distributed as dist
+
+from common.distributed import barrier, log, rank, sum_over_ranks
+from common.options import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what people, Slurm and spot machines send
+REFUSED = 2  # exit code after a mistake that the user can correct
+STOPPED = 75  # exit code of a polite stop: the same command goes on from here (EX_TEMPFAIL of sysexits.h)
+STOP_FILE = "stop"  # in the output directory: asks for a stop, from where no signal reaches the ranks
+GRACE = 5.0  # seconds that a rank waits for its own error after another rank of the machine has ended
+
+_requested = threading.Event()
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The run ends here because it was asked to; a checkpoint is written."""
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a stage, and exit with 0 at its end, REFUSED, STOPPED, or 1 after an unforeseen error.
+
+    A user's mistake is one line. Under a launch script, which names a folder in $TRIPTYCH_ENDINGS, a rank
+    notes there how it ended: the script shows the first traceback at the very end.
+    """
+    _listen()
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(REFUSED)
+    except Stopped as stop:
+        log(str(stop))
+        _note("stopped", str(stop))
+        code = STOPPED
+    except Exception as error:  # noqa: BLE001 - the end of the process
+        _report(error)
+        _end(1)
+    barrier()  # so that no rank is seen to be gone while another has work to do
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the launcher ends the ranks that are a moment slower
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+def stop_requested(output_dir: str) -> bool:
+    """Whether any rank was asked to stop: the same answer on all ranks, which must ask together."""
+    file = Path(output_dir) / STOP_FILE
+    if rank() == 0 and file.exists():
+        file.unlink()
+        _requested.set()
+    return sum_over_ranks(float(_requested.is_set()))[0] > 0
+
+
+def _listen() -> None:
+    """From here on a first signal asks the run to stop after its step; a second one ends it at once."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
+        if _requested.is_set():
+            _end(128 + number)
+        _requested.set()
+
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    launcher = psutil.Process().parent()
+    if launcher is not None and any("deepspeed" in word for word in launcher.cmdline()):
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: psutil.Process) -> None:
+    """Ask for a stop when the launcher is gone, and end this rank when another of the machine is.
+
+    DeepSpeed's ranks would go on without a launcher, and wait in a collective for a dead rank until it times
+    out.
+    """
+    above = launcher.parent()  # the `deepspeed` command on one machine, a remote shell on several
+    while not dist.is_initialized():
+        time.sleep(0.5)
+    peers = [child for child in launcher.children() if child.pid != os.getpid()]
+    while all(_is_alive(peer) for peer in peers):
+        if not (_is_alive(launcher) and _is_alive(above)):
+            _requested.set()
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    print(f"rank {rank()}: ends, because another rank has ended", file=sys.stderr, flush=True)
+    _end(1)
+
+
+def _is_alive(process: psutil.Process | None) -> bool:
+    try:
+        return process is None or process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _report(error: Exception) -> None:
+    text = "".join(traceback.format_exception(error))
+    if _note(f"rank_{rank()}", f"rank {rank()}: {text}"):
+        text = f"rank {rank()} failed: {type(error).__name__}\n"
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _note(name: str, text: str) -> bool:
+    folder = os.environ.get("TRIPTYCH_ENDINGS")
+    if not folder or not Path(folder).is_dir():
+        return False
+    (Path(folder) / name).write_text(text)
+    return True
+
+
+def _end(code: int) -> None:
+    """Leave without a farewell to a process group that may be broken."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

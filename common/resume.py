@@ -1,0 +1,113 @@
+"""Engines go on from a checkpoint: on as many ranks bit by bit, on others by DeepSpeed's universal form."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from common.checkpoint import Checkpoint, TrainState, is_partial, precision
+from common.distributed import barrier, gather_objects, log, rank
+from common.files import flush_folder
+from common.models import is_partitioned
+from common.options import RunOptions, UserError, world_size
+
+
+def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any]) -> TrainState:
+    """Load a checkpoint into the engines; a fresh state when there is none.
+
+    Raises UserError when the optimiser state does not fit the engines and --resume_weights_only is not given.
+    """
+    if checkpoint is None:
+        return TrainState()
+    if options.resume_weights_only:
+        for name, engine in engines.items():
+            _load_weights(checkpoint, name, engine)
+        log(
+            f"resumed weights from {checkpoint.folder} at step {checkpoint.state.step}; optimisers start anew"
+        )
+        return checkpoint.state
+    for name, engine in engines.items():
+        _check_fit(checkpoint, name, engine)
+    for name, engine in engines.items():
+        if engine.zero_optimization_stage() and checkpoint.manifest["world_size"] != world_size():
+            _load_on_other_ranks(checkpoint, name, engine)
+        else:
+            engine.load_checkpoint(
+                str(checkpoint.folder), tag=name, load_module_strict=not is_partial(engine)
+            )
+    log(f"resumed from {checkpoint.folder} at step {checkpoint.state.step}")
+    return checkpoint.state
+
+
+def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+    saved = checkpoint.manifest["models"].get(name, {})
+    stages = saved.get("zero_stage"), engine.zero_optimization_stage()
+    kinds = saved.get("precision"), precision(engine)
+    if (stages[0] != stages[1] and set(stages) != {1, 2}) or kinds[0] != kinds[1]:
+        raise UserError(
+            f"{checkpoint.folder}: the {name} was trained at ZeRO stage {stages[0]} in {kinds[0]}, this run is"
+            f" at stage {stages[1]} in {kinds[1]}, which cannot take over the optimiser state (only stages 1"
+            " and 2 can, in the same precision); with --resume_weights_only it goes on from the weights alone"
+        )
+
+
+def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+    """Load a partitioned optimiser that was saved by another number of ranks."""
+    ranks = checkpoint.manifest["world_size"]
+    universal = checkpoint.folder / f"{name}.universal"
+    problem = ""
+    if rank() == 0 and not universal.exists():
+        log(f"converting {checkpoint.folder / name} from {ranks} to any number of ranks")
+        problem = _convert(checkpoint.folder / name, universal)
+    if problem := gather_objects(problem)[0]:
+        raise UserError(f"{checkpoint.folder}: not converted from {ranks} to {world_size()} ranks: {problem}")
+    engine._config.load_universal_checkpoint = True
+    try:
+        engine.load_checkpoint(
+            str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
+        )
+    finally:
+        engine._config.load_universal_checkpoint = False
+
+
+def _convert(source: Path, universal: Path) -> str:
+    """Write the universal form beside its place and rename it; the last line of the error, if one happens."""
+    temporary = universal.with_name(universal.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(source), "--output_folder", str(temporary)]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(temporary, ignore_errors=True)
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    temporary.rename(universal)
+    flush_folder(universal.parent)
+    return ""
+
+
+def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+    """Put the trained weights and the position of the schedule into a fresh engine, whatever its stage."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = checkpoint.folder / name
+    states = torch.load(next(folder.glob("*model_states.pt")), map_location="cpu", weights_only=False)
+    weights = states["module"]
+    if checkpoint.manifest["models"][name]["zero_stage"]:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=name)
+    trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    for parameter_name, parameter in trained:
+        partitioned = is_partitioned(parameter)
+        with (
+            torch.no_grad(),
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
+        ):
+            if not partitioned or rank() == 0:
+                parameter.copy_(weights[parameter_name])
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+    engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
+    barrier()

@@ -1,0 +1,105 @@
+"""The output directory of a run: one run at a time, and always the same one."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from common.distributed import gather_objects, rank
+from common.files import lock_folder, sha256, write_json
+from common.options import RunOptions, UserError
+
+# What may differ between a run and its continuation: places, intervals, how much is done at once, how many
+# steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
+DATA_OPTIONS = ("train_data", "eval_data", "prompt_data", "demonstration_data")
+FREE_OPTIONS = {
+    *DATA_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only", "export_only",
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
+    "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
+    "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
+    "max_eval_samples", "num_samples", "sample_length",
+}  # fmt: skip
+
+_locks: list[Any] = []  # open for as long as the process lives
+
+
+def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    """Claim the output directory for this run; every rank must call it.
+
+    Writes options.json, and fingerprint.json of data, tokenizers and templates. Raises UserError on every
+    rank, naming what differs, when the directory holds a different run, when another process uses it, and
+    when it holds any run although --resume_from_checkpoint is 'none'.
+    """
+    problem = ""
+    if rank() == 0:
+        try:
+            _claim(options, tokenizers)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    if problem := gather_objects(problem)[0]:
+        raise UserError(problem)
+
+
+def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
+    """Checksums of what a run learns from, by names that a message can use."""
+    found = {}
+    for name in DATA_OPTIONS:
+        for number, source in enumerate(getattr(options, name, []), start=1):
+            found[f"--{name} {number}"] = sha256(Path(source)) if Path(source).is_file() else source
+    for name, tokenizer in tokenizers.items():
+        special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+        found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
+        found[f"chat template of the {name}"] = _digest(str(tokenizer.chat_template))
+    return found
+
+
+def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    folder = Path(options.output_dir)
+    lock = lock_folder(folder)
+    current = json.loads(json.dumps(dataclasses.asdict(options)))
+    found = fingerprint(options, tokenizers)
+    if (folder / "options.json").exists():
+        if options.resume_from_checkpoint == "none":
+            raise UserError(
+                f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'"
+            )
+        _compare_options(folder, json.loads((folder / "options.json").read_text()), current)
+    if (folder / "fingerprint.json").exists():
+        _compare_data(options, json.loads((folder / "fingerprint.json").read_text()), found)
+    _locks.append(lock)
+    for left_over in (folder / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    write_json(folder / "fingerprint.json", found)
+    write_json(folder / "options.json", current)
+
+
+def _compare_options(folder: Path, earlier: dict[str, Any], current: dict[str, Any]) -> None:
+    keys = sorted(k for k in current.keys() | earlier.keys() if current.get(k) != earlier.get(k))
+    changes = [f"--{k} {earlier.get(k)} -> {current.get(k)}" for k in keys if k not in FREE_OPTIONS]
+    if changes:
+        free = " ".join(f"--{name}" for name in sorted(FREE_OPTIONS & current.keys()))
+        raise UserError(
+            f"--output_dir {folder}: holds a different run ({', '.join(changes)}); choose another folder."
+            f" These may differ: {free}"
+        )
+
+
+def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[str, str]) -> None:
+    names = [n for n in {**earlier, **current} if earlier.get(n) != current.get(n)]
+    for place, name in enumerate(names):
+        if name.startswith("--"):
+            option, number = name[2:].split()
+            names[place] = " ".join([name, *getattr(options, option)[int(number) - 1 : int(number)]])
+    if names:
+        raise UserError(
+            f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(names)};"
+            " restore it or choose another folder"
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

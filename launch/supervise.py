@@ -1,0 +1,106 @@
+"""Run `deepspeed` on behalf of a launch script: one log, polite stops, no orphans, the first error last.
+
+    python launch/supervise.py OUTPUT_DIR deepspeed ...
+
+A first SIGTERM, SIGINT or SIGUSR1 asks the ranks to stop after their step, a second one kills them. Exits
+with the ranks' code: 0, 2 for a mistake of the user, 75 for a stop from which the same command goes on.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import FrameType
+
+STOPPED = 75  # as in common/process.py, which takes seconds to import
+ORPHANS_MAY_TAKE = 60.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
+
+
+def main() -> int:
+    output, command = Path(sys.argv[1]), sys.argv[2:]
+    with contextlib.suppress(OSError):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "stop").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as endings:
+        environment = {**os.environ, "TRIPTYCH_ENDINGS": endings}
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        _listen(child, output)
+        with Log(output / "train.log") as log:
+            threading.Thread(target=_end_orphans, args=(child,), daemon=True).start()
+            for line in child.stdout:
+                log.write(line)
+            code = child.wait()
+            if (Path(endings) / "stopped").exists():
+                return STOPPED
+            log.write(_first_error(Path(endings), code).encode())
+    return code if 0 <= code < 128 else 1
+
+
+class Log:
+    """Lines to the terminal and to a file, as long as these take them."""
+
+    def __init__(self, path: Path) -> None:
+        self._files = [sys.stdout.buffer]
+        with contextlib.suppress(OSError):
+            self._files.append(path.open("ab"))
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files[1:]:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def write(self, line: bytes) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.write(line)
+                file.flush()
+
+
+def _listen(child: subprocess.Popen, output: Path) -> None:
+    signals = 0
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            os.write(1, b"stopping after this step; a second signal ends the run at once\n")
+            (output / "stop").touch()
+        else:
+            _kill(child)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+
+
+def _end_orphans(child: subprocess.Popen) -> None:
+    """Ranks outlive a killed `deepspeed`, whose output then does not end; they notice, and have some time."""
+    child.wait()
+    threading.Event().wait(ORPHANS_MAY_TAKE)
+    _kill(child)
+
+
+def _kill(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+def _first_error(endings: Path, code: int) -> str:
+    reports = sorted(endings.glob("rank_*"), key=lambda path: path.stat().st_mtime_ns)
+    text = f"\nthe first error:\n{reports[0].read_text()}" if reports else ""
+    if code > 128 or code < 0:
+        number = (256 - code if code > 128 else -code) % 128
+        text += f"\na rank was ended by signal {number} ({signal.Signals(number).name})\n"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
