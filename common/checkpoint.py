@@ -73,6 +73,7 @@ class _Writer(TorchCheckpointEngine):
 
     def __init__(self, root: Path) -> None:
         super().__init__()
+        self.zipfile_serialization = True  # which DeepSpeed's own tools read in parts
         self.root, self.files, self.error = root, {}, ""
 
     def save(self, state_dict: Any, path: str) -> None:

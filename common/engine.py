@@ -37,6 +37,8 @@ def make_engine(
         optimizer=_adamw(model, zero, options, learning_rate),
         lr_scheduler=lambda optimizer: schedule(optimizer=optimizer),
     )
+    if engine.zero_optimization_stage() == 0:
+        engine.clip_fp32_gradients = lambda: None  # `_clip_plain` has done it by then
     if world_size() == 1 and engine.zero_optimization_stage() == 0:
         # It would copy all gradients to a buffer and back, for nobody.
         engine.enable_backward_allreduce = False
@@ -65,13 +67,14 @@ def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> f
     # An infinite loss can have finite gradients; this makes them NaN, which every rank gets to see.
     poison = loss.detach() * 0 + 1
     engine.backward(loss * poison * ranks, scale_wrt_gas=False)
-    # The plain fp32 optimizer of stage 0 neither says what the norm was nor looks whether it is finite.
-    norm = _plain_grad_norm(engine) if is_last and engine.zero_optimization_stage() == 0 else None
+    is_plain = engine.zero_optimization_stage() == 0
+    norm = _clip_plain(engine) if is_last and is_plain else math.inf
     engine.step()
     if not is_last:
         return None
-    norm = float(norm if norm is not None else engine.get_global_grad_norm())
-    return norm if engine.was_step_applied() else math.inf
+    if not engine.was_step_applied():
+        return math.inf
+    return norm if is_plain else float(engine.get_global_grad_norm())
 
 
 def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tensor] | None:
@@ -147,10 +150,17 @@ def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, le
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _plain_grad_norm(engine: Any) -> float:
-    """Norm of all gradients; when it is not finite, they go, and DeepSpeed counts the update as left out."""
-    norm = float(nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
-    engine.optimizer.overflow = not math.isfinite(norm)
+def _clip_plain(engine: Any) -> float:
+    """Clip the gradients of a plain fp32 optimizer and return their norm from before.
+
+    DeepSpeed's own way at stage 0 does not say what the norm was, nor looks whether it is finite. If it is
+    not, the gradients go, and DeepSpeed is told that the update is left out.
+    """
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    engine.optimizer.overflow = not norm.isfinite()
     if engine.optimizer.overflow:
         engine.optimizer.zero_grad(set_to_none=True)
-    return norm
+    elif engine.gradient_clipping() > 0:
+        nn.utils.clip_grads_with_norm_(trained, engine.gradient_clipping(), norm)
+    return float(norm)

@@ -26,7 +26,7 @@ def check_numbers(
     state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
     if skipped:
         records = ", ".join(origins[:SHOWN_RECORDS]) + (", ..." if len(origins) > SHOWN_RECORDS else "")
-        log(f"step {state.step}: {skipped} updates skipped, numbers not finite; records: {records}")
+        log(f"step {state.step}: numbers not finite, updates skipped: {skipped}; records: {records}")
         if state.skipped_in_a_row >= options.max_skipped_steps:
             complete = list_checkpoints(Path(options.output_dir))
             raise UserError(

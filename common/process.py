@@ -77,6 +77,7 @@ def _listen() -> None:
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
+    _note(f"began_{rank()}", "")
     launcher = psutil.Process().parent()
     if launcher is not None and any("deepspeed" in word for word in launcher.cmdline()):
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
@@ -110,8 +111,11 @@ def _is_alive(process: psutil.Process | None) -> bool:
 
 def _report(error: Exception) -> None:
     text = "".join(traceback.format_exception(error))
-    if _note(f"rank_{rank()}", f"rank {rank()}: {text}"):
-        text = f"rank {rank()} failed: {type(error).__name__}\n"
+    # An error of the connection to another rank that has failed is not the one that matters.
+    is_echo = isinstance(error, dist.DistError) or "gloo" in str(error)
+    kind = "lost" if is_echo and "timed out" not in str(error).lower() else "failed"
+    if _note(f"{kind}_{rank()}", f"rank {rank()}: {text}"):
+        text = f"rank {rank()}: {'lost contact with another rank' if kind == 'lost' else 'failed'}\n"
     print(text, end="", file=sys.stderr, flush=True)
 
 

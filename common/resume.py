@@ -49,7 +49,7 @@ def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:
     kinds = saved.get("precision"), precision(engine)
     if (stages[0] != stages[1] and set(stages) != {1, 2}) or kinds[0] != kinds[1]:
         raise UserError(
-            f"{checkpoint.folder}: the {name} was trained at ZeRO stage {stages[0]} in {kinds[0]}, this run is"
+            f"{checkpoint.folder}: {name} was trained at ZeRO stage {stages[0]} in {kinds[0]}, this run is"
             f" at stage {stages[1]} in {kinds[1]}, which cannot take over the optimiser state (only stages 1"
             " and 2 can, in the same precision); with --resume_weights_only it goes on from the weights alone"
         )
@@ -65,13 +65,19 @@ def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None
         problem = _convert(checkpoint.folder / name, universal)
     if problem := gather_objects(problem)[0]:
         raise UserError(f"{checkpoint.folder}: not converted from {ranks} to {world_size()} ranks: {problem}")
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
-    try:
-        engine.load_checkpoint(
-            str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
-        )
-    finally:
-        engine._config.load_universal_checkpoint = False
+    engine.load_checkpoint(
+        str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
+    )
+    engine._config.load_universal_checkpoint = False
+    # DeepSpeed gives all groups the settings of the first one, and at stage 3 one counter of steps to all
+    # weights, which each of them would then advance.
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for moments in engine.optimizer.state.values():
+        if torch.is_tensor(moments.get("step")):
+            moments["step"] = moments["step"].clone()
 
 
 def _convert(source: Path, universal: Path) -> str:

@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-STOPPED = 75  # as in common/process.py, which takes seconds to import
+REFUSED, STOPPED = 2, 75  # as in common/process.py, which takes seconds to import
 ORPHANS_MAY_TAKE = 60.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
 
 
@@ -94,12 +94,17 @@ def _kill(child: subprocess.Popen) -> None:
 
 
 def _first_error(endings: Path, code: int) -> str:
-    reports = sorted(endings.glob("rank_*"), key=lambda path: path.stat().st_mtime_ns)
-    text = f"\nthe first error:\n{reports[0].read_text()}" if reports else ""
-    if code > 128 or code < 0:
-        number = (256 - code if code > 128 else -code) % 128
-        text += f"\na rank was ended by signal {number} ({signal.Signals(number).name})\n"
-    return text
+    """The traceback of the rank that failed first, or which rank died without leaving one."""
+    failed = sorted(endings.glob("failed_*"), key=lambda path: path.stat().st_mtime_ns)
+    if failed:
+        return f"\nthe first error:\n{failed[0].read_text()}"
+    names = {
+        kind: {path.name.split("_")[1] for path in endings.glob(f"{kind}_*")} for kind in ("began", "lost")
+    }
+    silent = sorted(names["began"] - names["lost"], key=int)
+    if code in (0, REFUSED) or not names["lost"] or not silent:
+        return ""
+    return f"\nrank {' or '.join(silent)} died without a word: killed from outside, or out of memory\n"
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main() -> None:
         chosen = next(order)
         measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
         state.advance(options.global_batch_size, len(train))
-        skipped = not math.isfinite(measured["train/grad_norm"])
+        skipped = int(not math.isfinite(measured["train/grad_norm"]))
         check_numbers(state, options, skipped, measured["train/loss"], [train.origins[i] for i in chosen])
         measured["train/skipped_updates"] = state.skipped
         is_last, is_best = state.step == total_steps, False

@@ -26,6 +26,10 @@ SHARED = REPOSITORY.parent / "shared"
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="the whole matrix of resumed runs, not a slice")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real models, tokenizers, data and reference values, beside the repository."""

@@ -11,7 +11,9 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import deepspeed  # noqa: F401 - imported once, before the forks
 import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
@@ -32,10 +34,41 @@ class Result:
         self.codes, self.output = codes, output
 
 
-def run_stage(module: str, options: list[str], folder: Path, ranks: int = 1, timeout: float = 180) -> Result:
-    """Run `module`.main with command line `options` on `ranks` processes; the log goes to `folder`."""
+class Running:
+    """A stage that is under way."""
+
+    def __init__(self, children: list[Any], log: Path, timeout: float) -> None:
+        self._children, self._log = children, log
+        self._deadline = time.monotonic() + timeout
+        self.pids = [child.pid for child in children]
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Return when the condition holds; AssertionError when the stage ends before, or is late."""
+        while not condition():
+            alive = all(child.is_alive() for child in self._children) and time.monotonic() < self._deadline
+            assert alive, self._log.read_text()
+            time.sleep(0.005)
+
+    def result(self) -> Result:
+        """Wait for the end. When a rank has failed, the others have three seconds."""
+        while any(child.is_alive() for child in self._children) and time.monotonic() < self._deadline:
+            time.sleep(0.02)
+            if any(child.exitcode for child in self._children):
+                self._deadline = min(self._deadline, time.monotonic() + 3)
+        for child in self._children:
+            if child.is_alive():
+                child.kill()
+            child.join()
+        return Result([child.exitcode for child in self._children], self._log.read_text())
+
+
+def start_stage(
+    module: str, options: list[str], folder: Path, ranks: int = 1, timeout: float = 180
+) -> Running:
+    """Start `module`.main with command line `options` on `ranks` processes; the log goes to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{module}.{time.monotonic_ns()}.log"
+    log.touch()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -45,16 +78,12 @@ def run_stage(module: str, options: list[str], folder: Path, ranks: int = 1, tim
     ]
     for child in children:
         child.start()
-    deadline = time.monotonic() + timeout
-    while any(child.is_alive() for child in children) and time.monotonic() < deadline:
-        time.sleep(0.02)
-        if any(child.exitcode for child in children):  # one failed: the others wait for it for ever
-            deadline = min(deadline, time.monotonic() + 3)
-    for child in children:
-        if child.is_alive():
-            child.kill()
-        child.join()
-    return Result([child.exitcode for child in children], log.read_text())
+    return Running(children, log, timeout)
+
+
+def run_stage(module: str, options: list[str], folder: Path, ranks: int = 1, timeout: float = 180) -> Result:
+    """Start a stage and wait for its end."""
+    return start_stage(module, options, folder, ranks, timeout).result()
 
 
 def succeed(module: str, options: list[str], folder: Path, ranks: int = 1) -> None:

@@ -1,0 +1,264 @@
+"""What happens to long jobs: bad numbers, full disks, signals, and ranks that die."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.checkpoint import TrainState
+from common.health import check_numbers
+from step1_sft.options import SFTOptions
+from tests.ranks import run_stage, start_stage, succeed
+from tests.test_launch import LAUNCH
+from tests.test_resume import STOPPED, checkpoints, steps_of, zero_config
+from tests.test_stages import metrics, ppo, reward, run, sft, timeless, world  # noqa: F401 - run and world are fixtures
+
+OVERFLOW = 1e39  # a number in JSON, infinite in fp32
+
+
+# --- bad numbers --------------------------------------------------------------------------------------------
+
+
+def margins(world: Path, output: Path, bad: Callable[[int], bool]) -> list[str]:  # noqa: F811
+    """Options of step 2 on 64 pairs, of which some have a margin that makes the loss infinite."""
+    lines = (world / "preferences.jsonl").read_text().splitlines()[:64]
+    records = [json.loads(line) | {"margin": OVERFLOW if bad(i) else 0.0} for i, line in enumerate(lines)]
+    output.parent.mkdir(exist_ok=True, parents=True)
+    data = output.parent / "margins.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [
+        *reward(world, world / "model", output, 8), "--train_data", str(data), "--eval_fraction", "0",
+        "--use_margin", "--lr_scheduler_type", "constant",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "ranks"), [(0, "fp32", 2), (1, "bf16", 1), (2, "fp32", 2), (3, "bf16", 2)]
+)
+def test_one_bad_record_skips_one_update(
+    world: Path, tmp_path: Path, zero: int, precision: str, ranks: int  # noqa: F811
+) -> None:  # fmt: skip
+    options = margins(world, tmp_path / "out", lambda i: i == 20)
+    extra = zero_config(tmp_path, zero, precision)
+    result = run_stage("step2_reward.main", [*options, *extra], tmp_path, ranks)
+    assert result.codes == [0] * ranks, result.output
+    skipped = metrics(tmp_path / "out", "train/skipped_updates")
+    norms = metrics(tmp_path / "out", "train/grad_norm")
+    bad = [step for step, norm in enumerate(norms) if norm is None]
+    assert len(bad) == 1 and skipped == [float(step >= bad[0]) for step in range(8)]
+    assert "margins.jsonl:21" in result.output and "updates skipped: 1" in result.output
+    for file in (tmp_path / "out/final").glob("*.safetensors"):
+        from safetensors.torch import load_file
+
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+def test_too_many_bad_steps_end_the_run(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = [*margins(world, tmp_path / "out", lambda _: True), "--max_skipped_steps", "3"]
+    start = (world / "model/model.safetensors").read_bytes()
+    result = run_stage("step2_reward.main", [*options, "--save_steps", "2"], tmp_path, ranks=2)
+    assert result.codes == [2, 2]
+    error = next(line for line in result.output.splitlines() if line.startswith("error:"))
+    assert "3 steps in a row" in error and "margins.jsonl:" in error and "step_000002" in error
+    assert (world / "model/model.safetensors").read_bytes() == start
+
+
+def test_a_rollout_that_is_not_finite_is_skipped(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A reward model with an infinite weight: the policy stays as it was, and the run ends with a reason."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "reward"
+    broken.mkdir()
+    for file in (run / "reward/final").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["score.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    options = [*ppo(world, run / "sft/final", broken, tmp_path / "out", 5), "--max_skipped_steps", "2"]
+    result = run_stage("step3_ppo.main", [*options, "--save_steps", "1"], tmp_path, ranks=2)
+    assert result.codes == [2, 2] and "2 steps in a row" in result.output, result.output
+    assert "prompts.jsonl:" in result.output
+    succeed("step3_ppo.main", [*options, "--export_only"], tmp_path)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (run / "sft/final", tmp_path / "out/final")
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_spike_is_logged_and_a_slow_drift_is_not(capsys: pytest.CaptureFixture) -> None:
+    state, options = TrainState(), SFTOptions()
+    for step in range(40):
+        state.step = step
+        check_numbers(state, options, 0, 2.0 - 0.01 * step + 0.02 * (step % 2), [])
+    assert capsys.readouterr().out == "" and len(state.losses) == 32
+    check_numbers(state, options, 0, 4.0, [])
+    assert "step 39: loss spike: 4," in capsys.readouterr().out
+
+
+# --- full disk ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "fills_at"), [(0, 1, "step_000010"), (3, 2, "step_000010"), (2, 2, ""), (3, 2, "")]
+)
+def test_a_full_disk_ends_no_run(
+    world: Path, small_disk: Path, tmp_path: Path, zero: int, ranks: int, fills_at: str  # noqa: F811
+) -> None:  # fmt: skip
+    """Another program fills it: after the first checkpoint, or before, so that the writing itself fails."""
+    output = small_disk / "out"
+    steps = ["--save_steps", "10", "--save_total_limit", "1", "--lr_scheduler_type", "constant"]
+    options = [*sft(world, output, 60), *zero_config(tmp_path, zero), *steps]
+    whole = [*sft(world, tmp_path / "whole", 60), *zero_config(tmp_path, zero), *steps]
+    succeed("step1_sft.main", whole, tmp_path, ranks)
+    running = start_stage("step1_sft.main", options, tmp_path, ranks)
+    running.wait_for(lambda: (output / "metrics.jsonl").exists())
+    running.wait_for(lambda: (output / "checkpoints" / fills_at).exists() or not fills_at)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    result = running.result()
+    assert "NOT saved" in result.output and "training goes on" in result.output, result.output
+    assert set(result.codes) == {2} and "run the command again with --export_only" in result.output
+    kept = checkpoints(output)
+    assert bool(kept) == bool(fills_at) and not any(folder.suffix for folder in kept), kept
+    assert not list(output.glob("final*"))
+    filler.unlink()
+    if fills_at:
+        succeed("step1_sft.main", [*options, "--export_only"], tmp_path, ranks)
+    succeed("step1_sft.main", options, tmp_path, ranks)
+    for file in (tmp_path / "whole/final").glob("*.safetensors"):
+        assert file.read_bytes() == (output / "final" / file.name).read_bytes()
+    assert timeless(output) == timeless(tmp_path / "whole")
+
+
+# --- signals, through the launch script ---------------------------------------------------------------------
+
+
+def launch(world: Path, output: Path, steps: int, **variables: str) -> subprocess.Popen:  # noqa: F811
+    words = ["bash", str(LAUNCH / "step1_sft.sh"), *sft(world, output, steps), "--save_steps", "1000000"]
+    return subprocess.Popen(
+        words, env={**os.environ, "NUM_GPUS": "2", **variables}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for_steps(running: subprocess.Popen, output: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not ((output / "metrics.jsonl").exists() and len(steps_of(output)) >= 2):
+        assert running.poll() is None and time.monotonic() < deadline, running.communicate()[0]
+        time.sleep(0.05)
+
+
+def ranks_of(running: subprocess.Popen) -> list[psutil.Process]:
+    found = psutil.Process(running.pid).children(recursive=True)
+    return [
+        process for process in found if process.parent().cmdline()[2:4] == ["-m", "deepspeed.launcher.launch"]
+    ]
+
+
+def deepspeed_of(running: subprocess.Popen) -> psutil.Process:
+    return psutil.Process(running.pid).children()[0]
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+TARGETS = {
+    "script": lambda running: psutil.Process(running.pid),
+    "deepspeed": deepspeed_of,
+    "launcher": lambda running: deepspeed_of(running).children()[0],
+    "rank": lambda running: ranks_of(running)[1],
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "number"),
+    [
+        ("script", signal.SIGTERM), ("script", signal.SIGINT), ("script", signal.SIGUSR1),
+        ("deepspeed", signal.SIGTERM), ("launcher", signal.SIGUSR1), ("rank", signal.SIGUSR1),
+    ],
+)  # fmt: skip
+def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, number: int) -> None:  # noqa: F811
+    running = launch(world, tmp_path / "out", 100_000)
+    wait_for_steps(running, tmp_path / "out")
+    processes = psutil.Process(running.pid).children(recursive=True)
+    os.kill(TARGETS[target](running).pid, number)
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == STOPPED, output
+    assert "stopped after step" in output and "Traceback" not in output
+    assert not any(map(is_alive, processes))
+    (folder,) = checkpoints(tmp_path / "out")
+    assert steps_of(tmp_path / "out")[-1] == int(folder.name.removeprefix("step_"))
+
+
+def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    running = launch(world, tmp_path / "out", 100_000)
+    wait_for_steps(running, tmp_path / "out")
+    processes = psutil.Process(running.pid).children(recursive=True)
+    for rank in ranks_of(running):
+        rank.suspend()  # so that it cannot stop politely
+    os.kill(running.pid, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(running.pid, signal.SIGTERM)
+    output, _ = running.communicate(timeout=10)
+    assert running.returncode not in (0, STOPPED), output
+    assert not any(map(is_alive, processes))
+
+
+def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    running = launch(world, tmp_path / "out", 100_000)
+    wait_for_steps(running, tmp_path / "out")
+    ranks = ranks_of(running)
+    start = time.monotonic()
+    ranks[1].kill()
+    output, _ = running.communicate(timeout=30)
+    assert time.monotonic() - start < 10
+    assert running.returncode not in (0, 2, STOPPED), output
+    assert output.splitlines()[-1].startswith("rank 1 died without a word"), output
+    assert "Traceback" not in output
+    assert not any(map(is_alive, ranks))
+
+
+RAISES_ON_SIGNAL = """
+import os, signal
+def fail(*_):
+    raise ArithmeticError("only rank 1 has this")
+if os.environ.get("RANK") == "1":
+    signal.signal(signal.SIGUSR2, fail)
+"""
+
+
+def test_the_first_traceback_comes_last(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One rank raises; the other, which loses contact, adds one line and no traceback."""
+    (tmp_path / "sitecustomize.py").write_text(RAISES_ON_SIGNAL)
+    running = launch(world, tmp_path / "out", 100_000, PYTHONPATH=str(tmp_path))
+    wait_for_steps(running, tmp_path / "out")
+    os.kill(ranks_of(running)[1].pid, signal.SIGUSR2)
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == 1
+    assert output.splitlines()[-1] == "ArithmeticError: only rank 1 has this"
+    assert output.count("Traceback") == 1
+    assert (tmp_path / "out/train.log").read_text().endswith("only rank 1 has this\n")

@@ -1,0 +1,275 @@
+"""A run that is stopped, damaged or moved goes on exactly where it was, or says why it cannot."""
+
+import json
+import os
+import shutil
+import signal
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Result, run_stage, start_stage, succeed
+from tests.test_stages import CLOSE, LORA, ZERO, metrics, ppo, reward, run, sft, timeless, world  # noqa: F401
+
+STAGES = {"sft": "step1_sft.main", "reward": "step2_reward.main", "ppo": "step3_ppo.main"}
+STOPPED = 75
+WHOLE = [
+    (stage, zero, adapters, ranks, precision)
+    for stage, zero, adapters, ranks, precision in product(
+        STAGES, (0, 1, 2, 3), ("full", "lora"), (1, 2), ("fp32", "bf16")
+    )
+    if zero or precision == "fp32"  # DeepSpeed starts wrongly in 16 bits at stage 0: refused
+]
+# Every stage, ZeRO stage, kind of weights, number of ranks and precision at least once.
+SLICE = [
+    ("sft", 0, "full", 1, "fp32"),
+    ("sft", 3, "lora", 2, "bf16"),
+    ("reward", 1, "lora", 2, "fp32"),
+    ("reward", 2, "full", 1, "bf16"),
+    ("ppo", 0, "lora", 2, "fp32"),
+    ("ppo", 2, "full", 2, "bf16"),
+    ("ppo", 3, "full", 2, "fp32"),
+    ("ppo", 3, "lora", 1, "fp32"),
+]
+
+
+def words(stage: str, world: Path, run: Path, output: Path, steps: int = 4) -> list[str]:  # noqa: F811
+    start = run / "sft/final", run / "reward/final"
+    if stage == "ppo":
+        # What a resume must bring back: a moving coefficient, a schedule, the best evaluation.
+        adaptive = ["--kl_controller", "adaptive", "--target_kl", "0.1", "--kl_horizon", "100"]
+        return [
+            *ppo(world, *start, output, steps),
+            *adaptive,
+            "--best_metric",
+            "eval/score",
+            "--eval_steps",
+            "1",
+        ]
+    if stage == "reward":
+        return reward(world, start[0], output, steps)
+    return [*sft(world, output, steps), "--weight_decay", "0.5"]  # which only some weights have
+
+
+def zero_config(folder: Path, stage: int, precision: str = "fp32") -> list[str]:
+    config = json.loads((ZERO / f"zero{stage}.json").read_text())
+    config |= {"bf16": {"enabled": precision == "bf16"}}
+    path = folder / f"zero{stage}_{precision}.json"
+    path.write_text(json.dumps(config))
+    return ["--zero_config", str(path)]
+
+
+def stop_after(module: str, options: list[str], folder: Path, output: Path, step: int, ranks: int) -> Result:
+    """Start a stage and ask one rank to stop when the metrics of `step` are written."""
+    running = start_stage(module, options, folder, ranks)
+    running.wait_for(lambda: (output / "metrics.jsonl").exists() and step in steps_of(output))
+    os.kill(running.pids[-1], signal.SIGTERM)
+    return running.result()
+
+
+def steps_of(output: Path) -> list[int]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def checkpoints(output: Path) -> list[Path]:
+    return sorted((output / "checkpoints").iterdir())
+
+
+def assert_same_end(whole: Path, parts: Path) -> None:
+    weights = sorted(whole.glob("final*/**/*.safetensors"))
+    assert weights
+    for file in weights:
+        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes(), file
+    assert timeless(whole) == timeless(parts)
+
+
+# --- exact --------------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = WHOLE if metafunc.config.getoption("--whole") else SLICE
+        metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(world: Path, run: Path, tmp_path: Path, case: tuple) -> None:  # noqa: F811
+    """Same bytes in final/ and the same metrics lines, times aside."""
+    stage, zero, adapters, ranks, precision = case
+    extra = [*zero_config(tmp_path, zero, precision), *(LORA if adapters == "lora" else [])]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed(STAGES[stage], [*words(stage, world, run, whole, 6), *extra], tmp_path, ranks)
+    options = [*words(stage, world, run, parts, 6), *extra]
+    stopped = stop_after(STAGES[stage], options, tmp_path, parts, step=1, ranks=ranks)
+    assert stopped.codes == [STOPPED] * ranks, stopped.output
+    assert "stopped after step" in stopped.output and not (parts / "final").exists()
+    succeed(STAGES[stage], options, tmp_path, ranks)
+    assert_same_end(whole, parts)
+
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    shard = max((folder / "policy").iterdir(), key=lambda file: file.stat().st_size)
+    os.truncate(shard, shard.stat().st_size // 2)
+
+
+def flip(folder: Path) -> None:
+    shard = next((folder / "policy").iterdir())
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (truncate, "bytes, not"),
+    "flipped": (flip, "another checksum"),
+    "missing": (lambda folder: next((folder / "policy").glob("*optim*")).unlink(), "is missing"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+    world: Path, tmp_path: Path, damage: str  # noqa: F811
+) -> None:  # fmt: skip
+    spoil, words_of_it = DAMAGES[damage]
+    options = [*sft(world, tmp_path / "out", 4), "--save_steps", "2", *zero_config(tmp_path, 1)]
+    succeed("step1_sft.main", options, tmp_path, ranks=2)
+    expected = (tmp_path / "out/final/model.safetensors").read_bytes()
+    spoil(tmp_path / "out/checkpoints/step_000004")
+    named = ["--resume_from_checkpoint", str(tmp_path / "out/checkpoints/step_000004")]
+    refused = run_stage("step1_sft.main", [*options, *named], tmp_path, ranks=2)
+    assert refused.codes == [2, 2] and words_of_it in refused.output
+    result = run_stage("step1_sft.main", options, tmp_path, ranks=2)
+    assert result.codes == [0, 0], result.output
+    assert "step_000004 is damaged" in result.output and words_of_it in result.output
+    assert "resumed from" in result.output and "step_000002" in result.output
+    assert (tmp_path / "out/final/model.safetensors").read_bytes() == expected
+
+
+# --- another machine ----------------------------------------------------------------------------------------
+
+MOVES = [  # (stage, ZeRO before and after, ranks before and after, weights)
+    ("sft", 0, 0, 2, 1, "full"), ("reward", 0, 0, 1, 2, "lora"), ("sft", 1, 1, 1, 2, "full"),
+    ("reward", 1, 2, 2, 2, "full"), ("ppo", 2, 1, 2, 1, "lora"), ("ppo", 3, 3, 2, 1, "full"),
+    ("sft", 3, 3, 1, 2, "full"), ("reward", 3, 3, 2, 1, "lora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("move", MOVES, ids=str)
+def test_a_moved_run_goes_on(world: Path, run: Path, tmp_path: Path, move: tuple) -> None:  # noqa: F811
+    """On other ranks, or between ZeRO 1 and 2, the next five steps are those of the unmoved run."""
+    stage, zero_before, zero_after, ranks_before, ranks_after, adapters = move
+    extra = LORA if adapters == "lora" else []
+    before = [*zero_config(tmp_path, zero_before), *extra]
+    after = [*zero_config(tmp_path, zero_after), *extra]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed(STAGES[stage], [*words(stage, world, run, whole, 8), *before], tmp_path, ranks_before)
+    stopped = stop_after(
+        STAGES[stage], [*words(stage, world, run, parts, 8), *before], tmp_path, parts, 1, ranks_before
+    )
+    assert set(stopped.codes) == {STOPPED}
+    assert max(steps_of(parts)) <= 3
+    succeed(STAGES[stage], [*words(stage, world, run, parts, 8), *after], tmp_path, ranks_after)
+    names = ["value/loss", "reward/mean", "kl/mean"] if stage == "ppo" else ["train/loss", "train/grad_norm"]
+    for name in names:
+        assert metrics(parts, name) == pytest.approx(metrics(whole, name), **CLOSE), name
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 0), (0, 1)])
+def test_weights_alone_fit_every_stage(world: Path, tmp_path: Path, before: int, after: int) -> None:  # noqa: F811
+    def words_of(stage: int, steps: int) -> list[str]:
+        return [*sft(world, tmp_path / "out", steps), "--save_steps", "3", *zero_config(tmp_path, stage)]
+
+    succeed("step1_sft.main", words_of(before, 3), tmp_path, ranks=2)
+    refused = run_stage("step1_sft.main", words_of(after, 5), tmp_path, ranks=2)
+    assert refused.codes == [2, 2]
+    assert f"ZeRO stage {before}" in refused.output and "--resume_weights_only" in refused.output
+    succeed("step1_sft.main", [*words_of(after, 3), "--resume_weights_only", "--export_only"], tmp_path, 2)
+    exported = (tmp_path / "out/final/model.safetensors").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "out", other)
+    shutil.rmtree(other / "final")
+    succeed(
+        "step1_sft.main",
+        [*words_of(before, 3), "--output_dir", str(other), "--export_only"], tmp_path, ranks=2,
+    )  # fmt: skip
+    assert exported == (other / "final/model.safetensors").read_bytes()
+    succeed("step1_sft.main", [*words_of(after, 5), "--resume_weights_only"], tmp_path, ranks=2)
+    assert steps_of(tmp_path / "out")[-1] == 5
+
+
+# --- the folder ---------------------------------------------------------------------------------------------
+
+
+def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    data = tmp_path / "data.jsonl"
+    shutil.copy(world / "demonstrations.jsonl", data)
+    model = tmp_path / "model"
+    shutil.copytree(world / "model", model)
+    options = [
+        *sft(world, tmp_path / "out", 2),
+        "--train_data",
+        str(data),
+        "--model_name_or_path",
+        str(model),
+    ]
+    succeed("step1_sft.main", options, tmp_path)
+
+    refused = run_stage("step1_sft.main", [*options, "--learning_rate", "1"], tmp_path)
+    assert refused.codes == [2]
+    assert "--learning_rate 0.001 -> 1.0" in refused.output and "may differ: " in refused.output
+
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    refused = run_stage("step1_sft.main", options, tmp_path)
+    assert refused.codes == [2] and f"another content of: --train_data 1 {data}" in refused.output
+    data.write_text("\n".join(lines) + "\n")
+
+    moved = data.rename(tmp_path / "moved.jsonl")  # the same content elsewhere is the same data
+    succeed("step1_sft.main", [*options, "--train_data", str(moved), "--save_steps", "1"], tmp_path)
+
+    template = next(model.glob("chat_template.jinja"))
+    template.write_text("{# reworded #}" + template.read_text())
+    refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
+    assert refused.codes == [2] and "another content of: chat template of the tokenizer" in refused.output
+
+
+def test_one_run_at_a_time(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = sft(world, tmp_path / "out", 1000)
+    first = start_stage("step1_sft.main", options, tmp_path, 1)
+    first.wait_for(lambda: (tmp_path / "out/metrics.jsonl").exists())
+    second = run_stage("step1_sft.main", options, tmp_path, ranks=2)
+    assert second.codes == [2, 2] and f"in use by process {first.pids[0]} on " in second.output
+    os.kill(first.pids[0], signal.SIGKILL)  # its lock goes with it
+    first.result()
+    succeed("step1_sft.main", sft(world, tmp_path / "out", 2), tmp_path)
+
+
+def test_the_newest_and_the_best_are_kept(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The learning rate is so high that the loss is best at the first evaluation and worse afterwards."""
+    options = [*sft(world, tmp_path / "out", 8), "--learning_rate", "1", "--lr_scheduler_type", "constant"]
+    keep = ["--save_steps", "1", "--save_total_limit", "2", "--eval_steps", "1", "--best_metric", "eval/loss"]
+    succeed("step1_sft.main", [*options, *keep], tmp_path)
+    losses = metrics(tmp_path / "out", "eval/loss")
+    best = losses.index(min(losses)) + 1
+    assert best < 6, f"the best must not be among the newest: {losses}"
+    names = [folder.name for folder in checkpoints(tmp_path / "out")]
+    assert names == [f"step_{step:06}" for step in (best, 7, 8)]
+    assert (tmp_path / "out/best/config.json").exists()
+
+
+def test_export_only(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = [*sft(world, tmp_path / "out", 3), "--save_steps", "1"]
+    refused = run_stage("step1_sft.main", [*options, "--export_only"], tmp_path)
+    assert refused.codes == [2] and "holds no complete checkpoint" in refused.output
+    succeed("step1_sft.main", options, tmp_path)
+    expected = (tmp_path / "out/final/model.safetensors").read_bytes()
+    before = (tmp_path / "out/metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "out/final")
+    succeed("step1_sft.main", [*options, "--export_only"], tmp_path)
+    assert (tmp_path / "out/final/model.safetensors").read_bytes() == expected
+    assert (tmp_path / "out/metrics.jsonl").read_text() == before
