@@ -11,6 +11,7 @@ A checkpoint is written beside its place, flushed to disk and renamed into it.
 import dataclasses
 import json
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
 
     False when the disk would not take it: that is logged, its rest is removed, the older ones stay.
     """
+    start = time.perf_counter()
     root = Path(options.output_dir) / "checkpoints"
     final = root / f"step_{state.step:06}"
     temporary = final.with_suffix(".tmp")
@@ -109,6 +111,7 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
     if rank() == 0:
         _delete_old(options, state)
     barrier()
+    log(f"saved {final} in {time.perf_counter() - start:.2f} s")
     return True
 
 

@@ -1,5 +1,6 @@
 """Ranks: how they meet, their seeds, what rank 0 says, sums over all of them."""
 
+import contextlib
 import os
 import random
 from datetime import timedelta
@@ -70,9 +71,10 @@ def seed_everything(seed: int, step: int) -> None:
 
 
 def log(message: str) -> None:
-    """Print a line, on rank 0 only."""
+    """Print a line, on rank 0 only, if there is still somebody to read it."""
     if rank() == 0:
-        print(message, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(message, flush=True)
 
 
 def sum_over_ranks(*values: Tensor | float) -> list[float]:

@@ -1,5 +1,6 @@
 """How a rank begins and ends: exit codes, the first error, polite stops, and no waiting for the dead."""
 
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what people, Slurm 
 REFUSED = 2  # exit code after a mistake that the user can correct
 STOPPED = 75  # exit code of a polite stop: the same command goes on from here (EX_TEMPFAIL of sysexits.h)
 STOP_FILE = "stop"  # in the output directory: asks for a stop, from where no signal reaches the ranks
+ONE_SIGNAL = (
+    2.0  # seconds: Slurm and a terminal signal all processes at once, and the launcher its ranks again
+)
 GRACE = 5.0  # seconds that a rank waits for its own error after another rank of the machine has ended
 
 _requested = threading.Event()
@@ -70,9 +74,13 @@ def stop_requested(output_dir: str) -> bool:
 def _listen() -> None:
     """From here on a first signal asks the run to stop after its step; a second one ends it at once."""
 
+    first = math.inf
+
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
-        if _requested.is_set():
+        nonlocal first
+        if time.monotonic() - first > ONE_SIGNAL:
             _end(128 + number)
+        first = min(first, time.monotonic())
         _requested.set()
 
     for number in SIGNALS:
@@ -89,12 +97,13 @@ def _watch(launcher: psutil.Process) -> None:
     DeepSpeed's ranks would go on without a launcher, and wait in a collective for a dead rank until it times
     out.
     """
-    above = launcher.parent()  # the `deepspeed` command on one machine, a remote shell on several
+    # The `deepspeed` command on one machine, a remote shell on several; and above it our launch script.
+    above = launcher.parents()[: 2 if "TRIPTYCH_ENDINGS" in os.environ else 1]
     while not dist.is_initialized():
         time.sleep(0.5)
     peers = [child for child in launcher.children() if child.pid != os.getpid()]
     while all(_is_alive(peer) for peer in peers):
-        if not (_is_alive(launcher) and _is_alive(above)):
+        if not all(map(_is_alive, [launcher, *above])):
             _requested.set()
         time.sleep(0.5)
     time.sleep(GRACE)
@@ -102,9 +111,9 @@ def _watch(launcher: psutil.Process) -> None:
     _end(1)
 
 
-def _is_alive(process: psutil.Process | None) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
-        return process is None or process.status() != psutil.STATUS_ZOMBIE
+        return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

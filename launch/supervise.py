@@ -7,16 +7,19 @@ with the ranks' code: 0, 2 for a mistake of the user, 75 for a stop from which t
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
 REFUSED, STOPPED = 2, 75  # as in common/process.py, which takes seconds to import
+ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal sends them to all processes
 ORPHANS_MAY_TAKE = 60.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
 
 
@@ -66,16 +69,16 @@ class Log:
 
 
 def _listen(child: subprocess.Popen, output: Path) -> None:
-    signals = 0
+    first = math.inf
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
-        nonlocal signals
-        signals += 1
-        if signals == 1:
+        nonlocal first
+        if time.monotonic() - first > ONE_SIGNAL:
+            _kill(child)
+        elif first == math.inf:
+            first = time.monotonic()
             os.write(1, b"stopping after this step; a second signal ends the run at once\n")
             (output / "stop").touch()
-        else:
-            _kill(child)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, on_signal)
@@ -84,7 +87,7 @@ def _listen(child: subprocess.Popen, output: Path) -> None:
 def _end_orphans(child: subprocess.Popen) -> None:
     """Ranks outlive a killed `deepspeed`, whose output then does not end; they notice, and have some time."""
     child.wait()
-    threading.Event().wait(ORPHANS_MAY_TAKE)
+    time.sleep(ORPHANS_MAY_TAKE)
     _kill(child)
 
 

@@ -1,5 +1,6 @@
 """From scores per response to rewards per token, and the coefficient of the KL penalty. Pure."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,6 @@ class KLController:
     horizon: float = 0.0
 
     def update(self, kl: float, num_responses: int) -> None:
-        if self.horizon:
+        if self.horizon and math.isfinite(kl):
             error = min(max(kl / self.target - 1.0, -0.2), 0.2)
             self.coef *= 1.0 + error * num_responses / self.horizon

@@ -27,8 +27,12 @@ CLOSE = {"rel": 1e-4, "abs": 2e-6}
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny untrained Llama and the quickstart's data."""
-    folder = tmp_path_factory.mktemp("world")
-    (folder / "model").mkdir()
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(folder: Path) -> Path:
+    """Write them to a folder."""
+    (folder / "model").mkdir(parents=True)
     tokenizer = build_tokenizer(folder / "model", write_data(folder, seed=0))
     torch.manual_seed(0)
     config = LlamaConfig(
