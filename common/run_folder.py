@@ -62,12 +62,10 @@ def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) 
     lock = lock_folder(folder)
     current = json.loads(json.dumps(dataclasses.asdict(options)))
     found = fingerprint(options, tokenizers)
-    if (folder / "options.json").exists():
-        if options.resume_from_checkpoint == "none":
-            raise UserError(
-                f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'"
-            )
-        _compare_options(folder, json.loads((folder / "options.json").read_text()), current)
+    if (folder / "options.json").exists() and options.resume_from_checkpoint == "none":
+        raise UserError(f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'")
+    _compare_options("--output_dir", folder, current)
+    _compare_options("--resume_from_checkpoint", Path(options.resume_from_checkpoint), current)
     if (folder / "fingerprint.json").exists():
         _compare_data(options, json.loads((folder / "fingerprint.json").read_text()), found)
     _locks.append(lock)
@@ -77,13 +75,16 @@ def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) 
     write_json(folder / "options.json", current)
 
 
-def _compare_options(folder: Path, earlier: dict[str, Any], current: dict[str, Any]) -> None:
+def _compare_options(name: str, folder: Path, current: dict[str, Any]) -> None:
+    if not (folder / "options.json").exists():
+        return
+    earlier = json.loads((folder / "options.json").read_text())
     keys = sorted(k for k in current.keys() | earlier.keys() if current.get(k) != earlier.get(k))
     changes = [f"--{k} {earlier.get(k)} -> {current.get(k)}" for k in keys if k not in FREE_OPTIONS]
     if changes:
-        free = " ".join(f"--{name}" for name in sorted(FREE_OPTIONS & current.keys()))
+        free = " ".join(f"--{option}" for option in sorted(FREE_OPTIONS & current.keys()))
         raise UserError(
-            f"--output_dir {folder}: holds a different run ({', '.join(changes)}); choose another folder."
+            f"{name} {folder}: holds a different run ({', '.join(changes)}); choose another folder."
             f" These may differ: {free}"
         )
 

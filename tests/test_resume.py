@@ -210,18 +210,19 @@ def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None
     shutil.copy(world / "demonstrations.jsonl", data)
     model = tmp_path / "model"
     shutil.copytree(world / "model", model)
-    options = [
-        *sft(world, tmp_path / "out", 2),
-        "--train_data",
-        str(data),
-        "--model_name_or_path",
-        str(model),
-    ]
+    options = [*sft(world, tmp_path / "out", 2), "--train_data", str(data), "--save_steps", "1"]
+    options += ["--model_name_or_path", str(model)]
     succeed("step1_sft.main", options, tmp_path)
 
     refused = run_stage("step1_sft.main", [*options, "--learning_rate", "1"], tmp_path)
     assert refused.codes == [2]
     assert "--learning_rate 0.001 -> 1.0" in refused.output and "may differ: " in refused.output
+
+    named = ["--resume_from_checkpoint", str(tmp_path / "out/checkpoints/step_000002")]
+    other = [*options, "--output_dir", str(tmp_path / "other"), *named]
+    refused = run_stage("step1_sft.main", [*other, "--learning_rate", "1"], tmp_path)
+    assert refused.codes == [2] and f"{named[1]}: holds a different run" in refused.output
+    succeed("step1_sft.main", other, tmp_path)
 
     lines = data.read_text().splitlines()
     data.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
@@ -230,7 +231,7 @@ def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None
     data.write_text("\n".join(lines) + "\n")
 
     moved = data.rename(tmp_path / "moved.jsonl")  # the same content elsewhere is the same data
-    succeed("step1_sft.main", [*options, "--train_data", str(moved), "--save_steps", "1"], tmp_path)
+    succeed("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
 
     template = next(model.glob("chat_template.jinja"))
     template.write_text("{# reworded #}" + template.read_text())
