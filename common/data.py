@@ -1,33 +1,22 @@
-"""Files to records to tokenised examples, held-out split, and the order in which examples are seen."""
+"""Records to tokenised examples, the held-out part, and the order in which examples are seen."""
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.distributed import log
-from common.formatting import find_prompt
 from common.options import DataOptions, RunOptions, UserError
+from common.records import Record, fraction, parse_record, read_records
 
 Example = TypeVar("Example")
-Record = dict[str, Any]
 
 # Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough
 # to stay close to a plain shuffle.
 BATCHES_PER_WINDOW = 16
-
-
-class SourcedRecord(NamedTuple):
-    """A record, or the line that is to be one, and where it stands, as `file:line`, for messages."""
-
-    origin: str
-    record: Record | str
 
 
 class Examples(list[Example]):
@@ -42,24 +31,6 @@ class Examples(list[Example]):
         self.origins.append(origin)
 
 
-def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
-    """All records of .jsonl, .json, .csv and .parquet files or hub datasets, in order; lines are not parsed
-    yet.
-
-    Raises UserError for a missing or unreadable file.
-    """
-    for source in sources:
-        path = Path(source)
-        if path.suffix == ".jsonl":
-            yield from _read_jsonl(path)
-        elif path.suffix in (".json", ".csv", ".parquet") or not (path.exists() or path.suffix[1:].isalpha()):
-            yield from _read_with_datasets(source, path)
-        else:
-            raise UserError(
-                f"{source}: unknown kind of data file; allowed: .jsonl .json .csv .parquet or a hub name"
-            )
-
-
 def load_examples(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
 ) -> tuple[Examples[Example], list[Example]]:
@@ -67,12 +38,15 @@ def load_examples(
 
     convert: record -> example, or None for a record that has nothing to train on; it raises ValueError for a
     bad one. Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on
-    both sides. Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when
-    no rows are left.
+    both sides; in the same way --data_split gives each stage its part of the prompts. Raises UserError naming
+    file and line for a bad record (unless --skip_bad_records), and when no rows are left.
     """
     train, held_out = Examples(), []
-    for origin, place, example in _convert_all(sources, options, convert):
-        if not options.eval_data and place < options.eval_fraction:
+    begin, end = _stage_share(options)
+    for origin, record, example in _convert_all(sources, options, convert):
+        if not begin <= fraction(record, "stage") < end:
+            continue
+        if not options.eval_data and fraction(record, "") < options.eval_fraction:
             held_out.append(example)
         else:
             train.add(example, origin)
@@ -151,57 +125,15 @@ def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def _read_jsonl(path: Path) -> Iterator[SourcedRecord]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield SourcedRecord(f"{path}:{number}", line)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
-
-
-def _parse(record: Record | str) -> Record:
-    if isinstance(record, dict):
-        return record
-    try:
-        parsed = json.loads(record)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"must be a JSON object, not {type(parsed).__name__}")
-    return parsed
-
-
-def _read_with_datasets(source: str, path: Path) -> Iterator[SourcedRecord]:
-    """Records through `datasets`, which is imported here because most runs on JSONL never need it."""
-    if path.suffix[1:].isalpha() and not path.exists():
-        raise UserError(f"{source}: No such file")
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if path.suffix in (".json", ".csv", ".parquet"):
-            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train")
-        else:
-            rows = datasets.load_dataset(source, split="train")
-    except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason, not the type
-        raise UserError(f"{source}: {str(error).strip().splitlines()[0]}") from None
-    for number, row in enumerate(rows):
-        yield SourcedRecord(f"{source}: row {number}", {k: v for k, v in row.items() if v is not None})
-
-
 def _convert_all(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> Iterator[tuple[str, float, Example]]:
-    """Every good record's origin, its place in [0, 1), for the split, and its example."""
+) -> Iterator[tuple[str, Record, Example]]:
+    """Every good record with its origin and its example, as often as its source's weight says."""
     bad = dropped = 0
-    for origin, unparsed in read_records(sources):
+    for source, origin, unparsed in read_records(sources):
         try:
-            record = _parse(unparsed)
-            example, place = convert(record), _fraction(record)
+            record = parse_record(unparsed)
+            example = convert(record)
         except ValueError as error:
             if not options.skip_bad_records:
                 raise UserError(f"{origin}: {error}") from None
@@ -209,8 +141,10 @@ def _convert_all(
             continue
         if example is None:
             dropped += 1
-        else:
-            yield origin, place, example
+            continue
+        copies, rest = divmod(source.weight, 1)
+        for _ in range(int(copies) + (fraction(record, "weight") < rest)):
+            yield origin, record, example
     if bad or dropped:
         log(
             f"{' '.join(sources)}: skipped {bad} bad records,"
@@ -218,10 +152,21 @@ def _convert_all(
         )
 
 
-def _fraction(record: Record) -> float:
-    """A number in [0, 1) that depends on the prompt alone."""
-    digest = hashlib.blake2b(json.dumps(find_prompt(record), sort_keys=True).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def _stage_share(options: DataOptions) -> tuple[float, float]:
+    """Where in [0, 1) the records of this stage lie, by --data_split."""
+    if not options.data_split:
+        return 0.0, 1.0
+    try:
+        parts = [float(part) for part in options.data_split.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or min(parts) < 0 or not 0 < parts[options.stage - 1] < math.inf:
+        raise UserError(
+            f"--data_split {options.data_split}: must be three numbers, the parts of steps 1, 2 and 3,"
+            f" as in 2,4,4, and step {options.stage} needs one above 0"
+        )
+    before = sum(parts[: options.stage - 1])
+    return before / sum(parts), (before + parts[options.stage - 1]) / sum(parts)
 
 
 def _epoch_stream(size: int, seed: int, first: int, count: int) -> list[int]:

@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from common.checkpoint import TrainState, list_checkpoints
+from common.checkpoint import list_checkpoints
 from common.distributed import log
 from common.options import RunOptions, UserError
+from common.train_state import TrainState
 
 REMEMBERED = 32  # losses that a new one is compared with
 FEWEST = 8  # of them, before anything is called a spike

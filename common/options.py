@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 Options = TypeVar("Options")
 
@@ -76,6 +76,7 @@ class RunOptions:
 class DataOptions:
     """Where held-out data comes from, and what to do with bad records."""
 
+    stage: ClassVar[int] = 1
     eval_data: list[str] = option(
         [], "Held-out data: files or hub names. Default: a part of the training data."
     )
@@ -84,6 +85,9 @@ class DataOptions:
         "Part of the training data to hold out, by record content, when --eval_data is not given.",
         at_least=0,
         at_most=0.9,
+    )
+    data_split: str = option(
+        "", "Parts of the data for steps 1, 2 and 3, as in 2,4,4: each takes its own, by prompt."
     )
     max_eval_samples: int = option(256, "Use at most this many held-out records; 0 uses all.", at_least=0)
     skip_bad_records: bool = option(

@@ -9,11 +9,12 @@ from typing import Any
 import deepspeed
 import torch
 
-from common.checkpoint import Checkpoint, TrainState, is_partial, precision
+from common.checkpoint import Checkpoint, is_partial, precision
 from common.distributed import barrier, gather_objects, log, rank
 from common.files import flush_folder
 from common.models import is_partitioned
 from common.options import RunOptions, UserError, world_size
+from common.train_state import TrainState
 
 
 def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any]) -> TrainState:

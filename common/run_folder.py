@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from common.distributed import gather_objects, rank
 from common.files import lock_folder, sha256, write_json
 from common.options import RunOptions, UserError
+from common.records import parse_source
 
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
 # steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
@@ -49,7 +50,7 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
     found = {}
     for name in DATA_OPTIONS:
         for number, source in enumerate(getattr(options, name, []), start=1):
-            found[f"--{name} {number}"] = sha256(Path(source)) if Path(source).is_file() else source
+            found[f"--{name} {number}"] = _content(source)
     for name, tokenizer in tokenizers.items():
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
@@ -100,6 +101,14 @@ def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[st
             f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(names)};"
             " restore it or choose another folder"
         )
+
+
+def _content(source: str) -> str:
+    """Checksum of a file or folder of data with its weight; of a hub dataset its name has to do."""
+    name, weight = parse_source(source)
+    path = Path(name)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return _digest(f"{weight} {[sha256(file) for file in files if file.is_file()] or name}")
 
 
 def _digest(text: str) -> str:

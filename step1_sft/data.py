@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.data import Record, pad_rows
+from common.data import pad_rows
 from common.distributed import device
 from common.formatting import demonstration_segments
+from common.records import Record
 from common.tokenization import SegmentEncoder
 from step1_sft.options import SFTOptions
 

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.data import Record, pad_rows
+from common.data import pad_rows
 from common.distributed import device
 from common.formatting import Segment, demonstration_segments, preference_segments
+from common.records import Record
 from common.tokenization import SegmentEncoder
 from step2_reward.options import RewardOptions
 
@@ -18,7 +19,8 @@ class Preference(NamedTuple):
 
     chosen_ids: list[int]
     rejected_ids: list[int]
-    margin: float
+    margin: float  # by how much the chosen one is better, if the records say so
+    is_tie: bool = False  # neither is better
 
     @property
     def length(self) -> int:
@@ -31,6 +33,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (2B, T) the B chosen rows, then the B rejected ones, padded on the right
     lengths: Tensor  # (2B,)
     margins: Tensor  # (B,)
+    is_tie: Tensor  # (B,) bool
 
 
 def preference(record: Record, encoder: SegmentEncoder, options: RewardOptions) -> Preference:
@@ -39,9 +42,8 @@ def preference(record: Record, encoder: SegmentEncoder, options: RewardOptions) 
     margin = record.get("margin", 0.0) if options.use_margin else 0.0
     if isinstance(margin, bool) or not isinstance(margin, int | float):
         raise ValueError(f"field 'margin' is {margin!r}; it must be a number")
-    return Preference(
-        fit(chosen, encoder, options.max_length), fit(rejected, encoder, options.max_length), float(margin)
-    )
+    sides = (fit(segments, encoder, options.max_length) for segments in (chosen, rejected))
+    return Preference(*sides, float(margin), bool(record.get("tie", False)))
 
 
 def demonstration_ids(record: Record, encoder: SegmentEncoder, options: RewardOptions) -> list[int]:
@@ -69,4 +71,5 @@ def collate(rows: Sequence[Preference], pad_token_id: int) -> Batch:
     sides = [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows]
     lengths = torch.tensor([len(ids) for ids in sides], device=device())
     margins = torch.tensor([row.margin for row in rows], device=device())
-    return Batch(pad_rows(sides, pad_token_id).to(device()), lengths, margins)
+    is_tie = torch.tensor([row.is_tie for row in rows], device=device())
+    return Batch(pad_rows(sides, pad_token_id).to(device()), lengths, margins, is_tie)

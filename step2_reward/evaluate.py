@@ -25,20 +25,24 @@ def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def evaluate(
     engine: Any, rows: Sequence[Preference], micro_batch: int, pad_token_id: int
 ) -> dict[str, float]:
-    """Loss, accuracy (a tie is half right), mean margin, and mean and std of the scores of either side."""
+    """Loss, accuracy, mean margin, and mean and std of the scores of either side.
+
+    Accuracy is over the pairs of which one is better; equal scores are half right there.
+    """
     engine.eval()
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums = torch.zeros(9, dtype=torch.float64)
     for picked in deal(range(len(rows)), [row.length for row in rows], micro_batch, rank(), world_size()):
         # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
         batch = collate([rows[i] for i in picked] or rows[:1], pad_token_id)
         chosen, rejected = pair_scores(engine, batch)
         if picked:
             right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
-            loss = pairwise_loss(chosen, rejected, batch.margins)
+            loss = pairwise_loss(chosen, rejected, batch.margins, torch.where(batch.is_tie, 0.5, 1.0))
             parts = [
                 torch.ones_like(loss),
                 loss,
-                right,
+                ~batch.is_tie,
+                right * ~batch.is_tie,
                 chosen,
                 chosen**2,
                 rejected,
@@ -46,11 +50,11 @@ def evaluate(
                 chosen - rejected,
             ]
             sums += torch.stack([part.double().sum() for part in parts]).cpu()
-    count, loss, right, chosen, chosen_sq, rejected, rejected_sq, margin = sum_over_ranks(*sums)
+    count, loss, decided, right, chosen, chosen_sq, rejected, rejected_sq, margin = sum_over_ranks(*sums)
     engine.train()
     return {
         "eval/loss": loss / count,
-        "eval/accuracy": right / count,
+        "eval/accuracy": right / max(1.0, decided),
         "eval/margin": margin / count,
         "eval/chosen_mean": chosen / count,
         "eval/chosen_std": _std(chosen, chosen_sq, count),

@@ -1,14 +1,26 @@
-"""The loss of the reward model. Pure."""
+"""The losses of the reward model. Pure."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def pairwise_loss(chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """-log sigmoid(chosen - rejected - margin) for each pair: scores (B,), margin (B,) or a number -> (B,)
-    fp32.
+def pairwise_loss(
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float = 0.0, target: Tensor | float = 1.0
+) -> Tensor:
+    """-t log sigmoid(d) - (1 - t) log sigmoid(-d) of each pair, where d = chosen - rejected - margin.
 
-    Bradley-Terry likelihood of the observed preference: Ouyang et al. 2022 (InstructGPT), eq. 1; the margin
-    is that of Touvron et al. 2023 (Llama 2), eq. 2.
+    Scores (B,), margin and target t (B,) or numbers -> (B,) fp32. With t = 1, the Bradley-Terry likelihood of
+    the observed preference: Ouyang et al. 2022 (InstructGPT), eq. 1; the margin is that of Touvron et al.
+    2023 (Llama 2), eq. 2. A t below 1 is the probability that the label is right, where raters err (as in
+    conservative DPO: Mitchell 2023); 1/2 is a tie, half a win for either side.
     """
-    return -F.logsigmoid(chosen_scores.float() - rejected_scores.float() - margin)
+    difference = chosen_scores.float() - rejected_scores.float() - margin
+    return -target * F.logsigmoid(difference) - (1.0 - target) * F.logsigmoid(-difference)
+
+
+def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """(chosen + rejected)^2 of each pair: scores (B,) -> (B,) fp32, least when they lie around 0.
+
+    Source: Eisenstein et al. 2023, eq. 2.
+    """
+    return (chosen_scores.float() + rejected_scores.float()) ** 2

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from common.checkpoint import find_checkpoint, save_if_due
@@ -30,7 +31,7 @@ from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step2_reward.data import Preference, collate, demonstration_ids, preference
 from step2_reward.evaluate import evaluate, pair_scores, score_statistics
-from step2_reward.loss import pairwise_loss
+from step2_reward.loss import centring_loss, pairwise_loss
 from step2_reward.options import RewardOptions
 
 
@@ -108,14 +109,18 @@ def train_step(
     for number, picked in enumerate(mine, start=1):
         micro = collate([batch[i] for i in picked], pad_token_id)
         chosen, rejected = pair_scores(engine, micro)
-        loss = pairwise_loss(chosen, rejected, micro.margins).sum() / len(batch)
+        targets = torch.where(micro.is_tie, 0.5, 1.0 - options.label_smoothing)
+        losses = pairwise_loss(chosen, rejected, micro.margins, targets)
+        if options.centre_coef:
+            losses = losses + options.centre_coef * centring_loss(chosen, rejected)
+        loss = losses.sum() / len(batch)
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
-        total, right = total + loss.detach(), right + (chosen > rejected).sum()
+        total, right = total + loss.detach(), right + ((chosen > rejected) & ~micro.is_tie).sum()
     total, right = sum_over_ranks(total, right)
     seconds = time.perf_counter() - start
     return {
         "train/loss": total,
-        "train/accuracy": right / len(batch),
+        "train/accuracy": right / max(1, sum(not row.is_tie for row in batch)),
         "train/lr": engine.get_lr()[0],
         "train/grad_norm": norm,
         "train/tokens_per_second": sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
@@ -142,7 +147,7 @@ def load_centre_rows(
     """Token ids of the responses that are to score 0 on average."""
     if options.demonstration_data:
         convert = partial(demonstration_ids, encoder=encoder, options=options)
-        all_of_them = replace(options, eval_data=[], eval_fraction=0.0)
+        all_of_them = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
         rows, _ = load_examples(options.demonstration_data, all_of_them, convert)
     else:
         rows = [row.chosen_ids for row in train]

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data import Record
 from common.formatting import Message, find_prompt, prompt_segments
+from common.records import Record
 from common.tokenization import SegmentEncoder
 from step3_ppo.options import PPOOptions
 

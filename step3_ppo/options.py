@@ -1,7 +1,7 @@
 """Options of step 3."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import PretrainedConfig
 
@@ -77,6 +77,7 @@ class AlgorithmOptions:
 class PPOOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions, SamplingOptions, AlgorithmOptions):
     """PPO of a policy against a reward model."""
 
+    stage: ClassVar[int] = 3
     output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
     actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
     reward_model_name_or_path: str = option("", "The reward model: `final/` of step 2. Required.")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.checkpoint import TrainState
 from common.health import check_numbers
+from common.train_state import TrainState
 from step1_sft.options import SFTOptions
 from tests.ranks import run_stage, start_stage, succeed
 from tests.test_launch import LAUNCH

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -10,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.data import batch_order, deal, load_examples, pad_rows, read_records, steps_in_epochs
+from common.data import batch_order, deal, load_examples, pad_rows, steps_in_epochs
 from common.formatting import demonstration_segments, find_prompt
 from common.options import DataOptions, UserError
+from common.records import read_records
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step1_sft.data import demonstration
 from step1_sft.options import SFTOptions
+from step2_reward.options import RewardOptions
+from step3_ppo.options import PPOOptions
 
 RECORDS = [{"prompt": f"question {i % 40}", "completion": f"answer {i}"} for i in range(200)]
 
@@ -70,6 +74,55 @@ def test_several_files_are_read_in_order(tmp_path):
     files = [write(tmp_path / f"{i}.jsonl", RECORDS[i : i + 2]) for i in (4, 0)]
     examples, _ = load_examples(files, DataOptions(eval_fraction=0.0), convert)
     assert [completion for _, completion in examples] == ["answer 4", "answer 5", "answer 0", "answer 1"]
+
+
+def test_a_folder_is_its_files_in_order(tmp_path):
+    for name, part in (("b.jsonl", RECORDS[2:4]), ("a.jsonl", RECORDS[:2])):
+        write(tmp_path / name, part)
+    (tmp_path / "notes.txt").write_text("not data")
+    examples, _ = load_examples([str(tmp_path)], DataOptions(eval_fraction=0.0), convert)
+    assert [completion for _, completion in examples] == ["answer 0", "answer 1", "answer 2", "answer 3"]
+
+
+@pytest.mark.parametrize(("weight", "low", "high"), [("0.3", 0.2, 0.4), ("2", 2, 2), ("1.5", 1.35, 1.65)])
+def test_a_weight_is_how_often_a_source_is_seen(tmp_path, weight, low, high):
+    """By content: the same records whatever their order, each as often as any other, give or take one."""
+    records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(1000)]
+    one = write(tmp_path / "one.jsonl", records)
+    other = write(tmp_path / "other.jsonl", records[::-1])
+    options = DataOptions(eval_fraction=0.0)
+    found, again = (load_examples([f"{path}:{weight}"], options, convert)[0] for path in (one, other))
+    assert low <= len(found) / len(records) <= high
+    assert Counter(found) == Counter(again)
+    counts = Counter(found)
+    assert set(counts.values()) <= {math.ceil(float(weight)), math.floor(float(weight))}
+    both, _ = load_examples([f"{one}:{weight}", other], options, convert)
+    assert both == [*found, *load_examples([other], options, convert)[0]]
+
+
+def test_a_weight_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="weight after the colon must be above 0"):
+        load_examples([write(tmp_path / "one.jsonl", RECORDS) + ":0"], DataOptions(), convert)
+
+
+def test_data_split_gives_each_stage_its_own_prompts(tmp_path):
+    records = [{"prompt": f"p{i % 500}", "completion": f"c{i}"} for i in range(1000)]
+    files = [write(tmp_path / f"{name}.jsonl", r) for name, r in (("in", records), ("out", records[::-1]))]
+    parts = []
+    for stage in (SFTOptions, RewardOptions, PPOOptions):
+        options = stage(data_split="2,4,4", eval_fraction=0.2, max_eval_samples=0)
+        train, held_out = load_examples(files[:1], options, convert)
+        again, _ = load_examples(files[1:], options, convert)
+        assert set(train) == set(again)
+        parts.append({prompt for prompt, _ in [*train, *held_out]})
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 500
+    assert [len(part) / 500 for part in parts] == pytest.approx([0.2, 0.4, 0.4], abs=0.06)
+
+
+@pytest.mark.parametrize("split", ["2,4", "a,b,c", "0,1,1", "1,-1,1", "1,1,1,1"])
+def test_a_wrong_split_is_named(tmp_path, split):
+    with pytest.raises(UserError, match=f"--data_split {split}: must be three numbers"):
+        load_examples([write(tmp_path / "one.jsonl", RECORDS)], SFTOptions(data_split=split), convert)
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet"])

@@ -39,7 +39,7 @@ def test_never_too_long_and_always_ending_in_eos(max_length):
 def test_margin_enters_only_when_asked_for():
     record = {"prompt": "a b", "chosen": "c", "rejected": "d e", "margin": 1.5}
     plain = preference(record, WordEncoder(), RewardOptions())
-    assert plain == ([10, 11, 12, EOS], [10, 11, 12, 13, EOS], 0.0)
+    assert plain == ([10, 11, 12, EOS], [10, 11, 12, 13, EOS], 0.0, False)
     assert plain.length == 5
     assert preference(record, WordEncoder(), RewardOptions(use_margin=True)).margin == 1.5
     record["margin"] = "much"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from step2_reward.loss import pairwise_loss
+from step2_reward.loss import centring_loss, pairwise_loss
 from tests.conftest import assert_close
 
 
@@ -31,3 +31,32 @@ def test_extreme_differences_stay_finite_and_16_bits_are_computed_in_fp32():
     chosen, rejected = torch.tensor([500.0, -500.0]), torch.tensor([-500.0, 500.0])
     assert_close(pairwise_loss(chosen, rejected), torch.tensor([0.0, 1000.0]))
     assert pairwise_loss(chosen.bfloat16(), rejected.bfloat16()).dtype == torch.float32
+
+
+def test_centring_matches_the_reference(reference):
+    case = reference("reward.bt.center")
+    chosen = case.inputs.rewards_chosen.requires_grad_()
+    rejected = case.inputs.rewards_rejected.requires_grad_()
+    penalty = case.params.center_rewards_coefficient * centring_loss(chosen, rejected)
+    loss = (pairwise_loss(chosen, rejected) + penalty).mean()
+    loss.backward()
+    assert_close(loss, case.outputs.loss)
+    assert_close(chosen.grad, case.outputs.grad_chosen)
+    assert_close(rejected.grad, case.outputs.grad_rejected)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.8, 1.0])
+def test_the_loss_is_least_where_the_win_rate_is_the_target(target):
+    """Cross-entropy with a win probability: least, the entropy, at d = log(t / (1 - t)) + margin."""
+    best = math.log(target / (1 - target)) if target < 1 else 30.0
+    scores = torch.tensor([best + 0.3, best + 0.3 + 0.1, best + 0.3 - 0.1])
+    at, above, below = pairwise_loss(scores, torch.zeros(3), 0.3, target).tolist()
+    entropy = -target * math.log(target) - (1 - target) * math.log(1 - target) if target < 1 else 0.0
+    assert at == pytest.approx(entropy, abs=1e-6)
+    if target < 1:
+        assert above > at + 1e-4 and below > at + 1e-4
+
+
+def test_a_tie_has_no_side():
+    a, b = torch.tensor([2.0]), torch.tensor([-1.0])
+    assert_close(pairwise_loss(a, b, target=0.5), pairwise_loss(b, a, target=0.5))

@@ -1,0 +1,101 @@
+"""Popular shapes of records, turned into the ones that Triptych documents. Pure.
+
+ShareGPT    conversations: [{from, value}]                -> messages
+Alpaca      instruction, input, output                    -> prompt, completion
+HH          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." -> the same as messages
+Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, perhaps tie
+several raters: votes instead of preference, a list       -> the same, by majority
+"""
+
+import re
+from collections import Counter
+from typing import Any
+
+Record = dict[str, Any]
+
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "bot": "assistant", "system": "system",
+}  # fmt: skip
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+PREFERENCES = {"a": "A", "b": "B", "tie": "tie"}
+
+
+def recognise(record: Record) -> Record:
+    """The record in a documented shape; one that is in none of the shapes above comes back as it is.
+
+    Raises ValueError, in words for the user, for a record that is almost of such a shape.
+    """
+    if "conversations" in record and "messages" not in record:
+        return {**record, "messages": _from_sharegpt(record["conversations"])}
+    if "instruction" in record and "prompt" not in record:
+        return _from_alpaca(record)
+    if "response_a" in record or "response_b" in record:
+        return _from_comparison(record)
+    if "prompt" not in record and _is_hh(record.get("chosen")) and _is_hh(record.get("rejected")):
+        return {**record, **{side: _from_hh(record[side]) for side in ("chosen", "rejected")}}
+    return record
+
+
+def _from_sharegpt(conversation: Any) -> list[dict[str, str]]:
+    if not isinstance(conversation, list):
+        raise ValueError(f"field 'conversations' is {type(conversation).__name__}; it must be a list")
+    messages = []
+    for number, turn in enumerate(conversation):
+        if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+            raise ValueError(f"field 'conversations': turn {number} must have 'from' and 'value'")
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise ValueError(
+                f"field 'conversations': turn {number} is from {turn['from']!r};"
+                f" allowed: {' '.join(SHAREGPT_ROLES)}"
+            )
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+    return messages
+
+
+def _from_alpaca(record: Record) -> Record:
+    parts = [record["instruction"], record.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError("fields 'instruction' and 'input' must be strings")
+    text = "\n\n".join(part for part in parts if part.strip())
+    found = {**record, "prompt": [{"role": "user", "content": text}] if text else ""}
+    return {**found, "completion": record["output"]} if "output" in record else found
+
+
+def _from_comparison(record: Record) -> Record:
+    for name in ("response_a", "response_b"):
+        if name not in record:
+            raise ValueError(f"field {name!r} is missing (a comparison has 'response_a' + 'response_b')")
+    sides = {"A": record["response_a"], "B": record["response_b"]}
+    winner = _majority(record["votes"]) if "votes" in record else _preference(record.get("preference"))
+    loser = "A" if winner == "B" else "B"
+    chosen = "B" if winner == "B" else "A"
+    return {**record, "chosen": sides[chosen], "rejected": sides[loser], "tie": winner == "tie"}
+
+
+def _majority(votes: Any) -> str:
+    """What more raters say than anything else; a tie when two answers have as many votes."""
+    if not isinstance(votes, list) or not votes:
+        raise ValueError("field 'votes' must be a list of A, B or tie, one per rater")
+    counts = Counter(_preference(vote) for vote in votes)
+    return "tie" if counts["A"] == counts["B"] else max("A", "B", "tie", key=lambda name: counts[name])
+
+
+def _preference(value: Any) -> str:
+    if str(value).lower() not in PREFERENCES:
+        raise ValueError(f"preference is {value!r}; allowed: A B tie")
+    return PREFERENCES[str(value).lower()]
+
+
+def _is_hh(text: Any) -> bool:
+    return isinstance(text, str) and HH_TURN.match(text) is not None
+
+
+def _from_hh(text: str) -> list[dict[str, str]]:
+    _, *parts = HH_TURN.split(text)  # name, text, name, text, ...
+    names, contents = parts[::2], parts[1::2]
+    return [
+        {"role": HH_ROLES[name], "content": content.strip()}
+        for name, content in zip(names, contents, strict=True)
+    ]
