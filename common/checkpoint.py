@@ -47,8 +47,7 @@ class _Writer(TorchCheckpointEngine):
         try:
             super().save(state_dict, path)
             flush_file(Path(path))
-            entry = {"bytes": Path(path).stat().st_size, "sha256": sha256(Path(path))}
-            self.files[str(Path(path).relative_to(self.root))] = entry
+            self.files[str(Path(path).relative_to(self.root))] = _entry(Path(path))
         except (OSError, RuntimeError) as error:
             self.error = str(error).strip().splitlines()[0]
 
@@ -92,8 +91,8 @@ def save_if_due(
     is_due = options.save_steps and (is_last or state.step % options.save_steps == 0)
     is_saved = (is_stopped or is_best or is_due) and save_checkpoint(options, state, engines)
     if is_stopped:
-        place = "there" if is_saved else "an older checkpoint"
-        raise Stopped(f"stopped after step {state.step}; the same command goes on from {place}")
+        place = "from there" if is_saved else "from an older checkpoint"
+        raise Stopped(f"stopped after step {state.step}; --resume_from_checkpoint latest goes on {place}")
 
 
 def find_checkpoint(options: RunOptions) -> Checkpoint | None:
@@ -121,7 +120,12 @@ def find_checkpoint(options: RunOptions) -> Checkpoint | None:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Checkpoints by their names, oldest first."""
     folders = (output_dir / "checkpoints").glob("step_*")
-    return sorted(f for f in folders if f.suffix != ".tmp" and (f / "state.json").exists())
+    complete = [f for f in folders if f.suffix != ".tmp" and (f / "state.json").exists()]
+    return sorted(complete, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def is_partial(engine: Any) -> bool:
@@ -129,8 +133,13 @@ def is_partial(engine: Any) -> bool:
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def precision(engine: Any) -> str:
-    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+def describe(engine: Any) -> dict[str, Any]:
+    """What must be the same, or nearly, where the engine's files are to be read again."""
+    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    layout = {"round_robin_gradients": engine.zero_round_robin_gradients()}
+    if engine.zero_optimization_stage() == 3:
+        layout["sub_group_size"] = engine.zero_sub_group_size()
+    return {"zero_stage": engine.zero_optimization_stage(), "precision": precision, "layout": layout}
 
 
 def _make_room(root: Path, temporary: Path, names: list[str]) -> str:
@@ -163,10 +172,7 @@ def _write_engines(temporary: Path, engines: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _manifest(engines: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
-    models = {
-        name: {"zero_stage": engine.zero_optimization_stage(), "precision": precision(engine)}
-        for name, engine in engines.items()
-    }
+    models = {name: describe(engine) for name, engine in engines.items()}
     return {"world_size": world_size(), "models": models, "files": dict(sorted(files.items()))}
 
 
@@ -194,12 +200,14 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _delete_old(options: RunOptions, state: TrainState) -> None:
-    if not options.save_total_limit:
-        return
-    best = f"step_{state.best_step:06}" if state.best_step is not None else ""
-    for old in list_checkpoints(Path(options.output_dir))[: -options.save_total_limit]:
-        if old.name != best:
-            shutil.rmtree(old, ignore_errors=True)
+    """Delete what is beyond the limit, and the later steps of a run that went on from an earlier one."""
+    folders = list_checkpoints(Path(options.output_dir))
+    later = [folder for folder in folders if _step_of(folder) > state.step]
+    limit = options.save_total_limit or len(folders)
+    too_old = [folder for folder in folders if folder not in later][:-limit]
+    for folder in later + too_old:
+        if _step_of(folder) != state.best_step:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _damage(folder: Path) -> str:

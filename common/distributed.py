@@ -73,7 +73,7 @@ def seed_everything(seed: int, step: int) -> None:
 def log(message: str) -> None:
     """Print a line, on rank 0 only, if there is still somebody to read it."""
     if rank() == 0:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             print(message, flush=True)
 
 

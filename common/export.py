@@ -15,18 +15,27 @@ from common.lora import is_adapted
 from common.options import UserError
 
 
-def export_model(
-    engine: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    load_base: Callable[[], PreTrainedModel],
-) -> None:
+def export_model(*arguments: Any) -> None:
+    """`_export` of the arguments; UserError, on all ranks, when the disk does not take the folder."""
+    if problem := _export(*arguments):
+        raise UserError(f"{problem}; run the command again with --export_only")
+
+
+def export_best(*arguments: Any) -> None:
+    """`_export` of the arguments, of which a failure is no reason to end the run."""
+    if problem := _export(*arguments):
+        log(problem)
+
+
+def _export(
+    engine: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, load_base: Callable[[], PreTrainedModel]
+) -> str:
     """Write the engine's model and the tokenizer to `folder`, by way of a folder beside it. Every rank must
-    call it.
+    call it; returns the problem, if there is one.
 
     With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is
     made on rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left
-    as it is. Raises UserError, on all ranks, when the disk does not take it; what was there before stays.
+    as it is. When the disk does not take it, what was there before stays.
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
     problem = ""
@@ -35,20 +44,11 @@ def export_model(
         try:
             _write(engine, tokenizer, state, temporary, load_base)
             _take_place(temporary, folder)
+            log(f"wrote {folder}")
         except (OSError, RuntimeError, SafetensorError) as error:
-            problem = str(error).strip().splitlines()[0]
+            problem = f"{folder}: not written: {str(error).strip().splitlines()[0]}"
             shutil.rmtree(temporary, ignore_errors=True)
-    if problem := gather_objects(problem)[0]:
-        raise UserError(f"{folder}: not written: {problem}; run the command again with --export_only")
-    log(f"wrote {folder}")
-
-
-def export_best(*arguments: Any) -> None:
-    """`export_model`, of which a failure is no reason to end the run."""
-    try:
-        export_model(*arguments)
-    except UserError as error:
-        log(str(error).partition("; run")[0])
+    return gather_objects(problem)[0]
 
 
 def _write(

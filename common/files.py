@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any, TextIO
 
+from common.distributed import log
 from common.options import UserError
 
 CHUNK = 1 << 22  # bytes read at once
@@ -73,11 +74,13 @@ def lock_folder(folder: Path) -> TextIO:
     file = (folder / "run.lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         raise UserError(
             f"--output_dir {folder}: in use by {file.read().strip()}; stop that run or choose another folder"
         ) from None
+    except OSError as error:
+        log(f"--output_dir {folder}: cannot be locked ({error}); see to it that only one run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

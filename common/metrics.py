@@ -23,9 +23,8 @@ class MetricWriter:
         self._board: Any = None
         self._start_step, self._total_steps = start_step, total_steps
         self._start_time = time.perf_counter()
+        self._has_written = False
         self._pending = ""  # lines that a full disk has not taken
-        if rank() == 0:
-            self._forget_after(start_step)
 
     def log(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
         """Write the metrics of a step, and show the named ones with the time that is left."""
@@ -38,12 +37,15 @@ class MetricWriter:
         log(f"step {step}/{self._total_steps} | {values} | ETA {self._time_left(step)}")
         try:
             self._write()
+        except OSError as error:
+            log(f"metrics of step {step} not written yet: {error}")
+        try:
             board = self._tensorboard()
             for name, value in metrics.items():
                 board.add_scalar(name, value, step)
             board.flush()
-        except OSError as error:
-            log(f"metrics of step {step} not written yet: {error}")
+        except OSError:
+            self._board = None  # its thread is dead; the next step opens another file
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Put a text (Markdown) into TensorBoard."""
@@ -66,6 +68,9 @@ class MetricWriter:
 
     def _write(self) -> None:
         """Append what is pending, or nothing of it."""
+        if not self._has_written:
+            self._forget_after(self._start_step)
+            self._has_written = True
         with self._path.open("ab") as file:
             end = file.tell()
             try:

@@ -1,5 +1,6 @@
 """How a rank begins and ends: exit codes, the first error, polite stops, and no waiting for the dead."""
 
+import contextlib
 import math
 import os
 import signal
@@ -26,7 +27,8 @@ ONE_SIGNAL = (
 )
 GRACE = 5.0  # seconds that a rank waits for its own error after another rank of the machine has ended
 
-_requested = threading.Event()
+_requested = False  # a stop, by a signal or because nobody watches the run any more
+_finished = False
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -54,68 +56,84 @@ def run_main(main: Callable[[], None]) -> None:
     except Exception as error:  # noqa: BLE001 - the end of the process
         _report(error)
         _end(1)
-    barrier()  # so that no rank is seen to be gone while another has work to do
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the launcher ends the ranks that are a moment slower
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(code)
+    _leave(code)
 
 
 def stop_requested(output_dir: str) -> bool:
     """Whether any rank was asked to stop: the same answer on all ranks, which must ask together."""
-    file = Path(output_dir) / STOP_FILE
-    if rank() == 0 and file.exists():
-        file.unlink()
-        _requested.set()
-    return sum_over_ranks(float(_requested.is_set()))[0] > 0
+    global _requested
+    if rank() == 0:
+        for folder in filter(None, (output_dir, os.environ.get("TRIPTYCH_ENDINGS"))):
+            if (Path(folder) / STOP_FILE).exists():
+                (Path(folder) / STOP_FILE).unlink(missing_ok=True)
+                _requested = True
+    return sum_over_ranks(float(_requested))[0] > 0
 
 
 def _listen() -> None:
     """From here on a first signal asks the run to stop after its step; a second one ends it at once."""
-
     first = math.inf
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
         nonlocal first
+        global _requested
         if time.monotonic() - first > ONE_SIGNAL:
             _end(128 + number)
         first = min(first, time.monotonic())
-        _requested.set()
+        _requested = True
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
     _note(f"began_{rank()}", "")
     launcher = psutil.Process().parent()
-    if launcher is not None and any("deepspeed" in word for word in launcher.cmdline()):
+    if launcher is not None and "deepspeed.launcher.launch" in launcher.cmdline():
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
 
 
 def _watch(launcher: psutil.Process) -> None:
-    """Ask for a stop when the launcher is gone, and end this rank when another of the machine is.
+    """Ask for a stop when nobody is above this rank any more, and end it when another of the machine is gone.
 
     DeepSpeed's ranks would go on without a launcher, and wait in a collective for a dead rank until it times
     out.
     """
-    # The `deepspeed` command on one machine, a remote shell on several; and above it our launch script.
-    above = launcher.parents()[: 2 if "TRIPTYCH_ENDINGS" in os.environ else 1]
-    while not dist.is_initialized():
-        time.sleep(0.5)
-    peers = [child for child in launcher.children() if child.pid != os.getpid()]
-    while all(_is_alive(peer) for peer in peers):
-        if not all(map(_is_alive, [launcher, *above])):
-            _requested.set()
+    global _requested
+    above = [
+        launcher,
+        *launcher.parents()[:1],
+    ]  # the launcher and `deepspeed`, or on several machines a shell
+    watched = [process.pid for process in above]
+    if "TRIPTYCH_SUPERVISOR" in os.environ:
+        watched.append(int(os.environ["TRIPTYCH_SUPERVISOR"]))
+    peers: list[int] = []
+    while not _finished and all(map(_is_alive, peers)):
+        _requested = _requested or not all(map(_is_alive, watched))
+        if not peers and dist.is_initialized():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peers = [child.pid for child in launcher.children() if child.pid != os.getpid()]
         time.sleep(0.5)
     time.sleep(GRACE)
-    print(f"rank {rank()}: ends, because another rank has ended", file=sys.stderr, flush=True)
-    _end(1)
+    if not _finished:
+        _note(f"lost_{rank()}", f"rank {rank()} ends, because another rank has ended\n")
+        _end(1)
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _leave(code: int) -> None:
+    """The common end of all ranks."""
+    global _finished
+    barrier()  # so that no rank is seen to be gone while another has work to do
+    _finished = True
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the launcher ends the ranks that are a moment slower
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 def _report(error: Exception) -> None:
@@ -125,19 +143,22 @@ def _report(error: Exception) -> None:
     kind = "lost" if is_echo and "timed out" not in str(error).lower() else "failed"
     if _note(f"{kind}_{rank()}", f"rank {rank()}: {text}"):
         text = f"rank {rank()}: {'lost contact with another rank' if kind == 'lost' else 'failed'}\n"
-    print(text, end="", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def _note(name: str, text: str) -> bool:
+    """Tell the launch script how this rank ended, if there is one that listens."""
     folder = os.environ.get("TRIPTYCH_ENDINGS")
-    if not folder or not Path(folder).is_dir():
+    try:
+        return bool(folder) and (Path(folder) / name).write_text(text) >= 0
+    except OSError:
         return False
-    (Path(folder) / name).write_text(text)
-    return True
 
 
 def _end(code: int) -> None:
     """Leave without a farewell to a process group that may be broken."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from common.checkpoint import Checkpoint, is_partial, precision
+from common.checkpoint import Checkpoint, describe, is_partial
 from common.distributed import barrier, gather_objects, log, rank
 from common.files import flush_folder
 from common.models import is_partitioned
@@ -45,14 +45,19 @@ def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:
-    saved = checkpoint.manifest["models"].get(name, {})
-    stages = saved.get("zero_stage"), engine.zero_optimization_stage()
-    kinds = saved.get("precision"), precision(engine)
+    saved, now = checkpoint.manifest["models"].get(name, {}), describe(engine)
+    stages = saved.get("zero_stage"), now["zero_stage"]
+    kinds = saved.get("precision"), now["precision"]
     if (stages[0] != stages[1] and set(stages) != {1, 2}) or kinds[0] != kinds[1]:
         raise UserError(
             f"{checkpoint.folder}: {name} was trained at ZeRO stage {stages[0]} in {kinds[0]}, this run is"
             f" at stage {stages[1]} in {kinds[1]}, which cannot take over the optimiser state (only stages 1"
             " and 2 can, in the same precision); with --resume_weights_only it goes on from the weights alone"
+        )
+    if saved.get("layout") != now["layout"]:
+        raise UserError(
+            f"{checkpoint.folder}: {name} was trained with other settings in zero_optimization:"
+            f" {saved.get('layout')}, not {now['layout']}; restore them, or use --resume_weights_only"
         )
 
 
@@ -102,19 +107,22 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
 
     folder = checkpoint.folder / name
     states = torch.load(next(folder.glob("*model_states.pt")), map_location="cpu", weights_only=False)
-    weights = states["module"]
-    if checkpoint.manifest["models"][name]["zero_stage"]:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=name)
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    is_mine = rank() == 0 or not any(is_partitioned(p) for _, p in trained)
+    weights = states["module"]
+    if checkpoint.manifest["models"][name]["zero_stage"] and is_mine:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=name)
     for parameter_name, parameter in trained:
         partitioned = is_partitioned(parameter)
         with (
             torch.no_grad(),
             deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
         ):
-            if not partitioned or rank() == 0:
+            if is_mine:
                 parameter.copy_(weights[parameter_name])
     if hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
     engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
+    for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
     barrier()

@@ -17,13 +17,17 @@ from common.records import parse_source
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
 # steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
 DATA_OPTIONS = ("train_data", "eval_data", "prompt_data", "demonstration_data")
+MODEL_OPTIONS = ("model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path")
 FREE_OPTIONS = {
-    *DATA_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only", "export_only",
+    *DATA_OPTIONS, *MODEL_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only",
+    "export_only",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
     "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
     "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
     "max_eval_samples", "num_samples", "sample_length",
 }  # fmt: skip
+
+ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
 
 _locks: list[Any] = []  # open for as long as the process lives
 
@@ -51,6 +55,9 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
     for name in DATA_OPTIONS:
         for number, source in enumerate(getattr(options, name, []), start=1):
             found[f"--{name} {number}"] = _content(source)
+    for name in MODEL_OPTIONS:
+        if path := getattr(options, name, ""):
+            found[f"--{name} 1"] = _weights(path)
     for name, tokenizer in tokenizers.items():
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
@@ -95,7 +102,9 @@ def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[st
     for place, name in enumerate(names):
         if name.startswith("--"):
             option, number = name[2:].split()
-            names[place] = " ".join([name, *getattr(options, option)[int(number) - 1 : int(number)]])
+            value = getattr(options, option)
+            sources = [value] if isinstance(value, str) else value
+            names[place] = " ".join([name, *sources[int(number) - 1 : int(number)]])
     if names:
         raise UserError(
             f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(names)};"
@@ -111,5 +120,16 @@ def _content(source: str) -> str:
     return _digest(f"{weight} {[sha256(file) for file in files if file.is_file()] or name}")
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _weights(path: str) -> str:
+    """Fingerprint of a model folder: its configuration, and size and both ends of every file of weights."""
+    parts = [(Path(path) / "config.json").read_text()] if Path(path).is_dir() else [path]
+    for file in sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin")):
+        with file.open("rb") as content:
+            begin = content.read(ENDS)
+            content.seek(max(0, file.stat().st_size - ENDS))
+            parts.append(f"{file.name} {file.stat().st_size} {_digest(begin)} {_digest(content.read())}")
+    return _digest("\n".join(parts))
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()

@@ -1,5 +1,6 @@
 """What a run must remember besides its engines."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -31,6 +32,8 @@ class TrainState:
         if metric == "none":
             return False
         value = found[metric]
+        if not math.isfinite(value):
+            return False
         if self.best is not None and (value >= self.best if metric.endswith("loss") else value <= self.best):
             return False
         self.best, self.best_step = value, self.step

@@ -29,8 +29,8 @@ choose_device() {
 output_dir() {
     local found="$1" previous="" word
     for word in "${@:2}"; do
-        [ "$previous" = --output_dir ] && found="$word"
-        [[ "$word" == --output_dir=* ]] && found="${word#*=}"
+        [[ "$previous" == --output[_-]dir ]] && found="$word"
+        [[ "$word" == --output[_-]dir=* ]] && found="${word#*=}"
         previous="$word"
     done
     printf %s "$found"

@@ -20,20 +20,21 @@ from types import FrameType
 
 REFUSED, STOPPED = 2, 75  # as in common/process.py, which takes seconds to import
 ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal sends them to all processes
-ORPHANS_MAY_TAKE = 60.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
+ORPHANS_MAY_TAKE = 600.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
 
 
 def main() -> int:
     output, command = Path(sys.argv[1]), sys.argv[2:]
     with contextlib.suppress(OSError):
         output.mkdir(parents=True, exist_ok=True)
-        (output / "stop").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as endings:
-        environment = {**os.environ, "TRIPTYCH_ENDINGS": endings}
+        # Ranks on other machines see the output directory alone.
+        stop_files = [Path(folder) / "stop" for folder in [endings, *[output] * ("--hostfile" in command)]]
+        environment = {**os.environ, "TRIPTYCH_ENDINGS": endings, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
-        _listen(child, output)
+        _listen(child, stop_files)
         with Log(output / "train.log") as log:
             threading.Thread(target=_end_orphans, args=(child,), daemon=True).start()
             for line in child.stdout:
@@ -68,7 +69,7 @@ class Log:
                 file.flush()
 
 
-def _listen(child: subprocess.Popen, output: Path) -> None:
+def _listen(child: subprocess.Popen, stop_files: list[Path]) -> None:
     first = math.inf
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
@@ -77,8 +78,11 @@ def _listen(child: subprocess.Popen, output: Path) -> None:
             _kill(child)
         elif first == math.inf:
             first = time.monotonic()
-            os.write(1, b"stopping after this step; a second signal ends the run at once\n")
-            (output / "stop").touch()
+            for file in stop_files:
+                with contextlib.suppress(OSError):
+                    file.touch()
+            with contextlib.suppress(OSError):
+                os.write(1, b"stopping after this step; a second signal ends the run at once\n")
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, on_signal)
@@ -105,8 +109,11 @@ def _first_error(endings: Path, code: int) -> str:
         kind: {path.name.split("_")[1] for path in endings.glob(f"{kind}_*")} for kind in ("began", "lost")
     }
     silent = sorted(names["began"] - names["lost"], key=int)
-    if code in (0, REFUSED) or not names["lost"] or not silent:
+    if code in (0, REFUSED) or not names["lost"]:
         return ""
+    if not silent:
+        lost = min(endings.glob("lost_*"), key=lambda path: path.stat().st_mtime_ns)
+        return f"\nthe first error:\n{lost.read_text()}"
     return f"\nrank {' or '.join(silent)} died without a word: killed from outside, or out of memory\n"
 
 

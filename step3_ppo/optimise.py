@@ -66,7 +66,6 @@ def optimise(
             norms["value/grad_norm"] = _update_critic(
                 models.critic, first_pass, rows, targets, options, tokens, is_last, sums
             )
-            first_pass = FirstPass()
         skipped += sum(norm is not None and not math.isfinite(norm) for norm in norms.values())
         first = first or {name: float(total) for name, total in sums.items()}
     totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
@@ -84,7 +83,7 @@ def _update_actor(
     sums: Sums,
 ) -> float | None:  # fmt: skip
     """One micro-batch of the clipped policy loss, a part of a minibatch of so many tokens."""
-    logprobs, logits = done.policy or actor_logprobs(actor, rows, options.temperature)
+    logprobs, logits = done.take_policy() or actor_logprobs(actor, rows, options.temperature)
     result = policy_loss(logprobs, old.logprobs, old.advantages, options.clip_range, options.dual_clip)
     norm = backward_and_step(actor, result.loss.sum() / tokens, world_size(), is_last)
     with torch.no_grad():
@@ -101,7 +100,9 @@ def _update_critic(
     sums: Sums,
 ) -> float | None:  # fmt: skip
     """One micro-batch of the clipped value loss, a part of a minibatch of so many tokens."""
-    values = token_scores(critic, rows.input_ids, rows.positions) if done.values is None else done.values
+    values = done.take_values()
+    if values is None:
+        values = token_scores(critic, rows.input_ids, rows.positions)
     result = value_loss(values, old.values, old.returns, options.value_clip_range)
     norm = backward_and_step(critic, result.loss.sum() / tokens, world_size(), is_last)
     with torch.no_grad():

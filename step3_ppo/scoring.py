@@ -3,8 +3,8 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,25 @@ from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
 
 
-class FirstPass(NamedTuple):
+@dataclass
+class FirstPass:
     """Forward passes over this rank's first micro-batch of the first minibatch, made with gradients.
 
     What they say is a part of the rollout, and the update begins with their gradients: the weights are the
-    same, so the pass is made once. None: that model has still to make it.
+    same, so the pass is made once. None: that model has still to make it. Taking a pass removes it, so that
+    its memory is free as soon as its gradients are known.
     """
 
     policy: tuple[Tensor, Tensor] | None = None  # log-probabilities (N,) and logits (N, V) of the actor
     values: Tensor | None = None  # (N,) of the critic
+
+    def take_policy(self) -> tuple[Tensor, Tensor] | None:
+        taken, self.policy = self.policy, None
+        return taken
+
+    def take_values(self) -> Tensor | None:
+        taken, self.values = self.values, None
+        return taken
 
 
 @torch.no_grad()
@@ -43,7 +53,7 @@ def score_rollout(
     models.critic.eval()
     rest, first = _my_batches(rollout, options, step)
     batches = [*rest, first] if first else rest
-    kept_policy = kept_values = None
+    first_pass = FirstPass()
 
     def policy_pass(model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
         return actor_logprobs(model, take_rows(rollout, batch), options.temperature)
@@ -60,18 +70,19 @@ def score_rollout(
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
         # update does.
-        parts = [policy_pass(models.actor, batch)[0] for batch in rest]
-        if first:
+        is_kept = bool(first) and step > options.critic_warmup_steps
+        parts = [policy_pass(models.actor, batch)[0] for batch in (rest if is_kept else batches)]
+        if is_kept:
             with _as_in_update(models.actor):
-                kept_policy = policy_pass(models.actor, first)
-            parts.append(kept_policy[0].detach())
+                first_pass.policy = policy_pass(models.actor, first)
+            parts.append(first_pass.policy[0].detach())
         found["logprobs"] = _placed(rollout, batches, parts)
     if first:
         parts = [value_pass(batch) for batch in rest]
         with _as_in_update(models.critic):
-            kept_values = value_pass(first)
-        found["values"] = _placed(rollout, batches, [*parts, kept_values.detach()])
-    return replace(rollout, **found), FirstPass(kept_policy, kept_values)
+            first_pass.values = value_pass(first)
+        found["values"] = _placed(rollout, batches, [*parts, first_pass.values.detach()])
+    return replace(rollout, **found), first_pass
 
 
 def _my_batches(rollout: Rollout, options: PPOOptions, step: int | None) -> tuple[list[list[int]], list[int]]:

@@ -1,6 +1,7 @@
 """A run that is stopped, damaged or moved goes on exactly where it was, or says why it cannot."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common.train_state import TrainState
 from tests.ranks import Result, run_stage, start_stage, succeed
 from tests.test_stages import CLOSE, LORA, ZERO, metrics, ppo, reward, run, sft, timeless, world  # noqa: F401
 
@@ -200,6 +202,9 @@ def test_weights_alone_fit_every_stage(world: Path, tmp_path: Path, before: int,
     assert exported == (other / "final/model.safetensors").read_bytes()
     succeed("step1_sft.main", [*words_of(after, 5), "--resume_weights_only"], tmp_path, ranks=2)
     assert steps_of(tmp_path / "out")[-1] == 5
+    # The schedule goes on where it was: a cosine from 1e-3, of which three of five steps are done.
+    rates = metrics(tmp_path / "out", "train/lr")
+    assert rates[3] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 4 / 5)), rel=1e-6)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------
@@ -261,6 +266,29 @@ def test_the_newest_and_the_best_are_kept(world: Path, tmp_path: Path) -> None: 
     names = [folder.name for folder in checkpoints(tmp_path / "out")]
     assert names == [f"step_{step:06}" for step in (best, 7, 8)]
     assert (tmp_path / "out/best/config.json").exists()
+
+
+def test_going_back_to_an_earlier_checkpoint(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Its later steps are forgotten when the run goes on from there, and not before."""
+    options = [*sft(world, tmp_path / "out", 6), "--save_steps", "2", "--save_total_limit", "2"]
+    succeed("step1_sft.main", options, tmp_path)
+    expected = (tmp_path / "out/final/model.safetensors").read_bytes()
+    named = ["--resume_from_checkpoint", str(tmp_path / "out/checkpoints/step_000004")]
+    succeed("step1_sft.main", [*options, *named, "--export_only"], tmp_path)
+    assert steps_of(tmp_path / "out")[-1] == 6 and len(checkpoints(tmp_path / "out")) == 2
+    assert (tmp_path / "out/final/model.safetensors").read_bytes() != expected
+    succeed("step1_sft.main", [*options, *named, "--max_steps", "5", "--eval_steps", "0"], tmp_path)
+    assert [folder.name for folder in checkpoints(tmp_path / "out")] == ["step_000004", "step_000005"]
+    assert max(steps_of(tmp_path / "out")) == 5
+
+
+def test_nothing_is_better_than_a_number() -> None:
+    state = TrainState()
+    assert not state.is_best("eval/score", {"eval/score": math.nan})
+    assert state.is_best("eval/score", {"eval/score": -3.0})
+    assert not state.is_best("eval/score", {"eval/score": math.nan})
+    assert not state.is_best("eval/score", {"eval/score": -4.0})
+    assert state.is_best("eval/score", {"eval/score": -2.0}) and state.best == -2.0
 
 
 def test_export_only(world: Path, tmp_path: Path) -> None:  # noqa: F811

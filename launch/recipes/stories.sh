@@ -3,7 +3,7 @@
 #   bash launch/recipes/stories.sh --model DIR --data DIR --output DIR
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl. KL_COEF sets how far step 3 may move.
 set -euo pipefail
-KL_COEF="${KL_COEF:-0.10}"
+KL_COEF="${KL_COEF:-0.11}"
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$HERE/environment.sh"
