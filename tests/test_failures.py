@@ -228,6 +228,22 @@ def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, numbe
     assert steps_of(tmp_path / "out")[-1] == int(folder.name.removeprefix("step_"))
 
 
+def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    paths = {"MODEL": world / "model", "OUTPUT": tmp_path, "DEMONSTRATIONS": world / "demonstrations.jsonl"}
+    paths |= dict.fromkeys(("PREFERENCES", "PROMPTS"), world / "preferences.jsonl")
+    words = ["--max_steps", "100000", "--logging_steps", "1", "--global_batch_size", "8"]
+    running = subprocess.Popen(
+        ["bash", str(LAUNCH / "pipeline.sh"), *words], env=os.environ | {k: str(v) for k, v in paths.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for_steps(running, tmp_path / "step1_sft")
+    processes = psutil.Process(running.pid).children(recursive=True)
+    running.terminate()
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == STOPPED, output
+    assert not any(map(is_alive, processes)) and not (tmp_path / "step2_reward").exists()
+
+
 def test_a_script_that_is_killed_while_its_ranks_begin_leaves_no_orphans(world: Path, tmp_path: Path) -> None:  # noqa: F811
     """They import for seconds; then they have no script above them, take one step and stop."""
     running = launch(world, tmp_path / "out", 100_000)
