@@ -10,4 +10,4 @@ choose_device
 cd "$ROOT"
 ruff check .
 ruff format --check .
-OMP_NUM_THREADS=1 python -m pytest "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"
