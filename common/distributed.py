@@ -53,9 +53,11 @@ def init_distributed(timeout_minutes: float) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend="gloo" if on_cpu() else None, timeout=timedelta(minutes=timeout_minutes), verbose=False
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes more groups, without saying how long these wait: they take the library's default.
+    c10d = dist.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu() else None, timeout=timeout, verbose=False)
 
 
 def seed_everything(seed: int, step: int) -> None:

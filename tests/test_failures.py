@@ -316,3 +316,12 @@ def test_kills_at_random_moments_lose_nothing() -> None:
     done = subprocess.run(words, cwd=LAUNCH.parent, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 kills" in done.stdout and "all ended as undisturbed" in done.stdout
+
+
+def test_a_collective_does_not_wait_for_ever(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    options = [*sft(world, tmp_path / "out", 100_000), "--timeout_minutes", "0.1"]
+    running = start_stage("step1_sft.main", options, tmp_path, ranks=2)
+    running.wait_for(lambda: (tmp_path / "out/metrics.jsonl").exists())
+    os.kill(running.pids[1], signal.SIGSTOP)
+    result = running.result()
+    assert result.codes[0] == 1 and "Timed out waiting 6000ms" in result.output, result.output
