@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import log
+from common.formatting import Message, find_prompt
 from common.options import DataOptions, RunOptions, UserError
 from common.records import Record, fraction, parse_record, read_records
 
@@ -43,10 +44,10 @@ def load_examples(
     """
     train, held_out = Examples(), []
     begin, end = _stage_share(options)
-    for origin, record, example in _convert_all(sources, options, convert):
-        if not begin <= fraction(record, "stage") < end:
+    for origin, prompt, example in _convert_all(sources, options, convert):
+        if options.data_split and not begin <= fraction(prompt, "stage") < end:
             continue
-        if not options.eval_data and fraction(record, "") < options.eval_fraction:
+        if not options.eval_data and fraction(prompt, "") < options.eval_fraction:
             held_out.append(example)
         else:
             train.add(example, origin)
@@ -127,13 +128,13 @@ def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
 
 def _convert_all(
     sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> Iterator[tuple[str, Record, Example]]:
-    """Every good record with its origin and its example, as often as its source's weight says."""
+) -> Iterator[tuple[str, str | list[Message], Example]]:
+    """Every good record's origin, prompt and example, as often as its source's weight says."""
     bad = dropped = 0
     for source, origin, unparsed in read_records(sources):
         try:
             record = parse_record(unparsed)
-            example = convert(record)
+            example, prompt = convert(record), find_prompt(record)
         except ValueError as error:
             if not options.skip_bad_records:
                 raise UserError(f"{origin}: {error}") from None
@@ -143,8 +144,8 @@ def _convert_all(
             dropped += 1
             continue
         copies, rest = divmod(source.weight, 1)
-        for _ in range(int(copies) + (fraction(record, "weight") < rest)):
-            yield origin, record, example
+        for _ in range(int(copies) + bool(rest and fraction(prompt, "weight") < rest)):
+            yield origin, prompt, example
     if bad or dropped:
         log(
             f"{' '.join(sources)}: skipped {bad} bad records,"

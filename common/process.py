@@ -97,11 +97,8 @@ def _watch(launcher: psutil.Process) -> None:
     out.
     """
     global _requested
-    above = [
-        launcher,
-        *launcher.parents()[:1],
-    ]  # the launcher and `deepspeed`, or on several machines a shell
-    watched = [process.pid for process in above]
+    # The launcher, and above it the `deepspeed` command, or a remote shell where there are several machines.
+    watched = [launcher.pid, *(process.pid for process in launcher.parents()[:1])]
     if "TRIPTYCH_SUPERVISOR" in os.environ:
         watched.append(int(os.environ["TRIPTYCH_SUPERVISOR"]))
     peers: list[int] = []

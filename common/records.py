@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.formatting import find_prompt
+from common.formatting import Message
 from common.options import UserError
 from common.shapes import recognise
 
@@ -65,9 +65,9 @@ def parse_record(record: Record | str) -> Record:
     return recognise(parsed)
 
 
-def fraction(record: Record, purpose: str) -> float:
+def fraction(prompt: str | list[Message], purpose: str) -> float:
     """A number in [0, 1) that depends on the prompt and the purpose alone."""
-    text = purpose + json.dumps(find_prompt(record), sort_keys=True)
+    text = purpose + json.dumps(prompt, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -39,7 +39,7 @@ output_dir() {
 # On one machine any free port will do, so that two runs do not collide.
 choose_port() {
     [ -n "$MASTER_PORT$HOSTFILE" ] && return
-    MASTER_PORT="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+    MASTER_PORT="$(python "$ROOT/launch/free_port.py")"
 }
 
 # run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks in place of this script, whose signals they heed.

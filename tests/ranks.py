@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch.utils.tensorboard  # noqa: F401
 import transformers  # noqa: F401
 
 from common.process import run_main
+from launch.free_port import free_port
 
 FORK = multiprocessing.get_context("fork")
 
@@ -69,9 +69,7 @@ def start_stage(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{module}.{time.monotonic_ns()}.log"
     log.touch()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     children = [
         FORK.Process(target=_rank, args=(module, options, log, rank, ranks, port), daemon=True)
         for rank in range(ranks)

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from common.train_state import TrainState
 from tests.ranks import Result, run_stage, start_stage, succeed
@@ -242,6 +243,21 @@ def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None
     template.write_text("{# reworded #}" + template.read_text())
     refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
     assert refused.codes == [2] and "another content of: chat template of the tokenizer" in refused.output
+    shutil.copy(world / "model" / template.name, template)
+
+    weights = model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
+    assert refused.codes == [2] and f"another content of: --model_name_or_path 1 {model}" in refused.output
+    shutil.copy(world / "model" / weights.name, weights)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(model)
+    refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
+    assert refused.codes == [2] and "another content of: tokenizer;" in refused.output
 
 
 def test_one_run_at_a_time(world: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -174,6 +174,16 @@ def test_bad_records_are_skipped_and_counted_on_request(tmp_path, capsys):
     assert f"skipped {2 * len(BAD)} bad records" in capsys.readouterr().out
 
 
+def test_a_record_that_converts_but_has_no_prompt_is_bad_too(tmp_path, capsys):
+    records = [{"messages": [{"role": "assistant", "content": "b"}]}, RECORDS[0]]
+    path = write(tmp_path / "data.jsonl", records)
+    with pytest.raises(UserError, match="data.jsonl:1: field 'messages' has nothing before"):
+        load_examples([path], DataOptions(eval_fraction=0.0), str)
+    options = DataOptions(skip_bad_records=True, eval_fraction=0.0)
+    assert load_examples([path], options, str)[0] == [str(RECORDS[0])]
+    assert "skipped 1 bad records" in capsys.readouterr().out
+
+
 def test_no_rows_left_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl: no rows left"):
