@@ -1,66 +1,84 @@
 """Records to tokenised examples, the held-out part, and the order in which examples are seen."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.distributed import log
-from common.formatting import Message, find_prompt
+from common.data_report import describe_data
 from common.options import DataOptions, RunOptions, UserError
-from common.records import Record, fraction, parse_record, read_records
-
-Example = TypeVar("Example")
+from common.prepare import Convert, Prepared, prepare
+from common.records import files_of, parse_source
+from common.table import Row
 
 # Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough
 # to stay close to a plain shuffle.
 BATCHES_PER_WINDOW = 16
 
 
-class Examples(list[Example]):
-    """Examples, and where the record of each stands, as `file:line`, for messages."""
+class Examples(Sequence[Row]):
+    """Rows of prepared sources, in an order of their own, read from disk one by one."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.origins: list[str] = []
+    def __init__(self, sources: Sequence[Prepared], source: np.ndarray, row: np.ndarray) -> None:
+        """source, row: for each example the number of its source, and of its row there, (N,) each."""
+        self._sources, self._source, self._row = sources, source, row
 
-    def add(self, example: Example, origin: str) -> None:
-        self.append(example)
-        self.origins.append(origin)
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._sources[self._source[index]].rows[self._row[index]]
+
+    def origin(self, index: int) -> str:
+        """Where the record of an example stands, for messages."""
+        return self._sources[self._source[index]].origin(self._row[index])
+
+    def notes(self, name: str) -> np.ndarray:
+        """A field of `prepare.Note` of every example, (N,)."""
+        columns = [source.notes.column(name) for source in self._sources]
+        found = np.empty(len(self), columns[0].dtype)
+        for number, column in enumerate(columns):
+            found[self._source == number] = column[self._row[self._source == number]]
+        return found
+
+    def distinct_rows(self) -> int:
+        """How many rows there are, however often a weight has each of them seen."""
+        return len(np.unique(np.stack([self._source, self._row]), axis=1).T)
+
+    def take(self, chosen: np.ndarray | slice) -> "Examples[Row]":
+        """Examples by a mask, a slice or their numbers."""
+        return Examples(self._sources, self._source[chosen], self._row[chosen])
 
 
 def load_examples(
-    sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> tuple[Examples[Example], list[Example]]:
-    """Training and held-out examples, tokenised by `convert`.
+    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert
+) -> tuple[Examples[Row], list[Row]]:
+    """Training and held-out examples, tokenised by `convert` (see `prepare`), with a table of what was found.
 
-    convert: record -> example, or None for a record that has nothing to train on; it raises ValueError for a
-    bad one. Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on
-    both sides; in the same way --data_split gives each stage its part of the prompts. Raises UserError naming
-    file and line for a bad record (unless --skip_bad_records), and when no rows are left.
+    Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on both
+    sides; in the same way --data_split gives each stage its part of the prompts. Raises UserError naming file
+    and line for a bad record (unless --skip_bad_records), and when no rows are left.
     """
-    train, held_out = Examples(), []
     begin, end = _stage_share(options)
-    for origin, prompt, example in _convert_all(sources, options, convert):
-        if options.data_split and not begin <= fraction(prompt, "stage") < end:
-            continue
-        if not options.eval_data and fraction(prompt, "") < options.eval_fraction:
-            held_out.append(example)
-        else:
-            train.add(example, origin)
+    train, prepared = _load(sources, options, row_class, convert)
+    train = train.take((train.notes("stage") >= begin) & (train.notes("stage") < end))
     if options.eval_data:
-        held_out = [example for _, _, example in _convert_all(options.eval_data, options, convert)]
-    if not train:
+        held_out, prepared_too = _load(options.eval_data, options, row_class, convert)
+        prepared = prepared + prepared_too
+    else:
+        is_held_out = train.notes("held_out") < options.eval_fraction
+        train, held_out = train.take(~is_held_out), train.take(is_held_out)
+    if not len(train):
         raise UserError(f"{' '.join(sources)}: no rows left to train on")
-    if options.max_eval_samples:
-        held_out = held_out[: options.max_eval_samples]
-    return train, held_out
+    describe_data(prepared, train, held_out)
+    return train, list(held_out.take(slice(options.max_eval_samples or None)))
 
 
-def check_best_metric(options: RunOptions, held_out: Sequence[Example], *measured: str) -> None:
+def check_best_metric(options: RunOptions, held_out: Sequence[Any], *measured: str) -> None:
     """Raise UserError unless the stage measures --best_metric, and has held-out data to measure it on."""
     if options.best_metric not in ("none", *measured):
         raise UserError(
@@ -126,31 +144,21 @@ def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-def _convert_all(
-    sources: Sequence[str], options: DataOptions, convert: Callable[[Record], Example | None]
-) -> Iterator[tuple[str, str | list[Message], Example]]:
-    """Every good record's origin, prompt and example, as often as its source's weight says."""
-    bad = dropped = 0
-    for source, origin, unparsed in read_records(sources):
-        try:
-            record = parse_record(unparsed)
-            example, prompt = convert(record), find_prompt(record)
-        except ValueError as error:
-            if not options.skip_bad_records:
-                raise UserError(f"{origin}: {error}") from None
-            bad += 1
-            continue
-        if example is None:
-            dropped += 1
-            continue
+def _load(
+    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert
+) -> tuple[Examples[Row], list[Prepared]]:
+    """Every row of the sources, as often as the source's weight says."""
+    prepared: list[Prepared] = []
+    rows = []
+    for source in map(parse_source, sources):
         copies, rest = divmod(source.weight, 1)
-        for _ in range(int(copies) + bool(rest and fraction(prompt, "weight") < rest)):
-            yield origin, prompt, example
-    if bad or dropped:
-        log(
-            f"{' '.join(sources)}: skipped {bad} bad records,"
-            f" dropped {dropped} with no response left after truncation"
-        )
+        for name in files_of(source.name):
+            prepared.append(prepare(name, options, row_class, convert))
+            notes = prepared[-1].notes
+            repeats = int(copies) + (notes.column("weight") < rest)
+            rows.append(np.repeat(np.arange(len(repeats)), repeats))
+    numbers = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
+    return Examples(prepared, numbers, np.concatenate(rows)), prepared
 
 
 def _stage_share(options: DataOptions) -> tuple[float, float]:
@@ -174,5 +182,11 @@ def _epoch_stream(size: int, seed: int, first: int, count: int) -> list[int]:
     """Entries first .. first + count of the endless concatenation of one permutation per epoch."""
     stream: list[int] = []
     for epoch in range(first // size, (first + count - 1) // size + 1):
-        stream += np.random.default_rng((seed, 0, epoch)).permutation(size).tolist()
-    return stream[first % size :][:count]
+        begin = max(first - epoch * size, 0)
+        stream += _permutation(size, seed, epoch)[begin : first + count - epoch * size].tolist()
+    return stream
+
+
+@lru_cache(maxsize=2)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(size)

@@ -5,6 +5,7 @@ template. Both become a list of segments: stretches of context and of response, 
 segment by segment, so the boundary between prompt and response tokens is the same in all of them.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,6 +29,14 @@ class Segment(NamedTuple):
     text: str
     is_response: bool = False
     ends: bool = False
+
+
+class Comparison(NamedTuple):
+    """Two or more responses to a prompt, by field name, and their ranks: lower is better, equal is a tie."""
+
+    prompt: str | list[Message]
+    responses: dict[str, str | list[Message]]
+    ranks: list[float]
 
 
 def find_prompt(record: dict[str, Any]) -> str | list[Message]:
@@ -54,12 +63,7 @@ def prompt_segments(prompt: str | list[Message], render: Render, eos: str) -> li
 def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
     """Segments of `prompt` + `completion`, or of `messages` with every assistant turn as a response."""
     if "messages" in record:
-        messages = _messages(record)
-        if not any(m["role"] == "assistant" for m in messages):
-            raise ValueError("field 'messages' has no assistant message to learn from")
-        while messages[-1]["role"] != "assistant":
-            messages = messages[:-1]
-        return _conversation(messages, render, eos)
+        return _conversation(until_last_reply(record)["messages"], render, eos)
     if "prompt" not in record or "completion" not in record:
         missing = "prompt" if "prompt" not in record else "completion"
         raise ValueError(
@@ -68,21 +72,43 @@ def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> 
     return dialogue_segments(_text(record, "prompt"), _text(record, "completion"), render, eos)
 
 
-def preference_segments(
-    record: dict[str, Any], render: Render, eos: str
-) -> tuple[list[Segment], list[Segment]]:
-    """Segments of the chosen and the rejected dialogue. Without `prompt`, it is their common prefix."""
+def until_last_reply(record: dict[str, Any]) -> dict[str, Any]:
+    """A demonstration without the messages that no reply follows. Raises ValueError when there is none."""
+    if "messages" not in record:
+        return record
+    messages = _messages(record)
+    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    if not replies:
+        raise ValueError("field 'messages' has no assistant message to learn from")
+    return {**record, "messages": messages[: replies[-1] + 1]}
+
+
+def comparison(record: dict[str, Any]) -> Comparison:
+    """What a preference compares: all of `responses`, or `chosen` and `rejected`.
+
+    Without `prompt`, the common prefix of these two is the prompt. Raises ValueError, in words for the user,
+    for a record that compares nothing.
+    """
+    if "responses" in record or "ranks" in record:
+        return _ranking(record)
     for name in ("chosen", "rejected"):
         if name not in record:
-            raise ValueError(f"field {name!r} is missing (a preference has 'prompt' + 'chosen' + 'rejected')")
+            raise ValueError(
+                f"field {name!r} is missing (a preference has 'prompt' + 'chosen' + 'rejected',"
+                " or 'prompt' + 'responses' + 'ranks')"
+            )
     if "prompt" in record:
         prompt, chosen, rejected = (_text(record, name) for name in ("prompt", "chosen", "rejected"))
     else:
         prompt, chosen, rejected = _common_prompt(record)
-    return (
-        dialogue_segments(prompt, chosen, render, eos, "chosen"),
-        dialogue_segments(prompt, rejected, render, eos, "rejected"),
-    )
+    ranks = [0.0, 0.0 if record.get("tie") else 1.0]
+    return Comparison(prompt, {"chosen": chosen, "rejected": rejected}, ranks)
+
+
+def preference_segments(compared: Comparison, render: Render, eos: str) -> list[list[Segment]]:
+    """Segments of the dialogue with each response."""
+    prompt, responses, _ = compared
+    return [dialogue_segments(prompt, response, render, eos, name) for name, response in responses.items()]
 
 
 def dialogue_segments(
@@ -106,6 +132,24 @@ def dialogue_segments(
         raise ValueError(f"field {name!r} must end with an assistant message")
     segments = _conversation(prompt + response, render, eos)
     return [s._replace(is_response=False) for s in segments[:-1]] + segments[-1:]
+
+
+def _ranking(record: dict[str, Any]) -> Comparison:
+    for name in ("prompt", "responses", "ranks"):
+        if name not in record:
+            raise ValueError(f"field {name!r} is missing (a ranking has 'prompt' + 'responses' + 'ranks')")
+    responses, ranks = record["responses"], record["ranks"]
+    if not isinstance(responses, list) or len(responses) < 2:
+        raise ValueError("field 'responses' must be a list of two responses or more")
+    if not isinstance(ranks, list) or len(ranks) != len(responses):
+        raise ValueError(f"field 'ranks' must be a list of {len(responses)} numbers, one per response")
+    for rank in ranks:
+        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+            raise ValueError(f"field 'ranks': {rank!r} is not a number (the lowest is the best)")
+    if len(set(ranks)) == 1:
+        raise ValueError("field 'ranks': all are equal, so no response is better than another")
+    by_name = {f"responses[{number}]": response for number, response in enumerate(responses)}
+    return Comparison(_text(record, "prompt"), {name: _text(by_name, name) for name in by_name}, ranks)
 
 
 def _text(record: dict[str, Any], name: str) -> str | list[Message]:
@@ -141,6 +185,8 @@ def _messages(record: dict[str, Any]) -> list[Message]:
 
 def _conversation(messages: list[Message], render: Render, eos: str) -> list[Segment]:
     """Segments of a conversation, with the generation prompt unless the last message is a reply."""
+    if messages[0]["role"] == "assistant":
+        raise ValueError("the conversation begins with the assistant; another message must come first")
     segments: list[Segment] = []
     done = ""  # what has been cut into segments already; every further rendering must start with it
     for number, message in enumerate(messages):

@@ -93,6 +93,13 @@ class DataOptions:
     skip_bad_records: bool = option(
         False, "Count and skip malformed records instead of stopping at the first."
     )
+    overlong: Literal["truncate_prompt", "truncate_response", "drop", "error"] = option(
+        "truncate_prompt",
+        "Records longer than --max_length: take the oldest messages, then the prompt's beginning, away; cut "
+        "the response; leave them out; or stop. One whose response does not fit is left out.",
+    )
+    cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.")
+    preprocessing_workers: int = option(0, "Processes that tokenise; 0: one per core.", at_least=0)
 
 
 @dataclass

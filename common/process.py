@@ -70,6 +70,13 @@ def stop_requested(output_dir: str) -> bool:
     return sum_over_ranks(float(_requested))[0] > 0
 
 
+def stop_before_training() -> None:
+    """End this rank politely, if it was asked to, while there is nothing to save yet."""
+    endings = os.environ.get("TRIPTYCH_ENDINGS")
+    if _requested or (endings and (Path(endings) / STOP_FILE).exists()):
+        raise Stopped("stopped before the first step, as asked; the same command begins again")
+
+
 def _listen() -> None:
     """From here on a first signal asks the run to stop after its step; a second one ends it at once."""
     first = math.inf

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.files import sha256
 from common.formatting import Message
 from common.options import UserError
 from common.shapes import recognise
@@ -27,7 +28,7 @@ class SourcedRecord(NamedTuple):
 
     source: Source
     origin: str
-    record: Record | str
+    record: Record | bytes
 
 
 def parse_source(text: str) -> Source:
@@ -46,33 +47,67 @@ def read_records(sources: Sequence[str]) -> Iterator[SourcedRecord]:
     Raises UserError for a missing or unreadable file.
     """
     for source in map(parse_source, sources):
-        for name in _files_of(source.name):
-            records = _read_jsonl(Path(name)) if name.endswith(".jsonl") else _read_with_datasets(name)
-            for origin, record in records:
-                yield SourcedRecord(source, origin, record)
+        for name in files_of(source.name):
+            for number, _, unparsed in read_source(name):
+                yield SourcedRecord(source, origin(name, number), unparsed)
 
 
-def parse_record(record: Record | str) -> Record:
+def parse_all(sources: Sequence[str]) -> tuple[list[str], list[Record]]:
+    """Where each record of small data stands, and the record. Raises UserError for a bad one."""
+    origins, records = [], []
+    for _, place, unparsed in read_records(sources):
+        try:
+            records.append(parse_record(unparsed))
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        origins.append(place)
+    return origins, records
+
+
+def read_source(name: str) -> Iterator[tuple[int, float, Record | bytes]]:
+    """Each record of a file or hub dataset: its number from 1, the share that is read with it, itself.
+
+    Lines of JSONL are not parsed yet. Raises UserError for a missing or unreadable file.
+    """
+    yield from _read_jsonl(Path(name)) if name.endswith(".jsonl") else _read_with_datasets(name)
+
+
+def origin(name: str, number: int) -> str:
+    """Where a record stands, for messages."""
+    return f"{name}:{number}" if name.endswith(".jsonl") else f"{name}: row {number}"
+
+
+def content_of(name: str) -> str:
+    """What tells the content of a file or hub dataset from any other. Raises UserError as `read_source`."""
+    try:
+        return sha256(Path(name)) if Path(name).suffix in KINDS else _load_dataset(name)._fingerprint
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+
+
+def parse_record(record: Record | bytes) -> Record:
     """A record in a documented shape. Raises ValueError, in words for the user."""
     if isinstance(record, dict):
         return recognise(record)
     try:
-        parsed = json.loads(record)
+        parsed = json.loads(record.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason}") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"must be a JSON object, not {type(parsed).__name__}")
     return recognise(parsed)
 
 
-def fraction(prompt: str | list[Message], purpose: str) -> float:
-    """A number in [0, 1) that depends on the prompt and the purpose alone."""
-    text = purpose + json.dumps(prompt, sort_keys=True)
+def fraction(content: str | list[Message] | Record, purpose: str) -> float:
+    """A number in [0, 1) that depends on the content, a prompt or a record, and the purpose alone."""
+    text = purpose + json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _files_of(name: str) -> list[str]:
+def files_of(name: str) -> list[str]:
     """The data files of a folder, in order of their names; anything else is what it is."""
     path = Path(name)
     if path.is_dir():
@@ -87,30 +122,33 @@ def _files_of(name: str) -> list[str]:
     return [name]
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Record | str]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, float, Record | bytes]]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        size, done = path.stat().st_size, 0
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                done += len(line)
                 if line.strip():
-                    yield f"{path}:{number}", line
+                    yield number, done / size, line
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
 
 
-def _read_with_datasets(source: str) -> Iterator[tuple[str, Record | str]]:
-    """Records through `datasets`, which is imported here because most runs on JSONL never need it."""
+def _read_with_datasets(name: str) -> Iterator[tuple[int, float, Record | bytes]]:
+    rows = _load_dataset(name)
+    for number, row in enumerate(rows, start=1):
+        yield number, number / len(rows), {k: v for k, v in row.items() if v is not None}
+
+
+def _load_dataset(name: str) -> Any:
+    """Through `datasets`, which is imported here because most runs on JSONL never need it."""
     import datasets
 
     datasets.disable_progress_bars()
+    kind = Path(name).suffix
     try:
-        kind = Path(source).suffix
         if kind in KINDS:
-            rows = datasets.load_dataset(kind[1:], data_files=source, split="train")
-        else:
-            rows = datasets.load_dataset(source, split="train")
+            return datasets.load_dataset(kind[1:], data_files=name, split="train")
+        return datasets.load_dataset(name, split="train")
     except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason, not the type
-        raise UserError(f"{source}: {str(error).strip().splitlines()[0]}") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{source}: row {number}", {k: v for k, v in row.items() if v is not None}
+        raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from None

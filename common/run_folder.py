@@ -24,7 +24,8 @@ FREE_OPTIONS = {
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
     "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
     "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
-    "max_eval_samples", "num_samples", "sample_length",
+    "max_eval_samples", "num_samples", "sample_length", "cache_dir", "preprocessing_workers",
+    "packing", "share_prompts", "golden_data",
 }  # fmt: skip
 
 ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
@@ -56,8 +57,10 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
         for number, source in enumerate(getattr(options, name, []), start=1):
             found[f"--{name} {number}"] = _content(source)
     for name in MODEL_OPTIONS:
-        if path := getattr(options, name, ""):
-            found[f"--{name} 1"] = _weights(path)
+        value = getattr(options, name, [])
+        for number, path in enumerate([value] if isinstance(value, str) else value, start=1):
+            if path:
+                found[f"--{name} {number}"] = _weights(path)
     for name, tokenizer in tokenizers.items():
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)

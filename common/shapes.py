@@ -7,6 +7,7 @@ Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rej
 several raters: votes instead of preference, a list       -> the same, by majority
 """
 
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -36,6 +37,12 @@ def recognise(record: Record) -> Record:
     if "prompt" not in record and _is_hh(record.get("chosen")) and _is_hh(record.get("rejected")):
         return {**record, **{side: _from_hh(record[side]) for side in ("chosen", "rejected")}}
     return record
+
+
+def agreement(record: Record) -> float:
+    """Share of the raters of a pair who say what most of them say; NaN for a record without votes."""
+    votes = [str(vote).lower() for vote in record.get("votes", [])]
+    return max(Counter(votes).values()) / len(votes) if votes else math.nan
 
 
 def _from_sharegpt(conversation: Any) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Load a tokenizer as every stage needs it, and turn segments of text into ids."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,8 +73,10 @@ class SegmentEncoder:
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
-        self._bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+        self.bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         self._begin = tokenizer.backend_tokenizer
+        special = (self.bos, self.eos_token_id, tokenizer.chat_template)
+        self.digest = hashlib.sha256(f"{self._begin.to_str()} {special}".encode()).hexdigest()
         self._continue = _without_prefix(self._begin)
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
@@ -83,8 +86,8 @@ class SegmentEncoder:
         for number, segment in enumerate(segments):
             backend = self._continue if number else self._begin
             part = backend.encode(segment.text, add_special_tokens=False).ids
-            if number == 0 and part[:1] != self._bos:
-                part = self._bos + part
+            if number == 0 and part[:1] != self.bos:
+                part = self.bos + part
             if segment.ends and part[-1:] != [self.eos_token_id]:
                 part = part + [self.eos_token_id]
             ids += part

@@ -1,28 +1,40 @@
 """Prompts as token ids, and the minibatches of a rollout."""
 
+import json
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from common.formatting import Message, find_prompt, prompt_segments
+from common.overlong import fit
 from common.records import Record
 from common.tokenization import SegmentEncoder
-from step3_ppo.options import PPOOptions
 
 
 class Prompt(NamedTuple):
-    """Token ids of a prompt, and the prompt itself for a reward model that reads other tokens."""
+    """Token ids of a prompt, and as JSON the prompt itself, for a reward model that reads other tokens."""
 
     ids: list[int]
-    source: str | list[Message]
+    json: str
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def source(self) -> str | list[Message]:
+        return json.loads(self.json)
 
 
-def prompt(record: Record, encoder: SegmentEncoder, options: PPOOptions) -> Prompt:
-    """Tokenise a prompt; of a long one the last --max_prompt_length tokens stay."""
+def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Prompt, bool]:
+    """Tokenise a prompt; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
     source = find_prompt(record)
-    ids, _ = encoder.encode(prompt_segments(source, encoder.render, encoder.tokenizer.eos_token))
-    return Prompt(ids[-options.max_prompt_length :], source)
+    eos = encoder.tokenizer.eos_token
+    (row,), is_cut = fit(
+        source, lambda part: [prompt_segments(part, encoder.render, eos)], encoder, max_length, overlong
+    )
+    return Prompt(row.ids, json.dumps(source)), is_cut
 
 
 def minibatches(rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:

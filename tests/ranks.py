@@ -101,6 +101,7 @@ def _rank(module: str, options: list[str], log: Path, rank: int, ranks: int, por
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     sys.argv = [module, *options]
     torch.set_num_threads(1)
+    multiprocessing.current_process().daemon = False  # so that it may have children of its own
     code = 0
     try:
         run_main(importlib.import_module(module).main)

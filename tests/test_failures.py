@@ -164,10 +164,10 @@ def test_a_full_disk_ends_no_run(
 # --- signals, through the launch script ---------------------------------------------------------------------
 
 
-def launch(world: Path, output: Path, steps: int, **variables: str) -> subprocess.Popen:  # noqa: F811
+def launch(world: Path, output: Path, steps: int, *more: str, **variables: str) -> subprocess.Popen:  # noqa: F811
     words = ["bash", str(LAUNCH / "step1_sft.sh"), *sft(world, output, steps), "--save_steps", "1000000"]
     return subprocess.Popen(
-        words, env={**os.environ, "NUM_GPUS": "2", **variables}, text=True,
+        [*words, *more], env={**os.environ, "NUM_GPUS": "2", **variables}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -226,6 +226,25 @@ def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, numbe
     assert not any(map(is_alive, processes))
     (folder,) = checkpoints(tmp_path / "out")
     assert steps_of(tmp_path / "out")[-1] == int(folder.name.removeprefix("step_"))
+
+
+def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    line, _ = (world / "demonstrations.jsonl").read_text().split("\n", 1)
+    (tmp_path / "many.jsonl").write_text(f"{line}\n" * 500_000)
+    cache = tmp_path / "cache"
+    options = "--train_data", str(tmp_path / "many.jsonl"), "--cache_dir", str(cache)
+    running = launch(world, tmp_path / "run", 5, *options)
+    while not list(cache.glob("*.tmp*")):
+        assert running.poll() is None, running.communicate()[0]
+        time.sleep(0.05)
+    time.sleep(1)
+    processes = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == STOPPED, output
+    assert "stopped before the first step" in output
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    assert not psutil.wait_procs(processes, timeout=5)[1]
 
 
 def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) -> None:  # noqa: F811

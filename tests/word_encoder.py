@@ -11,6 +11,7 @@ class WordEncoder:
     """Every word is a token, numbered from 10 as they come, and EOS is 1."""
 
     tokenizer = SimpleNamespace(eos_token="</s>")
+    bos = ()
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         ends = {"user": "", "assistant": "</s> "}

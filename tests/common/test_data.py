@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from common.data import batch_order, deal, load_examples, pad_rows, steps_in_epochs
 from common.formatting import demonstration_segments, find_prompt
 from common.options import DataOptions, UserError
+from common.overlong import Dropped
 from common.records import read_records
 from common.tokenization import SegmentEncoder, load_tokenizer
-from step1_sft.data import demonstration
+from step1_sft.data import Demonstration, demonstration
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.options import PPOOptions
@@ -26,10 +28,11 @@ RECORDS = [{"prompt": f"question {i % 40}", "completion": f"answer {i}"} for i i
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
-    """`datasets` keeps what it converts; here it goes with the test."""
+    """What is kept of tokenised data, by us and by `datasets`, goes with the test."""
     import datasets
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def write(path: Path, records: list[dict]) -> str:
@@ -37,10 +40,32 @@ def write(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
-def convert(record: dict) -> tuple[str, str]:
+class Pair(NamedTuple):
+    prompt: str
+    completion: str
+
+    @property
+    def length(self) -> int:
+        return len(self.completion)
+
+
+def convert(record: dict) -> tuple[Pair, bool]:
     """A strict converter without a tokenizer."""
     prompt, response = demonstration_segments(record, None, "</s>")
-    return prompt.text, response.text
+    return Pair(prompt.text, response.text), False
+
+
+def as_json(record: dict) -> tuple[Pair, bool]:
+    """A converter that takes anything."""
+    return Pair("", json.dumps(record)), False
+
+
+def drop(_: dict) -> tuple[Pair, bool]:
+    raise Dropped("too dull")
+
+
+load = partial(load_examples, row_class=Pair, convert=convert)
+ALL = DataOptions(eval_fraction=0.0)
 
 
 # Files
@@ -66,13 +91,13 @@ def write_as(kind: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, kind):
-    examples, _ = load_examples([write_as(kind, tmp_path)], DataOptions(eval_fraction=0.0), convert)
-    assert examples == [(r["prompt"], r["completion"]) for r in RECORDS]
+    examples, _ = load([write_as(kind, tmp_path)], ALL)
+    assert list(examples) == [(r["prompt"], r["completion"]) for r in RECORDS]
 
 
 def test_several_files_are_read_in_order(tmp_path):
     files = [write(tmp_path / f"{i}.jsonl", RECORDS[i : i + 2]) for i in (4, 0)]
-    examples, _ = load_examples(files, DataOptions(eval_fraction=0.0), convert)
+    examples, _ = load(files, ALL)
     assert [completion for _, completion in examples] == ["answer 4", "answer 5", "answer 0", "answer 1"]
 
 
@@ -80,7 +105,7 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     for name, part in (("b.jsonl", RECORDS[2:4]), ("a.jsonl", RECORDS[:2])):
         write(tmp_path / name, part)
     (tmp_path / "notes.txt").write_text("not data")
-    examples, _ = load_examples([str(tmp_path)], DataOptions(eval_fraction=0.0), convert)
+    examples, _ = load([str(tmp_path)], ALL)
     assert [completion for _, completion in examples] == ["answer 0", "answer 1", "answer 2", "answer 3"]
 
 
@@ -90,19 +115,19 @@ def test_a_weight_is_how_often_a_source_is_seen(tmp_path, weight, low, high):
     records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(1000)]
     one = write(tmp_path / "one.jsonl", records)
     other = write(tmp_path / "other.jsonl", records[::-1])
-    options = DataOptions(eval_fraction=0.0)
-    found, again = (load_examples([f"{path}:{weight}"], options, convert)[0] for path in (one, other))
+    options = ALL
+    found, again = (load([f"{path}:{weight}"], options)[0] for path in (one, other))
     assert low <= len(found) / len(records) <= high
     assert Counter(found) == Counter(again)
     counts = Counter(found)
     assert set(counts.values()) <= {math.ceil(float(weight)), math.floor(float(weight))}
-    both, _ = load_examples([f"{one}:{weight}", other], options, convert)
-    assert both == [*found, *load_examples([other], options, convert)[0]]
+    both, _ = load([f"{one}:{weight}", other], options)
+    assert list(both) == [*found, *load([other], options)[0]]
 
 
 def test_a_weight_of_nothing_is_refused(tmp_path):
     with pytest.raises(UserError, match="weight after the colon must be above 0"):
-        load_examples([write(tmp_path / "one.jsonl", RECORDS) + ":0"], DataOptions(), convert)
+        load([write(tmp_path / "one.jsonl", RECORDS) + ":0"], DataOptions())
 
 
 def test_data_split_gives_each_stage_its_own_prompts(tmp_path):
@@ -111,8 +136,8 @@ def test_data_split_gives_each_stage_its_own_prompts(tmp_path):
     parts = []
     for stage in (SFTOptions, RewardOptions, PPOOptions):
         options = stage(data_split="2,4,4", eval_fraction=0.2, max_eval_samples=0)
-        train, held_out = load_examples(files[:1], options, convert)
-        again, _ = load_examples(files[1:], options, convert)
+        train, held_out = load(files[:1], options)
+        again, _ = load(files[1:], options)
         assert set(train) == set(again)
         parts.append({prompt for prompt, _ in [*train, *held_out]})
     assert sum(map(len, parts)) == len(set.union(*parts)) == 500
@@ -122,7 +147,7 @@ def test_data_split_gives_each_stage_its_own_prompts(tmp_path):
 @pytest.mark.parametrize("split", ["2,4", "a,b,c", "0,1,1", "1,-1,1", "1,1,1,1"])
 def test_a_wrong_split_is_named(tmp_path, split):
     with pytest.raises(UserError, match=f"--data_split {split}: must be three numbers"):
-        load_examples([write(tmp_path / "one.jsonl", RECORDS)], SFTOptions(data_split=split), convert)
+        load([write(tmp_path / "one.jsonl", RECORDS)], SFTOptions(data_split=split))
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet"])
@@ -137,11 +162,11 @@ def test_an_unknown_kind_of_file_is_named_with_what_is_allowed(tmp_path):
         list(read_records([str(tmp_path / "data.txt")]))
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"{}\n\xc3("])
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"prompt": "a"}\n\xc3('])
 def test_a_file_that_is_not_text_is_named(tmp_path, content):
     (tmp_path / "binary.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="binary.jsonl: not UTF-8"):
-        list(read_records([str(tmp_path / "binary.jsonl")]))
+    with pytest.raises(UserError, match=r"binary.jsonl:\d: not UTF-8"):
+        load([str(tmp_path / "binary.jsonl")], DataOptions(), convert=as_json)
 
 
 # Bad records
@@ -160,7 +185,7 @@ def test_a_bad_record_is_an_error_with_file_and_line(tmp_path, line):
     path = Path(write(tmp_path / "data.jsonl", RECORDS[:3]))
     path.write_text(path.read_text() + "\n" + line + "\n" + json.dumps(RECORDS[0]) + "\n")
     with pytest.raises(UserError) as error:
-        load_examples([str(path)], DataOptions(), convert)
+        load([str(path)], DataOptions())
     assert str(error.value).startswith(f"{path}:5: ")  # an empty line counts as a line
     assert BAD[line] in str(error.value) and "\n" not in str(error.value)
 
@@ -169,27 +194,28 @@ def test_bad_records_are_skipped_and_counted_on_request(tmp_path, capsys):
     path = Path(write(tmp_path / "data.jsonl", RECORDS[:3]))
     path.write_text("\n".join([*BAD, path.read_text(), *BAD]))
     options = DataOptions(skip_bad_records=True, eval_fraction=0.0)
-    examples, _ = load_examples([str(path)], options, convert)
+    examples, _ = load([str(path)], options)
     assert [completion for _, completion in examples] == ["answer 0", "answer 1", "answer 2"]
-    assert f"skipped {2 * len(BAD)} bad records" in capsys.readouterr().out
+    read, left_out = 2 * len(BAD) + 3, 2 * len(BAD)
+    assert f"{read} records read, {left_out} left out: {left_out} bad" in capsys.readouterr().out
 
 
 def test_a_record_that_converts_but_has_no_prompt_is_bad_too(tmp_path, capsys):
     records = [{"messages": [{"role": "assistant", "content": "b"}]}, RECORDS[0]]
     path = write(tmp_path / "data.jsonl", records)
     with pytest.raises(UserError, match="data.jsonl:1: field 'messages' has nothing before"):
-        load_examples([path], DataOptions(eval_fraction=0.0), str)
+        load([path], ALL, convert=as_json)
     options = DataOptions(skip_bad_records=True, eval_fraction=0.0)
-    assert load_examples([path], options, str)[0] == [str(RECORDS[0])]
-    assert "skipped 1 bad records" in capsys.readouterr().out
+    assert [json.loads(row.completion) for row in load([path], options, convert=as_json)[0]] == RECORDS[:1]
+    assert "2 records read, 1 left out: 1 bad" in capsys.readouterr().out
 
 
 def test_no_rows_left_is_an_error(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl: no rows left"):
-        load_examples([str(tmp_path / "empty.jsonl")], DataOptions(), convert)
+        load([str(tmp_path / "empty.jsonl")], DataOptions())
     with pytest.raises(UserError, match="no rows left"):
-        load_examples([write(tmp_path / "short.jsonl", RECORDS)], DataOptions(), lambda _: None)
+        load([write(tmp_path / "short.jsonl", RECORDS)], DataOptions(), convert=drop)
 
 
 # Held-out split
@@ -212,12 +238,14 @@ def test_a_part_of_the_prompts_is_held_out(tmp_path, kind):
     """Also with a system message that all records share, and with preferences that have no `prompt` field."""
     records = [KINDS[kind](i) for i in range(400)]
     options = DataOptions(eval_fraction=0.3, max_eval_samples=0)
-    with_prompt = lambda record: (json.dumps(find_prompt(record)), json.dumps(record))  # noqa: E731
-    split = partial(load_examples, options=options, convert=with_prompt)
+    split = partial(load, options=options, convert=as_json)
     train, held_out = split([write(tmp_path / "data.jsonl", records)])
     assert len(train) + len(held_out) == 400
     assert 40 < len(held_out) < 200
-    assert not {prompt for prompt, _ in train} & {prompt for prompt, _ in held_out}
+    prompts = [
+        {json.dumps(find_prompt(json.loads(row.completion))) for row in part} for part in (train, held_out)
+    ]
+    assert not prompts[0] & prompts[1]
     order = np.random.default_rng(0).permutation(400)
     shuffled = split([write(tmp_path / "other.jsonl", [records[i] for i in order])])
     assert [sorted(part) for part in shuffled] == [sorted(train), sorted(held_out)]
@@ -225,7 +253,7 @@ def test_a_part_of_the_prompts_is_held_out(tmp_path, kind):
 
 def test_eval_data_of_its_own_leaves_all_records_for_training(tmp_path):
     options = DataOptions(eval_data=[write(tmp_path / "eval.jsonl", RECORDS[:9])], max_eval_samples=5)
-    train, held_out = load_examples([write(tmp_path / "train.jsonl", RECORDS)], options, convert)
+    train, held_out = load([write(tmp_path / "train.jsonl", RECORDS)], options)
     assert (len(train), len(held_out)) == (200, 5)
 
 
@@ -301,9 +329,12 @@ def test_deal_puts_rows_of_like_length_together():
 def test_little_padding_on_real_conversations(shared):
     encoder = SegmentEncoder(load_tokenizer(str(shared / "tokenizers/smollm2")))
     options = SFTOptions(eval_fraction=0.0, max_length=1024)
-    to_example = partial(demonstration, encoder=encoder, options=options)
-    train, _ = load_examples([str(shared / "data/oasst/demonstrations.jsonl")], options, to_example)
-    lengths = [len(row.ids) for row in train]
+    to_example = partial(
+        demonstration, encoder=encoder, max_length=1024, overlong="truncate_prompt", loss_on="response"
+    )
+    data = [str(shared / "data/oasst/demonstrations.jsonl")]
+    train, _ = load_examples(data, options, Demonstration, to_example)
+    lengths = train.notes("length")
     real = padded = 0
     size, steps = options.global_batch_size, steps_in_epochs(len(train), options.global_batch_size, 1)
     for batch in islice(batch_order(lengths, size, 0, 0, grouped=True), steps):

@@ -8,6 +8,7 @@ from jinja2 import Environment
 from common.formatting import (
     DEFAULT_CHAT_TEMPLATE,
     Segment,
+    comparison,
     demonstration_segments,
     dialogue_segments,
     find_prompt,
@@ -47,6 +48,10 @@ def chat(*contents: str, system: str = "") -> list[dict]:
     """Messages of a user and an assistant by turns."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return [{"role": "system", "content": system}] * bool(system) + turns
+
+
+def compare(record: dict, render: Callable = DEFAULT, eos: str = EOS) -> list[list[Segment]]:
+    return preference_segments(comparison(record), render, eos)
 
 
 def text_of(segments: list[Segment]) -> str:
@@ -125,7 +130,7 @@ def test_a_template_that_rewrites_the_beginning_is_refused(text, contents):
 
 def test_common_beginning_is_the_prompt(reference):
     case = reference("data.extract_prompt.text")
-    chosen, rejected = preference_segments(vars(case.inputs), DEFAULT, EOS)
+    chosen, rejected = compare(vars(case.inputs))
     prompt = Segment(case.outputs.prompt)
     assert chosen == [prompt, Segment(case.outputs.chosen, is_response=True, ends=True)]
     assert rejected == [prompt, Segment(case.outputs.rejected, is_response=True, ends=True)]
@@ -136,7 +141,15 @@ def test_common_beginning_of_messages():
     record = {"chosen": chat("hi", "hello", "bye", "so long"), "rejected": chat("hi", "hello", "bye", "go")}
     assert find_prompt(record) == chat("hi", "hello", "bye")
     explicit = {"prompt": chat("hi", "hello", "bye"), "chosen": "so long", "rejected": "go"}
-    assert preference_segments(record, DEFAULT, EOS) == preference_segments(explicit, DEFAULT, EOS)
+    assert compare(record) == compare(explicit)
+
+
+def test_ranked_responses_are_dialogues_with_one_prompt():
+    record = {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [3, 1, 1.5]}
+    assert comparison(record).ranks == [3, 1, 1.5]
+    assert compare(record) == [[Segment("Q"), Segment(x, is_response=True, ends=True)] for x in "abc"]
+    assert compare(record | {"prompt": chat("Q")})[1] == dialogue_segments(chat("Q"), "b", DEFAULT, EOS)
+    assert find_prompt(record) == "Q"
 
 
 def test_prompt_of_every_kind_of_record():
@@ -146,7 +159,8 @@ def test_prompt_of_every_kind_of_record():
 
 
 SOME = chat("a")
-DEMONSTRATION, PREFERENCE, PROMPT = demonstration_segments, preference_segments, lambda r, *_: find_prompt(r)
+DEMONSTRATION, PREFERENCE, PROMPT = demonstration_segments, compare, lambda r, *_: find_prompt(r)
+RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -176,6 +190,20 @@ DEMONSTRATION, PREFERENCE, PROMPT = demonstration_segments, preference_segments,
         (PREFERENCE, {"chosen": "ab", "rejected": "cd"}, "'chosen' and 'rejected' have no common beginning"),
         (PREFERENCE, {"chosen": "ab", "rejected": "ab"}, "'chosen' and 'rejected' do not differ"),
         (PREFERENCE, {"chosen": "ab", "rejected": "abc"}, "'chosen' and 'rejected' do not differ"),
+        (PREFERENCE, RANKING | {"prompt": ""}, "'prompt' is empty"),
+        (PREFERENCE, {"responses": ["b", "c"], "ranks": [1, 2]}, "'prompt' is missing (a ranking has"),
+        (PREFERENCE, {"prompt": "a", "responses": ["b", "c"]}, "'ranks' is missing"),
+        (PREFERENCE, {"prompt": "a", "ranks": [1, 2]}, "'responses' is missing"),
+        (PREFERENCE, RANKING | {"responses": "bc"}, "'responses' must be a list of two"),
+        (PREFERENCE, RANKING | {"responses": ["b"], "ranks": [1]}, "'responses' must be a list of two"),
+        (PREFERENCE, RANKING | {"responses": ["b", " "]}, "'responses[1]' is empty"),
+        (PREFERENCE, RANKING | {"responses": ["b", SOME]}, "'responses[1]' is a list of messages"),
+        (PREFERENCE, RANKING | {"ranks": [1, 2, 3]}, "'ranks' must be a list of 2 numbers"),
+        (PREFERENCE, RANKING | {"ranks": {"b": 1}}, "'ranks' must be a list of 2 numbers"),
+        (PREFERENCE, RANKING | {"ranks": [1, "2"]}, "'ranks': '2' is not a number"),
+        (PREFERENCE, RANKING | {"ranks": [1, True]}, "'ranks': True is not a number"),
+        (PREFERENCE, RANKING | {"ranks": [1, float("nan")]}, "'ranks': nan is not a number"),
+        (PREFERENCE, RANKING | {"ranks": [2, 2.0]}, "'ranks': all are equal"),
         (PROMPT, {"text": "a"}, "'prompt' is missing"),
         (PROMPT, {"prompt": 1.5}, "'prompt' is float"),
         (PROMPT, {"messages": chat("a", "b")[1:]}, "'messages' has nothing before"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.formatting import demonstration_segments, find_prompt, preference_segments
+from common.formatting import comparison, demonstration_segments, find_prompt
 from common.shapes import recognise
 from tests.common.test_formatting import DEFAULT, EOS
 
@@ -50,7 +50,9 @@ def test_whole_dialogues_of_human_and_assistant():
     assert record["chosen"] == [*shared, reply("Good.")]
     assert record["rejected"] == [*shared, reply("Bad.")]
     explicit = {"prompt": shared, "chosen": "Good.", "rejected": "Bad."}
-    assert preference_segments(record, DEFAULT, EOS) == preference_segments(explicit, DEFAULT, EOS)
+    found, expected = comparison(record), comparison(explicit)
+    assert found.prompt == expected.prompt
+    assert found.responses == {name: [reply(text)] for name, text in expected.responses.items()}
 
 
 @pytest.mark.parametrize(
