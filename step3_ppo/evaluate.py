@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from common.options import world_size
 from common.tensor_ops import masked_mean, masked_var
@@ -23,7 +23,7 @@ def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> 
     short = -len(prompts) % world_size()
     prompts_of_all = [*prompts, *prompts[:1] * short]
     rollout = sample_rollout(models, prompts_of_all, options, EVALUATION_STEP)
-    rollout, _ = score_rollout(models, prompts_of_all, rollout, options)
+    rollout, *_ = score_rollout(models, prompts_of_all, rollout, options)
     rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
     figures = {
         "eval/score": rollout.scores.mean().item(),
@@ -34,18 +34,25 @@ def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> 
     return figures, sample_table(models, rollout, options.num_samples)
 
 
-def rollout_metrics(rollout: Rollout, returns: torch.Tensor) -> dict[str, float]:
-    """The figures of one training rollout; returns (B, R)."""
+def rollout_metrics(rollout: Rollout, returns: Tensor, of_members: Tensor) -> dict[str, float]:
+    """The figures of one training rollout; returns (B, R), and the scores (M, B) of each reward model."""
     mask = rollout.response_mask
     unexplained = masked_var(returns - rollout.values, mask) / masked_var(returns, mask).clamp(min=1e-8)
     return {
         "reward/mean": rollout.scores.mean().item(),
         "reward/std": rollout.scores.std(unbiased=False).item(),
+        **(describe_members(of_members) if len(of_members) > 1 else {}),
         "kl/mean": response_kl(rollout),
         "value/explained_var": 1.0 - unexplained.item(),
         "value/mean": masked_mean(rollout.values, mask).item(),
         **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
     }
+
+
+def describe_members(scores: Tensor) -> dict[str, float]:
+    """Mean score of each reward model, and how far they are apart: scores (M, B)."""
+    means = {f"reward/mean_{number}": mean for number, mean in enumerate(scores.mean(1).tolist(), start=1)}
+    return means | {"reward/std_between": scores.std(0, unbiased=False).mean().item()}
 
 
 def response_kl(rollout: Rollout) -> float:

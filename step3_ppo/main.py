@@ -13,11 +13,12 @@ from torch import Tensor
 from common.checkpoint import find_checkpoint, save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything
+from common.ensemble import load_encoders
 from common.export import export_best, export_model
 from common.health import check_numbers
 from common.lora import check_targets
 from common.metrics import MetricWriter, peak_memory_gib
-from common.models import check_scalar_model, load_causal_lm, load_config
+from common.models import load_causal_lm, load_config
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.resume import resume
@@ -26,9 +27,9 @@ from common.tensor_ops import masked_whiten
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step3_ppo.advantages import generalised_advantages
-from step3_ppo.data import prompt
+from step3_ppo.data import Prompt, prompt
 from step3_ppo.evaluate import evaluate, rollout_metrics
-from step3_ppo.models import build_models, load_critic, same_tokens
+from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions, check_lengths, check_rollout_arithmetic
 from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
@@ -52,27 +53,29 @@ def main() -> None:
     )
     config = load_config(options.actor_model_name_or_path)
     check_lengths(options, config)
-    check_scalar_model(options.reward_model_name_or_path, "reward_model_name_or_path")
     check_targets(options.actor_model_name_or_path, options)
     tokenizer = load_tokenizer(options.actor_model_name_or_path)
-    reward_tokenizer = load_tokenizer(options.reward_model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
-    reward_encoder = None if same_tokens(tokenizer, reward_tokenizer) else SegmentEncoder(reward_tokenizer)
-    train, held_out = load_examples(
-        options.prompt_data, options, partial(prompt, encoder=encoder, options=options)
+    reward_encoders = load_encoders(options, encoder)
+    convert = partial(
+        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
+    train, held_out = load_examples(options.prompt_data, options, Prompt, convert)
     check_best_metric(options, held_out, "eval/score")
     init_distributed(options.timeout_minutes)
-    prepare_output(options, {"tokenizer": tokenizer, "tokenizer of the reward model": reward_tokenizer})
+    tokenizers = {
+        f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(reward_encoders, start=1)
+    }
+    prepare_output(options, {"tokenizer": tokenizer, **tokenizers})
     checkpoint = find_checkpoint(options)
 
-    # 2. Four models, and where the run stands.
+    # 2. The models, and where the run stands.
     prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
     total_steps = options.max_steps or steps_in_epochs(len(train), prompts_per_step, options.num_train_epochs)
     updates_per_step = options.ppo_epochs * (options.rollout_batch_size // options.global_batch_size)
     seed_everything(options.seed, step=0)
     models = build_models(
-        options, encoder, reward_encoder, actor_zero, critic_zero, total_steps * updates_per_step
+        options, encoder, reward_encoders, actor_zero, critic_zero, total_steps * updates_per_step
     )
     engines = {"actor": models.actor, "critic": models.critic}
     state = resume(checkpoint, options, engines)
@@ -85,7 +88,9 @@ def main() -> None:
     load_actor = partial(
         load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
     )
-    load_value = partial(load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoder is None)
+    load_value = partial(
+        load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoders[0] is encoder
+    )
 
     def evaluate_and_log() -> bool:
         figures, table = evaluate(models, held_out, options)
@@ -98,9 +103,7 @@ def main() -> None:
     if held_out and state.step == 0:
         evaluate_and_log()
 
-    order = batch_order(
-        [len(p.ids) for p in train], prompts_per_step, options.seed, state.step, grouped=False
-    )
+    order = batch_order(train.notes("length"), prompts_per_step, options.seed, state.step, grouped=False)
     while state.step < total_steps and not options.export_only:
         start = time.perf_counter()
         step = state.step + 1
@@ -111,7 +114,7 @@ def main() -> None:
         # 3. Sample, and have every model read the responses.
         rollout = sample_rollout(models, batch, options, step)
         sampled = time.perf_counter()
-        rollout, first_pass = score_rollout(models, batch, rollout, options, step)
+        rollout, first_pass, of_members = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.
         rewards = shape_rewards(rollout, options, kl.coef)
         # 5. Advantages over the whole rollout.
@@ -123,7 +126,7 @@ def main() -> None:
 
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
-        found = rollout_metrics(rollout, returns) | stats | {"kl/coef": kl.coef}
+        found = rollout_metrics(rollout, returns, of_members) | stats | {"kl/coef": kl.coef}
         found |= {"time/rollout": sampled - start, "time/score": scored - sampled}
         found |= {"time/train": end - scored, "time/step": end - start}
         found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
@@ -131,7 +134,7 @@ def main() -> None:
         kl.update(found["kl/mean"], options.rollout_batch_size)
         state.controllers["kl_coef"] = kl.coef
         state.advance(prompts_per_step, len(train))
-        origins = [train.origins[i] for i in chosen]
+        origins = [train.origin(i) for i in chosen]
         check_numbers(state, options, skipped, found["value/loss"], origins)
         found["train/skipped_updates"] = state.skipped
         is_last, is_best = state.step == total_steps, False

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from transformers import PretrainedConfig
 
+from common.ensemble import EnsembleOptions
 from common.options import (
     DataOptions,
     LoraOptions,
@@ -74,13 +75,14 @@ class AlgorithmOptions:
 
 
 @dataclass
-class PPOOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions, SamplingOptions, AlgorithmOptions):
+class PPOOptions(
+    RunOptions, DataOptions, OptimiserOptions, LoraOptions, EnsembleOptions, SamplingOptions, AlgorithmOptions
+):
     """PPO of a policy against a reward model."""
 
     stage: ClassVar[int] = 3
     output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
     actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
-    reward_model_name_or_path: str = option("", "The reward model: `final/` of step 2. Required.")
     actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
     critic_zero_config: str = option("", "DeepSpeed JSON of the critic. Default: --zero_config.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(

@@ -1,7 +1,6 @@
 """Everything that the models say of sampled responses: log-probabilities, values and scores."""
 
 import contextlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.data import deal, pad_rows
+from common.data import deal
 from common.distributed import device, rank, sum_tensor_over_ranks
+from common.ensemble import combine, member_scores
 from common.formatting import dialogue_segments
-from common.models import base_model, last_positions, token_scores
+from common.models import token_scores
 from common.options import world_size
+from common.tokenization import SegmentEncoder
 from step3_ppo.data import Prompt, minibatches
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
@@ -44,8 +45,9 @@ class FirstPass:
 @torch.no_grad()
 def score_rollout(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions, step: int | None = None
-) -> tuple[Rollout, FirstPass]:
-    """Have every model read the responses, each rank a part of them.
+) -> tuple[Rollout, FirstPass, Tensor]:
+    """Have every model read the responses, each rank a part of them; also the scores (M, B) of each reward
+    model, which make up those of the rollout.
 
     step: the iteration whose update follows; None measures all but values, for no update.
     """
@@ -65,8 +67,8 @@ def score_rollout(
     with models.reference_model() as reference:
         parts = [policy_pass(reference, batch)[0] for batch in batches]
         found = {"ref_logprobs": _placed(rollout, batches, parts)}
-    with models.reward_model() as reward:
-        found["scores"] = _scores(reward, models, prompts, rollout, sum(batches, []), options)
+    of_members = _scores(models, prompts, rollout, sum(batches, []), options)
+    found["scores"] = combine(of_members, options)
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
         # update does.
@@ -82,7 +84,7 @@ def score_rollout(
         with _as_in_update(models.critic):
             first_pass.values = value_pass(first)
         found["values"] = _placed(rollout, batches, [*parts, first_pass.values.detach()])
-    return replace(rollout, **found), first_pass
+    return replace(rollout, **found), first_pass, of_members
 
 
 def _my_batches(rollout: Rollout, options: PPOOptions, step: int | None) -> tuple[list[list[int]], list[int]]:
@@ -118,35 +120,28 @@ def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tens
 
 
 def _scores(
-    reward: nn.Module, models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
-    options: PPOOptions,
-) -> Tensor:  # fmt: skip
-    """Scores (B,) of whole responses, of which this rank reads its own; read at an EOS: one is added to a
-    response that has none, for scoring only, because the reward model has never learnt what to say elsewhere.
-    """
-    pad_token_id = (models.reward_encoder or models.encoder).tokenizer.pad_token_id
-    inputs = {row: _scored_ids(reward, models, prompts[row], rollout, row) for row in mine}
-    order = sorted(mine, key=lambda row: len(inputs[row]))
-    scores = torch.zeros(len(prompts), device=device())
-    for start in range(0, len(order), options.generation_batch_size):
-        chunk = order[start : start + options.generation_batch_size]
-        input_ids = pad_rows([inputs[row] for row in chunk], pad_token_id).to(device())
-        lengths = torch.tensor([len(inputs[row]) for row in chunk], device=device())
-        positions = last_positions(lengths, input_ids.shape[1])
-        scores[torch.tensor(chunk, device=device())] = token_scores(reward, input_ids, positions)
+    models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int], options: PPOOptions
+) -> Tensor:
+    """Scores (M, B) that each reward model gives whole responses, of which this rank reads its own."""
+    encoders = {member.encoder for member in models.rewards}
+    inputs = {e: [_scored_ids(e, models, prompts[row], rollout, row) for row in mine] for e in encoders}
+    scores = torch.zeros(len(models.rewards), len(prompts), device=device())
+    rows = torch.tensor(mine, device=device())
+    scores[:, rows] = member_scores(models.rewards, inputs, options.generation_batch_size)
     return sum_tensor_over_ranks(scores)
 
 
-def _scored_ids(reward: nn.Module, models: Models, prompt: Prompt, rollout: Rollout, row: int) -> list[int]:
-    """One prompt and response in the reward model's own tokens, with an EOS at the end."""
+def _scored_ids(
+    encoder: SegmentEncoder, models: Models, prompt: Prompt, rollout: Rollout, row: int
+) -> list[int]:
+    """One prompt and response in a reward model's own tokens; read at an EOS: one is added to a response that
+    has none, for scoring only, because the reward model has never learnt what to say elsewhere.
+    """
     ids, response = rollout.prompt(row), rollout.response(row)
-    encoder = models.reward_encoder
-    if encoder is None:
-        return ids + response + ([] if rollout.ended[row] else [models.encoder.tokenizer.eos_token_id])
+    if encoder is models.encoder:
+        return ids + response + ([] if rollout.ended[row] else [encoder.eos_token_id])
     text = models.encoder.decode_response(ids, response)
     if not isinstance(prompt.source, str):
         text = text.strip()  # its own template decides about the space before a message
     segments = dialogue_segments(prompt.source, text, encoder.render, encoder.tokenizer.eos_token)
-    # Other tokens may need more positions than the model has: a long prompt then loses its beginning.
-    room = getattr(base_model(reward).config, "max_position_embeddings", sys.maxsize)
-    return encoder.encode(segments)[0][-room:]
+    return encoder.encode(segments)[0]

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Scores of responses by a reward model, or several, for other programs: records -> the same with `score`
+#   bash launch/score.sh --reward_model_name_or_path OUT2/final --input F.jsonl --output G.jsonl
+set -euo pipefail
+NUM_GPUS=1  # one process, on the first GPU of CUDA_VISIBLE_DEVICES; without one, on all cores
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install requirements.txt
+choose_device
+exec python -m step2_reward.score "$@"

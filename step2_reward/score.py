@@ -1,0 +1,148 @@
+"""Scores of responses, for other programs: a JSONL file of records in, the same with `score` added out.
+
+    bash launch/score.sh --reward_model_name_or_path OUT2/final --input F.jsonl --output G.jsonl
+
+The same command again goes on after the last whole line of the output.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+from common.distributed import log, on_cpu
+from common.ensemble import EnsembleOptions, RewardModel, combine, load_encoders, load_members, member_scores
+from common.models import load_config, longest_input
+from common.options import UserError, option, parse_options
+from common.overlong import Dropped, fit_demonstration
+from common.process import Stopped, run_main, stop_requested
+from common.records import Record, origin, parse_record, read_source
+from common.tokenization import SegmentEncoder
+
+WINDOW = 4096  # records that are read, sorted by length, scored and written together
+NEAR = 0.05  # as near are scores of the same models on another machine; those of other models hardly
+Example = tuple[Record, dict[SegmentEncoder, list[int]]]  # as it was read; token ids for each encoder
+
+
+@dataclass
+class ScoreOptions(EnsembleOptions):
+    """Scores of responses by one reward model or several."""
+
+    input: str = option("", "Records: prompt + response (or completion), or messages. Required.")
+    output: str = option("", "JSONL file for the same records with `score`, in their order. Required.")
+    micro_batch_size: int = option(32, "Records scored at once.", at_least=1)
+    max_length: int = option(1024, "Longest sequence in tokens; prompts lose their beginning.", at_least=8)
+    bf16: bool = option(True, "Compute in bf16 where there is a GPU.")
+    skip_bad_records: bool = option(False, "Leave bad records out instead of stopping at the first.")
+
+
+def main() -> None:
+    # 1. What can be wrong with the options and the first records is found before a model is loaded.
+    options = parse_options(ScoreOptions, required=["reward_model_name_or_path", "input", "output"])
+    encoders = load_encoders(options)
+    for path in options.reward_model_name_or_path:
+        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+    file, done, end, written = open_output(options.output)
+    examples = read_examples(options, encoders, done)
+    windows = iter(lambda: list(islice(examples, WINDOW)), [])
+    first = next(windows, [])
+    zero = {"bf16": {"enabled": options.bf16 and not on_cpu()}, "zero_optimization": {"stage": 0}}
+    members = load_members(options, encoders, zero)
+
+    # 2. The window that was begun last is scored again: the same batches make the same bytes, and what is
+    # there already must be what these models say of these records.
+    for window in chain([first], windows):
+        lines = score(members, window, options)
+        check_written(written, lines, options)
+        file.seek(end)
+        file.truncate()
+        file.writelines(lines)
+        file.flush()
+        done, end, written = done + len(lines), file.tell(), []
+        log(f"{done} records scored")
+        if stop_requested(""):
+            raise Stopped(f"stopped after {done} records")
+
+
+def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
+    """The output, for this process alone; the window that was begun last: the number of records and of bytes
+    before it, and its whole lines. Raises UserError when the file cannot be had.
+    """
+    try:
+        file = Path(path).open("a+b")  # noqa: SIM115 - open, and locked, for as long as the process lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from None
+    file.seek(0)
+    done, begin, lines = 0, 0, []
+    for number, line in enumerate(whole for whole in file if whole.endswith(b"\n")):
+        if number % WINDOW == 0:
+            done, begin, lines = number, file.tell() - len(line), []
+        lines.append(line)
+    return file, done, begin, lines
+
+
+def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], done: int) -> Iterator[Example]:
+    """The records after the first `done` good ones. Raises UserError naming file and line of a bad one."""
+    records = read_source(options.input)
+    if not options.skip_bad_records:  # then all are good, and those done need not be looked at
+        records, done = islice(records, done, None), 0
+    bad = 0
+    for number, _, unparsed in records:
+        try:
+            ids = {e: token_ids(parse_record(unparsed), e, options.max_length) for e in encoders}
+        except (ValueError, Dropped) as error:
+            if not options.skip_bad_records:
+                raise UserError(f"{origin(options.input, number)}: {error}") from None
+            bad += 1
+            continue
+        if done:
+            done -= 1
+        else:
+            yield unparsed if isinstance(unparsed, dict) else json.loads(unparsed), ids
+    if bad:
+        log(f"{options.input}: left out {bad} bad records")
+
+
+def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> list[int]:
+    """A prompt and response that ends in EOS. Raises ValueError, in words for the user, or Dropped."""
+    if "response" in record:
+        record = {**record, "completion": record["response"]}
+    if "messages" not in record and not {"prompt", "completion"} <= record.keys():
+        raise ValueError("must have 'prompt' and 'response' (or 'completion'), or 'messages'")
+    row, _ = fit_demonstration(record, encoder, max_length, "truncate_prompt", keep_end=True)
+    if "messages" in record and record["messages"][-1]["role"] != "assistant":
+        raise ValueError("field 'messages' must end with an assistant message, the one to score")
+    return row.ids
+
+
+def score(members: list[RewardModel], window: list[Example], options: ScoreOptions) -> list[bytes]:
+    """A line of output for each record."""
+    inputs = {encoder: [ids[encoder] for _, ids in window] for encoder, _ in members}
+    scores = member_scores(members, inputs, options.micro_batch_size)  # (M, B)
+    lines = []
+    for (record, _), *found in zip(window, combine(scores, options).tolist(), *scores.tolist(), strict=True):
+        total, *parts = [round(score, 6) for score in found]
+        added = {"score": total, "scores": parts} if parts[1:] else {"score": total}
+        lines.append(f"{json.dumps({**record, **added}, default=str)}\n".encode())
+    return lines
+
+
+def check_written(written: list[bytes], lines: list[bytes], options: ScoreOptions) -> None:
+    """Raise UserError unless lines that are there already are, but for rounding, those to be written."""
+    same, added = 0, {"score": 0, "scores": 0}
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # what is there can be anything
+        for old, new in zip(map(json.loads, written), map(json.loads, lines), strict=False):
+            is_near = math.isclose(old["score"], new["score"], rel_tol=NEAR, abs_tol=NEAR)
+            same += is_near and {**old, **added} == {**new, **added}
+    if same < len(written):
+        raise UserError(f"--output {options.output}: not these models' scores of --input; choose another")
+
+
+if __name__ == "__main__":
+    run_main(main)

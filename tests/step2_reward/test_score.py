@@ -1,0 +1,207 @@
+"""The scores that other programs get: the right ones, whole, in order, and the same after a kill."""
+
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import step2_reward.score
+from common.options import UserError
+from step2_reward.score import ScoreOptions, check_written, read_examples
+from tests.ranks import Result, run_stage, start_stage
+from tests.test_ensemble import keep_scores, make_other
+from tests.test_launch import bash
+from tests.test_stages import ppo, run, succeed, world  # noqa: F401 - run and world are fixtures
+from tests.word_encoder import EOS, WordEncoder
+
+
+def make_input(world: Path, path: Path, count: int) -> list[dict]:  # noqa: F811
+    """Records in every shape, with a field of their own."""
+    pairs = [json.loads(line) for line in (world / "preferences.jsonl").read_text().splitlines()[:count]]
+    records = []
+    for number, pair in enumerate(pairs):
+        prompt, answer = pair["prompt"], pair["chosen"]
+        shapes = [
+            {"messages": prompt + answer},
+            {"prompt": prompt, "completion": answer},
+            {"prompt": prompt, "response": answer[0]["content"], "score": "to be replaced"},
+        ]
+        records.append({"id": f"é{number}", **shapes[number % 3]})
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return records
+
+
+def words(models: list[Path], folder: Path, output: str, *more: str) -> list[str]:
+    return [
+        "--reward_model_name_or_path", *map(str, models), "--input", str(folder / "in.jsonl"),
+        "--output", str(folder / output), "--micro_batch_size", "3", *more,
+    ]  # fmt: skip
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(result: Result, *parts: str) -> None:
+    lines = [line for line in result.output.splitlines() if line.startswith("error:")]
+    assert result.codes == [2] and len(lines) == 1 and "Traceback" not in result.output, result.output
+    assert all(part in lines[0] for part in parts), lines
+
+
+def test_scores_are_those_of_plain_transformers(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Of both members, centred, through the launch script; and every record is there with all it had."""
+    models = [run / "reward/final", make_other(tmp_path / "other", run / "reward/final")]
+    records = make_input(world, tmp_path / "in.jsonl", 9)
+    combined = ["--reward_combine", "mean_std", "--reward_std_coef", "2"]
+    done = bash("score.sh", words(models, tmp_path, "out.jsonl", *combined), tmp_path)
+    assert done.returncode == 0, done.stdout
+    expected = []
+    for folder in models:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        row = []
+        for record in records:
+            answer = record.get("completion") or [{"role": "assistant", "content": record.get("response")}]
+            *prompt, answer = record.get("messages") or record["prompt"] + answer
+            prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            ids = (
+                tokenizer(prompt).input_ids + tokenizer(answer["content"], add_special_tokens=False).input_ids
+            )
+            ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
+            row.append(model(ids).logits.item())
+        expected.append((torch.tensor(row) - model.config.reward_mean) / model.config.reward_std)
+    a, b = expected
+    for number, (found, record) in enumerate(zip(read(tmp_path / "out.jsonl"), records, strict=True)):
+        score, scores = found.pop("score"), found.pop("scores")
+        record.pop("score", None)
+        assert found == record
+        assert scores == pytest.approx([a[number].item(), b[number].item()], abs=1e-5)
+        assert score == pytest.approx(((a + b) / 2 - (a - b).abs())[number].item(), abs=2e-5)
+
+
+def test_scores_are_those_of_step_3(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Responses of a rollout, which this model reads as text, have the scores that PPO gave them."""
+    keep_scores(monkeypatch)
+    model = make_other(tmp_path / "other", run / "reward/final")
+    succeed("step3_ppo.main", ppo(world, run / "sft/final", model, tmp_path / "ppo", steps=1), tmp_path)
+    kept = torch.load(tmp_path / "ppo/scores.pt")
+    rows = [row for row, text in enumerate(kept["texts"]) if text.strip()]
+    assert len(rows) > 10
+    records = [{"prompt": kept["prompts"][row], "response": kept["texts"][row].strip()} for row in rows]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    succeed("step2_reward.score", words([model], tmp_path, "out.jsonl"), tmp_path)
+    found = [record["score"] for record in read(tmp_path / "out.jsonl")]
+    assert found == pytest.approx([kept["scores"][row].item() for row in rows], abs=1e-5)
+
+
+def test_a_killed_run_ends_with_the_same_bytes(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Killed at some moment, and cut off at chosen places: within a line, at its end, after whole windows."""
+    monkeypatch.setattr(step2_reward.score, "WINDOW", 8)
+    models, out = [run / "reward/final"], tmp_path / "out.jsonl"
+    make_input(world, tmp_path / "in.jsonl", 200)
+    good = (tmp_path / "in.jsonl").read_text().splitlines()
+    good.insert(11, '{"prompt": "Hello!"}')  # a bad one, which has no line in the output
+    (tmp_path / "in.jsonl").write_text("\n".join(good))
+    options = words(models, tmp_path, "out.jsonl", "--skip_bad_records")
+    running = start_stage("step2_reward.score", options, tmp_path)
+    running.wait_for(lambda: out.exists() and out.read_bytes().count(b"\n") >= 16)
+    os.kill(running.pids[0], signal.SIGKILL)
+    assert running.result().codes == [-signal.SIGKILL]
+    assert out.read_bytes().count(b"\n") < 200
+    succeed("step2_reward.score", options, tmp_path)
+    whole = out.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    assert len(ends) == 200 and [record["id"] for record in read(out)] == [f"é{n}" for n in range(200)]
+    for cut in (ends[15], ends[15] + 9, ends[20]):
+        out.write_bytes(whole[:cut])
+        succeed("step2_reward.score", options, tmp_path)
+        assert out.read_bytes() == whole, cut
+
+
+def test_a_stop_is_polite(world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(step2_reward.score, "WINDOW", 8)
+    make_input(world, tmp_path / "in.jsonl", 400)
+    out = tmp_path / "out.jsonl"
+    running = start_stage(
+        "step2_reward.score", words([run / "reward/final"], tmp_path, "out.jsonl"), tmp_path
+    )
+    running.wait_for(lambda: out.exists() and out.stat().st_size > 0)
+    os.kill(running.pids[0], signal.SIGTERM)
+    result = running.result()
+    assert result.codes == [75] and "stopped after" in result.output
+    assert len(read(out)) % 8 == 0 and len(read(out)) < 400
+
+
+def test_another_output_is_left_alone(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One of other models is refused, without losing a byte; one of other batches is not."""
+    one, two = run / "reward/final", make_other(tmp_path / "other", run / "reward/final")
+    make_input(world, tmp_path / "in.jsonl", 12)
+    succeed("step2_reward.score", words([one], tmp_path, "out.jsonl"), tmp_path)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    refused(
+        run_stage("step2_reward.score", words([two], tmp_path, "out.jsonl"), tmp_path),
+        "--output", "out.jsonl", "not these models' scores",
+    )  # fmt: skip
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    other_batches = [*words([one], tmp_path, "out.jsonl"), "--micro_batch_size", "5"]
+    succeed("step2_reward.score", other_batches, tmp_path)
+    assert len(read(tmp_path / "out.jsonl")) == 12
+
+
+@pytest.mark.parametrize(
+    ("written", "fits"),
+    [
+        ([], True),
+        (['{"id": 1, "score": 0.5}'], True),
+        (['{"id": 1, "score": 0.51}', '{"id": 2, "score": -3.1}'], True),
+        (['{"id": 1, "score": 0.5}', '{"id": 2, "score": -3.3}'], False),  # by other models
+        (['{"id": 2, "score": 0.5}'], False),  # of another record
+        (['{"id": 1}'], False),
+        (['{"id": 1, "score": 0.5}', "nothing"], False),
+        (
+            ['{"id": 1, "score": 0.5}', '{"id": 2, "score": -3}', '{"id": 3, "score": 0}'],
+            False,
+        ),  # more records
+    ],
+)
+def test_what_is_written_already_must_fit(written: list[str], fits: bool) -> None:
+    lines = [b'{"id": 1, "score": 0.5}\n', b'{"id": 2, "score": -3.0}\n']
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="--output F.jsonl"):
+        check_written([f"{line}\n".encode() for line in written], lines, ScoreOptions(output="F.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "not valid JSON"),
+        ('{"prompt": "Hello!"}', "'response'"),
+        ('{"prompt": "Hello!", "response": ""}', "is empty"),
+        ('{"prompt": "Hello!", "response": "a b c d e f g h"}', "response too long"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "'messages'"),
+        (
+            json.dumps({"messages": [{"role": r, "content": "a"} for r in ("user", "assistant", "user")]}),
+            "must end with an assistant message",
+        ),
+    ],
+)
+def test_a_bad_record_is_named_or_left_out(tmp_path: Path, line: str, part: str) -> None:
+    good = '{"prompt": "a b", "response": "c"}'
+    (tmp_path / "in.jsonl").write_text(f"\n{line}\n{good}\n{good}\n")
+    options = ScoreOptions(input=str(tmp_path / "in.jsonl"), max_length=8)
+    encoder = WordEncoder()
+    encoder.bos = []
+    with pytest.raises(UserError, match=f"in.jsonl:2: .*{part}"):
+        list(read_examples(options, [encoder], 0))
+    expected = (json.loads(good), {encoder: [10, 11, 12, EOS]})
+    options.skip_bad_records = True
+    assert list(read_examples(options, [encoder], 0)) == [expected] * 2
+    assert list(read_examples(options, [encoder], 1)) == [expected]
