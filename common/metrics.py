@@ -5,13 +5,23 @@ import json
 import math
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from common.distributed import log, rank
 from common.files import write_text
+from common.options import world_size
+
+# Dense bf16 FLOP/s of a GPU whose name has these words, from the makers' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12, "A800": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A40": 149.7e12,
+    "A30": 165e12, "A10": 125e12,
+}  # fmt: skip
 
 
 class MetricWriter:
@@ -94,3 +104,36 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
+    """Floating-point operations of one forward and backward pass of a dense model over whole sequences.
+
+    lengths (B,) in tokens, without padding. Per token 6 for each parameter, of which 2 are for its gradient,
+    which a frozen one has not; for attention 12 x layers x heads x head size per token and token of its
+    sequence, causal or not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings count as parameters;
+    recomputation counts nothing.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    per_token = sum(size * (6 if is_trained else 4) for size, is_trained in sizes)
+    attention = 12 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
+    return float(per_token * sum(lengths) + attention)
+
+
+def utilisation(flops: float, seconds: float) -> dict[str, float]:
+    """train/mfu: the part of the ranks' peak that `flops` of all of them in `seconds` make use of.
+
+    The peak is that of bf16, whatever the precision. Empty where it is not known, as on the CPU.
+    """
+    peak = _peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return {"train/mfu": flops / (seconds * peak * world_size())} if peak else {}
+
+
+def _peak_flops(device_name: str) -> float | None:
+    words = set(device_name.replace("-", " ").split())
+    if "MIG" in words:  # a part of a GPU
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if words >= set(name.split())), None)

@@ -124,8 +124,13 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def response_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+def response_logits(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """Logits of the model at the chosen positions only: input_ids (B, T), positions (B, T) bool -> (N, V).
+
+    position_ids (B, T): given when rows hold several documents, at each of which they begin again at 0; most
+    models then confine attention to the document by themselves.
 
     Rows are padded on the right. No attention mask is passed: under causal attention a real token never sees
     what follows it, and without a mask attention takes its fastest path. The output head sees the N chosen
@@ -133,23 +138,27 @@ def response_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> T
     """
     head = base_model(model).get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
+    packed = {} if position_ids is None else {"position_ids": position_ids}
     try:
-        return model(input_ids=input_ids, use_cache=False).logits  # (N, V)
+        return model(input_ids=input_ids, use_cache=False, **packed).logits  # (N, V)
     finally:
         choose.remove()
 
 
-def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
     """Scalar output at the chosen positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,)
     fp32.
 
     The model's own forward would choose a position by the pad id; the head's output is read on its way out
     instead. The `reward_mean` and `reward_std` of the configuration, which step 2 writes, are applied.
+
+    layout: for rows that are not one plain sequence each, `position_ids` (B, T) and an `attention_mask`
+    (B, 1, T, T) that is added to the attention logits.
     """
     outputs: list[Tensor] = []
     read = base_model(model).score.register_forward_hook(lambda *call: outputs.append(call[-1]))
     try:
-        model(input_ids=input_ids, use_cache=False)
+        model(input_ids=input_ids, use_cache=False, **layout)
     finally:
         read.remove()
     config = base_model(model).config

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from common.data import pad_rows
 from common.distributed import device
-from common.formatting import demonstration_segments
+from common.overlong import Dropped, fit_demonstration
 from common.records import Record
 from common.tokenization import SegmentEncoder
-from step1_sft.options import SFTOptions
 
 
 class Demonstration(NamedTuple):
@@ -19,6 +18,10 @@ class Demonstration(NamedTuple):
 
     ids: list[int]
     is_trained: list[bool]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -32,23 +35,34 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (B, T)
     positions: Tensor  # (B, T) bool
     labels: Tensor  # (N,) the learnt tokens, row by row
+    position_ids: Tensor | None  # (B, T) from 0 in each demonstration of a row; None where no row has several
 
 
-def demonstration(record: Record, encoder: SegmentEncoder, options: SFTOptions) -> Demonstration | None:
-    """Tokenise a record and cut it to --max_length on the right; None when nothing is left to learn."""
-    segments = demonstration_segments(record, encoder.render, encoder.tokenizer.eos_token)
-    ids, is_response = encoder.encode(segments)
-    ids, is_response = ids[: options.max_length], is_response[: options.max_length]
-    if options.loss_on == "prompt_and_response":
-        is_response = [True] * len(ids)
-    is_response[0] = False  # nothing comes before the first token to predict it
-    return Demonstration(ids, is_response) if any(is_response) else None
+def demonstration(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, loss_on: str
+) -> tuple[Demonstration, bool]:
+    """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
+
+    row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
+    is_trained = [True] * len(row.ids) if loss_on == "prompt_and_response" else list(row.is_response)
+    is_trained[0] = False  # nothing comes before the first token to predict it
+    if not any(is_trained):
+        raise Dropped("nothing to learn from")
+    return Demonstration(row.ids, is_trained), is_cut
 
 
-def collate(rows: Sequence[Demonstration], pad_token_id: int) -> Batch:
-    """Pad a micro-batch and find the positions whose next token is to be learnt."""
-    input_ids = pad_rows([row.ids for row in rows], pad_token_id).to(device())  # (B, T)
-    is_trained = pad_rows([row.is_trained for row in rows], False).to(device())  # (B, T)
-    positions = torch.zeros_like(is_trained)
+def collate(rows: Sequence[Sequence[Demonstration]], pad_token_id: int) -> Batch:
+    """Rows of one or more demonstrations as a micro-batch, with the positions before the tokens to learn.
+
+    Where positions begin again, attention does too. Padding behind several demonstrations is at position 0,
+    so that each such token sees itself alone.
+    """
+    input_ids = pad_rows([[i for part in row for i in part.ids] for row in rows], pad_token_id).to(device())
+    is_trained = pad_rows([[t for part in row for t in part.is_trained] for row in rows], False).to(device())
+    positions = torch.zeros_like(is_trained)  # (B, T), as the two above
     positions[:, :-1] = is_trained[:, 1:]
-    return Batch(input_ids, positions, input_ids[is_trained])
+    position_ids = None
+    if any(len(row) > 1 for row in rows):
+        position_ids = pad_rows([[p for part in row for p in range(part.length)] for row in rows], 0)
+        position_ids = position_ids.to(device())  # (B, T)
+    return Batch(input_ids, positions, input_ids[is_trained], position_ids)

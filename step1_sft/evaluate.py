@@ -1,60 +1,203 @@
-"""Held-out loss and sample answers of a language model."""
+"""Perplexity of language models on demonstrations, and sample answers.
 
+A part of step 1, and a command that compares models on the same texts:
+
+    bash launch/evaluate_sft.sh --model_name_or_path DIR1 DIR2 --eval_data F.jsonl
+"""
+
+import contextlib
+import gc
 import math
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from common.data import deal
-from common.distributed import rank, sum_over_ranks
-from common.engine import gathered
-from common.models import response_logits
-from common.options import world_size
-from common.tokenization import SegmentEncoder
-from step1_sft.data import Demonstration, collate
+from common.distributed import init_distributed, log, rank, sum_over_ranks
+from common.engine import gathered, make_frozen
+from common.files import write_json
+from common.models import load_causal_lm, load_config, longest_input, response_logits
+from common.options import UserError, parse_options, world_size
+from common.overlong import Dropped
+from common.process import run_main
+from common.records import Record, parse_all
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import frozen_config, load_zero_config
+from step1_sft.data import Demonstration, collate, demonstration
 from step1_sft.loss import sft_loss
+from step1_sft.options import EvaluateOptions, SFTOptions
+from step1_sft.packing import micro_batches
+
+TIMEOUT_MINUTES = 30.0
+COLUMNS = ("model", "records", "response_tokens", "loss", "perplexity", "bits_per_byte")
+
+
+class Entrant(NamedTuple):
+    """A model of the comparison, and the records in its own tokens."""
+
+    path: str
+    encoder: SegmentEncoder
+    rows: list[Demonstration | None]  # one per record; None: it does not fit
+
+
+class Answer(NamedTuple):
+    """A prompt and what a model says to it, as texts."""
+
+    prompt: str
+    answer: str
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(EvaluateOptions, required=["model_name_or_path", "eval_data"])
+    if options.output and not Path(options.output).parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no such folder")
+    as_trained = SFTOptions(
+        max_length=options.max_length, micro_batch_size=options.micro_batch_size,
+        global_batch_size=options.micro_batch_size * world_size(),
+    )  # fmt: skip
+    load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    origins, records = parse_all(options.eval_data)
+    entrants = [_tokenise(path, origins, records, options.max_length) for path in options.model_name_or_path]
+    kept = [i for i in range(len(records)) if all(entrant.rows[i] for entrant in entrants)]
+    log(f"{len(kept)} of {len(records)} records fit the models and --max_length {options.max_length}")
+    if not kept:
+        raise UserError(f"{' '.join(options.eval_data)}: no rows left to evaluate on")
+    init_distributed(TIMEOUT_MINUTES)
+
+    # 2. One model after the other.
+    num_bytes = sum(response_bytes(records[i]) for i in kept)
+    found = []
+    for entrant in entrants:
+        rows = [entrant.rows[i] for i in kept]
+        found.append(_measure_entrant(entrant, rows, num_bytes, options, as_trained))
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # 3. What was found.
+    for row in found:
+        log(f"\n# {row['model']}\n\n{as_markdown([Answer(**sample) for sample in row['samples']])}")
+    log("\n" + _table(found))
+    if options.output and rank() == 0:
+        write_json(Path(options.output), found)
+
+
+def evaluate(
+    engine: Any, rows: Sequence[Demonstration], options: SFTOptions, pad_token_id: int
+) -> dict[str, float]:
+    """eval/loss, the mean over all learnt tokens of all rows on all ranks, and its exponential."""
+    nats, tokens = negative_log_likelihood(engine, rows, options, pad_token_id)
+    return {"eval/loss": nats / tokens, "eval/perplexity": _perplexity(nats / tokens)}
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Any, rows: Sequence[Demonstration], micro_batch: int, pad_token_id: int
-) -> dict[str, float]:
-    """eval/loss, the mean over all learnt tokens of all rows on all ranks, and its exponential."""
-    engine.eval()
-    lengths = [len(row.ids) for row in rows]
+def negative_log_likelihood(
+    model: nn.Module, rows: Sequence[Demonstration], options: SFTOptions, pad_token_id: int
+) -> tuple[float, float]:
+    """Sum over all learnt tokens of all rows on all ranks, in nats, and the number of these tokens.
+
+    model: an engine, or a plain model on this rank's device.
+    """
+    model.eval()
     total = count = 0.0
-    for chosen in deal(range(len(rows)), lengths, micro_batch, rank(), world_size()):
+    for chosen in micro_batches([len(row.ids) for row in rows], options):
         # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
-        batch = collate([rows[i] for i in chosen] or rows[:1], pad_token_id)
-        loss = sft_loss(response_logits(engine, batch.input_ids, batch.positions), batch.labels, num_tokens=1)
+        batch = collate([[rows[i] for i in row] for row in chosen or [[0]]], pad_token_id)
+        logits = response_logits(model, batch.input_ids, batch.positions, batch.position_ids)
+        loss = sft_loss(logits, batch.labels, num_tokens=1)
         if chosen:
             total, count = total + loss.item(), count + len(batch.labels)
     total, count = sum_over_ranks(total, count)
-    engine.train()
-    return {"eval/loss": total / count, "eval/perplexity": math.exp(min(total / count, 700.0))}
+    model.train()
+    return total, count
 
 
 @torch.no_grad()
 def sample_answers(
-    engine: Any, rows: Sequence[Demonstration], encoder: SegmentEncoder, max_new_tokens: int
-) -> str:
-    """Greedy answers to the prompts of the rows, as Markdown."""
-    engine.eval()
-    lines = []
-    with gathered(engine) as model:
+    model: nn.Module, rows: Sequence[Demonstration], encoder: SegmentEncoder, max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers to the prompts of the rows, as long as the model has positions for."""
+    model.eval()
+    answers = []
+    is_engine = hasattr(model, "module")
+    with gathered(model) if is_engine else contextlib.nullcontext(model) as whole_model:
+        limit = getattr(whole_model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         for row in rows:
-            prompt = torch.tensor([row.prompt_ids], device=engine.device)  # (1, P)
-            whole = model.generate(
+            prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)
+            whole = whole_model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, limit - len(row.prompt_ids)),
                 do_sample=False,
                 synced_gpus=False,
             )
             answer = encoder.decode_response(row.prompt_ids, whole[0, prompt.shape[1] :].tolist())
-            lines.append(
-                f"**{encoder.tokenizer.decode(row.prompt_ids, skip_special_tokens=True)}**\n\n{answer}"
-            )
-    engine.train()
-    return "\n\n---\n\n".join(lines)
+            answers.append(Answer(encoder.tokenizer.decode(row.prompt_ids, skip_special_tokens=True), answer))
+    model.train()
+    return answers
+
+
+def as_markdown(answers: Sequence[Answer]) -> str:
+    return "\n\n---\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in answers)
+
+
+def response_bytes(record: Record) -> int:
+    """UTF-8 bytes of the responses of a record, on which no tokenizer or chat template has an influence."""
+    turns = record["messages"] if "messages" in record else record["completion"]
+    if isinstance(turns, str):
+        return len(turns.encode())
+    replies = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    return sum(len(reply.encode()) for reply in (replies if "messages" in record else replies[-1:]))
+
+
+def _tokenise(path: str, origins: Sequence[str], records: Sequence[Record], max_length: int) -> Entrant:
+    max_length = longest_input(load_config(path), max_length, "max_length")
+    encoder = SegmentEncoder(load_tokenizer(path))
+    rows: list[Demonstration | None] = []
+    for origin, record in zip(origins, records, strict=True):
+        try:
+            # Whole records alone, so that all models are measured on the same text.
+            rows.append(demonstration(record, encoder, max_length, overlong="drop", loss_on="response")[0])
+        except Dropped:
+            rows.append(None)
+        except ValueError as error:
+            raise UserError(f"{origin}: {error}") from None
+    return Entrant(path, encoder, rows)
+
+
+def _measure_entrant(
+    entrant: Entrant, rows: Sequence[Demonstration], num_bytes: int, options: EvaluateOptions,
+    as_trained: SFTOptions,
+) -> dict[str, Any]:  # fmt: skip
+    """Figures and answers of one model, by the names of COLUMNS; bits per byte count EOS as no byte."""
+    path, encoder, _ = entrant
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), frozen_config(zero))
+    nats, tokens = negative_log_likelihood(model, rows, as_trained, encoder.tokenizer.pad_token_id)
+    answers = sample_answers(model, rows[: options.num_samples], encoder, options.sample_length)
+    figures = (nats / tokens, _perplexity(nats / tokens), nats / math.log(2) / num_bytes)
+    found = dict(zip(COLUMNS, (path, len(rows), int(tokens), *figures), strict=True))
+    return found | {"samples": [answer._asdict() for answer in answers]}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _table(found: Sequence[dict[str, Any]]) -> str:
+    """The figures as Markdown in columns."""
+    cells = [
+        [f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in COLUMNS]
+        for row in found
+    ]
+    cells = [[name.replace("_", " ") for name in COLUMNS], *cells]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

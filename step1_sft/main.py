@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from common.checkpoint import find_checkpoint, save_if_due
-from common.data import batch_order, check_best_metric, deal, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
+from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
 from common.health import check_numbers
 from common.lora import add_adapters, check_targets
-from common.metrics import MetricWriter, peak_memory_gib
+from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
 from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import parse_options, world_size
 from common.process import run_main
@@ -27,9 +27,10 @@ from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step1_sft.data import Demonstration, collate, demonstration
-from step1_sft.evaluate import evaluate, sample_answers
+from step1_sft.evaluate import as_markdown, evaluate, sample_answers
 from step1_sft.loss import sft_loss
 from step1_sft.options import SFTOptions
+from step1_sft.packing import check_packing, micro_batches
 
 
 def main() -> None:
@@ -41,21 +42,26 @@ def main() -> None:
     check_targets(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
-    convert = partial(demonstration, encoder=encoder, options=options)
-    train, held_out = load_examples(options.train_data, options, convert)
+    convert = partial(
+        demonstration, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
+        loss_on=options.loss_on,
+    )  # fmt: skip
+    train, held_out = load_examples(options.train_data, options, Demonstration, convert)
     check_best_metric(options, held_out, "eval/loss")
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": tokenizer})
     checkpoint = find_checkpoint(options)
 
     # 2. The model, and where the run stands.
-    lengths = [len(row.ids) for row in train]
+    lengths = train.notes("length")
     total_steps = options.max_steps or steps_in_epochs(
         len(train), options.global_batch_size, options.num_train_epochs
     )
     seed_everything(options.seed, step=0)
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
+    if options.packing:
+        check_packing(engine, options.max_length)
     engines = {"policy": engine}
     state = resume(checkpoint, options, engines)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
@@ -71,16 +77,17 @@ def main() -> None:
         measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
         state.advance(options.global_batch_size, len(train))
         skipped = int(not math.isfinite(measured["train/grad_norm"]))
-        check_numbers(state, options, skipped, measured["train/loss"], [train.origins[i] for i in chosen])
+        check_numbers(state, options, skipped, measured["train/loss"], [train.origin(i) for i in chosen])
         measured["train/skipped_updates"] = state.skipped
         is_last, is_best = state.step == total_steps, False
         if is_last or state.step % options.logging_steps == 0:
             metrics.log(state.step, measured, ["train/loss", "train/lr", "train/tokens_per_second"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            found = evaluate(engine, held_out, options.micro_batch_size, tokenizer.pad_token_id)
+            found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
             metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
-            samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
-            metrics.text(state.step, "samples", samples)
+            shown = [held_out[i] for i in range(min(options.num_samples, len(held_out)))]
+            samples = sample_answers(engine, shown, encoder, options.sample_length)
+            metrics.text(state.step, "samples", as_markdown(samples))
             if is_best := state.is_best(options.best_metric, found):
                 export_best(engine, tokenizer, output / "best", load_base)
         save_if_due(options, state, engines, is_best, is_last)
@@ -96,11 +103,13 @@ def train_step(
     start = time.perf_counter()
     lengths = [len(row.ids) for row in batch]
     num_tokens = sum(sum(row.is_trained) for row in batch)
-    mine = deal(range(len(batch)), lengths, options.micro_batch_size, rank(), world_size())
+    mine = micro_batches(lengths, options)
     total = padded = 0.0
-    for number, chosen in enumerate(mine, start=1):
-        micro = collate([batch[i] for i in chosen], pad_token_id)
-        loss = sft_loss(response_logits(engine, micro.input_ids, micro.positions), micro.labels, num_tokens)
+    for number, rows in enumerate(mine, start=1):
+        # A rank may be left without rows in a round. It takes part for nothing: ZeRO needs every rank.
+        micro = collate([[batch[i] for i in row] for row in rows or [[0]]], pad_token_id)
+        logits = response_logits(engine, micro.input_ids, micro.positions, micro.position_ids)
+        loss = sft_loss(logits, micro.labels, num_tokens) * bool(rows)
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
         total, padded = total + loss.detach(), padded + micro.input_ids.numel()
     total, padded = sum_over_ranks(total, padded)
@@ -112,6 +121,7 @@ def train_step(
         "train/tokens_per_second": sum(lengths) / seconds,
         "train/response_tokens_per_second": num_tokens / seconds,
         "train/padding_share": 1.0 - sum(lengths) / padded,
+        **utilisation(training_flops(engine.module, lengths), seconds),
         "time/step": seconds,
         "memory/peak_gib": peak_memory_gib(),
     }

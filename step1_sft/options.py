@@ -7,14 +7,37 @@ from common.options import TrainOptions, option
 
 
 @dataclass
-class SFTOptions(TrainOptions):
+class SampleOptions:
+    """Answers that people look at."""
+
+    num_samples: int = option(4, "Answers to held-out prompts shown at each evaluation.", at_least=0)
+    sample_length: int = option(64, "Longest such answer, in tokens.", at_least=1)
+
+
+@dataclass
+class SFTOptions(TrainOptions, SampleOptions):
     """Supervised fine-tuning on demonstrations: `prompt` + `completion`, or `messages`."""
 
     output_dir: str = option("output/step1_sft", "Folder for logs, checkpoints and the final model.")
     loss_on: Literal["response", "prompt_and_response"] = option(
         "response", "Learn from every assistant turn only, or from all tokens."
     )
-    num_samples: int = option(
-        4, "Answers to held-out prompts written to TensorBoard at each evaluation.", at_least=0
+    packing: bool = option(
+        False, "Fill rows of up to --max_length tokens with several examples that do not see each other."
     )
-    sample_length: int = option(64, "Longest such answer, in tokens.", at_least=1)
+
+
+@dataclass
+class EvaluateOptions(SampleOptions):
+    """Language models compared on demonstrations."""
+
+    model_name_or_path: list[str] = option([], "Folders or hub names of the models to compare. Required.")
+    eval_data: list[str] = option([], "Demonstrations: files or hub names. Required.")
+    max_length: int = option(
+        1024, "Longest record in tokens; one that is longer for any model is left out.", at_least=8
+    )
+    micro_batch_size: int = option(4, "Records that one rank puts through a model at once.", at_least=1)
+    zero_config: str = option(
+        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+    )
+    output: str = option("", "JSON file for figures and answers.")

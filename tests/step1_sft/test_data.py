@@ -2,13 +2,18 @@
 
 import pytest
 
+from common.overlong import Dropped
 from step1_sft.data import Demonstration, collate, demonstration
-from step1_sft.options import SFTOptions
 from tests.word_encoder import EOS, PAD, WordEncoder
 
 
-def tokenise(record: dict, **options) -> Demonstration | None:
-    return demonstration(record, WordEncoder(), SFTOptions(**options))
+def tokenise(
+    record: dict, max_length: int = 64, overlong: str = "truncate_response", loss_on: str = "response"
+) -> Demonstration | None:
+    try:
+        return demonstration(record, WordEncoder(), max_length, overlong, loss_on)[0]
+    except Dropped:
+        return None
 
 
 def test_only_the_response_and_its_eos_are_learnt():
@@ -50,7 +55,7 @@ def test_collate_aligns_positions_with_labels():
         Demonstration([20, 21, EOS], [False, True, True]),
         Demonstration([30, 31, 32, 33], [False, True, False, True]),  # two turns
     ]
-    batch = collate(rows, PAD)
+    batch = collate([[row] for row in rows], PAD)
     assert batch.input_ids.tolist() == [[10, 11, 12, 13, EOS], [20, 21, EOS, PAD, PAD], [30, 31, 32, 33, PAD]]
     assert batch.positions.int().tolist() == [[0, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0]]
     assert batch.labels.tolist() == [12, 13, EOS, 21, EOS, 31, 33]
@@ -59,6 +64,6 @@ def test_collate_aligns_positions_with_labels():
 def test_a_learnt_pad_id_inside_a_row_is_kept():
     """Masks come from lengths: an id that happens to be the pad id is a token like any other."""
     rows = [Demonstration([10, PAD, PAD], [False, True, True]), Demonstration([20, 21], [False, True])]
-    batch = collate(rows, PAD)
+    batch = collate([[row] for row in rows], PAD)
     assert batch.labels.tolist() == [PAD, PAD, 21]
     assert batch.positions.int().tolist() == [[1, 1, 0], [1, 0, 0]]

@@ -1,0 +1,159 @@
+"""The command that compares models: figures of plain transformers, one table, mistakes in one line."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from common.tokenization import SegmentEncoder
+from step1_sft.data import Demonstration
+from step1_sft.evaluate import response_bytes, sample_answers
+from tests.ranks import succeed
+from tests.test_bad_input import check_refusal
+from tests.test_launch import bash
+from tests.test_stages import ZERO, world  # noqa: F401 - world is a fixture
+
+TURNS = [
+    {"role": "user", "content": "Hello!"},
+    {"role": "assistant", "content": "Größe"},
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "ab"},
+]
+
+
+@pytest.fixture(scope="module")
+def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Ten short conversations and one of two replies."""
+    file = tmp_path_factory.mktemp("data") / "held_out.jsonl"
+    lines = (world / "demonstrations.jsonl").read_text().splitlines()[:10]
+    file.write_text("\n".join([*lines, json.dumps({"messages": TURNS})]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def short(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Another model, which does not read more than 48 tokens."""
+    folder = tmp_path_factory.mktemp("short") / "model"
+    shutil.copytree(world / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}))
+    return folder
+
+
+def compare(folder: Path, models: list[Path], data: Path, *words: str, ranks: int = 1) -> list[dict]:
+    file = folder / "found.json"
+    options = ["--model_name_or_path", *map(str, models), "--eval_data", str(data), "--output", str(file)]
+    succeed(
+        "step1_sft.evaluate", [*options, "--num_samples", "2", "--sample_length", "3", *words], folder, ranks
+    )
+    return json.loads(file.read_text())
+
+
+def by_transformers(model: Path, lines: list[str]) -> tuple[float, int, float]:
+    """Cross-entropy per token of the replies, their number, and bits per byte; a text at a time."""
+    tokenizer, module = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    nats = tokens = size = 0.0
+    for line in lines:
+        messages = json.loads(line)["messages"]
+        ids = tokenizer(
+            tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt"
+        ).input_ids
+        labels = torch.full_like(ids, -100)
+        for place in range(1, len(messages), 2):
+            begin, end = (
+                len(tokenizer(tokenizer.apply_chat_template(part, tokenize=False, **kind)).input_ids)
+                for part, kind in (
+                    (messages[:place], {"add_generation_prompt": True}),
+                    (messages[: place + 1], {}),
+                )
+            )
+            labels[:, begin:end] = ids[:, begin:end]
+            size += len(messages[place]["content"].encode())
+        count = int((labels != -100).sum())
+        nats, tokens = nats + module(ids, labels=labels).loss.item() * count, tokens + count
+    return nats / tokens, int(tokens), nats / math.log(2) / size
+
+
+def test_figures_are_those_of_plain_transformers(world: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    (found,) = compare(tmp_path, [world / "model"], data)
+    loss, tokens, bits = by_transformers(world / "model", data.read_text().splitlines())
+    assert (found["records"], found["response_tokens"]) == (11, tokens)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert found["samples"][1]["prompt"] and len(found["samples"]) == 2
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero3"])
+def test_two_ranks_are_one(world: Path, short: Path, data: Path, tmp_path: Path, zero: str) -> None:  # noqa: F811
+    models, config = [world / "model", short], ["--zero_config", str(ZERO / f"{zero}.json")]
+    alone = compare(tmp_path, models, data)
+    together = compare(tmp_path, models, data, *config, "--micro_batch_size", "4", ranks=2)
+    for one, other in zip(alone, together, strict=True):
+        assert other == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in one.items()}
+
+
+def test_all_models_are_measured_on_what_fits_them_all(
+    world: Path, short: Path, data: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(short)
+    texts = {
+        line: tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        for line in data.read_text().splitlines()
+    }
+    fitting = [line for line, text in texts.items() if len(tokenizer(text).input_ids) <= 48]
+    assert 0 < len(fitting) < 11
+    (tmp_path / "fitting.jsonl").write_text("\n".join(fitting))
+    both = compare(tmp_path, [world / "model", short], data)
+    (alone,) = compare(tmp_path, [short], tmp_path / "fitting.jsonl")
+    for found in both:  # their weights are the same
+        assert found | {"model": ""} == alone | {"model": ""}
+
+
+def test_bytes_are_those_of_the_replies_alone():
+    assert response_bytes({"messages": TURNS}) == 7 + 2
+    assert response_bytes({"prompt": TURNS[:1], "completion": TURNS[1:]}) == 2
+    assert response_bytes({"prompt": "Hello", "completion": " Größe"}) == 8
+
+
+def test_answers_end_where_the_positions_do(world: Path) -> None:  # noqa: F811
+    encoder = SegmentEncoder(AutoTokenizer.from_pretrained(world / "model"))
+    config = GPT2Config(vocab_size=len(encoder.tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=20)
+    model = AutoModelForCausalLM.from_config(config)
+    row = Demonstration(list(range(5, 24)), [False] * 18 + [True])
+    assert len(sample_answers(model, [row], encoder, max_new_tokens=64)) == 1
+
+
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        (["--eval_data", "FOLDER/no.jsonl"], ["no.jsonl", "No such file"]),
+        (["--model_name_or_path", "MODEL", "FOLDER"], ["FOLDER", "config.json is missing"]),
+        (["--max_length", "8"], ["held_out.jsonl", "no rows left"]),
+        (["--output", "FOLDER/no/found.json"], ["--output", "no such folder"]),
+        (["--eval_data", "FOLDER/bad.jsonl"], ["bad.jsonl:2", "'completion'"]),
+    ],
+)
+def test_a_mistake_is_one_line(world: Path, data: Path, tmp_path: Path, words, parts) -> None:  # noqa: F811
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    places = {"FOLDER": str(tmp_path), "MODEL": str(world / "model")}
+    for name, place in places.items():
+        words, parts = ([text.replace(name, place) for text in texts] for texts in (words, parts))
+    given = ["--model_name_or_path", str(world / "model"), "--eval_data", str(data), *words]
+    check_refusal("step1_sft.evaluate", given, parts, tmp_path, tmp_path / "out")
+
+
+def test_the_script_shows_a_table_and_leaves_nothing_behind(
+    world: Path, short: Path, data: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    words = ["--model_name_or_path", str(world / "model"), str(short), "--eval_data", str(data)]
+    done = bash("evaluate_sft.sh", words, tmp_path, NUM_GPUS="2")
+    assert done.returncode == 0, done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert "bits per byte" in rows[0] and str(world / "model") in rows[2] and str(short) in rows[3]
+    assert len({len(row) for row in rows}) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,207 @@
+"""Packed rows: who shares one, that nobody notices, and which models are refused."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, OPTConfig, PreTrainedModel
+
+import step1_sft.main
+from common.distributed import rank
+from common.models import response_logits
+from common.options import UserError
+from step1_sft.data import Demonstration, collate
+from step1_sft.loss import sft_loss
+from step1_sft.packing import best_fit, check_packing, deal_packed, spread
+from tests.conftest import assert_close
+from tests.ranks import run_stage, succeed
+from tests.test_families import FAMILIES
+from tests.test_stages import LORA, ZERO, metrics, sft, world  # noqa: F401 - world is a fixture
+from tests.word_encoder import EOS, PAD
+
+# The last one is not a whole number of rounds, as in evaluation.
+SIZES = [(32, 4, 1, 64), (32, 4, 8, 64), (32, 1, 2, 200), (24, 3, 2, 1000), (5, 2, 3, 64)]
+
+
+@pytest.mark.parametrize("batch, micro, ranks, max_length", SIZES)
+def test_every_example_has_one_place_and_no_limit_is_passed(batch, micro, ranks, max_length):
+    lengths = np.random.default_rng(0).integers(3, 65, batch)
+    dealt = [deal_packed(range(batch), lengths, micro, max_length, rank, ranks) for rank in range(ranks)]
+    micro_batches = list(itertools.chain(*dealt))
+    assert sorted(i for rows in micro_batches for row in rows for i in row) == list(range(batch))
+    assert len({len(mine) for mine in dealt}) == 1
+    assert max(len(rows) for rows in micro_batches) <= micro
+    assert max(sum(lengths[i] for i in row) for rows in micro_batches for row in rows) <= max_length
+    if batch % (micro * ranks) == 0:
+        assert len(dealt[0]) <= batch // (micro * ranks) and all(micro_batches)
+
+
+def test_rows_of_a_known_batch():
+    lengths = [5, 2, 7, 3, 3, 4]
+    assert [[lengths[i] for i in row] for row in best_fit(range(6), lengths, 8)] == [[7], [5, 3], [4, 3], [2]]
+    assert [[lengths[i] for i in row] for row in spread(range(6), lengths, 3)] == [[7, 2], [5, 3], [4, 3]]
+    # One round will do. Best fit makes rows of 19 and 5 tokens, but two of 12 leave no padding.
+    assert deal_packed(range(6), lengths, 4, 20, 0, 1) == [[[2, 3, 1], [0, 5, 4]]]
+
+
+def test_collate_begins_positions_again_and_leaves_padding_alone():
+    first, second = Demonstration([10, 11, EOS], [False, True, True]), Demonstration([20, EOS], [False, True])
+    batch = collate([[first, second], [second]], PAD)
+    assert batch.input_ids.tolist() == [[10, 11, EOS, 20, EOS], [20, EOS, PAD, PAD, PAD]]
+    assert batch.positions.int().tolist() == [[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
+    assert batch.labels.tolist() == [11, EOS, EOS, EOS]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    assert collate([[first], [second]], PAD).position_ids is None
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def tiny(config) -> PreTrainedModel:
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 60, 0, 1, 2
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()  # eval: some of the configurations have dropout
+
+
+@pytest.fixture(params=[name for name in FAMILIES if name != "opt"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny(FAMILIES[request.param])
+
+
+def documents() -> Iterator[Demonstration]:
+    generator = torch.Generator().manual_seed(1)
+    for length in (11, 9, 14, 5, 8):
+        ids = torch.randint(3, 60, (length,), generator=generator).tolist()
+        yield Demonstration(ids, [False, False] + [True] * (length - 2))
+
+
+def loss_and_gradients(model: PreTrainedModel, rows: list[list[Demonstration]]) -> list[torch.Tensor]:
+    model.zero_grad()
+    batch = collate(rows, PAD)
+    logits = response_logits(model, batch.input_ids, batch.positions, batch.position_ids)
+    loss = sft_loss(logits, batch.labels, len(batch.labels))
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def test_packed_loss_and_gradients_are_those_of_the_documents_alone(model):
+    a, b, c, d, e = documents()
+    expected = loss_and_gradients(model, [[a], [b], [c], [d], [e]])
+    found = loss_and_gradients(model, [[a, b], [c, d, e]])  # the first row ends in padding
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_document_sees_another(model):
+    a, b, c, _, _ = documents()
+    other = a._replace(ids=[3 + (i + 20) % 57 for i in a.ids])
+
+    def logits(first: Demonstration) -> torch.Tensor:
+        batch = collate([[first, b], [c]], PAD)
+        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+
+    found, changed = logits(a), logits(other)
+    own = slice(a.length, a.length + b.length)
+    assert torch.equal(found[0, own], changed[0, own])
+    assert not torch.allclose(found[0, : a.length], changed[0, : a.length])
+
+
+def test_models_that_keep_documents_apart_are_accepted(model):
+    check_packing(model, max_length=64)
+    check_packing(model.bfloat16(), max_length=8)
+
+
+BLOOM = BloomConfig(hidden_size=32, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize("config", [FAMILIES["opt"], BLOOM], ids=["opt", "bloom"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_models_that_do_not_are_refused(config, dtype):
+    with pytest.raises(UserError, match=f"--packing: a model of type {config.model_type} "):
+        check_packing(tiny(config).to(dtype), max_length=64)
+
+
+# --- the stage ----------------------------------------------------------------------------------------------
+
+NAMES = ("train/loss", "train/grad_norm", "eval/loss")
+PACKED = ["--packing", "--max_length", "96", "--micro_batch_size", "2"]
+
+
+@pytest.fixture(scope="module")
+def unpacked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("unpacked")
+    succeed("step1_sft.main", [*sft(world, folder / "sft"), "--max_length", "96"], folder)
+    return folder / "sft"
+
+
+@pytest.mark.parametrize("ranks, zero", [(1, "zero0"), (2, "zero2"), (2, "zero3")])
+def test_a_packed_run_is_the_run(world: Path, unpacked: Path, tmp_path: Path, ranks: int, zero: str) -> None:  # noqa: F811
+    options = [*sft(world, tmp_path / "sft"), *PACKED, "--zero_config", str(ZERO / f"{zero}.json")]
+    succeed("step1_sft.main", options, tmp_path, ranks)
+    for name in NAMES:
+        expected = metrics(unpacked, name)
+        assert metrics(tmp_path / "sft", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
+
+
+def test_a_rank_without_rows_takes_part_for_nothing(
+    world: Path, unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    def first_rank_alone(lengths, options):
+        whole = deal_packed(range(len(lengths)), lengths, options.micro_batch_size, options.max_length, 0, 1)
+        return whole if rank() == 0 else [[] for _ in whole]
+
+    monkeypatch.setattr(step1_sft.main, "micro_batches", first_rank_alone)
+    options = [*sft(world, tmp_path / "sft"), *PACKED, "--zero_config", str(ZERO / "zero3.json")]
+    succeed("step1_sft.main", options, tmp_path, ranks=2)
+    for name in NAMES:
+        expected = metrics(unpacked, name)
+        assert metrics(tmp_path / "sft", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
+
+
+def test_adapters_and_recomputation(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    for name, options in (("plain", []), ("packed", [*PACKED, "--gradient_checkpointing"])):
+        words = [*sft(world, tmp_path / name), "--max_length", "96", *LORA, *options]
+        succeed("step1_sft.main", words, tmp_path)
+    for name in NAMES:
+        expected = metrics(tmp_path / "plain", name)
+        assert metrics(tmp_path / "packed", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
+
+
+def test_the_share_of_padding(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Counted anew where micro-batches are made: tokens of demonstrations, and all."""
+
+    def counting(rows, pad):
+        batch = collate(rows, pad)
+        tokens = sum(part.length for row in rows for part in row)
+        with (tmp_path / "counts.jsonl").open("a") as file:
+            file.write(f"[{tokens}, {batch.input_ids.numel()}]\n")
+        return batch
+
+    monkeypatch.setattr(step1_sft.main, "collate", counting)
+    words = [*sft(world, tmp_path / "sft", steps=1), *PACKED, "--global_batch_size", "24"]
+    succeed("step1_sft.main", words, tmp_path, ranks=2)
+    counts = [json.loads(line) for line in (tmp_path / "counts.jsonl").read_text().splitlines()]
+    tokens, all_tokens = map(sum, zip(*counts, strict=True))
+    assert len(counts) < 24 / 2
+    share = metrics(tmp_path / "sft", "train/padding_share")
+    assert share == pytest.approx([1 - tokens / all_tokens], rel=1e-6)
+
+
+def test_the_stage_refuses_opt_in_one_line(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, word_embed_proj_dim=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    words = [*sft(world, tmp_path / "out"), *PACKED, "--zero_config", str(ZERO / "zero3.json")]
+    words += ["--model_name_or_path", str(tmp_path / "model")]
+    result = run_stage("step1_sft.main", words, tmp_path, ranks=2)
+    assert result.codes == [2, 2], result.output
+    assert "error: --packing: a model of type opt " in result.output and "Traceback" not in result.output
