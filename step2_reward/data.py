@@ -1,6 +1,9 @@
-"""Preferences as pairs of token ids."""
+"""Preferences as token ids."""
 
+import os
 from collections.abc import Sequence
+from itertools import accumulate, chain, combinations
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -8,68 +11,132 @@ from torch import Tensor
 
 from common.data import pad_rows
 from common.distributed import device
-from common.formatting import Segment, demonstration_segments, preference_segments
+from common.formatting import Segment, comparison, preference_segments
+from common.overlong import Prompt, fit, fit_demonstration
 from common.records import Record
 from common.tokenization import SegmentEncoder
-from step2_reward.options import RewardOptions
 
 
 class Preference(NamedTuple):
-    """Token ids of two dialogues with the same prompt, both ending in EOS, and by how much one is better."""
+    """Token ids of a prompt and of K responses to it, best first; each ends in EOS, where it is scored."""
 
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    margin: float  # by how much the chosen one is better, if the records say so
-    is_tie: bool = False  # neither is better
+    prompt_ids: list[int]
+    response_ids: list[int]  # all responses, one after the other
+    response_lengths: list[int]  # (K,)
+    ranks: list[float]  # (K,) rising; equal ones are a tie
+    margin: float = 0.0  # of a pair: by how much the first is better, if the records say so
 
     @property
     def length(self) -> int:
-        return max(len(self.chosen_ids), len(self.rejected_ids))
+        return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """Token ids of each response, best first."""
+        ends = accumulate(self.response_lengths)
+        return [self.response_ids[end - n : end] for n, end in zip(self.response_lengths, ends, strict=True)]
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Every two responses, the better one first."""
+        return list(combinations(range(len(self.ranks)), 2))
+
+    @property
+    def pair_facts(self) -> list[tuple[bool, float, float]]:
+        """Of each pair: whether it is a tie, its margin, and its weight, one over the pairs of the record."""
+        margin = 0.0 if self.ranks[0] == self.ranks[-1] else self.margin
+        weight = 1 / len(self.pairs)
+        return [(self.ranks[i] == self.ranks[j], margin, weight) for i, j in self.pairs]
+
+    @property
+    def chosen_ids(self) -> list[int]:
+        """The prompt and the best response."""
+        return self.prompt_ids + self.response_ids[: self.response_lengths[0]]
+
+
+class Response(NamedTuple):
+    """Token ids of a prompt and a response that ends in EOS, where its score is read."""
+
+    ids: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+class Layout(NamedTuple):
+    """How records become rows of tokens: a row for each response, or one for all that share a prompt."""
+
+    pad_token_id: int
+    share_prompts: bool = False
+
+    def row_lengths(self, row: Preference) -> list[int]:
+        """Tokens of each row that a record takes."""
+        alone = [len(row.prompt_ids) + length for length in row.response_lengths]
+        return [row.length] if self.share_prompts else alone
 
 
 class Batch(NamedTuple):
-    """One micro-batch of B pairs: chosen and rejected in one tensor, so that one forward pass scores both."""
+    """One micro-batch: B records with N responses and P pairs of them, in order, on R rows of tokens."""
 
-    input_ids: Tensor  # (2B, T) the B chosen rows, then the B rejected ones, padded on the right
-    lengths: Tensor  # (2B,)
-    margins: Tensor  # (B,)
-    is_tie: Tensor  # (B,) bool
+    input_ids: Tensor  # (R, T) padded on the right
+    position_ids: Tensor  # (R, T) each response goes on where its prompt ends
+    segments: Tensor  # (R, T) 0: prompt; 1, 2, ...: responses of the row; -1: padding
+    better: Tensor  # (P,) which of the N responses, of each pair
+    worse: Tensor  # (P,)
+    is_tie: Tensor  # (P,) bool, neither is better
+    margins: Tensor  # (P,)
+    weights: Tensor  # (P,) 1 / pairs of the record: pairs of a record, then records, count alike
+    share_prompts: bool  # whether a row may hold several responses
 
 
-def preference(record: Record, encoder: SegmentEncoder, options: RewardOptions) -> Preference:
-    """Tokenise a record; each side is cut to --max_length (see `fit`)."""
-    chosen, rejected = preference_segments(record, encoder.render, encoder.tokenizer.eos_token)
-    margin = record.get("margin", 0.0) if options.use_margin else 0.0
+def preference(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, use_margin: bool
+) -> tuple[Preference, bool]:
+    """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
+    margin = record.get("margin", 0.0) if use_margin else 0.0
     if isinstance(margin, bool) or not isinstance(margin, int | float):
         raise ValueError(f"field 'margin' is {margin!r}; it must be a number")
-    sides = (fit(segments, encoder, options.max_length) for segments in (chosen, rejected))
-    return Preference(*sides, float(margin), bool(record.get("tie", False)))
+    if margin and "ranks" in record:
+        raise ValueError("field 'margin' belongs to a pair; a record with 'ranks' cannot have one")
+    compared = comparison(record)
+
+    def segments(prompt: Prompt) -> list[list[Segment]]:
+        shorter = compared._replace(prompt=prompt)
+        return preference_segments(shorter, encoder.render, encoder.tokenizer.eos_token)
+
+    sides, is_cut = fit(compared.prompt, segments, encoder, max_length, overlong, keep_end=True)
+    # Dialogues may differ before their last response; then only what they share is the prompt.
+    prompt = os.path.commonprefix([side.ids[: side.start] for side in sides])
+    by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
+    responses = [side.ids[len(prompt) :] for _, side in by_rank]
+    ranks = [float(rank) for rank, _ in by_rank]
+    return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, float(margin)), is_cut
 
 
-def demonstration_ids(record: Record, encoder: SegmentEncoder, options: RewardOptions) -> list[int]:
-    """Token ids of a demonstration whose last response is to be scored."""
-    segments = demonstration_segments(record, encoder.render, encoder.tokenizer.eos_token)
-    return fit(segments, encoder, options.max_length)
+def scored_response(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
+) -> tuple[Response, bool]:
+    """Tokenise a demonstration whose last response is to be scored."""
+    row, is_cut = fit_demonstration(record, encoder, max_length, overlong, keep_end=True)
+    return Response(row.ids), is_cut
 
 
-def fit(segments: Sequence[Segment], encoder: SegmentEncoder, max_length: int) -> list[int]:
-    """Ids of at most `max_length` tokens that end in EOS, where the score is read.
-
-    A long prompt loses its beginning, down to one token; then a long response loses its end, but never its
-    EOS.
-    """
-    prompt, _ = encoder.encode(segments[:-1])
-    whole, _ = encoder.encode(segments)
-    response = whole[len(prompt) :]
-    if len(response) >= max_length:
-        response = response[: max_length - 2] + response[-1:]
-    return prompt[-(max_length - len(response)) :] + response
-
-
-def collate(rows: Sequence[Preference], pad_token_id: int) -> Batch:
-    """Pad a micro-batch of pairs."""
-    sides = [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows]
-    lengths = torch.tensor([len(ids) for ids in sides], device=device())
-    margins = torch.tensor([row.margin for row in rows], device=device())
-    is_tie = torch.tensor([row.is_tie for row in rows], device=device())
-    return Batch(pad_rows(sides, pad_token_id).to(device()), lengths, margins, is_tie)
+def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
+    """Lay a micro-batch out and pad it."""
+    ids, places, segments, pairs = [], [], [], []
+    count = 0
+    for row in rows:
+        for (i, j), facts in zip(row.pairs, row.pair_facts, strict=True):
+            pairs.append((count + i, count + j, *facts))
+        count += len(row.ranks)
+        start = len(row.prompt_ids)
+        for responses in (
+            [row.responses] if layout.share_prompts else [[response] for response in row.responses]
+        ):
+            ids.append([*row.prompt_ids, *chain(*responses)])
+            places.append([*range(start), *chain(*(range(start, start + len(r)) for r in responses))])
+            segments.append([0] * start + [number for number, r in enumerate(responses, 1) for _ in r])
+    tokens = pad_rows(ids, layout.pad_token_id), pad_rows(places, 0), pad_rows(segments, -1)  # (R, T) each
+    columns = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (P,) each
+    return Batch(*(part.to(device()) for part in (*tokens, *columns)), layout.share_prompts)

@@ -1,66 +1,191 @@
-"""What a reward model says of held-out pairs, and the average that its scores are centred on."""
+"""What a reward model says of held-out pairs, and the average that its scores are centred on.
 
+A part of step 2, and a command that judges a reward model, or several as one, on preferences:
+
+    bash launch/evaluate_reward.sh --reward_model_name_or_path OUT2/final --eval_data F.jsonl --output_dir DIR
+"""
+
+import json
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.data import deal, pad_rows
-from common.distributed import device, rank, sum_over_ranks
-from common.models import last_positions, token_scores
-from common.options import world_size
-from step2_reward.data import Batch, Preference, collate
+from common.distributed import (
+    device,
+    init_distributed,
+    log,
+    rank,
+    sum_over_ranks,
+    sum_tensor_over_ranks,
+)
+from common.ensemble import combine, load_encoders, load_members
+from common.files import write_json
+from common.models import base_model, last_positions, load_config, longest_input, token_scores
+from common.options import UserError, parse_options, world_size
+from common.overlong import Dropped
+from common.process import run_main
+from common.records import Record, parse_all
+from common.shapes import agreement
+from common.tokenization import SegmentEncoder
+from common.zero import load_zero_config
+from step2_reward.data import Layout, Preference, collate, preference
 from step2_reward.loss import pairwise_loss
+from step2_reward.options import EvaluateOptions, RewardOptions
+from step2_reward.plots import plots
+from step2_reward.report import Judged, measure
+from step2_reward.report_text import table
+from step2_reward.shared_prompt import pair_scores
+from step2_reward.verdicts import in_words, verdicts
+
+TIMEOUT_MINUTES = 30.0
 
 
-def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores of the B chosen and the B rejected responses, each (B,), in one forward pass."""
-    scores = token_scores(model, batch.input_ids, last_positions(batch.lengths, batch.input_ids.shape[1]))
-    chosen, rejected = scores.chunk(2)
-    return chosen, rejected
+class Pairs(NamedTuple):
+    """Records to judge models on, whole, as each encoder reads them."""
+
+    origins: list[str]  # as `file:line`
+    records: list[Record]
+    rows: dict[SegmentEncoder, list[Preference]]
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(EvaluateOptions, required=["reward_model_name_or_path", "eval_data"])
+    as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    encoders = load_encoders(options)
+    for path in options.reward_model_name_or_path:
+        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+    data = load_pairs(options.eval_data, encoders, options.max_length)
+    init_distributed(TIMEOUT_MINUTES)
+
+    # 2. One model after the other.
+    sides = []
+    for member in load_members(options, encoders, zero):
+        rows, layout = data.rows[member.encoder], Layout(member.encoder.tokenizer.pad_token_id)
+        with member.ready() as model:
+            sides.append(torch.stack(scored_pairs(model, rows, options.micro_batch_size, layout)))  # (2, P)
+            reward_std = getattr(base_model(model).config, "reward_std", 1.0)
+    members = torch.stack(sides)  # (M, 2, P)
+    better, worse = (combine(members[:, side], options) for side in (0, 1))  # (P,) each
+
+    # 3. What was found. Probabilities are of raw scores, which an ensemble has not.
+    history = Path(options.reward_model_name_or_path[0]).parent / "metrics.jsonl"
+    alone = len(members) == 1
+    judged = judge(data, rows, better, worse)
+    write_report(judged, reward_std if alone else 1.0, history if alone else None, Path(options.output_dir))
+
+
+def load_pairs(sources: Sequence[str], encoders: Sequence[SegmentEncoder], max_length: int) -> Pairs:
+    """Preferences of at most `max_length` tokens to every encoder, so that all models are judged on the same.
+
+    Raises UserError naming file and line of a bad record, and when no record is left.
+    """
+    origins, records = parse_all(sources)
+    rows: dict[SegmentEncoder, list[Preference | None]] = {encoder: [] for encoder in encoders}
+    for encoder in rows:
+        for origin, record in zip(origins, records, strict=True):
+            try:
+                rows[encoder].append(preference(record, encoder, max_length, "drop", use_margin=True)[0])
+            except Dropped:
+                rows[encoder].append(None)
+            except ValueError as error:
+                raise UserError(f"{origin}: {error}") from None
+    kept = [i for i in range(len(records)) if all(of_one[i] for of_one in rows.values())]
+    log(f"{' '.join(sources)}: {len(kept)} of {len(records)} records have at most {max_length} tokens")
+    if not kept:
+        raise UserError(f"{' '.join(sources)}: no rows left to judge on")
+    fitting = {encoder: [of_one[i] for i in kept] for encoder, of_one in rows.items()}
+    return Pairs([origins[i] for i in kept], [records[i] for i in kept], fitting)
+
+
+def judge(data: Pairs, rows: Sequence[Preference], better: Tensor, worse: Tensor) -> Judged:
+    """All pairs of the rows with their scores, (P,) each, and what the records say of them."""
+    facts = [
+        (row.response_lengths[i], row.response_lengths[j], margin, is_tie, origin.rpartition(":")[0], share)
+        for origin, record, row in zip(data.origins, data.records, rows, strict=True)
+        for share in [agreement(record)]
+        for (i, j), (is_tie, margin, _) in zip(row.pairs, row.pair_facts, strict=True)
+    ]
+    return Judged(better.numpy(), worse.numpy(), *(np.array(column) for column in zip(*facts, strict=True)))
+
+
+def write_report(judged: Judged, reward_std: float, history: Path | None, folder: Path) -> None:
+    """Print figures and verdicts, and on rank 0 write report.json, pictures and TensorBoard to a folder.
+
+    history: metrics.jsonl of the model's training, if it is to be found. Raises UserError when there is
+    nothing to measure.
+    """
+    if rank() != 0:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines = history.read_text().splitlines() if history and history.exists() else []
+    try:
+        figures = measure(judged, reward_std)
+    except ValueError as error:
+        raise UserError(f"no report in {folder}: {error}") from None
+    found = verdicts(figures, [json.loads(line) for line in lines])
+    log(f"\n{table(figures)}\n\n{in_words(found)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", figures | {"verdicts": [verdict._asdict() for verdict in found]})
+    with SummaryWriter(str(folder / "tensorboard")) as board:
+        for name, figure in plots(judged, figures).items():
+            figure.savefig(folder / f"{name}.png", dpi=150)
+            board.add_figure(f"eval/{name}", figure)
+    log(f"\nreport.json and pictures: {folder}")
 
 
 @torch.no_grad()
-def evaluate(
-    engine: Any, rows: Sequence[Preference], micro_batch: int, pad_token_id: int
-) -> dict[str, float]:
+def scored_pairs(
+    model: nn.Module, rows: Sequence[Preference], micro_batch: int, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Scores of the better and the worse response of every pair, row after row: (P,) each, fp64 on the CPU.
+
+    model: an engine, or a plain model on this rank's device. Each rank scores its part, and gets all.
+    """
+    model.eval()
+    starts = list(accumulate((len(row.pairs) for row in rows), initial=0))
+    scores = torch.zeros(starts[-1], 2, dtype=torch.float64)
+    lengths = [max(layout.row_lengths(row)) for row in rows]
+    for picked in deal(range(len(rows)), lengths, micro_batch, rank(), world_size()):
+        # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
+        found = pair_scores(model, collate([rows[i] for i in picked or [0]], layout))
+        if picked:
+            places = [place for i in picked for place in range(starts[i], starts[i + 1])]
+            scores[places] = torch.stack(found, dim=1).double().cpu()  # (p, 2)
+    better, worse = sum_tensor_over_ranks(scores.to(device())).cpu().unbind(1)
+    return better, worse
+
+
+def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: Layout) -> dict[str, float]:
     """Loss, accuracy, mean margin, and mean and std of the scores of either side.
 
-    Accuracy is over the pairs of which one is better; equal scores are half right there.
+    The loss is a mean over records, as in training; the others are over pairs. Accuracy is over the pairs of
+    which one is better; equal scores are half right there.
     """
-    engine.eval()
-    sums = torch.zeros(9, dtype=torch.float64)
-    for picked in deal(range(len(rows)), [row.length for row in rows], micro_batch, rank(), world_size()):
-        # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
-        batch = collate([rows[i] for i in picked] or rows[:1], pad_token_id)
-        chosen, rejected = pair_scores(engine, batch)
-        if picked:
-            right = (chosen > rejected).double() + 0.5 * (chosen == rejected)
-            loss = pairwise_loss(chosen, rejected, batch.margins, torch.where(batch.is_tie, 0.5, 1.0))
-            parts = [
-                torch.ones_like(loss),
-                loss,
-                ~batch.is_tie,
-                right * ~batch.is_tie,
-                chosen,
-                chosen**2,
-                rejected,
-                rejected**2,
-                chosen - rejected,
-            ]
-            sums += torch.stack([part.double().sum() for part in parts]).cpu()
-    count, loss, decided, right, chosen, chosen_sq, rejected, rejected_sq, margin = sum_over_ranks(*sums)
+    better, worse = scored_pairs(engine, rows, micro_batch, layout)
     engine.train()
-    return {
-        "eval/loss": loss / count,
-        "eval/accuracy": right / max(1.0, decided),
-        "eval/margin": margin / count,
-        "eval/chosen_mean": chosen / count,
-        "eval/chosen_std": _std(chosen, chosen_sq, count),
-        "eval/rejected_mean": rejected / count,
-        "eval/rejected_std": _std(rejected, rejected_sq, count),
+    facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 3)
+    is_tie, margins, weights = facts[:, 0].bool(), facts[:, 1], facts[:, 2]
+    losses = pairwise_loss(better, worse, margins, torch.where(is_tie, 0.5, 1.0))
+    right = (better > worse).double() + 0.5 * (better == worse)
+    found = {
+        "eval/loss": (losses * weights).sum() / len(rows),
+        "eval/accuracy": right[~is_tie].sum() / max(1, (~is_tie).sum()),
+        "eval/margin": (better - worse).mean(),
+        "eval/chosen_mean": better.mean(),
+        "eval/chosen_std": better.std(correction=0),
+        "eval/rejected_mean": worse.mean(),
+        "eval/rejected_std": worse.std(correction=0),
     }
+    return {name: float(figure) for name, figure in found.items()}
 
 
 @torch.no_grad()
@@ -83,3 +208,7 @@ def score_statistics(
 
 def _std(total: float, squares: float, count: float) -> float:
     return max(squares / count - (total / count) ** 2, 0.0) ** 0.5
+
+
+if __name__ == "__main__":
+    run_main(main)

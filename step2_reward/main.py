@@ -7,6 +7,7 @@ Teaches a copy of the SFT model with a scalar head to score responses, so that p
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,18 @@ from common.resume import resume
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
-from step2_reward.data import Preference, collate, demonstration_ids, preference
-from step2_reward.evaluate import evaluate, pair_scores, score_statistics
+from step2_reward.data import Layout, Preference, Response, collate, preference, scored_response
+from step2_reward.evaluate import (
+    evaluate,
+    judge,
+    load_pairs,
+    score_statistics,
+    scored_pairs,
+    write_report,
+)
 from step2_reward.loss import centring_loss, pairwise_loss
 from step2_reward.options import RewardOptions
+from step2_reward.shared_prompt import choose_layout, pair_scores
 
 
 def main() -> None:
@@ -44,17 +53,20 @@ def main() -> None:
     check_targets(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
-    train, held_out = load_examples(
-        options.train_data, options, partial(preference, encoder=encoder, options=options)
-    )
+    convert = partial(
+        preference, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
+        use_margin=options.use_margin,
+    )  # fmt: skip
+    train, held_out = load_examples(options.train_data, options, Preference, convert)
     centre_rows = load_centre_rows(options, encoder, train)
+    golden = load_pairs(options.golden_data, [encoder], options.max_length) if options.golden_data else None
     check_best_metric(options, held_out, "eval/loss", "eval/accuracy")
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": tokenizer})
     checkpoint = find_checkpoint(options)
 
     # 2. The model, and where the run stands.
-    lengths = [row.length for row in train]
+    lengths = train.notes("length")
     total_steps = options.max_steps or steps_in_epochs(
         len(train), options.global_batch_size, options.num_train_epochs
     )
@@ -64,6 +76,7 @@ def main() -> None:
     model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     engines = {"reward": engine}
+    layout = choose_layout(engine, train, options, tokenizer.pad_token_id)
     state = resume(checkpoint, options, engines)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
     output = Path(options.output_dir)
@@ -75,16 +88,16 @@ def main() -> None:
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)
-        measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
+        measured = train_step(engine, [train[i] for i in chosen], options, layout)
         state.advance(options.global_batch_size, len(train))
         skipped = int(not math.isfinite(measured["train/grad_norm"]))
-        check_numbers(state, options, skipped, measured["train/loss"], [train.origins[i] for i in chosen])
+        check_numbers(state, options, skipped, measured["train/loss"], [train.origin(i) for i in chosen])
         measured["train/skipped_updates"] = state.skipped
         is_last, is_best = state.step == total_steps, False
         if is_last or state.step % options.logging_steps == 0:
             metrics.log(state.step, measured, ["train/loss", "train/accuracy", "train/lr"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            found = evaluate(engine, held_out, options.micro_batch_size, tokenizer.pad_token_id)
+            found = evaluate(engine, held_out, options.micro_batch_size, layout)
             metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
             if is_best := state.is_best(options.best_metric, found):
                 centre(engine, centre_rows, options, tokenizer.pad_token_id)
@@ -96,35 +109,41 @@ def main() -> None:
     centre(engine, centre_rows, options, tokenizer.pad_token_id)
     export_model(engine, tokenizer, output / "final", load_base)
 
+    # 5. What it says of pairs that every run is judged on.
+    if golden:
+        rows = golden.rows[encoder]
+        judged = judge(golden, rows, *scored_pairs(engine, rows, options.micro_batch_size, layout))
+        std = engine.module.config.reward_std
+        write_report(judged, std, output / "metrics.jsonl", output / "golden")
 
-def train_step(
-    engine, batch: list[Preference], options: RewardOptions, pad_token_id: int
-) -> dict[str, float]:
-    """One optimiser step on a global batch of pairs, of which this rank takes its micro-batches."""
+
+def train_step(engine, records: list[Preference], options: RewardOptions, layout: Layout) -> dict[str, float]:
+    """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
     start = time.perf_counter()
-    mine = deal(
-        range(len(batch)), [row.length for row in batch], options.micro_batch_size, rank(), world_size()
-    )
-    total = right = 0.0
+    lengths = [max(layout.row_lengths(row)) for row in records]
+    mine = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
+    total = right = decided = encoded = padded = 0.0
     for number, picked in enumerate(mine, start=1):
-        micro = collate([batch[i] for i in picked], pad_token_id)
-        chosen, rejected = pair_scores(engine, micro)
+        micro = collate([records[i] for i in picked], layout)
+        better, worse = pair_scores(engine, micro)  # (P,) each
         targets = torch.where(micro.is_tie, 0.5, 1.0 - options.label_smoothing)
-        losses = pairwise_loss(chosen, rejected, micro.margins, targets)
+        losses = pairwise_loss(better, worse, micro.margins, targets)
         if options.centre_coef:
-            losses = losses + options.centre_coef * centring_loss(chosen, rejected)
-        loss = losses.sum() / len(batch)
+            losses = losses + options.centre_coef * centring_loss(better, worse)
+        loss = (losses * micro.weights).sum() / len(records)
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
-        total, right = total + loss.detach(), right + ((chosen > rejected) & ~micro.is_tie).sum()
-    total, right = sum_over_ranks(total, right)
+        total, right = total + loss.detach(), right + ((better > worse) & ~micro.is_tie).sum()
+        decided = decided + (~micro.is_tie).sum()
+        encoded, padded = encoded + (micro.segments >= 0).sum(), padded + micro.segments.numel()
+    total, right, decided, encoded, padded = sum_over_ranks(total, right, decided, encoded, padded)
     seconds = time.perf_counter() - start
     return {
         "train/loss": total,
-        "train/accuracy": right / max(1, sum(not row.is_tie for row in batch)),
+        "train/accuracy": right / max(1.0, decided),
         "train/lr": engine.get_lr()[0],
         "train/grad_norm": norm,
-        "train/tokens_per_second": sum(len(row.chosen_ids) + len(row.rejected_ids) for row in batch)
-        / seconds,
+        "train/tokens_per_second": encoded / seconds,
+        "train/padding": 1 - encoded / padded,
         "time/step": seconds,
         "memory/peak_gib": peak_memory_gib(),
     }
@@ -142,16 +161,17 @@ def set_centre(model: nn.Module, mean: float, std: float) -> None:
 
 
 def load_centre_rows(
-    options: RewardOptions, encoder: SegmentEncoder, train: list[Preference]
+    options: RewardOptions, encoder: SegmentEncoder, train: Sequence[Preference]
 ) -> list[list[int]]:
     """Token ids of the responses that are to score 0 on average."""
-    if options.demonstration_data:
-        convert = partial(demonstration_ids, encoder=encoder, options=options)
-        all_of_them = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
-        rows, _ = load_examples(options.demonstration_data, all_of_them, convert)
-    else:
-        rows = [row.chosen_ids for row in train]
-    return rows[: options.max_centre_samples]
+    if not options.demonstration_data:
+        return [train[i].chosen_ids for i in range(min(len(train), options.max_centre_samples))]
+    convert = partial(
+        scored_response, encoder=encoder, max_length=options.max_length, overlong=options.overlong
+    )
+    all_of_them = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
+    rows, _ = load_examples(options.demonstration_data, all_of_them, Response, convert)
+    return [row.ids for row in rows.take(slice(options.max_centre_samples))]
 
 
 if __name__ == "__main__":

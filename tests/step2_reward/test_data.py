@@ -1,56 +1,102 @@
-"""How a pair is cut to length, and where its sides stand in a batch."""
+"""What a preference becomes, and where its parts stand in a batch."""
 
 import pytest
 
-from common.formatting import Segment
-from step2_reward.data import Preference, collate, fit, preference
-from step2_reward.options import RewardOptions
+from step2_reward.data import Layout, Preference, collate, preference
 from tests.conftest import assert_close
 from tests.word_encoder import EOS, PAD, WordEncoder
 
-
-def cut(prompt_words: int, response_words: int, max_length: int) -> list[int]:
-    segments = [Segment("w " * prompt_words), Segment("w " * response_words, is_response=True, ends=True)]
-    return fit(segments, WordEncoder(), max_length)
+PAIR = {"prompt": "a b", "chosen": "c", "rejected": "d e"}
+RANKING = {"prompt": "a b", "responses": ["c", "d e", "f g h"], "ranks": [2, 0.5, 2]}
 
 
-def test_what_fits_is_left_alone():
-    assert cut(3, 2, 6) == [10, 11, 12, 13, 14, EOS]
+def convert(record: dict, max_length: int = 64, use_margin: bool = False) -> Preference:
+    return preference(record, WordEncoder(), max_length, "truncate_prompt", use_margin)[0]
 
 
-def test_a_long_prompt_loses_its_beginning():
-    assert cut(6, 2, 5) == [14, 15, 16, 17, EOS]
+def test_a_pair_is_a_ranking_of_two():
+    row = convert(PAIR)
+    assert row == ([10, 11], [12, EOS, 12, 13, EOS], [2, 3], [0.0, 1.0], 0.0)
+    assert (row.length, row.pairs, row.chosen_ids) == (7, [(0, 1)], [10, 11, 12, EOS])
+    assert convert({"prompt": "a b", "responses": ["d e", "c"], "ranks": [1, 0]}) == row
+    assert convert(PAIR | {"tie": True}).ranks == [0.0, 0.0]
 
 
-def test_a_long_response_loses_its_end_but_not_eos():
-    assert cut(3, 9, 6) == [12, 13, 14, 15, 16, EOS]
+def test_responses_stand_in_the_order_of_their_ranks():
+    row = convert(RANKING)
+    assert row.responses == [[12, 13, EOS], [12, EOS], [12, 13, 14, EOS]]
+    assert row.ranks == [0.5, 2.0, 2.0] and row.pairs == [(0, 1), (0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize("max_length", [8, 9, 13])
-def test_never_too_long_and_always_ending_in_eos(max_length):
-    for prompt_words in range(1, 16):
-        for response_words in range(1, 16):
-            ids = cut(prompt_words, response_words, max_length)
-            assert len(ids) == min(prompt_words + response_words + 1, max_length)
-            assert ids[-1] == EOS and ids.count(EOS) == 1
-            assert ids[0] < 10 + prompt_words, "a token of the prompt stays"
+def test_what_dialogues_share_before_their_last_turn_is_the_prompt():
+    """Where an earlier turn differs as well, it belongs to the response. (Here words differ by place.)"""
+    says = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}]
+    early = [{"role": "assistant", "content": text} for text in ("b", "b c")]
+    record = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "chosen": [early[0], *says],
+        "rejected": [early[1], *says],
+    }
+    row = convert(record)
+    assert row.prompt_ids == [10, 11, 12, 13, 14, 15]  # user : a assistant : b
+    assert row.responses == [[EOS, *range(17, 23), EOS], [16, EOS, *range(18, 24), EOS]]
 
 
 def test_margin_enters_only_when_asked_for():
-    record = {"prompt": "a b", "chosen": "c", "rejected": "d e", "margin": 1.5}
-    plain = preference(record, WordEncoder(), RewardOptions())
-    assert plain == ([10, 11, 12, EOS], [10, 11, 12, 13, EOS], 0.0, False)
-    assert plain.length == 5
-    assert preference(record, WordEncoder(), RewardOptions(use_margin=True)).margin == 1.5
-    record["margin"] = "much"
-    assert preference(record, WordEncoder(), RewardOptions()).margin == 0.0
-    with pytest.raises(ValueError, match="'margin' is 'much'"):
-        preference(record, WordEncoder(), RewardOptions(use_margin=True))
+    record = PAIR | {"margin": 1.5}
+    assert convert(record).margin == 0.0
+    assert convert(record, use_margin=True).margin == 1.5
+    for bad, message in (
+        (PAIR | {"margin": "much"}, "'margin' is 'much'"),
+        (RANKING | {"margin": 1}, "pair"),
+    ):
+        convert(bad)
+        with pytest.raises(ValueError, match=message):
+            convert(bad, use_margin=True)
 
 
-def test_collate_puts_chosen_rows_before_rejected_ones():
-    batch = collate([Preference([2, 3, EOS], [4, EOS], 0.5), Preference([5, EOS], [6, 7, 8, EOS], 0.0)], PAD)
-    chosen, rejected = [[2, 3, EOS, PAD], [5, EOS, PAD, PAD]], [[4, EOS, PAD, PAD], [6, 7, 8, EOS]]
-    assert batch.input_ids.tolist() == chosen + rejected
-    assert batch.lengths.tolist() == [3, 2, 2, 4]
-    assert_close(batch.margins.cpu().tolist(), [0.5, 0.0])
+def test_all_responses_keep_the_same_part_of_the_prompt():
+    row = convert({"prompt": "a b c d e", "responses": ["x", "x y z"], "ranks": [1, 2]}, max_length=6)
+    assert row.prompt_ids == [13, 14] and row.responses == [[15, EOS], [15, 16, 17, EOS]]
+
+
+ROWS = [Preference([2, 3], [4, EOS, 5, 6, EOS], [2, 3], [0.0, 1.0], 0.5), convert(RANKING)]
+
+
+def test_a_response_with_a_prompt_of_its_own_has_a_row():
+    batch = collate(ROWS, Layout(PAD))
+    assert batch.input_ids.tolist() == [
+        [2, 3, 4, EOS, PAD, PAD],
+        [2, 3, 5, 6, EOS, PAD],
+        [10, 11, 12, 13, EOS, PAD],
+        [10, 11, 12, EOS, PAD, PAD],
+        [10, 11, 12, 13, 14, EOS],
+    ]
+    assert batch.segments.tolist() == [[0, 0] + [1] * n + [-1] * (4 - n) for n in (2, 3, 3, 2, 4)]
+
+
+def test_responses_that_share_a_prompt_go_on_where_it_ends():
+    batch = collate(ROWS, Layout(PAD, share_prompts=True))
+    assert batch.input_ids.tolist() == [
+        [2, 3, 4, EOS, 5, 6, EOS, PAD, PAD, PAD, PAD],
+        [10, 11, 12, 13, EOS, 12, EOS, 12, 13, 14, EOS],
+    ]
+    assert batch.position_ids.tolist() == [
+        [0, 1, 2, 3, 2, 3, 4, 0, 0, 0, 0],
+        [0, 1, 2, 3, 4, 2, 3, 2, 3, 4, 5],
+    ]
+    assert batch.segments.tolist() == [
+        [0, 0, 1, 1, 2, 2, 2, -1, -1, -1, -1],
+        [0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3],
+    ]
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_pairs_of_a_batch(share_prompts):
+    batch = collate(ROWS, Layout(PAD, share_prompts))
+    assert batch.better.tolist() == [0, 2, 2, 3] and batch.worse.tolist() == [1, 3, 4, 4]
+    assert batch.is_tie.tolist() == [False, False, False, True]
+    assert_close(batch.margins.tolist(), [0.5, 0.0, 0.0, 0.0])
+    assert_close(batch.weights.tolist(), [1.0, 1 / 3, 1 / 3, 1 / 3])
+    tied = collate([ROWS[0]._replace(ranks=[0.0, 0.0])], Layout(PAD, share_prompts))
+    assert tied.is_tie.item() and tied.margins.item() == 0.0, "no side of a tie is better by anything"

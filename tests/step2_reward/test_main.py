@@ -7,11 +7,14 @@ from step2_reward.main import load_centre_rows
 from step2_reward.options import RewardOptions
 from tests.word_encoder import EOS, WordEncoder
 
-TRAIN = [Preference([10, 11, EOS], [10, EOS], 0.0), Preference([20, EOS], [20, 21, EOS], 0.0)]
+TRAIN = [
+    Preference([10], [11, EOS, 12, 13, EOS], [2, 3], [0.0, 1.0]),
+    Preference([20, 21], [22, EOS, EOS, 23, EOS], [2, 1, 2], [0.0, 0.0, 1.0]),
+]
 
 
 def test_without_demonstrations_the_chosen_responses_serve():
-    assert load_centre_rows(RewardOptions(), WordEncoder(), TRAIN) == [[10, 11, EOS], [20, EOS]]
+    assert load_centre_rows(RewardOptions(), WordEncoder(), TRAIN) == [[10, 11, EOS], [20, 21, 22, EOS]]
 
 
 def test_all_demonstrations_serve_also_when_held_out_preferences_are_given(tmp_path):
