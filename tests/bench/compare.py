@@ -1,6 +1,6 @@
 """Run Triptych, TRL and the bare passes side by side, in turn, and print a table per stage.
 
-    python tests/bench/compare.py [--stages sft reward ppo] [--sides trl triptych bare] [--json FILE]
+    python tests/bench/compare.py [--stages sft reward ppo] [--sides trl triptych packed bare] [--json FILE]
 
 Start it with the Python that Triptych runs in. Everyone gets the same random model, data, batch, precision
 and number of threads, and a step is timed from the end of the step before to its own end. TRL runs in an
@@ -25,7 +25,7 @@ ENVIRONMENT = HERE.parents[1] / ".venv-bench"
 PYTHON = ENVIRONMENT / "env" / "bin" / "python"
 TRL_WITH_PPO = ENVIRONMENT / "trl112"
 STAGES = ["sft", "reward", "ppo"]
-SIDES = ["trl", "triptych", "bare"]
+SIDES = ["trl", "triptych", "packed", "bare"]  # packed: Triptych's step 1 with --packing
 Config = dict[str, Any]
 
 
@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="Who runs, in this order.")
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=["trl", "triptych", "bare"], help="In this order."
+    )
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--zero_config", default="", help="ZeRO JSON for Triptych. Default: by precision.")
     parser.add_argument("--steps", type=int, default=20, help="Measured steps.")
@@ -46,7 +48,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--response_length", type=int, default=64, help="New tokens of each PPO response.")
     parser.add_argument("--ppo_epochs", type=int, nargs="+", default=[4, 1], help="One comparison for each.")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
-    parser.add_argument("--fixed_lengths", action="store_true", help="All records equally long: no padding.")
+    parser.add_argument(
+        "--lengths", choices=["uniform", "fixed", "conversations"], default="uniform",
+        help="Of the records: 52 to 98 tokens, all equal, or spread like those of Open-Assistant.",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="Write all figures to this file.")
@@ -106,7 +111,8 @@ def measure(stage: str, epochs: int, options: argparse.Namespace, made: Config, 
     found: Config = {side: [] for side in options.sides}
     for number in range(options.repeats):
         for side in options.sides:
-            script = "bare.py" if side == "bare" else f"run_{side}.py"
+            script = {"bare": "bare.py", "trl": "run_trl.py"}.get(side, "run_triptych.py")
+            config["packing"] = side == "packed"
             config["output_dir"] = str(folder / f"{stage}_{epochs}_{side}_{number}")
             print(f"  {stage}: {side}, round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
             found[side].append(run_child(script, [stage], config, options.threads))
@@ -151,8 +157,9 @@ def main() -> None:
         print(f"compare.py: load {load:.1f}: the machine is not idle, the figures are noise", file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="triptych_bench_"))
     records = options.batch_size * (options.warmup + options.steps)
-    wanted = {"folder": str(folder / "made"), "records": records, "seed": options.seed}
-    made = run_child("fixture.py", [], wanted | {"fixed_lengths": options.fixed_lengths}, options.threads)
+    wanted = {name: vars(options)[name] for name in ("seed", "lengths", "max_length")}
+    wanted |= {"folder": str(folder / "made"), "records": records}
+    made = run_child("fixture.py", [], wanted, options.threads)
     results: Config = {}
     for stage in options.stages:
         for epochs in options.ppo_epochs if stage == "ppo" else [0]:

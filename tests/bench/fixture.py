@@ -1,7 +1,7 @@
 """Make the benchmark's model, tokenizer and data: random, seeded, and the same for every contender.
 
-Usage: ``fixture.py --config JSON`` with keys ``folder records seed fixed_lengths``. Prints one JSON line: the
-paths, and the mean number of real (unpadded) tokens of one record per kind of data.
+Usage: ``fixture.py --config JSON`` with keys ``folder records seed lengths max_length``. Prints one JSON
+line: the paths, and the mean number of real (unpadded) tokens of one record per kind of data.
 """
 
 import argparse
@@ -22,6 +22,9 @@ from transformers import (
 VOCAB_SIZE = 4096
 PROMPT_TOKENS = (16, 32)  # inclusive ranges, drawn uniformly
 COMPLETION_TOKENS = (36, 66)
+# Mean and standard deviation of log tokens in preferences of Open-Assistant, as a BPE of 49k sees them.
+PROMPT_LOG_TOKENS = (4.01, 1.36)
+COMPLETION_LOG_TOKENS = (4.69, 1.04)
 
 
 def make_tokenizer(rng: random.Random) -> tuple[PreTrainedTokenizerFast, list[str]]:
@@ -55,7 +58,7 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=8,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -72,19 +75,30 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
 
 
 def make_records(
-    kind: str, count: int, words: list[str], rng: random.Random, fixed_lengths: bool
+    kind: str, count: int, words: list[str], rng: random.Random, lengths: str, max_length: int
 ) -> list[dict[str, str]]:
-    """Records of one kind of data; all texts but prompts start with a space, so that strings concatenate."""
+    """Records of one kind of data; all texts but prompts start with a space, so that strings concatenate.
 
-    def text(bounds: tuple[int, int]) -> str:
-        length = sum(bounds) // 2 if fixed_lengths else rng.randint(*bounds)
+    lengths: `uniform`, `fixed`, or of `conversations`, none with more than `max_length` tokens.
+    """
+
+    def draw(bounds: tuple[int, int], log_tokens: tuple[float, float]) -> int:
+        if lengths == "conversations":
+            return max(1, round(rng.lognormvariate(*log_tokens)))
+        return sum(bounds) // 2 if lengths == "fixed" else rng.randint(*bounds)
+
+    def text(length: int) -> str:
         return "".join(" " + word for word in rng.choices(words, k=length))
 
     fields = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[kind]
-    return [
-        {"prompt": text(PROMPT_TOKENS)[1:]} | {field: text(COMPLETION_TOKENS) for field in fields}
-        for _ in range(count)
-    ]
+    records: list[dict[str, str]] = []
+    while len(records) < count:
+        prompt = draw(PROMPT_TOKENS, PROMPT_LOG_TOKENS)
+        rest = [draw(COMPLETION_TOKENS, COMPLETION_LOG_TOKENS) for _ in fields]
+        if prompt + max([0, *rest]) < max_length:
+            texts = {field: text(length) for field, length in zip(fields, rest, strict=True)}
+            records.append({"prompt": text(prompt)[1:]} | texts)
+    return records
 
 
 def tokens_of(record: dict[str, str], tokenizer: PreTrainedTokenizerFast) -> int:
@@ -105,7 +119,7 @@ def main() -> None:
     policy, reward = make_models(folder, tokenizer, config["seed"])
     result = {"policy": str(policy), "reward_model": str(reward), "data": {}, "tokens_per_record": {}}
     for kind in ("sft", "reward", "ppo"):
-        records = make_records(kind, config["records"], words, rng, config["fixed_lengths"])
+        records = make_records(kind, config["records"], words, rng, config["lengths"], config["max_length"])
         path = folder / f"{kind}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         result["data"][kind] = str(path)

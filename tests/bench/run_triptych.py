@@ -8,7 +8,6 @@ count; the medians of the `time/...` metrics are reported beside it.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -72,17 +71,16 @@ def command(stage: str, config: Config) -> list[str]:
             "learning_rate": rate,
             "zero_config": zero_config(config),
         }
+        if config["packing"]:
+            values |= {"packing": True}
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     return ["bash", str(ROOT / "launch" / SCRIPTS[stage]), *flags]
 
 
 def watch(arguments: list[str], log: Path, metrics: Path) -> list[float]:
     """Run the command and return the moments at which its metrics file grew."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = os.environ | {"PATH": path, "MASTER_PORT": port, "NUM_GPUS": "1"}
+    environment = os.environ | {"PATH": path, "NUM_GPUS": "1"}
     seen, moments = 0, []
     with log.open("w") as file:
         child = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
