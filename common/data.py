@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from common.data_report import describe_data
-from common.options import DataOptions, RunOptions, UserError
+from common.distributed import log
+from common.options import DataOptions, RunOptions, TrainOptions, UserError, world_size
 from common.prepare import Convert, Prepared, prepare
 from common.records import files_of, parse_source
 from common.table import Row
@@ -75,6 +77,8 @@ def load_examples(
     if not len(train):
         raise UserError(f"{' '.join(sources)}: no rows left to train on")
     describe_data(prepared, train, held_out)
+    if isinstance(options, TrainOptions):
+        log(f"{padding_share(train.notes('length'), options):.1%} padding in batches of like length")
     return train, list(held_out.take(slice(options.max_eval_samples or None)))
 
 
@@ -136,6 +140,21 @@ def deal(
 def steps_in_epochs(examples: int, batch_size: int, epochs: float) -> int:
     """Batches that show every example `epochs` times; the last one reaches into the next epoch to be full."""
     return math.ceil(examples * epochs / batch_size)
+
+
+def padding_share(lengths: Sequence[int], options: TrainOptions, most_batches: int = 100) -> float:
+    """Share of padding in the micro-batches of an epoch of rows of these lengths, or of its first batches."""
+    real = padded = 0
+    steps = min(most_batches, steps_in_epochs(len(lengths), options.global_batch_size, 1))
+    for batch in islice(
+        batch_order(lengths, options.global_batch_size, options.seed, 0, grouped=True), steps
+    ):
+        in_batch = [int(lengths[i]) for i in batch]
+        for rank in range(world_size()):
+            for rows in deal(range(len(batch)), in_batch, options.micro_batch_size, rank, world_size()):
+                real += sum(in_batch[i] for i in rows)
+                padded += len(rows) * max((in_batch[i] for i in rows), default=0)
+    return 1 - real / padded
 
 
 def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:

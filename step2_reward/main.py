@@ -143,7 +143,7 @@ def train_step(engine, records: list[Preference], options: RewardOptions, layout
         "train/lr": engine.get_lr()[0],
         "train/grad_norm": norm,
         "train/tokens_per_second": encoded / seconds,
-        "train/padding": 1 - encoded / padded,
+        "train/padding_share": 1 - encoded / padded,
         "time/step": seconds,
         "memory/peak_gib": peak_memory_gib(),
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from common.data import batch_order, deal, load_examples, pad_rows, steps_in_epochs
+from common.data import batch_order, deal, load_examples, pad_rows, padding_share, steps_in_epochs
 from common.formatting import demonstration_segments, find_prompt
 from common.options import DataOptions, UserError
 from common.overlong import Dropped
@@ -257,6 +257,20 @@ def test_eval_data_of_its_own_leaves_all_records_for_training(tmp_path):
     assert (len(train), len(held_out)) == (200, 5)
 
 
+def test_the_start_tells_what_was_found(tmp_path, capsys):
+    """Rows, lengths, duplicates, a weight that is none, and prompts that are on both sides."""
+    records = [{"prompt": f"p{i}", "completion": "c" * (i + 1)} for i in range(100)]
+    data = write(tmp_path / "data.jsonl", [*records, *records[:7]])
+    held_out = write(tmp_path / "eval.jsonl", [*records[:3], {"prompt": "new", "completion": "c"}])
+    load([f"{data}:2"], DataOptions(eval_data=[held_out]))
+    head, train, ours, left_out, leak = capsys.readouterr().out.splitlines()
+    assert head.split() == "data rows tokens 5 % median 95 % longest truncated duplicates".split()
+    assert train.split() == ["training", "214", "3", "47", "95", "100", "0.0%", "7"]
+    assert ours.split() == ["held", "out", "4", "1", "1", "2", "3", "0.0%", "0"]
+    assert left_out == "111 records read, 0 left out"
+    assert leak.startswith("warning: 3 of 4 held-out prompts are in the training data too")
+
+
 # Order
 
 LENGTHS = np.random.default_rng(0).integers(1, 500, 103).tolist()
@@ -335,13 +349,14 @@ def test_little_padding_on_real_conversations(shared):
     data = [str(shared / "data/oasst/demonstrations.jsonl")]
     train, _ = load_examples(data, options, Demonstration, to_example)
     lengths = train.notes("length")
-    real = padded = 0
-    size, steps = options.global_batch_size, steps_in_epochs(len(train), options.global_batch_size, 1)
-    for batch in islice(batch_order(lengths, size, 0, 0, grouped=True), steps):
-        for chunk in deal(batch, lengths, options.micro_batch_size, 0, 1):
-            real += sum(lengths[i] for i in chunk)
-            padded += len(chunk) * max(lengths[i] for i in chunk)
-    assert 1 - real / padded < 0.05
+    assert 0 < padding_share(lengths, options) < 0.05
+
+
+def test_padding_share_counts_what_fills_up_a_micro_batch():
+    """Of [1, 2] and [3, 4] together, two positions of twelve; of all four at once, six of sixteen."""
+    for size, share in ((1, 0), (2, 2 / 12), (4, 6 / 16)):
+        options = SFTOptions(global_batch_size=4, micro_batch_size=size)
+        assert padding_share([4, 1, 3, 2], options) == pytest.approx(share)
 
 
 def test_pad_rows():
