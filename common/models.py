@@ -61,7 +61,7 @@ def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
 def check_scalar_model(path: str, option: str) -> None:
     """Raise UserError unless the folder holds a sequence classifier with one output, as step 2 writes it."""
     config = load_config(path)
-    if not _is_scalar(config):
+    if not is_scalar(config):
         architecture = (config.architectures or ["unknown"])[0]
         raise UserError(
             f"--{option} {path}: not a reward model: {architecture} with {config.num_labels} outputs;"
@@ -92,7 +92,7 @@ def load_scalar_model(
     a bias (Stiennon et al. 2020, appendix B.1), drawn from the seed.
     """
     config = load_config(path)
-    has_head = _is_scalar(config)
+    has_head = is_scalar(config)
     config.num_labels = 1
     with _partitioned(zero, config):
         model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=_dtype(zero))
@@ -155,15 +155,25 @@ def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layou
     layout: for rows that are not one plain sequence each, `position_ids` (B, T) and an `attention_mask`
     (B, 1, T, T) that is added to the attention logits.
     """
-    outputs: list[Tensor] = []
-    read = base_model(model).score.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    return token_scores_and_states(model, input_ids, positions, **layout)[0]
+
+
+def token_scores_and_states(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`token_scores`, and the last hidden states (B, T, hidden size), which the scalar head reads."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    read = base_model(model).score.register_forward_hook(
+        lambda _, inputs, output: calls.append((inputs[0], output))
+    )
     try:
         model(input_ids=input_ids, use_cache=False, **layout)
     finally:
         read.remove()
-    config = base_model(model).config
-    scores = outputs[0][positions].squeeze(-1)  # (B, T, 1) -> (N,)
-    return (scores - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
+    (states, outputs), config = calls[0], base_model(model).config
+    scores = outputs[positions].squeeze(-1)  # (B, T, 1) -> (N,)
+    centred = (scores - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
+    return centred, states
 
 
 def last_positions(lengths: Tensor, width: int) -> Tensor:
@@ -177,7 +187,8 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _is_scalar(config: PretrainedConfig) -> bool:
+def is_scalar(config: PretrainedConfig) -> bool:
+    """Whether a configuration is that of a sequence classifier with one output."""
     architecture = (config.architectures or [""])[0]
     return architecture.endswith("ForSequenceClassification") and config.num_labels == 1
 

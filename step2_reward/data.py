@@ -82,6 +82,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (R, T) padded on the right
     position_ids: Tensor  # (R, T) each response goes on where its prompt ends
     segments: Tensor  # (R, T) 0: prompt; 1, 2, ...: responses of the row; -1: padding
+    is_best: Tensor  # (R, T) bool, of the first response of a record
     better: Tensor  # (P,) which of the N responses, of each pair
     worse: Tensor  # (P,)
     is_tie: Tensor  # (P,) bool, neither is better
@@ -124,19 +125,24 @@ def scored_response(
 
 def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
     """Lay a micro-batch out and pad it."""
-    ids, places, segments, pairs = [], [], [], []
+    ids, places, segments, is_best, pairs = [], [], [], [], []
     count = 0
     for row in rows:
         for (i, j), facts in zip(row.pairs, row.pair_facts, strict=True):
             pairs.append((count + i, count + j, *facts))
         count += len(row.ranks)
         start = len(row.prompt_ids)
-        for responses in (
-            [row.responses] if layout.share_prompts else [[response] for response in row.responses]
-        ):
+        row_responses = row.responses
+        for responses in [row_responses] if layout.share_prompts else [[r] for r in row_responses]:
             ids.append([*row.prompt_ids, *chain(*responses)])
             places.append([*range(start), *chain(*(range(start, start + len(r)) for r in responses))])
             segments.append([0] * start + [number for number, r in enumerate(responses, 1) for _ in r])
-    tokens = pad_rows(ids, layout.pad_token_id), pad_rows(places, 0), pad_rows(segments, -1)  # (R, T) each
+            is_best.append([responses[0] is row_responses[0] and segment == 1 for segment in segments[-1]])
+    tokens = (  # (R, T) each
+        pad_rows(ids, layout.pad_token_id),
+        pad_rows(places, 0),
+        pad_rows(segments, -1),
+        pad_rows(is_best, False),
+    )
     columns = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (P,) each
     return Batch(*(part.to(device()) for part in (*tokens, *columns)), layout.share_prompts)

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.tensor_ops import label_logprobs
+
 
 def pairwise_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float = 0.0, target: Tensor | float = 1.0
@@ -24,3 +26,12 @@ def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     Source: Eisenstein et al. 2023, eq. 2.
     """
     return (chosen_scores.float() + rejected_scores.float()) ** 2
+
+
+def language_loss(logits: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
+    """Negative log-likelihood of best responses, as this micro-batch's share of the global token mean.
+
+    logits (N, V) before each token, labels (N,) the tokens, num_tokens: all of the global batch. As a
+    regulariser of reward models: Yang et al. 2024 ("Regularizing Hidden States"), section 3.
+    """
+    return -label_logprobs(logits, labels).sum() / num_tokens

@@ -39,9 +39,10 @@ from step2_reward.evaluate import (
     scored_pairs,
     write_report,
 )
-from step2_reward.loss import centring_loss, pairwise_loss
+from step2_reward.language import best_response_logits, check_language_model, load_language_head
+from step2_reward.loss import centring_loss, language_loss, pairwise_loss
 from step2_reward.options import RewardOptions
-from step2_reward.shared_prompt import choose_layout, pair_scores
+from step2_reward.shared_prompt import choose_layout, pair_scores_and_states
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     config = load_config(options.model_name_or_path)
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_targets(options.model_name_or_path, options)
+    check_language_model(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     convert = partial(
@@ -76,6 +78,7 @@ def main() -> None:
     model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     engines = {"reward": engine}
+    language_head = load_language_head(options, tokenizer, zero)
     layout = choose_layout(engine, train, options, tokenizer.pad_token_id)
     state = resume(checkpoint, options, engines)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
@@ -88,7 +91,7 @@ def main() -> None:
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)
-        measured = train_step(engine, [train[i] for i in chosen], options, layout)
+        measured = train_step(engine, [train[i] for i in chosen], options, layout, language_head)
         state.advance(options.global_batch_size, len(train))
         skipped = int(not math.isfinite(measured["train/grad_norm"]))
         check_numbers(state, options, skipped, measured["train/loss"], [train.origin(i) for i in chosen])
@@ -117,29 +120,38 @@ def main() -> None:
         write_report(judged, std, output / "metrics.jsonl", output / "golden")
 
 
-def train_step(engine, records: list[Preference], options: RewardOptions, layout: Layout) -> dict[str, float]:
+def train_step(
+    engine, records: list[Preference], options: RewardOptions, layout: Layout, language_head: nn.Module | None
+) -> dict[str, float]:
     """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
     start = time.perf_counter()
     lengths = [max(layout.row_lengths(row)) for row in records]
     mine = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
-    total = right = decided = encoded = padded = 0.0
+    num_tokens = sum(row.response_lengths[0] for row in records)
+    total = right = decided = encoded = padded = told = 0.0
     for number, picked in enumerate(mine, start=1):
         micro = collate([records[i] for i in picked], layout)
-        better, worse = pair_scores(engine, micro)  # (P,) each
+        better, worse, states = pair_scores_and_states(engine, micro)  # (P,), (P,), (R, T, hidden)
         targets = torch.where(micro.is_tie, 0.5, 1.0 - options.label_smoothing)
         losses = pairwise_loss(better, worse, micro.margins, targets)
         if options.centre_coef:
             losses = losses + options.centre_coef * centring_loss(better, worse)
         loss = (losses * micro.weights).sum() / len(records)
+        if language_head:
+            language = language_loss(*best_response_logits(language_head, states, micro), num_tokens)
+            loss, told = loss + options.lm_loss_coef * language, told + language.detach()
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
         total, right = total + loss.detach(), right + ((better > worse) & ~micro.is_tie).sum()
         decided = decided + (~micro.is_tie).sum()
         encoded, padded = encoded + (micro.segments >= 0).sum(), padded + micro.segments.numel()
-    total, right, decided, encoded, padded = sum_over_ranks(total, right, decided, encoded, padded)
+    total, right, decided, encoded, padded, told = sum_over_ranks(
+        total, right, decided, encoded, padded, told
+    )
     seconds = time.perf_counter() - start
     return {
         "train/loss": total,
         "train/accuracy": right / max(1.0, decided),
+        **({"train/lm_loss": told} if language_head else {}),
         "train/lr": engine.get_lr()[0],
         "train/grad_norm": norm,
         "train/tokens_per_second": encoded / seconds,

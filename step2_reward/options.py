@@ -21,6 +21,11 @@ class RewardOptions(TrainOptions):
     centre_coef: float = option(
         0.0, "Weight of (chosen + rejected)^2, which keeps scores around 0 while they are learnt.", at_least=0
     )
+    lm_loss_coef: float = option(
+        0.0,
+        "Weight of the language-model loss of the best responses, under the SFT model's head.",
+        at_least=0,
+    )
     share_prompts: Literal["auto", "yes", "no"] = option(
         "auto",
         "Encode a prompt once for all its responses: where that is less work, always, or never. A model that"

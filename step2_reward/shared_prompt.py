@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import log
-from common.models import base_model, token_scores
+from common.models import base_model, token_scores_and_states
 from step2_reward.data import Batch, Layout, Preference, collate
 from step2_reward.options import RewardOptions
 
@@ -21,10 +21,15 @@ SAMPLE = 1000  # records that decide
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Scores of the better and the worse response of each pair, (P,) each, in one forward pass."""
+    return pair_scores_and_states(model, batch)[:2]
+
+
+def pair_scores_and_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """`pair_scores`, and the hidden states (R, T, hidden size) behind them."""
     after = torch.nn.functional.pad(batch.segments[:, 1:], (0, 1), value=-1)  # (R, T)
     is_last = (batch.segments > 0) & (batch.segments != after)
-    scores = _scores_at(model, batch, is_last)  # (N,)
-    return scores[batch.better], scores[batch.worse]
+    scores, states = _scores_at(model, batch, is_last)  # (N,)
+    return scores[batch.better], scores[batch.worse], states
 
 
 def choose_layout(
@@ -84,7 +89,7 @@ def can_share_prompts(engine: Any, max_length: int, pad_token_id: int) -> bool:
     engine.eval()
     try:
         alone, shared = (
-            _scores_at(engine, batch, batch.segments > 0)
+            _scores_at(engine, batch, batch.segments > 0)[0]
             for batch in (collate([row], Layout(pad_token_id, share)) for share in (False, True))
         )  # (2 half,) each
     except (TypeError, ValueError, RuntimeError):  # it takes no such input
@@ -108,10 +113,10 @@ def prompt_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _scores_at(model: Any, batch: Batch, positions: Tensor) -> Tensor:
-    """Scores at true positions (R, T), row by row."""
+def _scores_at(model: Any, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores at true positions (R, T), row by row, and all hidden states."""
     if not batch.share_prompts:
-        return token_scores(model, batch.input_ids, positions)
+        return token_scores_and_states(model, batch.input_ids, positions)
     mask = prompt_mask(batch.segments, base_model(model).dtype)
     layout = {"position_ids": batch.position_ids, "attention_mask": mask}
-    return token_scores(model, batch.input_ids, positions, **layout)
+    return token_scores_and_states(model, batch.input_ids, positions, **layout)
