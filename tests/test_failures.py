@@ -290,7 +290,7 @@ def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path) -> None:  # n
     os.kill(running.pid, signal.SIGTERM)
     output, _ = running.communicate(timeout=10)
     assert running.returncode not in (0, STOPPED), output
-    assert not any(map(is_alive, processes))
+    assert not psutil.wait_procs(processes, timeout=5)[1]  # a busy machine takes a moment to bury them
 
 
 def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:  # noqa: F811
