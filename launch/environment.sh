@@ -64,3 +64,17 @@ step() {
     trap - TERM INT USR1
     return "$code"
 }
+
+# recipe_options OPTIONS...: what every recipe is told, --model DIR --data DIR --output DIR, as variables.
+recipe_options() {
+    while [ $# -gt 0 ]; do
+        case "$1" in
+        --model) MODEL="${2:?--model needs a folder}" ;;
+        --data) DATA="${2:?--data needs a folder}" ;;
+        --output) OUTPUT="${2:?--output needs a folder}" ;;
+        *) echo "error: unknown option $1; allowed: --model --data --output" >&2 && exit 2 ;;
+        esac
+        shift 2
+    done
+    : "${MODEL:?--model is required}" "${DATA:?--data is required}" "${OUTPUT:?--output is required}"
+}

@@ -85,8 +85,7 @@ def main() -> None:
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
             found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
             metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
-            shown = [held_out[i] for i in range(min(options.num_samples, len(held_out)))]
-            samples = sample_answers(engine, shown, encoder, options.sample_length)
+            samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
             metrics.text(state.step, "samples", as_markdown(samples))
             if is_best := state.is_best(options.best_metric, found):
                 export_best(engine, tokenizer, output / "best", load_base)

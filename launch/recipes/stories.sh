@@ -7,17 +7,7 @@ KL_COEF="${KL_COEF:-0.11}"
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$HERE/environment.sh"
-
-while [ $# -gt 0 ]; do
-    case "$1" in
-    --model) MODEL="$2" ;;
-    --data) DATA="$2" ;;
-    --output) OUTPUT="$2" ;;
-    *) echo "error: unknown option $1; allowed: --model --data --output" >&2 && exit 2 ;;
-    esac
-    shift 2
-done
-: "${MODEL:?--model is required}" "${DATA:?--data is required}" "${OUTPUT:?--output is required}"
+recipe_options "$@"
 
 # A light touch: the model writes stories already, and step 3 measures KL from where this ends.
 step "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DATA/demonstrations.jsonl" \
