@@ -9,6 +9,7 @@ length.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.data import load_examples, pad_rows
-from common.formatting import find_prompt, prompt_segments
 from common.models import response_logits
 from common.options import DataOptions
 from common.tensor_ops import label_logprobs
 from common.tokenization import SegmentEncoder, load_tokenizer
+from step3_ppo.data import Prompt, prompt
 from step3_ppo.rollout import response_positions
 from step3_ppo.sampling import sample_responses, uniforms_for
 
@@ -33,12 +34,9 @@ SEED = 1234
 def held_out_prompts(path: str, encoder: SegmentEncoder) -> list[list[int]]:
     """Token ids of the prompts that step 3 holds out of the same file by default."""
 
-    def convert(record: dict) -> list[int]:
-        return encoder.encode(
-            prompt_segments(find_prompt(record), encoder.render, encoder.tokenizer.eos_token)
-        )[0]
-
-    return load_examples([path], DataOptions(max_eval_samples=0), convert)[1]
+    convert = partial(prompt, encoder=encoder, max_length=256, overlong="truncate_prompt")
+    _, held_out = load_examples([path], DataOptions(max_eval_samples=0), Prompt, convert)
+    return [row.ids for row in held_out]
 
 
 @torch.no_grad()
