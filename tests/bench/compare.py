@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -120,9 +120,11 @@ def measure(stage: str, epochs: int, options: argparse.Namespace, made: Config, 
     for side, rounds in found.items():
         seconds = [second for one in rounds for second in one["seconds"]]
         names = rounds[0].get("passes", {})
+        # Batches of like length differ much from each other: then only the whole is comparable.
+        typical = mean(seconds) if options.lengths == "conversations" else median(seconds)
         result[side] = {
-            "step_seconds": median(seconds),
-            "tokens_per_second": tokens / median(seconds),
+            "step_seconds": typical,
+            "tokens_per_second": tokens / typical,
             "peak_gib": max(one["peak_gib"] for one in rounds),
             "passes": {name: median(one["passes"][name] for one in rounds) for name in names},
             "all_seconds": seconds,
