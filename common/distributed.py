@@ -29,7 +29,7 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-def init_distributed(timeout_minutes: float) -> None:
+def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Join the process group that the launcher describes; alone, without a launcher.
 
     timeout_minutes: how long a collective waits for the slowest rank before it fails.

@@ -102,7 +102,7 @@ def prepare(name: str, options: DataOptions, row_class: type[Row], convert: Conv
     except BrokenProcessPool:
         raise UserError(
             f"{name}: a process that tokenised it was killed; if memory was short, use fewer"
-            f" --preprocessing_workers"
+            " --preprocessing_workers"
         ) from None
     found = json.loads((folder / "found.json").read_text())
     return Prepared(name, Table(folder / "rows", row_class), Table(folder / "notes", Note), **found)

@@ -42,7 +42,6 @@ def demonstration(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, loss_on: str
 ) -> tuple[Demonstration, bool]:
     """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
-
     row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
     is_trained = [True] * len(row.ids) if loss_on == "prompt_and_response" else list(row.is_response)
     is_trained[0] = False  # nothing comes before the first token to predict it

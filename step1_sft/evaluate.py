@@ -9,6 +9,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from common.engine import gathered, make_frozen
 from common.files import write_json
 from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
-from common.overlong import Dropped
+from common.overlong import convert_all
 from common.process import run_main
 from common.records import Record, parse_all
 from common.tokenization import SegmentEncoder, load_tokenizer
@@ -30,7 +31,6 @@ from step1_sft.loss import sft_loss
 from step1_sft.options import EvaluateOptions, SFTOptions
 from step1_sft.packing import micro_batches
 
-TIMEOUT_MINUTES = 30.0
 COLUMNS = ("model", "records", "response_tokens", "loss", "perplexity", "bits_per_byte")
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     log(f"{len(kept)} of {len(records)} records fit the models and --max_length {options.max_length}")
     if not kept:
         raise UserError(f"{' '.join(options.eval_data)}: no rows left to evaluate on")
-    init_distributed(TIMEOUT_MINUTES)
+    init_distributed()
 
     # 2. One model after the other.
     num_bytes = sum(response_bytes(records[i]) for i in kept)
@@ -155,16 +155,11 @@ def response_bytes(record: Record) -> int:
 def _tokenise(path: str, origins: Sequence[str], records: Sequence[Record], max_length: int) -> Entrant:
     max_length = longest_input(load_config(path), max_length, "max_length")
     encoder = SegmentEncoder(load_tokenizer(path))
-    rows: list[Demonstration | None] = []
-    for origin, record in zip(origins, records, strict=True):
-        try:
-            # Whole records alone, so that all models are measured on the same text.
-            rows.append(demonstration(record, encoder, max_length, overlong="drop", loss_on="response")[0])
-        except Dropped:
-            rows.append(None)
-        except ValueError as error:
-            raise UserError(f"{origin}: {error}") from None
-    return Entrant(path, encoder, rows)
+    # Whole records alone, so that all models are measured on the same text.
+    convert = partial(
+        demonstration, encoder=encoder, max_length=max_length, overlong="drop", loss_on="response"
+    )
+    return Entrant(path, encoder, convert_all(origins, records, convert))
 
 
 def _measure_entrant(

@@ -7,6 +7,7 @@ A part of step 2, and a command that judges a reward model, or several as one, o
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from common.ensemble import combine, load_encoders, load_members
 from common.files import write_json
 from common.models import base_model, last_positions, load_config, longest_input, token_scores
 from common.options import UserError, parse_options, world_size
-from common.overlong import Dropped
+from common.overlong import convert_all
 from common.process import run_main
 from common.records import Record, parse_all
 from common.shapes import agreement
@@ -42,8 +43,6 @@ from step2_reward.report import Judged, measure
 from step2_reward.report_text import table
 from step2_reward.shared_prompt import pair_scores
 from step2_reward.verdicts import in_words, verdicts
-
-TIMEOUT_MINUTES = 30.0
 
 
 class Pairs(NamedTuple):
@@ -63,7 +62,7 @@ def main() -> None:
     for path in options.reward_model_name_or_path:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
     data = load_pairs(options.eval_data, encoders, options.max_length)
-    init_distributed(TIMEOUT_MINUTES)
+    init_distributed()
 
     # 2. One model after the other.
     sides = []
@@ -88,15 +87,11 @@ def load_pairs(sources: Sequence[str], encoders: Sequence[SegmentEncoder], max_l
     Raises UserError naming file and line of a bad record, and when no record is left.
     """
     origins, records = parse_all(sources)
-    rows: dict[SegmentEncoder, list[Preference | None]] = {encoder: [] for encoder in encoders}
-    for encoder in rows:
-        for origin, record in zip(origins, records, strict=True):
-            try:
-                rows[encoder].append(preference(record, encoder, max_length, "drop", use_margin=True)[0])
-            except Dropped:
-                rows[encoder].append(None)
-            except ValueError as error:
-                raise UserError(f"{origin}: {error}") from None
+    convert = partial(preference, max_length=max_length, overlong="drop", use_margin=True)
+    rows = {
+        encoder: convert_all(origins, records, partial(convert, encoder=encoder))
+        for encoder in dict.fromkeys(encoders)
+    }
     kept = [i for i in range(len(records)) if all(of_one[i] for of_one in rows.values())]
     log(f"{' '.join(sources)}: {len(kept)} of {len(records)} records have at most {max_length} tokens")
     if not kept:
