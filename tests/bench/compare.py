@@ -108,9 +108,9 @@ def measure(stage: str, epochs: int, options: argparse.Namespace, made: Config, 
     config |= {"policy": made["policy"], "reward_model": made["reward_model"], "data": made["data"][stage]}
     tokens = options.batch_size * made["tokens_per_record"][stage]
     tokens += options.batch_size * options.response_length if stage == "ppo" else 0
-    found: Config = {side: [] for side in options.sides}
+    found: Config = {side: [] for side in options.sides if side != "packed" or stage == "sft"}
     for number in range(options.repeats):
-        for side in options.sides:
+        for side in found:
             script = {"bare": "bare.py", "trl": "run_trl.py"}.get(side, "run_triptych.py")
             config["packing"] = side == "packed"
             config["output_dir"] = str(folder / f"{stage}_{epochs}_{side}_{number}")
