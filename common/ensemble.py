@@ -34,7 +34,7 @@ class EnsembleOptions:
     """Which reward models score, and how several scores become one."""
 
     reward_model_name_or_path: list[str] = option(
-        [], "The reward model: `final/` of step 2; several are an ensemble. Required."
+        [], "The reward model: `final/` of step 2; several are an ensemble."
     )
     reward_combine: Literal["mean", "min", "mean_std"] = option(
         "mean", "The score of an ensemble: the mean, the least, or the mean less --reward_std_coef x std."

@@ -1,26 +1,82 @@
-"""From rewards per token to advantages and returns. Pure."""
+"""From rewards per token to advantages, with a critic or without. Pure."""
 
 import torch
 from torch import Tensor
 
+from common.tensor_ops import masked_whiten
+
+GROUP_EPS = 1e-4  # keeps the advantages of a group of equal scores at 0 instead of at rounding errors
+
 
 def generalised_advantages(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float,
+    last_values: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation over right-padded responses.
 
     rewards (B, T): per token; values (B, T): the critic before the token is chosen; response_mask (B, T): 1
-    on response tokens, which start at column 0. The state after the last token is terminal, with value 0.
+    on response tokens, which start at column 0. last_values (B,): the critic after the last token; without
+    them that state is terminal, with value 0 (Pardo et al. 2018: a time limit is not an end).
     Returns advantages and returns (= advantages + values), both (B, T), 0 outside the mask. Source: Schulman
     et al. 2016 (GAE), eq. 16: A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
     """
     mask = response_mask.to(values.dtype)
     rewards, values = rewards * mask, values * mask
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)  # (B, T)
-    deltas = rewards + gamma * next_values - values
-    advantages = torch.zeros_like(values)
-    running = torch.zeros_like(values[:, 0])  # (B,)
-    for t in reversed(range(values.shape[1])):
-        running = deltas[:, t] + gamma * gae_lambda * running
-        advantages[:, t] = running
+    if last_values is not None:
+        rows = torch.arange(len(values), device=values.device)
+        next_values[rows, response_mask.sum(1) - 1] = last_values.to(values.dtype)
+    deltas = (rewards + gamma * next_values - values) * mask
+    advantages = discounted_sums(deltas, gamma * gae_lambda)
     return advantages * mask, (advantages + values) * mask
+
+
+def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
+    """What is still to come at each token, sum_l gamma^l r_{t+l}: (B, T) -> (B, T); padding must be 0."""
+    sums = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])  # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        running = rewards[:, t] + gamma * running
+        sums[:, t] = running
+    return sums
+
+
+def reinforce_advantages(
+    rewards: Tensor, response_mask: Tensor, gamma: float, baseline: Tensor | float
+) -> Tensor:
+    """What is still to come at each token, less a baseline of whole returns: rewards (B, T) -> (B, T).
+
+    Source: Williams 1992 (REINFORCE).
+    """
+    return (discounted_sums(rewards * response_mask, gamma) - baseline) * response_mask
+
+
+def whitened_returns(rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
+    """What is still to come at each token, whitened over all tokens of the rollout: (B, T) -> (B, T).
+
+    Source: Hu 2025 (REINFORCE++), section 3.
+    """
+    return masked_whiten(discounted_sums(rewards * response_mask, gamma), response_mask)
+
+
+def leave_one_out_advantages(totals: Tensor, group_size: int) -> Tensor:
+    """The total reward of each response less the mean of the others to the same prompt: (B,) -> (B,).
+
+    Responses to one prompt follow each other. Source: Ahmadian et al. 2024 (RLOO), eq. 10; Kool et al. 2019.
+    """
+    groups = totals.view(-1, group_size)  # (prompts, K)
+    others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
+    return (groups - others).flatten()
+
+
+def group_advantages(totals: Tensor, group_size: int, scale: bool) -> Tensor:
+    """The total reward of each response less the mean of its prompt's, in their standard deviations if
+    `scale`: (B,) -> (B,).
+
+    Source: Shao et al. 2024 (GRPO), section 4.1.2; without the deviation: Liu et al. 2025 (Dr. GRPO), eq. 3.
+    """
+    groups = totals.view(-1, group_size)  # (prompts, K)
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (groups.std(1, keepdim=True) + GROUP_EPS)
+    return advantages.flatten()

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from common.tokenization import SegmentEncoder
 
 
 class Prompt(NamedTuple):
-    """Token ids of a prompt, and as JSON the prompt itself, for a reward model that reads other tokens."""
+    """Token ids of a prompt, and its record as JSON, for scores by other tokens or by more than text."""
 
     ids: list[int]
     json: str
@@ -23,8 +23,13 @@ class Prompt(NamedTuple):
         return len(self.ids)
 
     @property
-    def source(self) -> str | list[Message]:
+    def record(self) -> dict[str, Any]:
         return json.loads(self.json)
+
+    @property
+    def source(self) -> str | list[Message]:
+        """The prompt as the record has it."""
+        return find_prompt(self.record)
 
 
 def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Prompt, bool]:
@@ -34,7 +39,7 @@ def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: s
     (row,), is_cut = fit(
         source, lambda part: [prompt_segments(part, encoder.render, eos)], encoder, max_length, overlong
     )
-    return Prompt(row.ids, json.dumps(source)), is_cut
+    return Prompt(row.ids, json.dumps(record, default=str)), is_cut
 
 
 def minibatches(rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:

@@ -1,7 +1,9 @@
 """What a policy does on held-out prompts, and the figures that describe responses."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from common.options import world_size
@@ -9,10 +11,11 @@ from common.tensor_ops import masked_mean, masked_var
 from step3_ppo.data import Prompt
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
-from step3_ppo.rewards import token_kl
+from step3_ppo.rewards import repeated_share, token_kl
 from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_rollout
 
+PERCENTILES = torch.tensor([0.1, 0.5, 0.9])
 EVALUATION_STEP = (
     1 << 40
 )  # a sampling step that training never reaches: every evaluation draws the same numbers
@@ -34,25 +37,39 @@ def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> 
     return figures, sample_table(models, rollout, options.num_samples)
 
 
-def rollout_metrics(rollout: Rollout, returns: Tensor, of_members: Tensor) -> dict[str, float]:
-    """The figures of one training rollout; returns (B, R), and the scores (M, B) of each reward model."""
-    mask = rollout.response_mask
-    unexplained = masked_var(returns - rollout.values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+def rollout_metrics(rollout: Rollout, returns: Tensor | None, parts: dict[str, Tensor]) -> dict[str, float]:
+    """The figures of one training rollout; returns (B, R) where there is a critic, and what makes up the
+    scores: (B,) by name.
+    """
+    low, median, high = rollout.scores.float().quantile(PERCENTILES.to(rollout.scores)).tolist()
     return {
         "reward/mean": rollout.scores.mean().item(),
         "reward/std": rollout.scores.std(unbiased=False).item(),
-        **(describe_members(of_members) if len(of_members) > 1 else {}),
+        "reward/p10": low,
+        "reward/median": median,
+        "reward/p90": high,
+        **(describe_parts(parts) if len(parts) > 1 else {}),
         "kl/mean": response_kl(rollout),
-        "value/explained_var": 1.0 - unexplained.item(),
-        "value/mean": masked_mean(rollout.values, mask).item(),
+        **({} if returns is None else describe_values(rollout, returns)),
         **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
     }
 
 
-def describe_members(scores: Tensor) -> dict[str, float]:
-    """Mean score of each reward model, and how far they are apart: scores (M, B)."""
-    means = {f"reward/mean_{number}": mean for number, mean in enumerate(scores.mean(1).tolist(), start=1)}
-    return means | {"reward/std_between": scores.std(0, unbiased=False).mean().item()}
+def describe_parts(parts: dict[str, Tensor]) -> dict[str, float]:
+    """Mean of each reward model's and function's scores (B,), and how far reward models are apart."""
+    means = {f"reward/mean_{name.removeprefix('model_')}": part.mean().item() for name, part in parts.items()}
+    members = [part for name, part in parts.items() if name.startswith("model_")]
+    if len(members) > 1:
+        means["reward/std_between"] = torch.stack(members).std(0, unbiased=False).mean().item()
+    return means
+
+
+def describe_values(rollout: Rollout, returns: Tensor) -> dict[str, float]:
+    """How much of the variance of the returns (B, R) the critic foresaw, and its mean."""
+    mask = rollout.response_mask
+    unexplained = masked_var(returns - rollout.values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+    mean = masked_mean(rollout.values, mask).item()
+    return {"value/explained_var": 1.0 - unexplained.item(), "value/mean": mean}
 
 
 def response_kl(rollout: Rollout) -> float:
@@ -61,20 +78,18 @@ def response_kl(rollout: Rollout) -> float:
 
 
 def describe_responses(rollout: Rollout) -> dict[str, float]:
-    """Length in tokens, share that ended by themselves, and distinct-2.
+    """Length in tokens, share that ended by themselves, distinct-2, and the share of repeated trigrams.
 
     distinct_2: different pairs of neighbouring tokens / all such pairs within a response, averaged over
     responses (Li et al. 2016, per response, so that it does not depend on how many there are).
     """
-    shares = []
-    for row in range(len(rollout.scores)):
-        ids = rollout.response(row)
-        pairs = list(zip(ids, ids[1:], strict=False))
-        shares.append(len(set(pairs)) / len(pairs) if pairs else 1.0)
+    responses = [rollout.response(row) for row in range(len(rollout.scores))]
+    repeated_2, repeated_3 = (fmean(repeated_share(ids, size) for ids in responses) for size in (2, 3))
     return {
         "length": rollout.response_lengths.float().mean().item(),
         "eos_rate": rollout.ended.float().mean().item(),
-        "distinct_2": sum(shares) / len(shares),
+        "distinct_2": 1.0 - repeated_2,
+        "repeated_3": repeated_3,
     }
 
 

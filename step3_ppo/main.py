@@ -26,25 +26,42 @@ from common.run_folder import prepare_output
 from common.tensor_ops import masked_whiten
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
-from step3_ppo.advantages import generalised_advantages
+from step3_ppo.advantages import (
+    discounted_sums,
+    generalised_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    reinforce_advantages,
+    whitened_returns,
+)
 from step3_ppo.data import Prompt, prompt
 from step3_ppo.evaluate import evaluate, rollout_metrics
+from step3_ppo.functions import load_functions
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
-from step3_ppo.options import PPOOptions, check_lengths, check_rollout_arithmetic
-from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
+from step3_ppo.options import PPOOptions, check_lengths, check_rollout_arithmetic, check_scoring
+from step3_ppo.rewards import (
+    KLController,
+    RunningScale,
+    clip_scores,
+    repeated_share,
+    token_kl,
+    token_rewards,
+)
 from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_rollout
 
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
+SCALE = ("count", "mean", "squares")  # what a RunningScale remembers
+MOVING = 0.9  # how much of a moving baseline each iteration keeps
 
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(
-        PPOOptions, required=["actor_model_name_or_path", "reward_model_name_or_path", "prompt_data"]
-    )
+    options = parse_options(PPOOptions, required=["actor_model_name_or_path", "prompt_data"])
+    check_scoring(options)
     check_rollout_arithmetic(options)
+    functions = load_functions(options.reward_function)
     actor_zero = load_zero_config(
         options.actor_zero_config or options.zero_config, options, options.actor_learning_rate
     )
@@ -75,12 +92,13 @@ def main() -> None:
     updates_per_step = options.ppo_epochs * (options.rollout_batch_size // options.global_batch_size)
     seed_everything(options.seed, step=0)
     models = build_models(
-        options, encoder, reward_encoders, actor_zero, critic_zero, total_steps * updates_per_step
+        options, encoder, reward_encoders, functions, actor_zero, critic_zero, total_steps * updates_per_step
     )
-    engines = {"actor": models.actor, "critic": models.critic}
+    engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     state = resume(checkpoint, options, engines)
     horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
-    kl = KLController(state.controllers.get("kl_coef", options.kl_coef), options.target_kl, horizon)
+    controllers = state.controllers
+    kl = KLController(controllers.setdefault("kl_coef", options.kl_coef), options.target_kl, horizon)
     metrics = MetricWriter(options.output_dir, state.step, total_steps)
     log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {world_size()} ranks")
 
@@ -89,7 +107,7 @@ def main() -> None:
         load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
     )
     load_value = partial(
-        load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoders[0] is encoder
+        load_critic, options, tokenizer, unpartitioned(critic_zero), reward_encoders[:1] == [encoder]
     )
 
     def evaluate_and_log() -> bool:
@@ -114,11 +132,11 @@ def main() -> None:
         # 3. Sample, and have every model read the responses.
         rollout = sample_rollout(models, batch, options, step)
         sampled = time.perf_counter()
-        rollout, first_pass, of_members = score_rollout(models, batch, rollout, options, step)
+        rollout, first_pass, parts = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.
-        rewards = shape_rewards(rollout, options, kl.coef)
+        rewards = shape_rewards(rollout, options, controllers)
         # 5. Advantages over the whole rollout.
-        advantages, returns = estimate_advantages(rollout, rewards, options)
+        advantages, returns = estimate_advantages(rollout, rewards, options, controllers)
         # 6. Clipped policy and value losses, several epochs.
         scored = time.perf_counter()
         stats = optimise(models, rollout, first_pass, advantages, returns, options, step)
@@ -126,16 +144,17 @@ def main() -> None:
 
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
-        found = rollout_metrics(rollout, returns, of_members) | stats | {"kl/coef": kl.coef}
+        found = rollout_metrics(rollout, returns, parts) | stats | {"kl/coef": kl.coef}
         found |= {"time/rollout": sampled - start, "time/score": scored - sampled}
         found |= {"time/train": end - scored, "time/step": end - start}
         found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
         found["rollout/tokens_per_second"] = int(rollout.response_lengths.sum()) / (sampled - start)
         kl.update(found["kl/mean"], options.rollout_batch_size)
-        state.controllers["kl_coef"] = kl.coef
+        controllers["kl_coef"] = kl.coef
         state.advance(prompts_per_step, len(train))
         origins = [train.origin(i) for i in chosen]
-        check_numbers(state, options, skipped, found["value/loss"], origins)
+        watched = found["value/loss" if models.critic else "policy/approx_kl"]
+        check_numbers(state, options, skipped, watched, origins)
         found["train/skipped_updates"] = state.skipped
         is_last, is_best = state.step == total_steps, False
         if is_last or state.step % options.logging_steps == 0:
@@ -146,24 +165,60 @@ def main() -> None:
 
     # 8. What other programs read.
     export_model(models.actor, tokenizer, output / "final", load_actor)
-    export_model(models.critic, tokenizer, output / "final_critic", load_value)
+    if models.critic:
+        export_model(models.critic, tokenizer, output / "final_critic", load_value)
 
 
-def shape_rewards(rollout: Rollout, options: PPOOptions, kl_coef: float) -> Tensor:
-    """Rewards (B, R): the KL penalty at every token, at the last one also the score."""
-    scores = clip_scores(rollout.scores, options.score_clip)
+def shape_rewards(rollout: Rollout, options: PPOOptions, controllers: dict[str, float]) -> Tensor:
+    """Rewards (B, R): the KL penalty at every token, at the last one also the score and its penalties.
+
+    controllers: the KL coefficient, and what is known of earlier scores, which those of the rollout join.
+    """
+    scores = rollout.scores
+    if options.normalise_scores:
+        scale = RunningScale(*(controllers.get(f"score_{name}", 0.0) for name in SCALE))
+        scale.update(scores)
+        scores = scale.apply(scores)
+        controllers |= {f"score_{name}": getattr(scale, name) for name in SCALE}
+    scores = clip_scores(scores, options.score_clip)
     scores = scores - options.missing_eos_penalty * ~rollout.ended
+    scores = scores - options.length_penalty * rollout.response_lengths
+    if options.repetition_penalty:
+        repeated = [repeated_share(rollout.response(row)) for row in range(len(scores))]
+        scores = scores - options.repetition_penalty * scores.new_tensor(repeated)
     kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
-    return token_rewards(scores, kl, rollout.response_lengths, kl_coef)
+    rewards = token_rewards(scores, kl, rollout.response_lengths, controllers["kl_coef"])
+    if options.whiten_rewards:
+        rewards = masked_whiten(rewards, rollout.response_mask, shift_mean=False)
+    return rewards
 
 
-def estimate_advantages(rollout: Rollout, rewards: Tensor, options: PPOOptions) -> tuple[Tensor, Tensor]:
-    """Advantages, whitened over all response tokens of the rollout, and returns, both (B, R)."""
-    mask = rollout.response_mask
-    advantages, returns = generalised_advantages(
-        rewards, rollout.values, mask, options.gamma, options.gae_lambda
-    )
-    return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
+def estimate_advantages(
+    rollout: Rollout, rewards: Tensor, options: PPOOptions, controllers: dict[str, float]
+) -> tuple[Tensor, Tensor | None]:
+    """Advantages (B, R) by --advantage_estimator, and returns (B, R) for the critic, if there is one.
+
+    controllers: where the moving baseline of reinforce is kept.
+    """
+    mask, gamma, totals = rollout.response_mask, options.gamma, rewards.sum(1)
+    if options.advantage_estimator == "gae":
+        advantages, returns = generalised_advantages(
+            rewards, rollout.values, mask, gamma, options.gae_lambda, rollout.last_values
+        )
+        return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
+    if options.advantage_estimator == "reinforce_pp":
+        return whitened_returns(rewards, mask, gamma), None
+    if options.advantage_estimator == "reinforce":
+        mean = discounted_sums(rewards, gamma)[:, 0].mean().item()
+        earlier = controllers.get("baseline", mean)
+        controllers["baseline"] = MOVING * earlier + (1 - MOVING) * mean
+        baseline = earlier if options.reinforce_baseline == "moving" else mean
+        return reinforce_advantages(rewards, mask, gamma, baseline), None
+    if options.advantage_estimator == "rloo":
+        of_responses = leave_one_out_advantages(totals, options.samples_per_prompt)  # (B,)
+    else:
+        of_responses = group_advantages(totals, options.samples_per_prompt, options.group_std)  # (B,)
+    return of_responses[:, None] * mask, None
 
 
 if __name__ == "__main__":

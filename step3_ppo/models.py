@@ -16,6 +16,7 @@ from common.lora import add_adapters
 from common.models import initialise_head, load_causal_lm, load_scalar_model
 from common.tokenization import SegmentEncoder
 from common.zero import frozen_config, unpartitioned
+from step3_ppo.functions import RewardFunction
 from step3_ppo.options import PPOOptions
 
 
@@ -23,15 +24,18 @@ from step3_ppo.options import PPOOptions
 class Models:
     """Actor and critic are DeepSpeed engines that learn; reference and reward models are frozen.
 
+    Without an estimator that needs one there is no critic.
+
     With adapters, `reference` is None: it is the actor with its adapter off. A single reward model is then
     the critic with its adapter off, as the critic stands on its backbone. Two copies of weights then do the
     work of four.
     """
 
     actor: Any
-    critic: Any
+    critic: Any | None
     reference: nn.Module | None
     rewards: list[RewardModel]
+    functions: list[RewardFunction]  # that score too
     encoder: SegmentEncoder  # the actor's; also of each reward model that reads the same tokens
 
     @contextlib.contextmanager
@@ -53,12 +57,12 @@ def without_adapter(engine: Any) -> Iterator[nn.Module]:
 
 def build_models(
     options: PPOOptions, encoder: SegmentEncoder, reward_encoders: list[SegmentEncoder],
-    actor_zero: dict[str, Any], critic_zero: dict[str, Any], updates: int,
+    functions: list[RewardFunction], actor_zero: dict[str, Any], critic_zero: dict[str, Any], updates: int,
 ) -> Models:  # fmt: skip
     """Load everything. updates: optimiser steps of the whole run, for the learning rate schedules."""
     tokenizer = encoder.tokenizer
     has_adapters = options.lora_rank > 0
-    shares_reward = has_adapters and reward_encoders == [encoder]
+    shares_reward = has_adapters and options.has_critic and reward_encoders == [encoder]
 
     reference, rewards = None, []
     if not has_adapters:
@@ -70,27 +74,30 @@ def build_models(
 
     actor = load_causal_lm(options.actor_model_name_or_path, tokenizer, actor_zero)
     actor = add_adapters(actor, options, options.seed)
-    critic = add_adapters(
-        load_critic(options, tokenizer, critic_zero, reward_encoders[0] is encoder), options, options.seed
-    )
+    critic = None
+    if options.has_critic:
+        is_alike = reward_encoders[:1] == [encoder]
+        critic = add_adapters(load_critic(options, tokenizer, critic_zero, is_alike), options, options.seed)
     actor = make_engine(actor, actor_zero, options, options.actor_learning_rate, updates)
-    critic = make_engine(critic, critic_zero, options, options.critic_learning_rate, updates)
+    if critic:
+        critic = make_engine(critic, critic_zero, options, options.critic_learning_rate, updates)
     if shares_reward:
         rewards = [RewardModel(encoder, partial(without_adapter, critic))]
-    return Models(actor, critic, reference, rewards, encoder)
+    return Models(actor, critic, reference, rewards, functions, encoder)
 
 
 def load_critic(
-    options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], same_tokens: bool
+    options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], is_alike: bool
 ) -> PreTrainedModel:
-    """The critic before training: the first reward model, or the SFT model with a zero head."""
-    if same_tokens:
+    """The critic before training: the first reward model, if it reads the actor's tokens, or the SFT model
+    with a zero head.
+    """
+    if is_alike:
         log("critic: starts from the reward model")
         return load_scalar_model(options.reward_model_name_or_path[0], tokenizer, zero)
-    log(
-        "critic: starts from the SFT model with a zero head,"
-        " because actor and reward model have unlike tokenizers"
-    )
+    has_model = bool(options.reward_model_name_or_path)
+    reason = "actor and reward model have unlike tokenizers" if has_model else "there is no reward model"
+    log(f"critic: starts from the SFT model with a zero head, because {reason}")
     critic = load_scalar_model(options.actor_model_name_or_path, tokenizer, zero)
     initialise_head(critic, std=0.0)
     return critic

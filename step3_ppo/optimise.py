@@ -33,7 +33,7 @@ class Targets(NamedTuple):
 
 
 def optimise(
-    models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor,
+    models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor | None,
     options: PPOOptions, step: int,
 ) -> dict[str, float]:  # fmt: skip
     """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
@@ -44,9 +44,11 @@ def optimise(
     that are not finite; `policy/ratio` is that of the first minibatch, where it must be 1.
     """
     models.actor.train()
-    models.critic.train()
+    if models.critic:
+        models.critic.train()
     lengths = rollout.lengths.tolist()
-    per_token = (rollout.logprobs, rollout.values, advantages, returns)
+    # Without a critic nobody looks at returns.
+    per_token = (rollout.logprobs, rollout.values, advantages, advantages if returns is None else returns)
     sums: Sums = Counter()
     first: dict[str, float] = {}
     norms: dict[str, float | None] = {}
@@ -63,9 +65,11 @@ def optimise(
                 norms["policy/grad_norm"] = _update_actor(
                     models.actor, first_pass, rows, targets, options, tokens, is_last, sums
                 )
-            norms["value/grad_norm"] = _update_critic(
-                models.critic, first_pass, rows, targets, options, tokens, is_last, sums
-            )
+            if models.critic:
+                norms["value/grad_norm"] = _update_critic(
+                    models.critic, first_pass, rows, targets, options, tokens, is_last, sums
+                )
+            sums["tokens"] += len(rows.labels)
         skipped += sum(norm is not None and not math.isfinite(norm) for norm in norms.values())
         first = first or {name: float(total) for name, total in sums.items()}
     totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
@@ -108,5 +112,4 @@ def _update_critic(
     with torch.no_grad():
         sums["value/loss"] += result.loss.sum()
         sums["value/clip_fraction"] += result.clipped.sum()
-        sums["tokens"] += len(values)
     return norm

@@ -43,13 +43,28 @@ class SamplingOptions:
 
 
 @dataclass
-class AlgorithmOptions:
-    """The numbers of PPO."""
+class RewardOptions(EnsembleOptions):
+    """What makes a response good, besides reward models."""
 
-    ppo_epochs: int = option(4, "Passes over each rollout.", at_least=1)
-    actor_learning_rate: float = option(3e-6, "Highest learning rate of the actor.", above=0)
-    critic_learning_rate: float = option(9e-6, "Highest learning rate of the critic.", above=0)
-    critic_warmup_steps: int = option(0, "First iterations in which only the critic learns.", at_least=0)
+    reward_function: list[str] = option(
+        [], "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too."
+    )
+    normalise_scores: bool = option(False, "Scale scores by mean and std of all scores so far.")
+    score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not.", at_least=0)
+    missing_eos_penalty: float = option(
+        1.0, "Taken from the score of a response that did not end.", at_least=0
+    )
+    length_penalty: float = option(0.0, "Taken from the score for each token of the response.", at_least=0)
+    repetition_penalty: float = option(
+        0.0, "Taken from the score times the share of trigrams that stood in the response before.", at_least=0
+    )
+    whiten_rewards: bool = option(False, "Scale the rewards of a rollout to variance 1, their mean kept.")
+
+
+@dataclass
+class KLOptions:
+    """How far the policy may move from the reference."""
+
     kl_coef: float = option(
         0.05, "Weight of the KL penalty in the reward; the first one, if adaptive.", at_least=0
     )
@@ -60,6 +75,25 @@ class AlgorithmOptions:
         6.0, "KL per response, in nats, that the adaptive controller steers to.", above=0
     )
     kl_horizon: int = option(10_000, "Responses over which the adaptive controller acts.", at_least=1)
+
+
+@dataclass
+class AlgorithmOptions:
+    """The numbers of PPO."""
+
+    advantage_estimator: Literal["gae", "reinforce", "rloo", "group", "reinforce_pp"] = option(
+        "gae",
+        "With a critic: gae. Without: reinforce, less a baseline; rloo and group, by the other responses to"
+        " the prompt; reinforce_pp, whitened over the rollout.",
+    )
+    reinforce_baseline: Literal["batch", "moving"] = option(
+        "batch", "What reinforce compares with: the mean return of the rollout, or a moving average of it."
+    )
+    group_std: bool = option(True, "Divide by the standard deviation of the group (GRPO; without: Dr. GRPO).")
+    ppo_epochs: int = option(4, "Passes over each rollout.", at_least=1)
+    actor_learning_rate: float = option(3e-6, "Highest learning rate of the actor.", above=0)
+    critic_learning_rate: float = option(9e-6, "Highest learning rate of the critic.", above=0)
+    critic_warmup_steps: int = option(0, "First iterations in which only the critic learns.", at_least=0)
     clip_range: float = option(0.2, "The policy's probability ratio is clipped to 1 -/+ this.", above=0)
     value_clip_range: float = option(0.2, "The value is kept this near to its old one.", above=0)
     dual_clip: float = option(
@@ -67,20 +101,25 @@ class AlgorithmOptions:
     )
     gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", at_least=0, at_most=1)
-    whiten_advantages: bool = option(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
-    score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not.", at_least=0)
-    missing_eos_penalty: float = option(
-        1.0, "Taken from the score of a response that did not end.", at_least=0
+    bootstrap_truncated: bool = option(
+        False, "With gae, after a response that was cut off comes the critic's value, not 0."
     )
+    whiten_advantages: bool = option(True, "Scale gae's advantages of a rollout to mean 0 and variance 1.")
 
 
 @dataclass
 class PPOOptions(
-    RunOptions, DataOptions, OptimiserOptions, LoraOptions, EnsembleOptions, SamplingOptions, AlgorithmOptions
-):
+    RunOptions, DataOptions, OptimiserOptions, LoraOptions, RewardOptions, SamplingOptions, KLOptions,
+    AlgorithmOptions,
+):  # fmt: skip
     """PPO of a policy against a reward model."""
 
     stage: ClassVar[int] = 3
+
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage_estimator == "gae"
+
     output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
     actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
     actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
@@ -100,8 +139,18 @@ class PPOOptions(
 
 
 def check_rollout_arithmetic(options: PPOOptions) -> None:
-    """Raise UserError unless a rollout is whole prompts, equal shares and whole optimiser steps."""
+    """Raise UserError unless a rollout is whole groups, equal shares and whole optimiser steps."""
     rows, ranks = options.rollout_batch_size, world_size()
+    if options.advantage_estimator in ("rloo", "group") and options.samples_per_prompt < 2:
+        raise UserError(
+            f"--samples_per_prompt {options.samples_per_prompt}: --advantage_estimator"
+            f" {options.advantage_estimator} compares responses to one prompt and needs at least 2"
+        )
+    if options.critic_warmup_steps and not options.has_critic:
+        raise UserError(
+            f"--critic_warmup_steps {options.critic_warmup_steps}: --advantage_estimator"
+            f" {options.advantage_estimator} has no critic; it must be 0"
+        )
     for name, divisor in {
         "--global_batch_size": options.global_batch_size,
         "--samples_per_prompt": options.samples_per_prompt,
@@ -109,6 +158,12 @@ def check_rollout_arithmetic(options: PPOOptions) -> None:
     }.items():
         if rows % divisor:
             raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
+
+
+def check_scoring(options: PPOOptions) -> None:
+    """Raise UserError unless something scores responses."""
+    if not options.reward_model_name_or_path and not options.reward_function:
+        raise UserError("--reward_model_name_or_path or --reward_function is required")
 
 
 def check_lengths(options: PPOOptions, config: PretrainedConfig) -> None:

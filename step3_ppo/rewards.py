@@ -1,10 +1,43 @@
 """From scores per response to rewards per token, and the coefficient of the KL penalty. Pure."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+def repeated_share(ids: Sequence[int], size: int = 3) -> float:
+    """Share of the n-grams of a response that stood in it before; 0 for one that has none."""
+    ngrams = list(zip(*(ids[start:] for start in range(size)), strict=False))
+    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+@dataclass
+class RunningScale:
+    """Mean and spread of all scores so far, to make scores of any scale alike.
+
+    Source: Chan et al. 1983, for batches; Zheng et al. 2023 (PPO-max), section 5.3.
+    """
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def update(self, scores: Tensor) -> None:
+        """Take in the scores (B,) of a rollout."""
+        number, mean = len(scores), scores.mean().item()
+        distance, total = mean - self.mean, self.count + number
+        self.squares += scores.var(unbiased=False).item() * number
+        self.squares += distance**2 * self.count * number / total
+        self.mean += distance * number / total
+        self.count = total
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """Scores (B,) in standard deviations from the mean."""
+        std = math.sqrt(self.squares / self.count)
+        return (scores - self.mean) / max(std, 1e-8)
 
 
 def clip_scores(scores: Tensor, limit: float) -> Tensor:

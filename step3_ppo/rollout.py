@@ -33,8 +33,9 @@ class Rollout:
     ended: Tensor  # (B,) bool: the response has an EOS
     logprobs: Tensor  # (B, R) under the actor
     ref_logprobs: Tensor  # (B, R) under the reference
-    values: Tensor  # (B, R) of the critic
-    scores: Tensor  # (B,) of the reward model
+    values: Tensor  # (B, R) of the critic; 0 without one
+    last_values: Tensor  # (B,) of the critic after the last token of a response that was cut off; else 0
+    scores: Tensor  # (B,) of reward models and functions together
 
     @property
     def lengths(self) -> Tensor:
@@ -150,5 +151,6 @@ def _assemble(
         logprobs=logprobs,
         ref_logprobs=torch.zeros_like(logprobs),
         values=torch.zeros_like(logprobs),
+        last_values=torch.zeros_like(logprobs[:, 0]),
         scores=torch.zeros_like(logprobs[:, 0]),
     )

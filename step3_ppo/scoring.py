@@ -12,10 +12,11 @@ from common.data import deal
 from common.distributed import device, rank, sum_tensor_over_ranks
 from common.ensemble import combine, member_scores
 from common.formatting import dialogue_segments
-from common.models import token_scores
+from common.models import last_positions, token_scores
 from common.options import world_size
 from common.tokenization import SegmentEncoder
 from step3_ppo.data import Prompt, minibatches
+from step3_ppo.functions import function_scores
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
@@ -45,14 +46,15 @@ class FirstPass:
 @torch.no_grad()
 def score_rollout(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions, step: int | None = None
-) -> tuple[Rollout, FirstPass, Tensor]:
-    """Have every model read the responses, each rank a part of them; also the scores (M, B) of each reward
-    model, which make up those of the rollout.
+) -> tuple[Rollout, FirstPass, dict[str, Tensor]]:
+    """Have every model read the responses, each rank a part of them; also what makes up the scores of the
+    rollout: (B,) of each reward model and function, by name.
 
     step: the iteration whose update follows; None measures all but values, for no update.
     """
     models.actor.eval()
-    models.critic.eval()
+    if models.critic:
+        models.critic.eval()
     rest, first = _my_batches(rollout, options, step)
     batches = [*rest, first] if first else rest
     first_pass = FirstPass()
@@ -60,15 +62,15 @@ def score_rollout(
     def policy_pass(model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
         return actor_logprobs(model, take_rows(rollout, batch), options.temperature)
 
-    def value_pass(batch: list[int]) -> Tensor:
-        rows = take_rows(rollout, batch)
-        return token_scores(models.critic, rows.input_ids, rows.positions)
-
     with models.reference_model() as reference:
         parts = [policy_pass(reference, batch)[0] for batch in batches]
         found = {"ref_logprobs": _placed(rollout, batches, parts)}
-    of_members = _scores(models, prompts, rollout, sum(batches, []), options)
-    found["scores"] = combine(of_members, options)
+    mine = sum(batches, [])
+    of_members = _member_scores(models, prompts, rollout, mine, options)  # (M, B)
+    of_functions = _function_scores(models, prompts, rollout, mine)  # (F, B)
+    parts_of_scores = dict(zip(_names(models), [*of_members, *of_functions], strict=True))
+    weights = torch.tensor([function.weight for function in models.functions], device=device())
+    found["scores"] = weights @ of_functions + (combine(of_members, options) if models.rewards else 0.0)
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
         # update does.
@@ -79,12 +81,33 @@ def score_rollout(
                 first_pass.policy = policy_pass(models.actor, first)
             parts.append(first_pass.policy[0].detach())
         found["logprobs"] = _placed(rollout, batches, parts)
-    if first:
-        parts = [value_pass(batch) for batch in rest]
+    if first and models.critic:
+        passes = [_value_pass(models.critic, rollout, batch, options) for batch in rest]
         with _as_in_update(models.critic):
-            first_pass.values = value_pass(first)
-        found["values"] = _placed(rollout, batches, [*parts, first_pass.values.detach()])
-    return replace(rollout, **found), first_pass, of_members
+            first_pass.values, last = _value_pass(models.critic, rollout, first, options)
+        passes.append((first_pass.values.detach(), last.detach()))
+        found["values"] = _placed(rollout, batches, [values for values, _ in passes])
+        found["last_values"] = torch.zeros_like(rollout.scores)
+        found["last_values"][mine] = torch.cat([last for _, last in passes])
+        sum_tensor_over_ranks(found["last_values"])
+    return replace(rollout, **found), first_pass, parts_of_scores
+
+
+def _value_pass(
+    critic: Any, rollout: Rollout, batch: list[int], options: PPOOptions
+) -> tuple[Tensor, Tensor]:
+    """Values (N,) before each response token, and (b,) after the last one where --bootstrap_truncated wants
+    it, else 0.
+    """
+    rows = take_rows(rollout, batch)
+    wanted = ~rollout.ended[batch] & options.bootstrap_truncated  # (b,)
+    prompts, responses = rollout.prompt_lengths[batch], rollout.response_lengths[batch]
+    after = last_positions(prompts + responses, rows.input_ids.shape[1]) & wanted[:, None]  # (b, T)
+    positions = rows.positions | after
+    values = token_scores(critic, rows.input_ids, positions)
+    is_after = after[positions]
+    last = torch.zeros(len(batch), device=values.device).masked_scatter(wanted, values[is_after].detach())
+    return values[~is_after], last
 
 
 def _my_batches(rollout: Rollout, options: PPOOptions, step: int | None) -> tuple[list[list[int]], list[int]]:
@@ -119,10 +142,32 @@ def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tens
     return sum_tensor_over_ranks(result)
 
 
-def _scores(
+def _names(models: Models) -> list[str]:
+    """A name for each reward model and function, for metrics."""
+    members = [f"model_{number}" for number in range(1, len(models.rewards) + 1)]
+    return members + [function.name for function in models.functions]
+
+
+def _function_scores(
+    models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int]
+) -> Tensor:
+    """Scores (F, B) that each function of the user gives, of which this rank asks for its own rows."""
+    scores = torch.zeros(len(models.functions), len(prompts), device=device())
+    if not models.functions:
+        return scores
+    texts = [models.encoder.decode_response(rollout.prompt(row), rollout.response(row)) for row in mine]
+    sources, records = zip(*((prompts[row].source, prompts[row].record) for row in mine), strict=True)
+    said = function_scores(models.functions, sources, texts, records)
+    scores[:, torch.tensor(mine, device=device())] = torch.tensor(said, device=device())
+    return sum_tensor_over_ranks(scores)
+
+
+def _member_scores(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int], options: PPOOptions
 ) -> Tensor:
     """Scores (M, B) that each reward model gives whole responses, of which this rank reads its own."""
+    if not models.rewards:
+        return torch.zeros(0, len(prompts), device=device())
     encoders = {member.encoder for member in models.rewards}
     inputs = {e: [_scored_ids(e, models, prompts[row], rollout, row) for row in mine] for e in encoders}
     scores = torch.zeros(len(models.rewards), len(prompts), device=device())

@@ -39,7 +39,7 @@ def keep_scores(monkeypatch: pytest.MonkeyPatch) -> None:
             models.encoder.decode_response(rollout.prompt(row), rollout.response(row))
             for row in range(len(prompts))
         ]
-        found = {"scores": scored[0].scores, "of_members": scored[2], "texts": texts}
+        found = {"scores": scored[0].scores, "of_members": torch.stack([*scored[2].values()]), "texts": texts}
         found["prompts"] = [prompt.source for prompt in prompts]
         torch.save(found, Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "scores.pt")
         return scored

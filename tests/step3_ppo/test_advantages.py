@@ -1,10 +1,17 @@
-"""Generalised advantage estimation, against another implementation and closed forms."""
+"""Advantage estimators, against other implementations and closed forms."""
 
 import pytest
 import torch
 
 from common.tensor_ops import masked_whiten
-from step3_ppo.advantages import generalised_advantages
+from step3_ppo.advantages import (
+    discounted_sums,
+    generalised_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    reinforce_advantages,
+    whitened_returns,
+)
 from tests.conftest import assert_close
 
 MASK = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
@@ -56,3 +63,46 @@ def test_definition_as_a_double_sum():
         expected = [sum((0.95 * 0.8) ** (k - t) * deltas[k] for k in range(t, length)) for t in range(length)]
         assert_close(advantages[row, :length], torch.tensor(expected))
         assert_close(returns[row, :length], torch.tensor(expected) + values[row, :length])
+
+
+def test_after_a_response_that_was_cut_off_comes_the_critics_value():
+    """As if the value had been a further reward, discounted once, with a terminal state behind it."""
+    rewards, values = random_case()
+    last = torch.tensor([0.7, 0.0, -1.3])
+    found, returns = generalised_advantages(rewards, values, MASK, 0.9, 0.8, last)
+    paid = rewards.clone()
+    paid[torch.arange(3), MASK.sum(1) - 1] += 0.9 * last
+    advantages, _ = generalised_advantages(paid, values, MASK, 0.9, 0.8)
+    assert_close(found, advantages)
+    assert_close(returns, (advantages + values) * MASK)
+
+
+def test_leave_one_out_matches_the_reference(reference):
+    case = reference("rloo.advantages.default")
+    found = leave_one_out_advantages(case.outputs.total_rewards, case.params.num_generations)
+    assert_close(found, case.outputs.advantages)
+
+
+def test_reinforce_is_what_is_to_come_less_the_baseline():
+    rewards, _ = random_case()
+    found = reinforce_advantages(rewards, MASK, gamma=0.9, baseline=0.25)
+    for row, length in enumerate(MASK.sum(1).tolist()):
+        for t in range(length):
+            to_come = sum(0.9 ** (k - t) * rewards[row, k].item() for k in range(t, length))
+            assert found[row, t].item() == pytest.approx(to_come - 0.25, rel=1e-5)
+    assert not found[~MASK].any()
+    assert_close(discounted_sums(rewards * MASK, 0.9)[:, 0] - 0.25, found[:, 0])
+
+
+def test_reinforce_pp_whitens_over_all_tokens():
+    rewards, _ = random_case()
+    found = whitened_returns(rewards, MASK, gamma=1.0)
+    to_come = (rewards * MASK).double().flip(1).cumsum(1).flip(1)[MASK].numpy()
+    expected = (to_come - to_come.mean()) / to_come.std(ddof=1)
+    assert_close(found[MASK].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_groups_by_hand():
+    totals = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
+    assert group_advantages(totals, 3, scale=False).tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert_close(group_advantages(totals, 3, scale=True), torch.tensor([-1.0, 0, 1, 0, 0, 0]) / 1.0001)

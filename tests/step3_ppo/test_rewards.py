@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from step3_ppo.rewards import KLController, clip_scores, token_kl, token_rewards
+from step3_ppo.rewards import (
+    KLController,
+    RunningScale,
+    clip_scores,
+    repeated_share,
+    token_kl,
+    token_rewards,
+)
 from tests.conftest import assert_close
 
 
@@ -63,3 +70,20 @@ def test_fixed_controller_stays():
     controller = KLController(coef=0.1)
     controller.update(1e6, num_responses=50)
     assert controller.coef == 0.1
+
+
+def test_running_scale_is_that_of_all_scores_together():
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 7 + 3
+    scale = RunningScale()
+    for batch in scores:
+        scale.update(batch)
+    assert scale.mean == pytest.approx(scores.mean().item(), rel=1e-12)
+    assert_close(scale.apply(scores[0]), (scores[0] - scores.mean()) / scores.std(unbiased=False))
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [([], 0.0), ([1, 2], 0.0), ([1, 2, 3, 4], 0.0), ([1, 1, 1, 1, 1], 2 / 3), ([1, 2] * 3, 0.5)],
+)
+def test_repeated_share_by_hand(ids, expected):
+    assert repeated_share(ids) == pytest.approx(expected)

@@ -117,6 +117,7 @@ def test_logprobs_are_those_of_the_trainer(model, top_p):
         logprobs=responses.logprobs,
         ref_logprobs=empty,
         values=empty,
+        last_values=empty[:, 0],
         scores=empty[:, 0],
     )
     with torch.no_grad():
