@@ -3,7 +3,7 @@
 #   bash launch/recipes/stories.sh --model DIR --data DIR --output DIR
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl. KL_COEF sets how far step 3 may move.
 set -euo pipefail
-KL_COEF="${KL_COEF:-0.11}"
+KL_COEF="${KL_COEF:-0.125}"
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$HERE/environment.sh"
@@ -24,5 +24,5 @@ step "$HERE/step3_ppo.sh" --actor_model_name_or_path "$OUTPUT/step1_sft/final" -
     --reward_model_name_or_path "$OUTPUT/step2_reward/final" --prompt_data "$DATA/prompts.jsonl" \
     --output_dir "$OUTPUT/step3_ppo" --max_response_length 48 --missing_eos_penalty 0 --max_steps 100 \
     --rollout_batch_size 64 --global_batch_size 64 --micro_batch_size 64 --ppo_epochs 4 \
-    --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --adam_beta2 0.99 --kl_coef "$KL_COEF" \
+    --actor_learning_rate 2e-4 --critic_learning_rate 3e-4 --adam_beta2 0.99 --kl_coef "$KL_COEF" \
     --eval_steps 50
