@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -93,6 +94,15 @@ def sum_tensor_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def share_rows(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """Every rank's rows in one tensor, on all ranks: part (b, ...) holds these rows -> (count, ...).
+
+    Each row must be given by one rank; those of none are 0.
+    """
+    whole = torch.zeros(count, *part.shape[1:], dtype=part.dtype, device=part.device)
+    return sum_tensor_over_ranks(whole.index_copy(0, torch.tensor(rows, device=part.device), part))
 
 
 def gather_objects(local: Any) -> list[Any]:

@@ -155,7 +155,7 @@ def member_scores(
         with member.ready() as model:
             rows, pad_token_id = inputs[member.encoder], member.encoder.tokenizer.pad_token_id
             scores.append(score_rows(model, rows, batch_size, pad_token_id))
-    return torch.stack(scores)
+    return torch.stack(scores) if scores else torch.zeros(0)
 
 
 def score_rows(model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad_token_id: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.formatting import Message, find_prompt, prompt_segments
+from common.formatting import find_prompt, prompt_segments
 from common.overlong import fit
 from common.records import Record
 from common.tokenization import SegmentEncoder
@@ -25,11 +25,6 @@ class Prompt(NamedTuple):
     @property
     def record(self) -> dict[str, Any]:
         return json.loads(self.json)
-
-    @property
-    def source(self) -> str | list[Message]:
-        """The prompt as the record has it."""
-        return find_prompt(self.record)
 
 
 def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Prompt, bool]:

@@ -16,9 +16,8 @@ from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_rollout
 
 PERCENTILES = torch.tensor([0.1, 0.5, 0.9])
-EVALUATION_STEP = (
-    1 << 40
-)  # a sampling step that training never reaches: every evaluation draws the same numbers
+# A sampling step that training never reaches: every evaluation draws the same numbers.
+EVALUATION_STEP = 1 << 40
 
 
 def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> tuple[dict[str, float], str]:
@@ -26,7 +25,7 @@ def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> 
     short = -len(prompts) % world_size()
     prompts_of_all = [*prompts, *prompts[:1] * short]
     rollout = sample_rollout(models, prompts_of_all, options, EVALUATION_STEP)
-    rollout, *_ = score_rollout(models, prompts_of_all, rollout, options)
+    rollout, _ = score_rollout(models, prompts_of_all, rollout, options)
     rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
     figures = {
         "eval/score": rollout.scores.mean().item(),
@@ -37,10 +36,8 @@ def evaluate(models: Models, prompts: Sequence[Prompt], options: PPOOptions) -> 
     return figures, sample_table(models, rollout, options.num_samples)
 
 
-def rollout_metrics(rollout: Rollout, returns: Tensor | None, parts: dict[str, Tensor]) -> dict[str, float]:
-    """The figures of one training rollout; returns (B, R) where there is a critic, and what makes up the
-    scores: (B,) by name.
-    """
+def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, float]:
+    """The figures of one training rollout; returns (B, R) where there is a critic."""
     low, median, high = rollout.scores.float().quantile(PERCENTILES.to(rollout.scores)).tolist()
     return {
         "reward/mean": rollout.scores.mean().item(),
@@ -48,19 +45,22 @@ def rollout_metrics(rollout: Rollout, returns: Tensor | None, parts: dict[str, T
         "reward/p10": low,
         "reward/median": median,
         "reward/p90": high,
-        **(describe_parts(parts) if len(parts) > 1 else {}),
+        **describe_parts(models, rollout.score_parts),
         "kl/mean": response_kl(rollout),
         **({} if returns is None else describe_values(rollout, returns)),
         **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
     }
 
 
-def describe_parts(parts: dict[str, Tensor]) -> dict[str, float]:
-    """Mean of each reward model's and function's scores (B,), and how far reward models are apart."""
-    means = {f"reward/mean_{name.removeprefix('model_')}": part.mean().item() for name, part in parts.items()}
-    members = [part for name, part in parts.items() if name.startswith("model_")]
-    if len(members) > 1:
-        means["reward/std_between"] = torch.stack(members).std(0, unbiased=False).mean().item()
+def describe_parts(models: Models, parts: Tensor) -> dict[str, float]:
+    """Mean of each part of the scores (B, M + F) if there are several; how far reward models are apart."""
+    count = len(models.rewards)
+    names = [*range(1, count + 1), *(function.name for function in models.functions)]
+    if len(names) == 1:
+        return {}
+    means = {f"reward/mean_{name}": part.item() for name, part in zip(names, parts.mean(0), strict=True)}
+    if count > 1:
+        means["reward/std_between"] = parts[:, :count].std(1, unbiased=False).mean().item()
     return means
 
 

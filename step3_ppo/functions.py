@@ -29,16 +29,21 @@ def load_functions(sources: Sequence[str]) -> list[RewardFunction]:
 
     A function is called as `name(prompts=..., responses=..., records=...)`, three lists of equal length: what
     the records hold as prompts (strings or lists of messages), texts, and the records themselves. Raises
-    UserError when there is no such file or function, when the file fails, and for a weight that is no number.
+    UserError when there is no such file or function, when the file fails, for a weight that is no number, and
+    when two have one name.
     """
-    return [_load(source) for source in sources]
+    functions = [_load(source) for source in sources]
+    names = [function.name for function in functions]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--reward_function: {twice[0]} is given twice; each needs a name of its own")
+    return functions
 
 
 def function_scores(
     functions: Sequence[RewardFunction], prompts: Sequence[Any], responses: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> list[list[float]]:  # fmt: skip
-    """What each function says of this rank's responses. Every rank must call it.
+    """What each of F functions says of this rank's b responses, (F, b). Every rank must call it.
 
     Raises UserError, on all ranks, naming the function and the record: when it fails, gives another number of
     scores, or one that is not a finite number.
@@ -86,7 +91,8 @@ def _call(
     try:
         found = function.call(prompts=list(prompts), responses=list(responses), records=list(records))
     except Exception as error:  # noqa: BLE001 - the user's own code
-        where = f"record {_show(records[_culprit(function, prompts, responses, records)])}"
+        culprit = _culprit(function, type(error), prompts, responses, records)
+        where = f"record {_show(records[culprit])}"
         raise UserError(f"{said}: {type(error).__name__}: {error}; {where}") from error
     finally:
         still.cancel()
@@ -105,14 +111,14 @@ def _call(
 
 
 def _culprit(
-    function: RewardFunction, prompts: Sequence[Any], responses: Sequence[str],
+    function: RewardFunction, failure: type[Exception], prompts: Sequence[Any], responses: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> int:  # fmt: skip
-    """The first record that the function fails on by itself; the first of all if it fails on none."""
+    """The first record on which the function fails alike by itself; the first of all if there is none."""
     for row in range(len(records)):
         try:
             function.call(prompts=[prompts[row]], responses=[responses[row]], records=[records[row]])
-        except Exception:  # noqa: BLE001, PERF203 - the user's own code
+        except failure:  # noqa: PERF203 - at most once
             return row
     return 0
 

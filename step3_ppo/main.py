@@ -5,6 +5,7 @@
 """
 
 import time
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from step3_ppo.evaluate import evaluate, rollout_metrics
 from step3_ppo.functions import load_functions
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
-from step3_ppo.options import PPOOptions, check_lengths, check_rollout_arithmetic, check_scoring
+from step3_ppo.options import PPOOptions, check_lengths, check_options
 from step3_ppo.rewards import (
     KLController,
     RunningScale,
@@ -52,15 +53,13 @@ from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_rollout
 
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
-SCALE = ("count", "mean", "squares")  # what a RunningScale remembers
 MOVING = 0.9  # how much of a moving baseline each iteration keeps
 
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(PPOOptions, required=["actor_model_name_or_path", "prompt_data"])
-    check_scoring(options)
-    check_rollout_arithmetic(options)
+    check_options(options)
     functions = load_functions(options.reward_function)
     actor_zero = load_zero_config(
         options.actor_zero_config or options.zero_config, options, options.actor_learning_rate
@@ -132,7 +131,7 @@ def main() -> None:
         # 3. Sample, and have every model read the responses.
         rollout = sample_rollout(models, batch, options, step)
         sampled = time.perf_counter()
-        rollout, first_pass, parts = score_rollout(models, batch, rollout, options, step)
+        rollout, first_pass = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.
         rewards = shape_rewards(rollout, options, controllers)
         # 5. Advantages over the whole rollout.
@@ -144,7 +143,7 @@ def main() -> None:
 
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
-        found = rollout_metrics(rollout, returns, parts) | stats | {"kl/coef": kl.coef}
+        found = rollout_metrics(models, rollout, returns) | stats | {"kl/coef": kl.coef}
         found |= {"time/rollout": sampled - start, "time/score": scored - sampled}
         found |= {"time/train": end - scored, "time/step": end - start}
         found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
@@ -176,10 +175,10 @@ def shape_rewards(rollout: Rollout, options: PPOOptions, controllers: dict[str, 
     """
     scores = rollout.scores
     if options.normalise_scores:
-        scale = RunningScale(*(controllers.get(f"score_{name}", 0.0) for name in SCALE))
+        scale = RunningScale(*(controllers.get(f"score_{field.name}", 0.0) for field in fields(RunningScale)))
         scale.update(scores)
         scores = scale.apply(scores)
-        controllers |= {f"score_{name}": getattr(scale, name) for name in SCALE}
+        controllers |= {f"score_{name}": value for name, value in asdict(scale).items()}
     scores = clip_scores(scores, options.score_clip)
     scores = scores - options.missing_eos_penalty * ~rollout.ended
     scores = scores - options.length_penalty * rollout.response_lengths
@@ -209,10 +208,10 @@ def estimate_advantages(
     if options.advantage_estimator == "reinforce_pp":
         return whitened_returns(rewards, mask, gamma), None
     if options.advantage_estimator == "reinforce":
-        mean = discounted_sums(rewards, gamma)[:, 0].mean().item()
-        earlier = controllers.get("baseline", mean)
-        controllers["baseline"] = MOVING * earlier + (1 - MOVING) * mean
-        baseline = earlier if options.reinforce_baseline == "moving" else mean
+        mean = baseline = discounted_sums(rewards, gamma)[:, 0].mean().item()
+        if options.reinforce_baseline == "moving":
+            baseline = controllers.get("baseline", mean)
+            controllers["baseline"] = MOVING * baseline + (1 - MOVING) * mean
         return reinforce_advantages(rewards, mask, gamma, baseline), None
     if options.advantage_estimator == "rloo":
         of_responses = leave_one_out_advantages(totals, options.samples_per_prompt)  # (B,)

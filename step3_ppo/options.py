@@ -116,10 +116,6 @@ class PPOOptions(
 
     stage: ClassVar[int] = 3
 
-    @property
-    def has_critic(self) -> bool:
-        return self.advantage_estimator == "gae"
-
     output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
     actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
     actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
@@ -137,9 +133,17 @@ class PPOOptions(
     )
     logging_steps: int = option(1, "Write metrics and a progress line every so many iterations.", at_least=1)
 
+    @property
+    def has_critic(self) -> bool:
+        return self.advantage_estimator == "gae"
 
-def check_rollout_arithmetic(options: PPOOptions) -> None:
-    """Raise UserError unless a rollout is whole groups, equal shares and whole optimiser steps."""
+
+def check_options(options: PPOOptions) -> None:
+    """Raise UserError unless something scores, the estimator has all it needs, and a rollout is whole groups,
+    equal shares and whole optimiser steps.
+    """
+    if not options.reward_model_name_or_path and not options.reward_function:
+        raise UserError("--reward_model_name_or_path or --reward_function is required")
     rows, ranks = options.rollout_batch_size, world_size()
     if options.advantage_estimator in ("rloo", "group") and options.samples_per_prompt < 2:
         raise UserError(
@@ -158,12 +162,6 @@ def check_rollout_arithmetic(options: PPOOptions) -> None:
     }.items():
         if rows % divisor:
             raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
-
-
-def check_scoring(options: PPOOptions) -> None:
-    """Raise UserError unless something scores responses."""
-    if not options.reward_model_name_or_path and not options.reward_function:
-        raise UserError("--reward_model_name_or_path or --reward_function is required")
 
 
 def check_lengths(options: PPOOptions, config: PretrainedConfig) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.data import pad_rows
-from common.distributed import device, rank, sum_tensor_over_ranks
+from common.distributed import device, rank, share_rows
 from common.engine import gathered
 from common.models import base_model, response_logits
 from common.options import world_size
@@ -36,6 +36,7 @@ class Rollout:
     values: Tensor  # (B, R) of the critic; 0 without one
     last_values: Tensor  # (B,) of the critic after the last token of a response that was cut off; else 0
     scores: Tensor  # (B,) of reward models and functions together
+    score_parts: Tensor  # (B, M + F) of each reward model, then of each function
 
     @property
     def lengths(self) -> Tensor:
@@ -133,24 +134,19 @@ def _assemble(
     prompts: Sequence[Prompt], mine: Sequence[int], responses: Responses, pad_token_id: int
 ) -> Rollout:
     """The whole rollout on every rank: each fills in its own rows, and the sum over ranks has them all."""
-    index = torch.tensor(mine, device=device())
-
-    def whole(part: Tensor) -> Tensor:
-        rows = torch.zeros(len(prompts), *part.shape[1:], dtype=part.dtype, device=device())
-        return sum_tensor_over_ranks(rows.index_copy(0, index, part))
-
-    lengths, ids, logprobs = map(whole, (responses.lengths, responses.ids, responses.logprobs))
-    ended = whole(responses.ended.long()).bool()
+    fields = (responses.lengths, responses.ids, responses.ended.long(), responses.logprobs)
+    lengths, ids, ended, logprobs = (share_rows(field, mine, len(prompts)) for field in fields)
     logprobs = logprobs[:, : int(lengths.max())]
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
         input_ids=pad_rows(rows, pad_token_id).to(device()),
         prompt_lengths=torch.tensor([len(prompt.ids) for prompt in prompts], device=device()),
         response_lengths=lengths,
-        ended=ended,
+        ended=ended.bool(),
         logprobs=logprobs,
         ref_logprobs=torch.zeros_like(logprobs),
         values=torch.zeros_like(logprobs),
         last_values=torch.zeros_like(logprobs[:, 0]),
         scores=torch.zeros_like(logprobs[:, 0]),
+        score_parts=torch.zeros_like(logprobs[:, :0]),
     )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from common.data import deal
-from common.distributed import device, rank, sum_tensor_over_ranks
+from common.distributed import device, rank, share_rows, sum_tensor_over_ranks
 from common.ensemble import combine, member_scores
-from common.formatting import dialogue_segments
+from common.formatting import dialogue_segments, find_prompt
 from common.models import last_positions, token_scores
 from common.options import world_size
 from common.tokenization import SegmentEncoder
@@ -46,9 +46,8 @@ class FirstPass:
 @torch.no_grad()
 def score_rollout(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions, step: int | None = None
-) -> tuple[Rollout, FirstPass, dict[str, Tensor]]:
-    """Have every model read the responses, each rank a part of them; also what makes up the scores of the
-    rollout: (B,) of each reward model and function, by name.
+) -> tuple[Rollout, FirstPass]:
+    """Have every model and function read the responses, each rank a part of them.
 
     step: the iteration whose update follows; None measures all but values, for no update.
     """
@@ -66,11 +65,10 @@ def score_rollout(
         parts = [policy_pass(reference, batch)[0] for batch in batches]
         found = {"ref_logprobs": _placed(rollout, batches, parts)}
     mine = sum(batches, [])
-    of_members = _member_scores(models, prompts, rollout, mine, options)  # (M, B)
-    of_functions = _function_scores(models, prompts, rollout, mine)  # (F, B)
-    parts_of_scores = dict(zip(_names(models), [*of_members, *of_functions], strict=True))
-    weights = torch.tensor([function.weight for function in models.functions], device=device())
-    found["scores"] = weights @ of_functions + (combine(of_members, options) if models.rewards else 0.0)
+    parts = [*_member_scores(models, prompts, rollout, mine, options)]
+    parts += [*_function_scores(models, prompts, rollout, mine)]
+    found["score_parts"] = share_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
+    found["scores"] = _total_scores(models, found["score_parts"], options)
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
         # update does.
@@ -87,10 +85,8 @@ def score_rollout(
             first_pass.values, last = _value_pass(models.critic, rollout, first, options)
         passes.append((first_pass.values.detach(), last.detach()))
         found["values"] = _placed(rollout, batches, [values for values, _ in passes])
-        found["last_values"] = torch.zeros_like(rollout.scores)
-        found["last_values"][mine] = torch.cat([last for _, last in passes])
-        sum_tensor_over_ranks(found["last_values"])
-    return replace(rollout, **found), first_pass, parts_of_scores
+        found["last_values"] = share_rows(torch.cat([last for _, last in passes]), mine, len(prompts))
+    return replace(rollout, **found), first_pass
 
 
 def _value_pass(
@@ -142,38 +138,32 @@ def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tens
     return sum_tensor_over_ranks(result)
 
 
-def _names(models: Models) -> list[str]:
-    """A name for each reward model and function, for metrics."""
-    members = [f"model_{number}" for number in range(1, len(models.rewards) + 1)]
-    return members + [function.name for function in models.functions]
+def _total_scores(models: Models, parts: Tensor, options: PPOOptions) -> Tensor:
+    """One score per response, (B,), from the parts (B, M + F): reward models combined, functions weighted."""
+    of_members, of_functions = parts[:, : len(models.rewards)], parts[:, len(models.rewards) :]
+    scores = of_functions @ parts.new_tensor([function.weight for function in models.functions])
+    return scores + combine(of_members.T, options) if models.rewards else scores
 
 
 def _function_scores(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int]
 ) -> Tensor:
-    """Scores (F, B) that each function of the user gives, of which this rank asks for its own rows."""
-    scores = torch.zeros(len(models.functions), len(prompts), device=device())
+    """What each of F functions of the user says of this rank's b rows: (F, b)."""
     if not models.functions:
-        return scores
+        return torch.zeros(0)
     texts = [models.encoder.decode_response(rollout.prompt(row), rollout.response(row)) for row in mine]
-    sources, records = zip(*((prompts[row].source, prompts[row].record) for row in mine), strict=True)
-    said = function_scores(models.functions, sources, texts, records)
-    scores[:, torch.tensor(mine, device=device())] = torch.tensor(said, device=device())
-    return sum_tensor_over_ranks(scores)
+    records = [prompts[row].record for row in mine]
+    said = function_scores(models.functions, [find_prompt(record) for record in records], texts, records)
+    return torch.tensor(said, device=device())
 
 
 def _member_scores(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int], options: PPOOptions
 ) -> Tensor:
-    """Scores (M, B) that each reward model gives whole responses, of which this rank reads its own."""
-    if not models.rewards:
-        return torch.zeros(0, len(prompts), device=device())
+    """What each of M reward models says of this rank's b rows: (M, b)."""
     encoders = {member.encoder for member in models.rewards}
     inputs = {e: [_scored_ids(e, models, prompts[row], rollout, row) for row in mine] for e in encoders}
-    scores = torch.zeros(len(models.rewards), len(prompts), device=device())
-    rows = torch.tensor(mine, device=device())
-    scores[:, rows] = member_scores(models.rewards, inputs, options.generation_batch_size)
-    return sum_tensor_over_ranks(scores)
+    return member_scores(models.rewards, inputs, options.generation_batch_size)
 
 
 def _scored_ids(
@@ -186,7 +176,8 @@ def _scored_ids(
     if encoder is models.encoder:
         return ids + response + ([] if rollout.ended[row] else [encoder.eos_token_id])
     text = models.encoder.decode_response(ids, response)
-    if not isinstance(prompt.source, str):
+    source = find_prompt(prompt.record)
+    if not isinstance(source, str):
         text = text.strip()  # its own template decides about the space before a message
-    segments = dialogue_segments(prompt.source, text, encoder.render, encoder.tokenizer.eos_token)
+    segments = dialogue_segments(source, text, encoder.render, encoder.tokenizer.eos_token)
     return encoder.encode(segments)[0]

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import step3_ppo.main
+from common.formatting import find_prompt
 from tests.ranks import run_stage, succeed
 from tests.test_stages import LORA, ZERO, metrics, ppo, run, world  # noqa: F401 - run and world are fixtures
 
@@ -39,8 +40,8 @@ def keep_scores(monkeypatch: pytest.MonkeyPatch) -> None:
             models.encoder.decode_response(rollout.prompt(row), rollout.response(row))
             for row in range(len(prompts))
         ]
-        found = {"scores": scored[0].scores, "of_members": torch.stack([*scored[2].values()]), "texts": texts}
-        found["prompts"] = [prompt.source for prompt in prompts]
+        found = {"scores": scored[0].scores, "of_members": scored[0].score_parts.T, "texts": texts}
+        found["prompts"] = [find_prompt(prompt.record) for prompt in prompts]
         torch.save(found, Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "scores.pt")
         return scored
 

@@ -97,6 +97,7 @@ BAD = {
     "missing.py:f": ["there is no file"],
     "{file}": ["FILE.py:NAME"],
     "{file}:nothing": ["has no function nothing"],
+    "{file}:by_length {file}:by_length:2": ["by_length is given twice"],
     "{file}:raises": ["raises", "ZeroDivisionError: division by zero", "{record}"],
     "{file}:not_a_number": ["not_a_number: returned nan for record", "finite number"],
     "{file}:too_few": ["too_few: returned 1 scores for 8 responses"],
@@ -112,7 +113,7 @@ def test_a_function_that_misbehaves_is_named_in_one_line(
     lines = (world / "prompts.jsonl").read_text().splitlines()
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines[:4]))
     monkeypatch.setenv("CULPRIT", lines[2])
-    words = ["--reward_function", source.format(file=functions), "--eval_fraction", "0"]
+    words = ["--reward_function", *source.format(file=functions).split(), "--eval_fraction", "0"]
     words += ["--prompt_data", str(tmp_path / "prompts.jsonl")]
     result = run_stage("step3_ppo.main", options(world, run, tmp_path / "out", *words, steps=1), tmp_path, 2)
     assert set(result.codes) == {2}, result.output

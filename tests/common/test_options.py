@@ -5,7 +5,7 @@ import pytest
 from common.options import TrainOptions, UserError, accumulation_steps, parse_options
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
-from step3_ppo.options import PPOOptions, check_rollout_arithmetic
+from step3_ppo.options import PPOOptions, check_options
 
 REQUIRED = ["model_name_or_path", "train_data"]
 GOOD = ["--model_name_or_path", "m", "--train_data", "a.jsonl", "b.csv"]
@@ -88,9 +88,9 @@ def test_batch_sizes_that_do_not_divide_are_all_named(numbers):
     ],
 )
 def test_a_rollout_that_is_not_whole_is_refused(changed, parts):
-    check_rollout_arithmetic(PPOOptions())
+    check_options(PPOOptions(reward_function=["f.py:f"]))
     with pytest.raises(UserError) as error:
-        check_rollout_arithmetic(PPOOptions(**changed))
+        check_options(PPOOptions(reward_function=["f.py:f"], **changed))
     assert all(part in str(error.value) for part in parts)
 
 

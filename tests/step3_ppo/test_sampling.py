@@ -119,6 +119,7 @@ def test_logprobs_are_those_of_the_trainer(model, top_p):
         values=empty,
         last_values=empty[:, 0],
         scores=empty[:, 0],
+        score_parts=empty[:, :0],
     )
     with torch.no_grad():
         trained, _ = actor_logprobs(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
