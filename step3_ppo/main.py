@@ -36,7 +36,7 @@ from step3_ppo.advantages import (
     whitened_returns,
 )
 from step3_ppo.data import Prompt, prompt
-from step3_ppo.evaluate import evaluate, rollout_metrics
+from step3_ppo.figures import evaluate, rollout_metrics
 from step3_ppo.functions import load_functions
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
