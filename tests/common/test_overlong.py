@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.formatting import find_prompt, prompt_segments
+from common.formatting import prompt_segments
 from common.overlong import Dropped, fit, fit_demonstration
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step1_sft.data import demonstration
@@ -120,7 +120,7 @@ def test_a_prompt_is_cut_at_a_message_too(encoder):
     shorter = prompt_segments([SYSTEM, *TURNS[2:5]], encoder.render, encoder.tokenizer.eos_token)
     ids, _ = encoder.encode(shorter)
     row, is_cut = prompt(conversation, encoder, len(ids) + 3, "truncate_prompt")
-    assert is_cut and row.ids == ids and row.source == find_prompt(conversation)
+    assert is_cut and row.ids == ids and row.record == conversation
     with pytest.raises(Dropped, match="prompt too long"):
         prompt(conversation, encoder, len(ids), "truncate_response")
 
