@@ -5,12 +5,13 @@
 
 The first runs a command and prints one line when it has ended. Memory is the most that any process of the
 command was seen to hold (resident), and the most that all of them held together (each page counted once);
-looked at twice a second. The second makes up preference pairs to start with, the same for the same number.
+looked at once a second. The second makes up preference pairs to start with, the same for the same number.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -54,14 +55,16 @@ def watch(command: list[str]) -> str:
     metrics = Path(command[command.index("--output_dir") + 1]) / "metrics.jsonl"
     if metrics.exists():
         sys.exit(f"{metrics} is there already: --output_dir must be a new folder")
-    start, first, largest, together = time.perf_counter(), float("nan"), 0.0, 0.0
+    start = looked = time.perf_counter()
+    first, largest, together = math.nan, 0.0, 0.0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as running:
         while running.poll() is None:
-            if first != first and first_step_logged(metrics):
+            if math.isnan(first) and first_step_logged(metrics):
                 first = time.perf_counter() - start
-            found = memory_gib(psutil.Process(running.pid))
-            largest, together = max(largest, found[0]), max(together, found[1])
-            time.sleep(0.05 if first != first else 0.5)
+            if time.perf_counter() > looked + 1.0:  # a look costs time that the command would use
+                looked, found = time.perf_counter(), memory_gib(psutil.Process(running.pid))
+                largest, together = max(largest, found[0]), max(together, found[1])
+            time.sleep(0.05)
     seconds = time.perf_counter() - start
     return (
         f"exit code {running.returncode}; first step after {first:.1f} s, end after {seconds:.1f} s;"
