@@ -4,6 +4,7 @@
         manifest.json                      sizes and checksums of its files, ranks, ZeRO stages, precision
         options.json                       the resolved options
         state.json                         step, position, controllers: `TrainState`
+        average.safetensors                its averaged weights, where there are any
 
 A checkpoint is written beside its place, flushed to disk and renamed into it.
 """
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from common.distributed import barrier, gather_objects, log, rank
 from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
 from common.options import RunOptions, UserError, world_size
 from common.process import Stopped, stop_requested
 from common.train_state import TrainState
+
+AVERAGE = "average.safetensors"
 
 
 class Checkpoint(NamedTuple):
@@ -108,7 +113,8 @@ def find_checkpoint(options: RunOptions) -> Checkpoint | None:
     for folder in folders:
         if not (problem := _damage(folder)):
             manifest, state = (json.loads((folder / f"{n}.json").read_text()) for n in ("manifest", "state"))
-            return Checkpoint(folder, manifest, TrainState(**state))
+            average = load_file(folder / AVERAGE) if rank() == 0 and AVERAGE in manifest["files"] else {}
+            return Checkpoint(folder, manifest, TrainState(**state, average=average))
         if chosen != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: not a complete checkpoint: {problem}")
         log(f"{folder} is damaged ({problem}): using the one before")
@@ -183,14 +189,18 @@ def _complete(
     try:
         write_json(temporary / "options.json", dataclasses.asdict(options))
         manifest["files"]["options.json"] = _entry(temporary / "options.json")
+        if state.average:
+            save_file(state.average, temporary / AVERAGE)
+            flush_file(temporary / AVERAGE)
+            manifest["files"][AVERAGE] = _entry(temporary / AVERAGE)
         write_json(temporary / "manifest.json", manifest)
-        write_json(temporary / "state.json", dataclasses.asdict(state))
+        write_json(temporary / "state.json", state.plain())
         for folder in [*filter(Path.is_dir, temporary.iterdir()), temporary]:
             flush_folder(folder)
         shutil.rmtree(final, ignore_errors=True)  # one that was damaged, or is repeated
         temporary.rename(final)
         flush_folder(final.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         return str(error)
     return ""
 

@@ -109,17 +109,18 @@ def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
 
 
 def load_members(
-    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any]
+    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], is_rare: bool = False
 ) -> list[RewardModel]:
     """The frozen models, in the precision of a DeepSpeed configuration, and partitioned if it is of stage 3.
 
-    Several that are not partitioned wait in host memory, and each is on the device for its own pass only.
+    Several that are not partitioned wait in host memory, and each is on the device for its own pass only; so
+    does one that is used rarely.
     """
     members: list[RewardModel] = []
     frozen = frozen_config(zero)
     for path, encoder in zip(options.reward_model_name_or_path, encoders, strict=True):
         model = load_scalar_model(path, encoder.tokenizer, frozen or unpartitioned(zero))
-        waits = len(encoders) > 1 and frozen is None
+        waits = frozen is None and (is_rare or len(encoders) > 1)
         model = model.requires_grad_(False).eval() if waits else make_frozen(model, frozen)
         members.append(RewardModel(encoder, partial(on_device, model)))
     return members

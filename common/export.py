@@ -1,13 +1,15 @@
 """Write `final/`: a plain Hugging Face folder that transformers loads without Triptych."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from common.averaging import averaged
 from common.distributed import gather_objects, log, rank
 from common.engine import full_state_dict
 from common.files import flush_file, flush_folder
@@ -28,16 +30,20 @@ def export_best(*arguments: Any) -> None:
 
 
 def _export(
-    engine: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, load_base: Callable[[], PreTrainedModel]
-) -> str:
+    engine: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, load_base: Callable[[], PreTrainedModel],
+    average: Mapping[str, Tensor] | None = None,
+) -> str:  # fmt: skip
     """Write the engine's model and the tokenizer to `folder`, by way of a folder beside it. Every rank must
     call it; returns the problem, if there is one.
 
     With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is
     made on rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left
-    as it is. When the disk does not take it, what was there before stays.
+    as it is. `average` of rank 0 takes the place of trained weights. When the disk does not take the folder,
+    what was there before stays.
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
+    if average:
+        state = averaged(state, average)
     problem = ""
     if rank() == 0:
         temporary = folder.with_name(folder.name + ".tmp")

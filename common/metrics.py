@@ -28,13 +28,12 @@ class MetricWriter:
     """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in TensorBoard."""
 
     def __init__(self, output_dir: str, start_step: int, total_steps: int) -> None:
-        self._path = Path(output_dir) / "metrics.jsonl"
+        self._metrics = _Lines(Path(output_dir) / "metrics.jsonl", start_step)
+        self._samples = _Lines(Path(output_dir) / "samples.jsonl", start_step)
         self._board_dir = Path(output_dir) / "tensorboard"
         self._board: Any = None
         self._start_step, self._total_steps = start_step, total_steps
         self._start_time = time.perf_counter()
-        self._has_written = False
-        self._pending = ""  # lines that a full disk has not taken
 
     def log(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
         """Write the metrics of a step, and show the named ones with the time that is left."""
@@ -42,13 +41,9 @@ class MetricWriter:
             return
         metrics = {name: float(f"{value:.7g}") for name, value in metrics.items()}
         plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._pending += json.dumps({"step": step, **plain}) + "\n"
         values = " | ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         log(f"step {step}/{self._total_steps} | {values} | ETA {self._time_left(step)}")
-        try:
-            self._write()
-        except OSError as error:
-            log(f"metrics of step {step} not written yet: {error}")
+        self._metrics.write([{"step": step, **plain}])
         try:
             board = self._tensorboard()
             for name, value in metrics.items():
@@ -63,6 +58,11 @@ class MetricWriter:
             with contextlib.suppress(OSError):
                 self._tensorboard().add_text(tag, text, step)
 
+    def samples(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Append records to `output_dir/samples.jsonl`."""
+        if rank() == 0:
+            self._samples.write([{"step": step, **record} for record in records])
+
     def _tensorboard(self) -> Any:
         if self._board is None:
             # Imported at the first use: it costs a second that a first step need not wait for.
@@ -76,24 +76,39 @@ class MetricWriter:
         minutes, seconds = divmod(int(per_step * (self._total_steps - step)), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
-    def _write(self) -> None:
-        """Append what is pending, or nothing of it."""
-        if not self._has_written:
-            self._forget_after(self._start_step)
-            self._has_written = True
-        with self._path.open("ab") as file:
-            end = file.tell()
-            try:
-                file.write(self._pending.encode())
-                file.flush()
-            except OSError:
-                file.truncate(end)
-                raise
-        self._pending = ""
+
+class _Lines:
+    """A file of JSON lines, each with its step, that goes on where a resumed run does."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path, self._start_step = path, start_step
+        self._is_begun = False
+        self._pending = ""  # lines that a full disk has not taken
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append the records and what is pending, or, on a full disk, nothing of it."""
+        self._pending += "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            if not self._is_begun:
+                self._forget_after(self._start_step)
+                self._is_begun = True
+            with self._path.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write(self._pending.encode())
+                    file.flush()
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            log(f"{self._path} not written yet: {error}")
+        else:
+            self._pending = ""
 
     def _forget_after(self, step: int) -> None:
         """Drop lines of steps that a resumed run is about to repeat, and one that was cut off."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        # Texts may hold characters that `splitlines` takes for the end of a line.
+        lines = list(filter(None, self._path.read_text().split("\n"))) if self._path.exists() else []
         kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
         if len(kept) < len(lines):
             write_text(self._path, "".join(f"{line}\n" for line in kept))

@@ -61,7 +61,7 @@ class RunOptions:
         False, "Take weights and position from the checkpoint, and start the optimiser anew."
     )
     export_only: bool = option(False, "Write final/ from the newest checkpoint, and train no more.")
-    best_metric: Literal["none", "eval/loss", "eval/accuracy", "eval/score"] = option(
+    best_metric: Literal["none", "eval/loss", "eval/accuracy", "eval/score", "eval/gold"] = option(
         "none", "Keep the model with the best value of this in best/, and its checkpoint."
     )
     max_skipped_steps: int = option(

@@ -16,8 +16,11 @@ from common.records import parse_source
 
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
 # steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
-DATA_OPTIONS = ("train_data", "eval_data", "prompt_data", "demonstration_data")
-MODEL_OPTIONS = ("model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path")
+DATA_OPTIONS = ("train_data", "eval_data", "prompt_data", "demonstration_data", "ptx_data")
+MODEL_OPTIONS = (
+    "model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path", "gold_reward_model"
+)  # fmt: skip
+FUNCTION_OPTIONS = ("reward_function", "gold_function")
 FREE_OPTIONS = {
     *DATA_OPTIONS, *MODEL_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only",
     "export_only",
@@ -25,7 +28,7 @@ FREE_OPTIONS = {
     "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
     "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
     "max_eval_samples", "num_samples", "sample_length", "cache_dir", "preprocessing_workers",
-    "packing", "share_prompts", "golden_data",
+    "packing", "share_prompts", "golden_data", "early_stopping",
 }  # fmt: skip
 
 ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
@@ -61,6 +64,10 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
         for number, path in enumerate([value] if isinstance(value, str) else value, start=1):
             if path:
                 found[f"--{name} {number}"] = _weights(path)
+    for name in FUNCTION_OPTIONS:
+        value = getattr(options, name, [])
+        for number, source in enumerate(value.split() if isinstance(value, str) else value, start=1):
+            found[f"--{name} {number}"] = sha256(Path(source.partition(".py:")[0] + ".py"))
     for name, tokenizer in tokenizers.items():
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)

@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 
 @dataclass
@@ -20,6 +23,13 @@ class TrainState:
     losses: list[float] = field(default_factory=list)  # the last ones, to tell a spike
     best: float | None = None  # of --best_metric
     best_step: int | None = None
+    evaluations_since_best: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)  # metrics of the last steps, for advice
+    average: dict[str, Tensor] = field(default_factory=dict)  # on rank 0: weights averaged over steps, fp32
+
+    def plain(self) -> dict[str, Any]:
+        """All but tensors, as JSON takes it."""
+        return {name: value for name, value in vars(self).items() if name != "average"}
 
     def advance(self, samples: int, examples: int) -> None:
         """Count a finished step on `samples` of a data set of `examples`."""
@@ -32,9 +42,10 @@ class TrainState:
         if metric == "none":
             return False
         value = found[metric]
+        self.evaluations_since_best += 1
         if not math.isfinite(value):
             return False
         if self.best is not None and (value >= self.best if metric.endswith("loss") else value <= self.best):
             return False
-        self.best, self.best_step = value, self.step
+        self.best, self.best_step, self.evaluations_since_best = value, self.step, 0
         return True

@@ -21,10 +21,11 @@ class RewardFunction(NamedTuple):
 
     name: str
     call: Callable[..., Sequence[float]]
-    weight: float = 1.0
+    weight: float
+    option: str  # that named it
 
 
-def load_functions(sources: Sequence[str]) -> list[RewardFunction]:
+def load_functions(sources: Sequence[str], option: str) -> list[RewardFunction]:
     """Functions named as FILE.py:NAME or FILE.py:NAME:WEIGHT.
 
     A function is called as `name(prompts=..., responses=..., records=...)`, three lists of equal length: what
@@ -32,10 +33,10 @@ def load_functions(sources: Sequence[str]) -> list[RewardFunction]:
     UserError when there is no such file or function, when the file fails, for a weight that is no number, and
     when two have one name.
     """
-    functions = [_load(source) for source in sources]
+    functions = [_load(source, option) for source in sources]
     names = [function.name for function in functions]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--reward_function: {twice[0]} is given twice; each needs a name of its own")
+        raise UserError(f"--{option}: {twice[0]} is given twice; each needs a name of its own")
     return functions
 
 
@@ -59,23 +60,23 @@ def function_scores(
     return scores
 
 
-def _load(source: str) -> RewardFunction:
+def _load(source: str, option: str) -> RewardFunction:
     found = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(?::(-?\d*\.?\d+))?", source)
     if found is None:
-        raise UserError(f"--reward_function {source}: must be FILE.py:NAME or FILE.py:NAME:WEIGHT")
+        raise UserError(f"--{option} {source}: must be FILE.py:NAME or FILE.py:NAME:WEIGHT")
     path, name = Path(found[1]), found[2]
     if not path.is_file():
-        raise UserError(f"--reward_function {source}: there is no file {path}")
+        raise UserError(f"--{option} {source}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # noqa: BLE001 - the user's own code
-        raise UserError(f"--reward_function {path}: {type(error).__name__}: {error}") from error
+        raise UserError(f"--{option} {path}: {type(error).__name__}: {error}") from error
     call = getattr(module, name, None)
     if not callable(call):
-        raise UserError(f"--reward_function {source}: {path} has no function {name}")
-    return RewardFunction(name, call, float(found[3] or 1.0))
+        raise UserError(f"--{option} {source}: {path} has no function {name}")
+    return RewardFunction(name, call, float(found[3] or 1.0), option)
 
 
 def _call(
@@ -84,7 +85,7 @@ def _call(
 ) -> list[float]:  # fmt: skip
     if not responses:
         return []
-    said = f"--reward_function {function.name}"
+    said = f"--{function.option} {function.name}"
     still = threading.Timer(PATIENCE, log, (f"{said}: has not returned after {PATIENCE:.0f} s; waiting",))
     still.daemon = True
     still.start()

@@ -35,6 +35,19 @@ def policy_loss(
     return PolicyLoss(loss, ratio.detach(), (bounded > unclipped).detach())
 
 
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, estimate: str) -> Tensor:
+    """KL from the reference as a term of the loss, for each token: (B, T), (B, T) -> (B, T).
+
+    `k2`: half the squared log-ratio x = log pi - log pi_ref, whose gradient is that of the KL divergence in
+    expectation over samples of the policy. `k3`: exp(-x) - 1 + x, never negative and of less variance, but
+    with a gradient that is not KL's. Source: Schulman, "Approximating KL divergence" (2020).
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimate == "k2":
+        return 0.5 * log_ratio**2
+    return torch.expm1(-log_ratio.clamp(min=-LOG_RATIO_LIMIT)) + log_ratio
+
+
 class ValueLoss(NamedTuple):
     """Per-token results, each (B, T): the loss, and where the clip was the active bound."""
 

@@ -5,12 +5,10 @@
 """
 
 import time
-from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
+from common.averaging import update_average
 from common.checkpoint import find_checkpoint, save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything
@@ -19,48 +17,38 @@ from common.export import export_best, export_model
 from common.health import check_numbers
 from common.lora import check_targets
 from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_causal_lm, load_config
+from common.models import check_scalar_model, load_causal_lm, load_config
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.resume import resume
 from common.run_folder import prepare_output
-from common.tensor_ops import masked_whiten
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
-from step3_ppo.advantages import (
-    discounted_sums,
-    generalised_advantages,
-    group_advantages,
-    leave_one_out_advantages,
-    reinforce_advantages,
-    whitened_returns,
-)
+from step3_ppo.advice import advise
 from step3_ppo.data import Prompt, prompt
-from step3_ppo.figures import evaluate, rollout_metrics
+from step3_ppo.figures import as_markdown, evaluate, rollout_metrics, speed
 from step3_ppo.functions import load_functions
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions, check_lengths, check_options
-from step3_ppo.rewards import (
-    KLController,
-    RunningScale,
-    clip_scores,
-    repeated_share,
-    token_kl,
-    token_rewards,
-)
-from step3_ppo.rollout import Rollout, sample_rollout
+from step3_ppo.pretraining import PretrainingMix, load_texts
+from step3_ppo.rewards import KLController
+from step3_ppo.rollout import sample_rollout
 from step3_ppo.scoring import score_rollout
+from step3_ppo.targets import estimate_advantages, shape_rewards
 
+SHOWN_OF_EVALUATION = ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/distinct_2"]
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
-MOVING = 0.9  # how much of a moving baseline each iteration keeps
 
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(PPOOptions, required=["actor_model_name_or_path", "prompt_data"])
     check_options(options)
-    functions = load_functions(options.reward_function)
+    functions = load_functions(options.reward_function, "reward_function")
+    gold_function = load_functions(options.gold_function.split(), "gold_function")
+    if options.gold_reward_model:
+        check_scalar_model(options.gold_reward_model, "gold_reward_model")
     actor_zero = load_zero_config(
         options.actor_zero_config or options.zero_config, options, options.actor_learning_rate
     )
@@ -77,7 +65,8 @@ def main() -> None:
         prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
     train, held_out = load_examples(options.prompt_data, options, Prompt, convert)
-    check_best_metric(options, held_out, "eval/score")
+    texts = load_texts(options, encoder)
+    check_best_metric(options, held_out, "eval/score", "eval/gold")
     init_distributed(options.timeout_minutes)
     tokenizers = {
         f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(reward_encoders, start=1)
@@ -88,11 +77,12 @@ def main() -> None:
     # 2. The models, and where the run stands.
     prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
     total_steps = options.max_steps or steps_in_epochs(len(train), prompts_per_step, options.num_train_epochs)
-    updates_per_step = options.ppo_epochs * (options.rollout_batch_size // options.global_batch_size)
+    updates_per_epoch = options.rollout_batch_size // options.global_batch_size
     seed_everything(options.seed, step=0)
     models = build_models(
-        options, encoder, reward_encoders, functions, actor_zero, critic_zero, total_steps * updates_per_step
-    )
+        options, encoder, reward_encoders, functions, gold_function, actor_zero, critic_zero,
+        total_steps * options.ppo_epochs * updates_per_epoch,
+    )  # fmt: skip
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     state = resume(checkpoint, options, engines)
     horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
@@ -110,18 +100,26 @@ def main() -> None:
     )
 
     def evaluate_and_log() -> bool:
-        figures, table = evaluate(models, held_out, options)
-        metrics.log(state.step, figures, ["eval/score", "eval/kl", "eval/length", "eval/distinct_2"])
-        metrics.text(state.step, "samples", table)
+        figures, found = evaluate(models, held_out, options)
+        metrics.log(state.step, figures, SHOWN_OF_EVALUATION)
+        metrics.samples(state.step, found)
+        metrics.text(state.step, "samples", as_markdown(found))
         if is_best := state.is_best(options.best_metric, figures):
             export_best(models.actor, tokenizer, output / "best", load_actor)
         return is_best
+
+    def has_stalled() -> bool:
+        return 0 < options.early_stopping <= state.evaluations_since_best
 
     if held_out and state.step == 0:
         evaluate_and_log()
 
     order = batch_order(train.notes("length"), prompts_per_step, options.seed, state.step, grouped=False)
-    while state.step < total_steps and not options.export_only:
+    pretraining = None
+    if texts:
+        taken = int(controllers.get("ptx_batches", 0))
+        pretraining = PretrainingMix(texts, options, tokenizer.pad_token_id, taken)
+    while state.step < total_steps and not options.export_only and not has_stalled():
         start = time.perf_counter()
         step = state.step + 1
         seed_everything(options.seed, step)
@@ -138,18 +136,23 @@ def main() -> None:
         advantages, returns = estimate_advantages(rollout, rewards, options, controllers)
         # 6. Clipped policy and value losses, several epochs.
         scored = time.perf_counter()
-        stats = optimise(models, rollout, first_pass, advantages, returns, options, step)
-        end = time.perf_counter()
+        stats = optimise(
+            models, rollout, first_pass, advantages, returns, options, kl.coef, pretraining, step
+        )
+        if options.ema_decay:
+            update_average(state.average, models.actor, options.ema_decay)
+        seconds = sampled - start, scored - sampled, time.perf_counter() - scored
 
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
         found = rollout_metrics(models, rollout, returns) | stats | {"kl/coef": kl.coef}
-        found |= {"time/rollout": sampled - start, "time/score": scored - sampled}
-        found |= {"time/train": end - scored, "time/step": end - start}
+        found |= speed(rollout, seconds, stats["policy/updates"] / updates_per_epoch)
         found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
-        found["rollout/tokens_per_second"] = int(rollout.response_lengths.sum()) / (sampled - start)
+        advise(state, step, found)
         kl.update(found["kl/mean"], options.rollout_batch_size)
         controllers["kl_coef"] = kl.coef
+        if pretraining:
+            controllers["ptx_batches"] = pretraining.taken
         state.advance(prompts_per_step, len(train))
         origins = [train.origin(i) for i in chosen]
         watched = found["value/loss" if models.critic else "policy/approx_kl"]
@@ -160,64 +163,16 @@ def main() -> None:
             metrics.log(state.step, found, SHOWN)
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
             is_best = evaluate_and_log()
-        save_if_due(options, state, engines, is_best, is_last)
+        save_if_due(options, state, engines, is_best, is_last or has_stalled())
+    if has_stalled():
+        log(f"stopped early: {options.early_stopping} evaluations without a better {options.best_metric}")
 
     # 8. What other programs read.
     export_model(models.actor, tokenizer, output / "final", load_actor)
+    if options.ema_decay:
+        export_model(models.actor, tokenizer, output / "final_ema", load_actor, state.average)
     if models.critic:
         export_model(models.critic, tokenizer, output / "final_critic", load_value)
-
-
-def shape_rewards(rollout: Rollout, options: PPOOptions, controllers: dict[str, float]) -> Tensor:
-    """Rewards (B, R): the KL penalty at every token, at the last one also the score and its penalties.
-
-    controllers: the KL coefficient, and what is known of earlier scores, which those of the rollout join.
-    """
-    scores = rollout.scores
-    if options.normalise_scores:
-        scale = RunningScale(*(controllers.get(f"score_{field.name}", 0.0) for field in fields(RunningScale)))
-        scale.update(scores)
-        scores = scale.apply(scores)
-        controllers |= {f"score_{name}": value for name, value in asdict(scale).items()}
-    scores = clip_scores(scores, options.score_clip)
-    scores = scores - options.missing_eos_penalty * ~rollout.ended
-    scores = scores - options.length_penalty * rollout.response_lengths
-    if options.repetition_penalty:
-        repeated = [repeated_share(rollout.response(row)) for row in range(len(scores))]
-        scores = scores - options.repetition_penalty * scores.new_tensor(repeated)
-    kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
-    rewards = token_rewards(scores, kl, rollout.response_lengths, controllers["kl_coef"])
-    if options.whiten_rewards:
-        rewards = masked_whiten(rewards, rollout.response_mask, shift_mean=False)
-    return rewards
-
-
-def estimate_advantages(
-    rollout: Rollout, rewards: Tensor, options: PPOOptions, controllers: dict[str, float]
-) -> tuple[Tensor, Tensor | None]:
-    """Advantages (B, R) by --advantage_estimator, and returns (B, R) for the critic, if there is one.
-
-    controllers: where the moving baseline of reinforce is kept.
-    """
-    mask, gamma, totals = rollout.response_mask, options.gamma, rewards.sum(1)
-    if options.advantage_estimator == "gae":
-        advantages, returns = generalised_advantages(
-            rewards, rollout.values, mask, gamma, options.gae_lambda, rollout.last_values
-        )
-        return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
-    if options.advantage_estimator == "reinforce_pp":
-        return whitened_returns(rewards, mask, gamma), None
-    if options.advantage_estimator == "reinforce":
-        mean = baseline = discounted_sums(rewards, gamma)[:, 0].mean().item()
-        if options.reinforce_baseline == "moving":
-            baseline = controllers.get("baseline", mean)
-            controllers["baseline"] = MOVING * baseline + (1 - MOVING) * mean
-        return reinforce_advantages(rewards, mask, gamma, baseline), None
-    if options.advantage_estimator == "rloo":
-        of_responses = leave_one_out_advantages(totals, options.samples_per_prompt)  # (B,)
-    else:
-        of_responses = group_advantages(totals, options.samples_per_prompt, options.group_std)  # (B,)
-    return of_responses[:, None] * mask, None
 
 
 if __name__ == "__main__":

@@ -11,13 +11,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.distributed import log
 from common.engine import make_engine, make_frozen
-from common.ensemble import RewardModel, load_members
+from common.ensemble import EnsembleOptions, RewardModel, load_encoders, load_members
 from common.lora import add_adapters
 from common.models import initialise_head, load_causal_lm, load_scalar_model
 from common.tokenization import SegmentEncoder
 from common.zero import frozen_config, unpartitioned
 from step3_ppo.functions import RewardFunction
 from step3_ppo.options import PPOOptions
+
+
+@dataclass
+class Scorer:
+    """What scores responses: M reward models, whose scores become one as the options say, and F functions."""
+
+    rewards: list[RewardModel]
+    functions: list[RewardFunction]
+    options: EnsembleOptions
 
 
 @dataclass
@@ -34,8 +43,8 @@ class Models:
     actor: Any
     critic: Any | None
     reference: nn.Module | None
-    rewards: list[RewardModel]
-    functions: list[RewardFunction]  # that score too
+    scorer: Scorer
+    gold: Scorer | None  # what judges held-out responses, and is never learnt from
     encoder: SegmentEncoder  # the actor's; also of each reward model that reads the same tokens
 
     @contextlib.contextmanager
@@ -57,7 +66,8 @@ def without_adapter(engine: Any) -> Iterator[nn.Module]:
 
 def build_models(
     options: PPOOptions, encoder: SegmentEncoder, reward_encoders: list[SegmentEncoder],
-    functions: list[RewardFunction], actor_zero: dict[str, Any], critic_zero: dict[str, Any], updates: int,
+    functions: list[RewardFunction], gold_function: list[RewardFunction], actor_zero: dict[str, Any],
+    critic_zero: dict[str, Any], updates: int,
 ) -> Models:  # fmt: skip
     """Load everything. updates: optimiser steps of the whole run, for the learning rate schedules."""
     tokenizer = encoder.tokenizer
@@ -83,7 +93,12 @@ def build_models(
         critic = make_engine(critic, critic_zero, options, options.critic_learning_rate, updates)
     if shares_reward:
         rewards = [RewardModel(encoder, partial(without_adapter, critic))]
-    return Models(actor, critic, reference, rewards, functions, encoder)
+    gold = None
+    if options.gold_reward_model or gold_function:
+        alone = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
+        encoders = load_encoders(alone, encoder, *reward_encoders)
+        gold = Scorer(load_members(alone, encoders, critic_zero, is_rare=True), gold_function, alone)
+    return Models(actor, critic, reference, Scorer(rewards, functions, options), gold, encoder)
 
 
 def load_critic(

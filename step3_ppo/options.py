@@ -30,11 +30,9 @@ class SamplingOptions:
     )
     max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
     temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
     top_p: float = option(
-        1.0,
-        "Sample from the likeliest tokens that make up this share (KL and ratio still see all tokens).",
-        above=0,
-        at_most=1,
+        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
     )
     gather_for_generation: bool = option(
         True, "At ZeRO-3, gather all weights once per rollout; turn off when they do not fit on one GPU."
@@ -49,6 +47,10 @@ class RewardOptions(EnsembleOptions):
     reward_function: list[str] = option(
         [], "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too."
     )
+    gold_reward_model: str = option(
+        "", "A reward model that judges held-out responses, and is never learnt from."
+    )
+    gold_function: str = option("", "FILE.py:NAME: a function that does so.")
     normalise_scores: bool = option(False, "Scale scores by mean and std of all scores so far.")
     score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not.", at_least=0)
     missing_eos_penalty: float = option(
@@ -63,16 +65,20 @@ class RewardOptions(EnsembleOptions):
 
 @dataclass
 class KLOptions:
-    """How far the policy may move from the reference."""
+    """How far the policy may move, from the reference and within an iteration."""
 
-    kl_coef: float = option(
-        0.05, "Weight of the KL penalty in the reward; the first one, if adaptive.", at_least=0
+    kl_coef: float = option(0.05, "Weight of the KL penalty; the first one, if adaptive.", at_least=0)
+    kl_penalty: Literal["reward", "k2", "k3"] = option(
+        "reward", "Where it stands: the k1 estimate in the reward, or k2 or k3 as a term of the loss."
     )
     kl_controller: Literal["fixed", "adaptive"] = option(
         "fixed", "Keep --kl_coef, or steer KL to --target_kl."
     )
     target_kl: float = option(
-        6.0, "KL per response, in nats, that the adaptive controller steers to.", above=0
+        6.0,
+        "KL per response, in nats: from the reference, what the adaptive controller steers to; from the"
+        " rollout's policy, what ends the epochs of an iteration.",
+        above=0,
     )
     kl_horizon: int = option(10_000, "Responses over which the adaptive controller acts.", at_least=1)
 
@@ -90,7 +96,7 @@ class AlgorithmOptions:
         "batch", "What reinforce compares with: the mean return of the rollout, or a moving average of it."
     )
     group_std: bool = option(True, "Divide by the standard deviation of the group (GRPO; without: Dr. GRPO).")
-    ppo_epochs: int = option(4, "Passes over each rollout.", at_least=1)
+    ppo_epochs: int = option(4, "Passes over each rollout; --target_kl may end them earlier.", at_least=1)
     actor_learning_rate: float = option(3e-6, "Highest learning rate of the actor.", above=0)
     critic_learning_rate: float = option(9e-6, "Highest learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations in which only the critic learns.", at_least=0)
@@ -105,6 +111,18 @@ class AlgorithmOptions:
         False, "With gae, after a response that was cut off comes the critic's value, not 0."
     )
     whiten_advantages: bool = option(True, "Scale gae's advantages of a rollout to mean 0 and variance 1.")
+    ema_decay: float = option(
+        0.0,
+        "Write final_ema/ with the actor's weights averaged over iterations, each time keeping this share of"
+        " the average, as in 0.992; 0: do not.",
+        at_least=0,
+        at_most=0.999999,
+    )
+    entropy_coef: float = option(0.0, "Weight of the policy's entropy, a bonus in the loss.", at_least=0)
+    ptx_data: list[str] = option(
+        [], "Demonstrations that the actor goes on learning from: files or hub names."
+    )
+    ptx_coef: float = option(1.0, "Weight of their loss beside that of PPO.", above=0)
 
 
 @dataclass
@@ -125,6 +143,9 @@ class PPOOptions(
     )
     warmup_ratio: float = option(0.0, "Part of the steps over which the rates rise.", at_least=0, at_most=1)
     adam_epsilon: float = option(1e-5, "AdamW epsilon.", above=0)
+    early_stopping: int = option(
+        0, "Stop after this many evaluations in a row without a better --best_metric; 0: do not.", at_least=0
+    )
     eval_steps: int = option(
         20, "Evaluate on held-out prompts every so many iterations; 0: at the end.", at_least=0
     )
@@ -150,6 +171,12 @@ def check_options(options: PPOOptions) -> None:
             f"--samples_per_prompt {options.samples_per_prompt}: --advantage_estimator"
             f" {options.advantage_estimator} compares responses to one prompt and needs at least 2"
         )
+    if options.early_stopping and options.best_metric == "none":
+        raise UserError(
+            f"--early_stopping {options.early_stopping}: needs a --best_metric: eval/score or eval/gold"
+        )
+    if options.best_metric == "eval/gold" and not (options.gold_reward_model or options.gold_function):
+        raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
     if options.critic_warmup_steps and not options.has_critic:
         raise UserError(
             f"--critic_warmup_steps {options.critic_warmup_steps}: --advantage_estimator"

@@ -16,6 +16,7 @@ from step3_ppo.data import Prompt
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.sampling import Responses, sample_responses, uniforms_for
+from step3_ppo.support import restrict
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Rollout:
     last_values: Tensor  # (B,) of the critic after the last token of a response that was cut off; else 0
     scores: Tensor  # (B,) of reward models and functions together
     score_parts: Tensor  # (B, M + F) of each reward model, then of each function
+    support: Tensor  # (B, R, V / 8) uint8: what could be drawn, packed; (B, R, 0) where that is every token
 
     @property
     def lengths(self) -> Tensor:
@@ -65,6 +67,7 @@ class Rows:
     input_ids: Tensor  # (b, T) padded on the right
     positions: Tensor  # (b, T) bool: the states before the N response tokens
     labels: Tensor  # (N,) those tokens
+    support: Tensor  # (N, V / 8) what could be drawn in their place, packed, or (N, 0)
 
 
 def take_rows(rollout: Rollout, rows: Sequence[int]) -> Rows:
@@ -74,7 +77,8 @@ def take_rows(rollout: Rollout, rows: Sequence[int]) -> Rows:
     width = int((prompts + responses).max())
     input_ids = rollout.input_ids[index, :width]
     positions = response_positions(prompts, responses, width)
-    return Rows(input_ids, positions, input_ids[positions.roll(1, dims=1)])
+    support = rollout.support[index][rollout.response_mask[index]]
+    return Rows(input_ids, positions, input_ids[positions.roll(1, dims=1)], support)
 
 
 def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
@@ -85,8 +89,10 @@ def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: 
 
 
 def actor_logprobs(model: torch.nn.Module, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens of some rows, (N,), and the logits (N, V) behind them."""
-    logits = response_logits(model, rows.input_ids, rows.positions)
+    """Log-probabilities of the response tokens of some rows, (N,), among what could be drawn in their place;
+    and the logits (N, V) behind them.
+    """
+    logits = restrict(response_logits(model, rows.input_ids, rows.positions), rows.support)
     return label_logprobs(logits, rows.labels, temperature), logits
 
 
@@ -125,6 +131,7 @@ def _generate(
                     tokenizer.eos_token_id,
                     tokenizer.pad_token_id,
                     synced=models.actor.zero_optimization_stage() == 3 and not options.gather_for_generation,
+                    top_k=options.top_k,
                 )
             )
     return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
@@ -134,9 +141,9 @@ def _assemble(
     prompts: Sequence[Prompt], mine: Sequence[int], responses: Responses, pad_token_id: int
 ) -> Rollout:
     """The whole rollout on every rank: each fills in its own rows, and the sum over ranks has them all."""
-    fields = (responses.lengths, responses.ids, responses.ended.long(), responses.logprobs)
-    lengths, ids, ended, logprobs = (share_rows(field, mine, len(prompts)) for field in fields)
-    logprobs = logprobs[:, : int(lengths.max())]
+    fields = responses._replace(ended=responses.ended.long())
+    ids, lengths, ended, logprobs, support = (share_rows(field, mine, len(prompts)) for field in fields)
+    logprobs, support = (part[:, : int(lengths.max())] for part in (logprobs, support))
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
         input_ids=pad_rows(rows, pad_token_id).to(device()),
@@ -149,4 +156,5 @@ def _assemble(
         last_values=torch.zeros_like(logprobs[:, 0]),
         scores=torch.zeros_like(logprobs[:, 0]),
         score_parts=torch.zeros_like(logprobs[:, :0]),
+        support=support,
     )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from common.tensor_ops import scaled
+from step3_ppo.support import pack, restrict, support
 
 
 class Responses(NamedTuple):
@@ -17,7 +18,8 @@ class Responses(NamedTuple):
     ids: Tensor  # (B, R)
     lengths: Tensor  # (B,) with EOS, if there is one
     ended: Tensor  # (B,) bool: stopped by EOS rather than by the length limit
-    logprobs: Tensor  # (B, R) under softmax(logits / temperature), 0 after the end
+    logprobs: Tensor  # (B, R) under softmax(logits / temperature) of what may be drawn, 0 after the end
+    support: Tensor  # (B, R, V / 8) uint8: what that was, packed; (B, R, 0) where every token may be drawn
 
 
 class InverseTransformSampler(LogitsProcessor):
@@ -25,34 +27,27 @@ class InverseTransformSampler(LogitsProcessor):
 
     The token is the first whose cumulative probability exceeds the number, so a row's response depends on its
     own numbers alone: not on its neighbours, the batch size or the rank. `generate` then takes the argmax of
-    what this returns. Log-probabilities come at no cost; they are of the whole distribution, also when top_p
-    cuts it.
+    what this returns. Log-probabilities come at no cost; they are those with which tokens are drawn, also
+    when top_k or top_p leaves tokens out.
     """
 
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float) -> None:
-        self._uniforms, self._temperature, self._top_p = uniforms, temperature, top_p
-        self.logprobs: list[Tensor] = []
+    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> None:
+        self._uniforms, self._temperature, self._top_p, self._top_k = uniforms, temperature, top_p, top_k
+        self.logprobs: list[Tensor] = []  # (B,) of each step
+        self.supports: list[Tensor] = []  # (B, V / 8) or (B, 0) of each step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the library's signature
-        logprobs = scaled(scores, self._temperature).log_softmax(-1)  # (B, V)
-        weights = logprobs.exp()
-        if self._top_p < 1.0:
-            weights = nucleus(weights, self._top_p)
-        cumulative = weights.cumsum(-1)
+        logits = scaled(scores, self._temperature)  # (B, V)
+        packed = torch.empty(len(scores), 0, dtype=torch.uint8, device=scores.device)
+        if self._top_p < 1.0 or self._top_k:
+            packed = pack(support(logits.softmax(-1), self._top_k, self._top_p))
+        self.supports.append(packed)
+        logprobs = restrict(logits, packed).log_softmax(-1)
+        cumulative = logprobs.exp().cumsum(-1)
         target = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
         self.logprobs.append(logprobs.gather(-1, token).squeeze(-1))
         return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
-
-
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Set to 0 all but the likeliest tokens whose shares reach top_p: (B, V) -> (B, V), not renormalised.
-
-    Source: Holtzman et al. 2020, section 3.1.
-    """
-    ordered, order = probabilities.sort(-1, descending=True)
-    is_beyond = ordered.cumsum(-1) - ordered >= top_p
-    return torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(is_beyond, 0.0))
 
 
 def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tensor:
@@ -64,7 +59,7 @@ def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tens
 @torch.no_grad()
 def sample_responses(
     model: nn.Module, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, top_p: float,
-    eos_token_id: int, pad_token_id: int, synced: bool,
+    eos_token_id: int, pad_token_id: int, synced: bool, top_k: int = 0,
 ) -> Responses:  # fmt: skip
     """Responses of at most R tokens; uniforms (B, R). synced: every rank runs all R forwards."""
     device, longest = uniforms.device, max(map(len, prompts))
@@ -73,7 +68,7 @@ def sample_responses(
     )  # (B, P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     attention_mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # (B, P)
-    sampler = InverseTransformSampler(uniforms, temperature, top_p)
+    sampler = InverseTransformSampler(uniforms, temperature, top_p, top_k)
     limit = uniforms.shape[1]
     # A model's own generation defaults (penalties, minimal lengths) would change what is sampled.
     defaults, model.generation_config = model.generation_config, GenerationConfig()
@@ -89,10 +84,13 @@ def sample_responses(
         )
     finally:
         model.generation_config = defaults
-    return _cut(whole[:, longest:], torch.stack(sampler.logprobs, dim=1), limit, eos_token_id, pad_token_id)
+    logprobs, supports = torch.stack(sampler.logprobs, dim=1), torch.stack(sampler.supports, dim=1)
+    return _cut(whole[:, longest:], logprobs, supports, limit, eos_token_id, pad_token_id)
 
 
-def _cut(sampled: Tensor, logprobs: Tensor, limit: int, eos_token_id: int, pad_token_id: int) -> Responses:
+def _cut(
+    sampled: Tensor, logprobs: Tensor, supports: Tensor, limit: int, eos_token_id: int, pad_token_id: int
+) -> Responses:
     """End each row at its first EOS and widen everything to `limit` columns."""
     steps = sampled.shape[1]
     is_eos = sampled == eos_token_id  # (B, steps)
@@ -101,6 +99,6 @@ def _cut(sampled: Tensor, logprobs: Tensor, limit: int, eos_token_id: int, pad_t
     mask = torch.arange(limit, device=sampled.device) < lengths[:, None]  # (B, R)
     widen = (0, limit - steps)
     ids = nn.functional.pad(sampled, widen, value=pad_token_id).masked_fill(~mask, pad_token_id)
-    return Responses(
-        ids, lengths, ended, nn.functional.pad(logprobs[:, :steps], widen).masked_fill(~mask, 0.0)
-    )
+    logprobs = nn.functional.pad(logprobs[:, :steps], widen).masked_fill(~mask, 0.0)
+    supports = nn.functional.pad(supports[:, :steps], (0, 0, *widen)).masked_fill(~mask[..., None], 0)
+    return Responses(ids, lengths, ended, logprobs, supports)

@@ -17,7 +17,7 @@ from common.options import world_size
 from common.tokenization import SegmentEncoder
 from step3_ppo.data import Prompt, minibatches
 from step3_ppo.functions import function_scores
-from step3_ppo.models import Models
+from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
 
@@ -65,10 +65,10 @@ def score_rollout(
         parts = [policy_pass(reference, batch)[0] for batch in batches]
         found = {"ref_logprobs": _placed(rollout, batches, parts)}
     mine = sum(batches, [])
-    parts = [*_member_scores(models, prompts, rollout, mine, options)]
-    parts += [*_function_scores(models, prompts, rollout, mine)]
-    found["score_parts"] = share_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
-    found["scores"] = _total_scores(models, found["score_parts"], options)
+    size = options.generation_batch_size
+    found["scores"], found["score_parts"] = score_responses(
+        models.scorer, models.encoder, prompts, rollout, mine, size
+    )
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
         # update does.
@@ -87,6 +87,23 @@ def score_rollout(
         found["values"] = _placed(rollout, batches, [values for values, _ in passes])
         found["last_values"] = share_rows(torch.cat([last for _, last in passes]), mine, len(prompts))
     return replace(rollout, **found), first_pass
+
+
+@torch.no_grad()
+def score_responses(
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The score of each response, (B,), and its parts: of each reward model, then each function, (B, M + F).
+
+    encoder: of the policy; mine: the rows that this rank asks for, of all that are shared out.
+    """
+    parts = [*_member_scores(scorer, encoder, prompts, rollout, mine, batch_size)]
+    parts += [*_function_scores(scorer, encoder, prompts, rollout, mine)]
+    whole = share_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
+    of_members, of_functions = whole[:, : len(scorer.rewards)], whole[:, len(scorer.rewards) :]
+    scores = of_functions @ whole.new_tensor([function.weight for function in scorer.functions])
+    return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores, whole
 
 
 def _value_pass(
@@ -138,45 +155,40 @@ def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tens
     return sum_tensor_over_ranks(result)
 
 
-def _total_scores(models: Models, parts: Tensor, options: PPOOptions) -> Tensor:
-    """One score per response, (B,), from the parts (B, M + F): reward models combined, functions weighted."""
-    of_members, of_functions = parts[:, : len(models.rewards)], parts[:, len(models.rewards) :]
-    scores = of_functions @ parts.new_tensor([function.weight for function in models.functions])
-    return scores + combine(of_members.T, options) if models.rewards else scores
-
-
 def _function_scores(
-    models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int]
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int]
 ) -> Tensor:
     """What each of F functions of the user says of this rank's b rows: (F, b)."""
-    if not models.functions:
+    if not scorer.functions:
         return torch.zeros(0)
-    texts = [models.encoder.decode_response(rollout.prompt(row), rollout.response(row)) for row in mine]
+    texts = [encoder.decode_response(rollout.prompt(row), rollout.response(row)) for row in mine]
     records = [prompts[row].record for row in mine]
-    said = function_scores(models.functions, [find_prompt(record) for record in records], texts, records)
+    said = function_scores(scorer.functions, [find_prompt(record) for record in records], texts, records)
     return torch.tensor(said, device=device())
 
 
 def _member_scores(
-    models: Models, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int], options: PPOOptions
-) -> Tensor:
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
+    batch_size: int,
+) -> Tensor:  # fmt: skip
     """What each of M reward models says of this rank's b rows: (M, b)."""
-    encoders = {member.encoder for member in models.rewards}
-    inputs = {e: [_scored_ids(e, models, prompts[row], rollout, row) for row in mine] for e in encoders}
-    return member_scores(models.rewards, inputs, options.generation_batch_size)
+    inputs = {
+        e: [_scored_ids(e, encoder, prompts[row], rollout, row) for row in mine]
+        for e in {member.encoder for member in scorer.rewards}
+    }
+    return member_scores(scorer.rewards, inputs, batch_size)
 
 
 def _scored_ids(
-    encoder: SegmentEncoder, models: Models, prompt: Prompt, rollout: Rollout, row: int
+    encoder: SegmentEncoder, of_policy: SegmentEncoder, prompt: Prompt, rollout: Rollout, row: int
 ) -> list[int]:
     """One prompt and response in a reward model's own tokens; read at an EOS: one is added to a response that
     has none, for scoring only, because the reward model has never learnt what to say elsewhere.
     """
     ids, response = rollout.prompt(row), rollout.response(row)
-    if encoder is models.encoder:
+    if encoder is of_policy:
         return ids + response + ([] if rollout.ended[row] else [encoder.eos_token_id])
-    text = models.encoder.decode_response(ids, response)
-    source = find_prompt(prompt.record)
+    text, source = of_policy.decode_response(ids, response), find_prompt(prompt.record)
     if not isinstance(source, str):
         text = text.strip()  # its own template decides about the space before a message
     segments = dialogue_segments(source, text, encoder.render, encoder.tokenizer.eos_token)

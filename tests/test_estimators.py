@@ -89,6 +89,10 @@ def test_functions_score_with_and_without_a_reward_model(world, run, functions, 
     assert result.codes == [0], result.output
     assert "there is no reward model" in result.output
     assert metrics(alone, "reward/mean_by_length")[0] == pytest.approx(parts[1][0], rel=1e-6)
+    functions.write_text(FUNCTIONS + "\n# changed")
+    changed = run_stage("step3_ppo.main", without, tmp_path)
+    functions.write_text(FUNCTIONS)
+    assert changed.codes == [2] and "another content of: --reward_function 1" in changed.output
     refused = run_stage("step3_ppo.main", without[: without.index("--reward_function")], tmp_path)
     assert "--reward_model_name_or_path or --reward_function is required" in refused.output
 

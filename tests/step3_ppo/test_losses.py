@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.tensor_ops import masked_mean
-from step3_ppo.losses import LOG_RATIO_LIMIT, policy_loss, value_loss
+from step3_ppo.losses import LOG_RATIO_LIMIT, kl_loss, policy_loss, value_loss
 from tests.conftest import assert_close
 
 
@@ -85,3 +85,24 @@ def test_value_clip_closed_form():
     # First: the value itself is further off. Second: within the range. Third: kept at 0.2, far from 2.
     assert_close(result.loss, torch.tensor([0.5, 0.5 * 0.9**2, 0.5 * 1.8**2]))
     assert result.clipped.tolist() == [False, False, True]
+
+
+def test_kl_losses_are_those_of_their_names():
+    """Over all tokens of a distribution, weighted as they are drawn: k2 has KL's gradient, k3 its value."""
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    ref_logprobs = torch.tensor([0.1, 0.5, -0.7, 1.0], dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    exact = torch.nn.functional.kl_div(ref_logprobs, logprobs, reduction="sum", log_target=True)
+    drawn = logprobs.detach().exp()
+    k2, k3 = (kl_loss(logprobs, ref_logprobs, name) for name in ("k2", "k3"))
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    assert_close(torch.autograd.grad((drawn * k2).sum(), logits, retain_graph=True)[0], expected)
+    assert_close((drawn * k3).sum(), exact)
+    assert (k3 > 0).all() and torch.equal(k2, 0.5 * (logprobs - ref_logprobs) ** 2)
+
+
+def test_a_kl_loss_of_an_absurd_token_is_finite():
+    logprobs = torch.tensor([-800.0], requires_grad=True)
+    loss = kl_loss(logprobs, torch.zeros(1), "k3")
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
 from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
-from step3_ppo.sampling import InverseTransformSampler, Responses, nucleus, sample_responses, uniforms_for
+from step3_ppo.sampling import InverseTransformSampler, Responses, sample_responses, uniforms_for
 from tests.conftest import assert_close
 
 EOS, PAD, VOCABULARY = 0, 39, 40
@@ -14,9 +14,9 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [17, 18]]
 TEMPERATURE = 0.7
 
 
-def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature=1.0, top_p=1.0):
+def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0):
     """Tokens (B,) and their log-probabilities, for logits (V,) or (B, V) and one uniform number per row."""
-    sampler = InverseTransformSampler(uniforms[:, None], temperature, top_p)
+    sampler = InverseTransformSampler(uniforms[:, None], temperature, top_p, top_k)
     scores = sampler(torch.zeros(len(uniforms), 1), logits.expand(len(uniforms), -1))
     assert torch.equal(scores.isfinite().sum(-1), torch.ones(len(uniforms), dtype=torch.long))
     return scores.argmax(-1), sampler.logprobs[0]
@@ -48,21 +48,12 @@ def test_ends_of_the_range():
     assert tokens.tolist() == [1], "a token of probability 0 is never drawn"
 
 
-@pytest.mark.parametrize(
-    "top_p, kept", [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.9, [1, 3, 4]), (0.97, [0, 1, 3, 4])]
-)
-def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, kept):
-    found = nucleus(PROBABILITIES[None], top_p)[0]
-    expected = torch.zeros(5)
-    expected[kept] = PROBABILITIES[kept]
-    assert torch.equal(found, expected)
-
-
-def test_top_p_renormalises_what_is_drawn_but_not_the_logprobs():
+@pytest.mark.parametrize("cut", [{"top_p": 0.6}, {"top_k": 2}, {"top_p": 0.6, "top_k": 4}])
+def test_logprobs_are_those_with_which_tokens_are_drawn(cut):
     count = 8000
-    tokens, logprobs = draw(PROBABILITIES.log(), (torch.arange(count) + 0.5) / count, top_p=0.6)
+    tokens, logprobs = draw(PROBABILITIES.log(), (torch.arange(count) + 0.5) / count, **cut)
     assert tokens.bincount(minlength=5).tolist() == [0, 5000, 0, 3000, 0]  # 0.5 : 0.3
-    assert_close(logprobs, PROBABILITIES.log()[tokens])
+    assert_close(logprobs, (PROBABILITIES / 0.8).log()[tokens])
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -95,16 +86,18 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def sample(model, rows: list[int], length: int = 10, uniforms=None, top_p: float = 1.0) -> Responses:
+def sample(model, rows: list[int], length: int = 10, uniforms=None, top_p=1.0, top_k=0) -> Responses:
     uniforms = uniforms_for(0, 1, rows, length) if uniforms is None else uniforms
     prompts = [PROMPTS[row] for row in rows]
-    return sample_responses(model, prompts, uniforms, TEMPERATURE, top_p, EOS, PAD, synced=False)
+    return sample_responses(model, prompts, uniforms, TEMPERATURE, top_p, EOS, PAD, False, top_k)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_logprobs_are_those_of_the_trainer(model, top_p):
-    """Generation pads on the left and caches; the update pads on the right and does not."""
-    responses = sample(model, [0, 1, 2, 3], top_p=top_p)
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.7, 9)])
+def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
+    """Generation pads on the left and caches; the update pads on the right and does not. What top_p and top_k
+    leave is what transformers leaves, but for a token that it takes in when shares reach top_p exactly.
+    """
+    responses = sample(model, [0, 1, 2, 3], top_p=top_p, top_k=top_k)
     lengths = responses.lengths.tolist()
     rows = [p + ids[:n].tolist() for p, ids, n in zip(PROMPTS, responses.ids, lengths, strict=True)]
     width = max(map(len, rows))
@@ -120,6 +113,7 @@ def test_logprobs_are_those_of_the_trainer(model, top_p):
         last_values=empty[:, 0],
         scores=empty[:, 0],
         score_parts=empty[:, :0],
+        support=responses.support,
     )
     with torch.no_grad():
         trained, _ = actor_logprobs(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
@@ -127,7 +121,10 @@ def test_logprobs_are_those_of_the_trainer(model, top_p):
     drawn = responses.logprobs[rollout.response_mask]
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-5)
     for row, (ids, logits, prompt) in enumerate(zip(rows, alone, PROMPTS, strict=True)):
-        exact = (logits.double() / TEMPERATURE).log_softmax(-1)
+        exact = logits.double() / TEMPERATURE
+        if top_k:
+            exact = TopKLogitsWarper(top_k)(None, exact)
+        exact = TopPLogitsWarper(top_p)(None, exact).log_softmax(-1)
         expected = [exact[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
         found = responses.logprobs[row, : lengths[row]]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
