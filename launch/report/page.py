@@ -1,0 +1,196 @@
+"""The page: one HTML file with its style and pictures inside, and no scripts. Texts of runs are escaped."""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from launch.report.curves import TRADE, Picture
+from launch.report.findings import Finding
+from launch.report.read import Line, Run, columns
+
+Chapter = tuple[Run, list[Finding], dict[str, list[Picture]]]
+
+# Figures of the first table, what they are, and which value is the best one, if any is.
+FIGURES: dict[str, tuple[str, Callable[[list[float]], float] | None]] = {
+    "train/loss": ("training loss", min),
+    "eval/loss": ("loss on held-out data", min),
+    "eval/perplexity": ("its perplexity", min),
+    "train/accuracy": ("pairs ranked as labelled, in training", max),
+    "eval/accuracy": ("pairs ranked as labelled, held out", max),
+    "reward/mean": ("score of a response", max),
+    "eval/score": ("score on held-out prompts", max),
+    "eval/gold": ("gold on held-out prompts", max),
+    "kl/mean": ("nats per response from the reference", None),
+    "eval/kl": ("the same on held-out prompts", None),
+    "policy/entropy": ("nats per token", None),
+    "policy/clip_fraction": ("tokens whose update was clipped", None),
+    "value/explained_var": ("variance of returns that the critic foresaw", max),
+    "response/length": ("tokens", None),
+    "response/eos_rate": ("responses that ended by themselves", None),
+    "response/distinct_2": ("different pairs of tokens", None),
+    "response/repeated_3": ("trigrams that stood in the response before", None),
+    "time/step": ("seconds", None),
+    "train/tokens_per_second": ("in training", None),
+    "rollout/tokens_per_second": ("sampled", None),
+    "memory/peak_gib": ("most memory of one rank", None),
+}
+STYLE = Path(__file__).with_name("style.css")
+SHOWN_PROMPTS = 10
+
+
+def page(name: str, chapters: Sequence[Chapter]) -> str:
+    """The whole report on the runs of a folder."""
+    contents, bodies = [], []
+    for number, (run, found, pictures) in enumerate(chapters, start=1):
+        title = f"{escape(run.title)} <small>({escape(run.folder.resolve().name)})</small>"
+        links, sections = [], []
+        for place, (heading, section) in enumerate(_sections(run, found, pictures).items()):
+            if section:
+                here = f"run{number}-{place}"
+                links.append(f'<li><a href="#{here}">{escape(heading)}</a></li>')
+                sections.append(f'<section id="{here}">\n<h3>{escape(heading)}</h3>\n{section}\n</section>')
+        contents.append(f'<li><a href="#run{number}">{title}</a><ul>{"".join(links)}</ul></li>')
+        bodies += [f'<h2 id="run{number}">{title}</h2>\n<p class="soft">{_extent(run)}</p>', *sections]
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Report: {escape(name)}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n<body>",
+            f"<h1>Report: {escape(name)}</h1>",
+            f'<nav aria-label="Contents"><ul>{"".join(contents)}</ul></nav>',
+            *["<main>", *bodies, "</main>\n</body>\n</html>\n"],
+        ]
+    )
+
+
+def _sections(run: Run, found: Sequence[Finding], pictures: dict[str, list[Picture]]) -> dict[str, str]:
+    """Headings and what stands below them; nothing, where a run has nothing to say of it."""
+    return {
+        "Findings": _absences(run) + (_findings(found) if run.lines else ""),
+        "Figures": _figures(run),
+        **{group: _gallery(shown, is_wide=group == TRADE) for group, shown in pictures.items()},
+        "Samples": _samples(run.samples),
+        "Golden pairs": _golden(run) if run.golden else "",
+        "Options": _options(run) if run.options else "",
+    }
+
+
+def _extent(run: Run) -> str:
+    steps = [line["step"] for line in run.lines]
+    return f"Logged from step {min(steps)} to {max(steps)}." if steps else "No step has been logged."
+
+
+def _absences(run: Run) -> str:
+    return "".join(f'<div class="finding absent"><p>{escape(text)}</p></div>' for text in run.absent)
+
+
+def _findings(found: Sequence[Finding]) -> str:
+    if not found:
+        return (
+            '<div class="finding well"><p>Nothing stands out: no rule found over-optimisation, overfitting, a'
+            " reward hack, a collapse, or too much or too little change.</p></div>"
+        )
+    cards = [f"<p>{escape(one.found)}</p><p><b>Try:</b> {escape(one.advice)}</p>" for one in found]
+    return "\n".join(f'<div class="finding">{card}</div>' for card in cards)
+
+
+def _figures(run: Run) -> str:
+    rows = []
+    for name, (meaning, best_of) in FIGURES.items():
+        steps, values = columns(run.lines, "step", name)
+        if values:
+            place = values.index(best_of(values)) if best_of else None
+            best = "" if place is None else f"{_number(values[place])} (step {steps[place]})"
+            rows.append([name, meaning, _number(values[0]), best, _number(values[-1])])
+    return _table(["figure", "", "start", "best", "end"], rows, "numbers") if rows else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _gallery(pictures: Sequence[Picture], is_wide: bool = False) -> str:
+    """Pictures side by side, or large, each with what it shows written out."""
+    figures = []
+    for picture in pictures:
+        content = base64.b64encode(picture.path.read_bytes()).decode()
+        caption = f"<figcaption>{escape(picture.alt)}</figcaption>" if is_wide else ""
+        image = f'<img src="data:image/png;base64,{content}" alt="{escape(picture.alt)}">'
+        figures.append(f"<figure>{image}{caption}</figure>\n")
+    return f'<div class="{"wide" if is_wide else "gallery"}">{"".join(figures)}</div>'
+
+
+def _samples(samples: Sequence[Line]) -> str:
+    """The first prompts, each with the answers of the first and of the last step side by side."""
+    all_steps = sorted({sample["step"] for sample in samples})
+    steps = dict.fromkeys([*all_steps[:1], *all_steps[-1:]])  # one, if there are no more
+    prompts = list(dict.fromkeys(sample["prompt"] for sample in samples if sample["step"] in steps))
+    shown = []
+    for prompt in prompts[:SHOWN_PROMPTS]:
+        answers = [[s for s in samples if (s["step"], s["prompt"]) == (step, prompt)] for step in steps]
+        for side_by_side in zip(*answers, strict=False):
+            asked = f'<p class="label">Prompt</p><p class="text prompt">{escape(prompt.strip())}</p>'
+            pair = "".join(map(_answer, side_by_side))
+            shown.append(f'<div class="sample">{asked}<div class="pair">{pair}</div></div>')
+    if len(prompts) > SHOWN_PROMPTS:
+        shown.append(f'<p class="soft">{SHOWN_PROMPTS} of {len(prompts)} prompts in samples.jsonl.</p>')
+    return "\n".join(shown)
+
+
+def _answer(sample: Line) -> str:
+    facts = [f"step {sample['step']}"]
+    facts += [f"{name} {sample[name]:.3g}" for name in ("score", "gold") if sample.get(name) is not None]
+    facts += [f"{sample['length']} tokens", *["cut off"] * (not sample["ended"])]
+    label = f'<p class="label">{escape(" · ".join(facts))}</p>'
+    return f'<div>{label}<p class="text">{escape(sample["response"].strip())}</p></div>'
+
+
+def _golden(run: Run) -> str:
+    """Accuracy of a reward model on the pairs that every run is judged on, and what step 2 said of it."""
+    groups = [("pairs", "all", run.golden["accuracy"])]
+    for kind, members in run.golden["accuracy_by"].items():
+        groups += [(f"by {kind}", name, one) for name, one in members.items()]
+    rows = [
+        [kind, name, str(one["pairs"]), f"{one['accuracy']:.1%}", f"{one['low']:.1%} to {one['high']:.1%}"]
+        for kind, name, one in groups
+    ]
+    said = [Finding(one["found"], one["advice"]) for one in run.golden["verdicts"]]
+    paths = sorted((run.folder / "golden").glob("*.png"))
+    pictures = [Picture(path, f"Golden pairs: {path.stem} of the reward model") for path in paths]
+    parts = [
+        _findings(said) if said else "",
+        _table(["", "", "pairs", "accuracy", "95% interval"], rows, "numbers"),
+    ]
+    return "\n".join([*parts, _gallery(pictures) if pictures else ""])
+
+
+def _options(run: Run) -> str:
+    """Options that are not at their defaults, and the others folded."""
+    changed, same = [], []
+    for name, value in run.options.items():
+        default, meaning = run.known.get(name, (None, "not an option of this version"))
+        if value == default:
+            same.append([f"--{name}", _show(value), meaning])
+        else:
+            changed.append([f"--{name}", _show(value), _show(default), meaning])
+    folded = f"<summary>{len(same)} options at their defaults</summary>"
+    folded += _table(["option", "value", "meaning"], same)
+    return _table(["option", "value", "default", "meaning"], changed) + f"<details>{folded}</details>"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """Cells are escaped; the first of each row is code. A wide table scrolls."""
+    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
+    for first, *rest in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+        lines.append(f"<tr><td><code>{escape(first)}</code></td>{cells}</tr>")
+    return f'<div class="scroll"><table class="{kind}">\n{chr(10).join(lines)}\n</table></div>'
