@@ -1,0 +1,92 @@
+"""Figures that compare policies on the same prompts. Pure numpy."""
+
+from math import comb, log
+from typing import Any
+
+import numpy as np
+
+Z95 = 1.959964  # 95 % of a standard normal distribution lie within this
+NEWTON_STEPS = 200  # far more than a fit of two numbers takes
+LONGEST_STEP = 1.0  # of Newton's, in either number, so that none overshoots
+
+
+def mean(values: np.ndarray) -> dict[str, float]:
+    """Mean of N values, at least 2, and its 95 % interval by the normal approximation."""
+    middle, half = values.mean(), Z95 * values.std(ddof=1) / len(values) ** 0.5
+    return {"mean": float(middle), "low": float(middle - half), "high": float(middle + half)}
+
+
+def wins(ours: np.ndarray, theirs: np.ndarray, longer: np.ndarray) -> dict[str, Any]:
+    """How often ours scores higher than theirs, prompt by prompt: scores (N,) each.
+
+    longer: (N,) by how many tokens our responses are longer. Win rates, 0 to 1, are over the prompts that are
+    no tie, and None where all are. The 95 % interval of the plain one is the score interval of Wilson 1927.
+    """
+    decided = ours != theirs
+    won = (ours > theirs)[decided]
+    return {
+        "wins": int(won.sum()),
+        "ties": int((~decided).sum()),
+        "losses": int((~won).sum()),
+        "win_rate": wilson(int(won.sum()), len(won)) if len(won) else None,
+        "at_equal_length": win_rate_at_equal_length(won, longer[decided]),
+    }
+
+
+def wilson(count: int, of: int) -> dict[str, float]:
+    """A share and its 95 % interval: those p with |share - p| <= z sqrt(p (1 - p) / of)."""
+    share, weight = count / of, Z95**2 / of
+    middle = (share + weight / 2) / (1 + weight)
+    half = (share * (1 - share) * weight + weight**2 / 4) ** 0.5 / (1 + weight)
+    return {"mean": share, "low": min(middle - half, share), "high": max(middle + half, share)}
+
+
+def win_rate_at_equal_length(won: np.ndarray, longer: np.ndarray) -> dict[str, float] | None:
+    """The win rate that length has no part in, and its 95 % interval: won (N,) bool, longer (N,) tokens.
+
+    P(win) = sigmoid(a + b tanh(longer / std(longer))), read at 0, is sigmoid(a): the length-controlled win
+    rate of Dubois et al. 2024 (arXiv 2404.04475, section 3), without the difficulty of instructions, which
+    takes many models to tell. Both numbers are fitted by the penalised likelihood of Firth 1993, which has a
+    maximum also where one side always wins; the interval is Wald's on the scale of a. None where lengths
+    differ by the same everywhere, so that nothing tells their part.
+    """
+    if not len(longer) or not np.ptp(longer):
+        return None
+    x = np.stack([np.ones(len(longer)), np.tanh(longer / longer.std())], axis=1)  # (N, 2)
+    fitted = np.zeros(2)
+    for _ in range(NEWTON_STEPS):
+        p = 1 / (1 + np.exp(-x @ fitted))  # (N,)
+        variance = p * (1 - p)
+        covariance = np.linalg.inv(x.T * variance @ x)  # (2, 2)
+        leverage = variance * ((x @ covariance) * x).sum(1)  # (N,)
+        step = covariance @ x.T @ (won - p + leverage * (0.5 - p))
+        fitted += step * min(1.0, LONGEST_STEP / max(abs(step).max(), 1e-300))
+        if abs(step).max() < 1e-9:
+            break
+    half = Z95 * covariance[0, 0] ** 0.5
+    low, middle, high = (float(1 / (1 + np.exp(-fitted[0] - shift))) for shift in (-half, 0.0, half))
+    return {"mean": middle, "low": low, "high": high}
+
+
+def best_of(picked_by: np.ndarray, judged_by: np.ndarray, n: int) -> np.ndarray:
+    """Expected score of the best of n responses to each of P prompts, over all ways to draw n of N: (P,).
+
+    picked_by, judged_by: scores (P, N) of the same responses; the first choose, the second are looked at. Of
+    equally good ones each is as likely. Unbiased. Source: Nakano et al. 2021 (WebGPT), appendix I; Gao et al.
+    2023, section 2.
+    """
+    total = picked_by.shape[1]
+    below = np.array([comb(k, n) / comb(total, n) for k in range(total + 1)])  # all n among the k lowest
+    ours, others = picked_by[:, :, None], picked_by[:, None, :]
+    lower, not_higher = (others < ours).sum(2), (others <= ours).sum(2)  # (P, N)
+    chance = (below[not_higher] - below[lower]) / (not_higher - lower)  # (P, N) to be the one picked
+    return (chance * judged_by).sum(1)
+
+
+def best_of_kl(n: int) -> float:
+    """KL divergence in nats of the best of n from the policy that they are drawn from.
+
+    Exact where scores are never equal, else the most that it can be. Source: Stiennon et al. 2020, appendix
+    G.3; Beirami et al. 2024 (arXiv 2401.01879).
+    """
+    return log(n) - (n - 1) / n

@@ -1,0 +1,107 @@
+"""The figures that compare policies as text for a terminal, and as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for the colour-blind too
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Policies side by side, each against the first, and the best of several responses of the first."""
+    policies, curve = figures["policies"], figures["best_of"]
+    judges = list(policies[0]["scores"])
+    lines = [
+        ["", *(str(number) for number in range(1, len(policies) + 1))],
+        *([name, *(_interval(policy["scores"][name]) for policy in policies)] for name in judges),
+        ["KL to 1, nats", *(_interval(policy["kl"]) for policy in policies)],
+        ["length, tokens", *(f"{policy['length']:.1f}" for policy in policies)],
+        ["ended by EOS", *(f"{policy['eos_rate']:.1%}" for policy in policies)],
+        ["distinct-1", *(f"{policy['distinct_1']:.3f}" for policy in policies)],
+        ["distinct-2", *(f"{policy['distinct_2']:.3f}" for policy in policies)],
+        ["repeated trigrams", *(f"{policy['repeated_3']:.1%}" for policy in policies)],
+    ]
+    if policies[0]["perplexity"] is not None:
+        lines.append(["perplexity", *(f"{policy['perplexity']:.3f}" for policy in policies)])
+    for name in judges if len(policies) > 1 else ():
+        against = [policy["against_first"][name] for policy in policies[1:]]
+        lines += [
+            [],
+            [f"{name}: wins, ties, losses", "", *map(_counts, against)],
+            ["win rate without ties", "", *(_share(one["win_rate"]) for one in against)],
+            ["win rate at equal length", "", *(_share(one["at_equal_length"]) for one in against)],
+        ]
+    blocks = [_aligned(lines)]
+    if len(curve) > 1:
+        heads = [f"best of n by {judges[0]}", "KL, nats", *judges]
+        rows = [[str(one["n"]), f"{one['kl']:.3f}", *map(_interval, one["scores"].values())] for one in curve]
+        blocks.append(_aligned([heads, *rows]))
+    models = [f"{number}  {policy['model']}" for number, policy in enumerate(policies, start=1)]
+    said = f"{figures['prompts']} held-out prompts, 95% intervals"
+    return "\n\n".join([f"{said}\n" + "\n".join(models), *blocks])
+
+
+def picture(figures: dict[str, Any]) -> Any:
+    """Scores over the root of KL, a panel for each judge: the policies, and the best of n: Gao et al. 2023,
+    fig. 1.
+
+    A Matplotlib figure, which needs no screen.
+    """
+    from matplotlib.figure import Figure
+
+    policies, curve = figures["policies"], figures["best_of"]
+    judges = list(policies[0]["scores"])
+    figure = Figure(figsize=(7, 1.2 + 2.8 * len(judges)), layout="constrained")
+    figure.suptitle("Scores of held-out responses, 95% intervals")
+    panels = figure.subplots(len(judges), sharex=True, squeeze=False)[:, 0]
+    for name, axes in zip(judges, panels, strict=True):
+        for number, policy in enumerate(policies):
+            label = f"{number + 1}  {'/'.join(Path(policy['model']).parts[-2:])}"
+            colour = COLOURS[number % len(COLOURS)]
+            _points(axes, [policy["kl"]["mean"]], [policy["scores"][name]], "o", colour, label)
+        if len(curve) > 1:
+            kls, scores = [one["kl"] for one in curve], [one["scores"][name] for one in curve]
+            _points(axes, kls, scores, ".-", "0.4", f"best of n of 1, by {judges[0]}")
+            for one, kl in zip(curve, kls, strict=True):
+                place = (kl**0.5, one["scores"][name]["mean"])
+                axes.annotate(one["n"], place, (4, -10), textcoords="offset points", color="0.4", fontsize=8)
+        axes.set(ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set(xlabel="√KL to the first policy (√nats)")
+    panels[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    return figure
+
+
+def _points(axes: Any, kls: list[float], scores: list[dict], form: str, colour: str, label: str) -> None:
+    """Means with their intervals; an estimate of KL may be below 0, which has no root."""
+    means = [score["mean"] for score in scores]
+    whiskers = [[s["mean"] - s["low"] for s in scores], [s["high"] - s["mean"] for s in scores]]
+    roots = [max(kl, 0.0) ** 0.5 for kl in kls]
+    depth = 3 if form == "o" else 2  # points lie above curves
+    axes.errorbar(roots, means, whiskers, fmt=form, color=colour, capsize=3, label=label, zorder=depth)
+
+
+def _interval(one: dict[str, float]) -> str:
+    return f"{one['mean']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+
+
+def _counts(one: dict[str, Any]) -> str:
+    return f"{one['wins']}, {one['ties']}, {one['losses']}"
+
+
+def _share(one: dict[str, float] | None) -> str:
+    return "none" if one is None else f"{one['mean']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Lines of cells in columns, names on the left, figures on the right; an empty line stays one."""
+    rows = [line for line in lines if line]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return "\n".join(
+        "   ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
+        ).rstrip()
+        for line in lines
+    )

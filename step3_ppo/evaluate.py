@@ -1,0 +1,177 @@
+"""Policies compared on the same held-out prompts: scores, wins, KL, variety, forgetting, and best-of-n.
+
+    bash launch/evaluate_ppo.sh --model_name_or_path OUT1/final OUT3/final --prompt_data F.jsonl \
+        --reward_model_name_or_path OUT2/final --output_dir DIR
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data import load_examples
+from common.distributed import init_distributed, log, rank
+from common.ensemble import EnsembleOptions, load_encoders, same_tokens
+from common.files import write_json
+from common.models import load_config, longest_input
+from common.options import UserError, parse_options, world_size
+from common.overlong import convert_all
+from common.process import run_main
+from common.records import parse_all
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import load_zero_config
+from step3_ppo import compare
+from step3_ppo.compare_models import Judge, Policy, sample_all, score
+from step3_ppo.compare_report import picture, table
+from step3_ppo.data import Prompt, prompt
+from step3_ppo.evaluate_options import EvaluateOptions, check_options
+from step3_ppo.figures import describe_responses
+from step3_ppo.functions import load_functions
+from step3_ppo.options import PPOOptions, check_lengths
+from step3_ppo.pretraining import Text, text
+from step3_ppo.rollout import Rollout
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(EvaluateOptions, required=["model_name_or_path"])
+    check_options(options)
+    as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
+    for path in options.model_name_or_path:
+        config = load_config(path)
+        check_lengths(options, config)
+        options.max_length = longest_input(config, options.max_length, "max_length")
+    encoder = load_encoder(options.model_name_or_path)
+    judges = load_judges(options, encoder)
+    prompts = load_prompts(options, encoder)
+    texts = load_demonstrations(options, encoder)
+    init_distributed()
+    log(f"{len(prompts)} held-out prompts on {world_size()} ranks")
+
+    # 2. One policy after the other, then one judge after the other. Every rank has as many rows.
+    rows = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]
+    policies = sample_all(options, encoder, rows, texts, zero)
+    scores = {judge.name: score(judge, policies, encoder, rows, options, zero) for judge in judges}
+
+    # 3. What was found.
+    write_report(measure(policies, scores, len(prompts)), Path(options.output_dir))
+
+
+def load_encoder(paths: Sequence[str]) -> SegmentEncoder:
+    """What all policies read and write. Raises UserError when one has other tokens than the first."""
+    first, *others = (load_tokenizer(path) for path in paths)
+    for path, tokenizer in zip(paths[1:], others, strict=True):
+        if not same_tokens(first, tokenizer):
+            raise UserError(
+                f"--model_name_or_path {path}: its tokenizer or chat template is not that of {paths[0]};"
+                " policies are compared on the same tokens"
+            )
+    return SegmentEncoder(first)
+
+
+def load_judges(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Judge]:
+    """Who scores, the proxy first, gold last; names with a space are no function's. Raises UserError."""
+    functions = load_functions(options.reward_function, "reward_function")
+    judges = [Judge(function.name, EnsembleOptions(), [], [function]) for function in functions]
+    if options.reward_model_name_or_path:
+        judges.insert(0, Judge("reward model", options, load_encoders(options, encoder), []))
+    gold = EnsembleOptions(list(filter(None, [options.gold_reward_model])))
+    gold_functions = load_functions(list(filter(None, [options.gold_function])), "gold_function")
+    if gold.reward_model_name_or_path or gold_functions:
+        judges.append(Judge("gold score", gold, load_encoders(gold, encoder), gold_functions))
+    return judges
+
+
+def load_prompts(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Prompt]:
+    """All prompts of --eval_data, or those of --prompt_data that training holds out. Raises UserError."""
+    convert = partial(
+        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
+    )
+    if options.eval_data:
+        whole = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
+        rows, _ = load_examples(options.eval_data, whole, Prompt, convert)
+        held_out = list(rows.take(slice(options.max_eval_samples or None)))
+    else:
+        _, held_out = load_examples(options.prompt_data, options, Prompt, convert)
+    if len(held_out) < 2:
+        sources = " ".join(options.eval_data or options.prompt_data)
+        raise UserError(f"{sources}: {len(held_out)} held-out prompts; a comparison needs at least 2")
+    return held_out
+
+
+def load_demonstrations(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Text]:
+    """Demonstrations that fit, whole. Raises UserError for a bad record, and when none is left."""
+    if not options.demonstration_data:
+        return []
+    convert = partial(text, encoder=encoder, max_length=options.max_length, overlong="drop")
+    rows = convert_all(*parse_all(options.demonstration_data), convert)
+    kept = [row for row in rows if row]
+    log(f"{len(kept)} of {len(rows)} demonstrations have at most {options.max_length} tokens")
+    if not kept:
+        raise UserError(f"{' '.join(options.demonstration_data)}: no demonstrations left to measure on")
+    return kept
+
+
+def measure(policies: Sequence[Policy], scores: dict[str, list[np.ndarray]], count: int) -> dict[str, Any]:
+    """All figures on the first `count` prompts, ready for JSON; scores by judge, the proxy first."""
+    first = _cut(policies[0].rollouts[0], count)
+    reference = {name: said[0][0, :count] for name, said in scores.items()}
+    found = []
+    for number, policy in enumerate(policies):
+        rollout = _cut(policy.rollouts[0], count)
+        # What both policies say is a tie, however rounding in another batch has changed its score.
+        alike = np.array([rollout.response(row) == first.response(row) for row in range(count)])
+        ours = {
+            name: np.where(alike, reference[name], said[number][0, :count]) for name, said in scores.items()
+        }
+        longer = (rollout.response_lengths - first.response_lengths).cpu().numpy()
+        figures = {
+            "model": policy.path,
+            "scores": {name: compare.mean(values) for name, values in ours.items()},
+            "kl": compare.mean((policy.logprobs - policy.ref_logprobs)[:count].cpu().numpy()),
+            **describe_responses(rollout),
+            "perplexity": policy.perplexity,
+        }
+        if number:
+            figures["against_first"] = {
+                name: compare.wins(values, reference[name], longer) for name, values in ours.items()
+            }
+        found.append(figures)
+    samples = {name: said[0][:, :count].T for name, said in scores.items()}  # (P, D)
+    return {"prompts": count, "policies": found, "best_of": best_of_curve(samples)}
+
+
+def best_of_curve(samples: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Best of 1, 2, 4, ... responses of one policy by the first judge: scores (P, D) by judge."""
+    proxy = next(iter(samples.values()))
+    return [
+        {
+            "n": n,
+            "kl": compare.best_of_kl(n),
+            "scores": {name: compare.mean(compare.best_of(proxy, said, n)) for name, said in samples.items()},
+        }
+        for n in (2**k for k in range(proxy.shape[1].bit_length()))
+    ]
+
+
+def write_report(figures: dict[str, Any], folder: Path) -> None:
+    """Print the figures, and on rank 0 write report.json and the picture to a folder."""
+    log(f"\n{table(figures)}")
+    if rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", figures)
+    picture(figures).savefig(folder / "scores.png", dpi=150)
+    log(f"\nreport.json and scores.png: {folder}")
+
+
+def _cut(rollout: Rollout, count: int) -> Rollout:
+    return Rollout(**{name: value[:count] for name, value in vars(rollout).items()})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,68 @@
+"""Options of the command that compares policies."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from common.ensemble import EnsembleOptions
+from common.options import DataOptions, UserError, option
+
+
+@dataclass
+class EvaluateOptions(DataOptions, EnsembleOptions):
+    """Policies compared on the same held-out prompts."""
+
+    stage: ClassVar[int] = 3
+
+    model_name_or_path: list[str] = option(
+        [], "Folders or hub names of the policies. KL and wins are against the first. Required."
+    )
+    prompt_data: list[str] = option(
+        [], "Prompts, of which those are used that training on the same files holds out."
+    )
+    eval_data: list[str] = option([], "Prompts that are used whole, in place of --prompt_data.")
+    reward_function: list[str] = option(
+        [], "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions that score too, each by itself."
+    )
+    gold_reward_model: str = option("", "A reward model that training has not seen, to judge what it led to.")
+    gold_function: str = option("", "FILE.py:NAME: a function that does so.")
+    demonstration_data: list[str] = option(
+        [], "Demonstrations, whose perplexity tells how much a policy has forgotten."
+    )
+    max_length: int = option(1024, "Longest demonstration in tokens; a longer one is left out.", at_least=8)
+    micro_batch_size: int = option(
+        4, "Demonstrations that one rank puts through a model at once.", at_least=1
+    )
+    best_of: int = option(
+        0,
+        "Responses of the first model to each prompt, for best-of-n by the first scorer; 0: none.",
+        at_least=0,
+    )
+    output_dir: str = option("output/evaluate_ppo", "Folder for report.json and the picture.")
+    seed: int = option(
+        0, "Seed of sampling; the one of training gives the responses it was judged by.", at_least=0
+    )
+    generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
+    max_prompt_length: int = option(
+        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
+    )
+    max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
+    temperature: float = option(1.0, "Temperature of sampling and of KL.", above=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
+    )
+    gather_for_generation: bool = option(
+        True, "At ZeRO-3, gather all weights to sample; turn off when they do not fit on one GPU."
+    )
+    zero_config: str = option(
+        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+    )
+
+
+def check_options(options: EvaluateOptions) -> None:
+    """Raise UserError unless there are prompts, and something that scores."""
+    if not options.prompt_data and not options.eval_data:
+        raise UserError("--prompt_data or --eval_data is required")
+    names = ("reward_model_name_or_path", "reward_function", "gold_reward_model", "gold_function")
+    if not any(getattr(options, name) for name in names):
+        raise UserError(f"one of --{' --'.join(names)} is required")
