@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 from launch.report.read import columns
 from launch.report.trends import FEWEST, Values, ends, error_of_change, peak, running_means
+from step3_ppo.advice import FAR, IDLE, JUMP, MOST_RISE
 
 ERRORS = 3  # a change by more standard errors than this is not noise
 LONGER, TOGETHER = 1.3, 0.7  # growth of length, and correlation with the score, from which they rise as one
 MORE_REPEATED = 0.1  # rise of the share of n-grams that are repeated
 LEAST_ENTROPY, LEAST_VARIETY = 0.1, 0.5  # of what it was at the start
 SOME_EOS, NO_EOS = 0.1, 0.01  # shares of responses that end by themselves
-LEAST_KL, LARGEST_JUMP, LARGEST_KL = 0.1, 2.0, 20.0  # nats per response
-JUMP_STEPS = 5
 MOST_CLIPPED = 0.3  # share of tokens, in a quarter of the steps or more
 LARGEST_RISE = 0.05  # of the evaluation loss, relative to its lowest
 
@@ -134,7 +133,7 @@ def no_endings(rates: Values) -> Finding | None:
 def kl_too_small(kls: Values, rewards: Values) -> Finding | None:
     """A policy that stays where it was, and gains nothing there."""
     (low, high), (_, kl) = ends(rewards), ends(kls)
-    if len(rewards) < FEWEST or kl >= LEAST_KL or abs(high - low) > ERRORS * error_of_change(rewards):
+    if len(rewards) < FEWEST or kl >= IDLE or abs(high - low) > ERRORS * error_of_change(rewards):
         return None
     return Finding(
         f"Nothing is learnt: kl/mean is {kl:.2g} nats at the end, and reward/mean went from {low:.3g} to"
@@ -148,11 +147,11 @@ def kl_jump(steps: Values, kls: Values) -> Finding | None:
     near = [
         (kls[later] - kls[first], first, later)
         for first in range(len(kls))
-        for later in range(first + 1, min(first + 1 + JUMP_STEPS, len(kls)))
-        if steps[later] - steps[first] <= JUMP_STEPS
+        for later in range(first + 1, min(first + 1 + JUMP, len(kls)))
+        if steps[later] - steps[first] <= JUMP
     ]
     jump, first, later = max(near, default=(0.0, 0, 0))
-    if jump <= LARGEST_JUMP:
+    if jump <= MOST_RISE:
         return None
     return Finding(
         f"A jump of KL: kl/mean went from {max(kls[first], 0):.2f} to {kls[later]:.2f} nats between steps"
@@ -163,11 +162,11 @@ def kl_jump(steps: Values, kls: Values) -> Finding | None:
 
 def kl_too_large(steps: Values, kls: Values) -> Finding | None:
     """A policy that has left the reference behind."""
-    above = [step for step, kl in zip(steps, kls, strict=True) if kl > LARGEST_KL]
+    above = [step for step, kl in zip(steps, kls, strict=True) if kl > FAR]
     if not above:
         return None
     return Finding(
-        f"Drifted far: kl/mean exceeds {LARGEST_KL:.0f} nats from step {above[0]} and ends at {kls[-1]:.3g}.",
+        f"Drifted far: kl/mean exceeds {FAR:.0f} nats from step {above[0]} and ends at {kls[-1]:.3g}.",
         "a higher --kl_coef, or --kl_controller adaptive with a --target_kl; the samples before that step.",
     )
 
