@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Z95 = 1.959964  # 95 % of a standard normal distribution lie within this
+from common.intervals import wilson
+
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 LENGTH_RATIOS = (1.1, 2.0)  # of the longer response to the shorter: from which it is longer, and much longer
 LENGTHS = ("chosen much shorter", "chosen shorter", "about equal", "chosen longer", "chosen much longer")
@@ -73,11 +74,8 @@ def accuracy(difference: np.ndarray) -> dict[str, Any]:
     prompt it is too narrow.
     """
     pairs, share = len(difference), float((np.sign(difference) + 1).mean() / 2)
-    scale = 1 + Z95**2 / pairs
-    middle = (share + Z95**2 / (2 * pairs)) / scale
-    half = Z95 / scale * (share * (1 - share) / pairs + Z95**2 / (4 * pairs**2)) ** 0.5
-    low, high = min(middle - half, share), max(middle + half, share)  # rounding may put share 0 or 1 outside
-    return {"pairs": pairs, "accuracy": share, "low": max(low, 0.0), "high": min(high, 1.0)}
+    low, high = wilson(share, pairs)
+    return {"pairs": pairs, "accuracy": share, "low": low, "high": high}
 
 
 def by_group(groups: np.ndarray, difference: np.ndarray, names: Sequence[str] = ()) -> dict[str, Any]:

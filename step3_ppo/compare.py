@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-Z95 = 1.959964  # 95 % of a standard normal distribution lie within this
+from common.intervals import Z95, wilson
+
 NEWTON_STEPS = 200  # far more than a fit of two numbers takes
 LONGEST_STEP = 1.0  # of Newton's, in either number, so that none overshoots
 
@@ -28,17 +29,17 @@ def wins(ours: np.ndarray, theirs: np.ndarray, longer: np.ndarray) -> dict[str, 
         "wins": int(won.sum()),
         "ties": int((~decided).sum()),
         "losses": int((~won).sum()),
-        "win_rate": wilson(int(won.sum()), len(won)) if len(won) else None,
+        "win_rate": win_rate(won),
         "at_equal_length": win_rate_at_equal_length(won, longer[decided]),
     }
 
 
-def wilson(count: int, of: int) -> dict[str, float]:
-    """A share and its 95 % interval: those p with |share - p| <= z sqrt(p (1 - p) / of)."""
-    share, weight = count / of, Z95**2 / of
-    middle = (share + weight / 2) / (1 + weight)
-    half = (share * (1 - share) * weight + weight**2 / 4) ** 0.5 / (1 + weight)
-    return {"mean": share, "low": min(middle - half, share), "high": max(middle + half, share)}
+def win_rate(won: np.ndarray) -> dict[str, float] | None:
+    """The share of wins (N,) bool and its 95 % interval; None without any."""
+    if not len(won):
+        return None
+    low, high = wilson(float(won.mean()), len(won))
+    return {"mean": float(won.mean()), "low": low, "high": high}
 
 
 def win_rate_at_equal_length(won: np.ndarray, longer: np.ndarray) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ from common.data import load_examples
 from common.distributed import init_distributed, log, rank
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
 from common.files import write_json
-from common.models import load_config, longest_input
+from common.models import check_scalar_model, load_config, longest_input
 from common.options import UserError, parse_options, world_size
 from common.overlong import convert_all
 from common.process import run_main
@@ -79,6 +79,8 @@ def load_judges(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Judge
     judges = [Judge(function.name, EnsembleOptions(), [], [function]) for function in functions]
     if options.reward_model_name_or_path:
         judges.insert(0, Judge("reward model", options, load_encoders(options, encoder), []))
+    if options.gold_reward_model:
+        check_scalar_model(options.gold_reward_model, "gold_reward_model")
     gold = EnsembleOptions(list(filter(None, [options.gold_reward_model])))
     gold_functions = load_functions(list(filter(None, [options.gold_function])), "gold_function")
     if gold.reward_model_name_or_path or gold_functions:
