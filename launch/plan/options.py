@@ -1,0 +1,40 @@
+"""Options of the plan: those of the stages that decide memory, as the stages declare them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from common.ensemble import EnsembleOptions
+from common.options import LoraOptions, OptimiserOptions, TrainOptions, option
+from step3_ppo.options import AlgorithmOptions, PPOOptions
+
+ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]
+
+
+def same_as(stage: type, name: str) -> Any:
+    """The option of a stage, with its default, help and limits."""
+    field = stage.__dataclass_fields__[name]
+    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    return option(default, field.metadata["help"], **field.metadata["help"].limits)
+
+
+@dataclass
+class PlanOptions(OptimiserOptions, LoraOptions):
+    """What the stages would be started with."""
+
+    num_gpus: int = option(1, "Ranks, over all machines.", at_least=1)
+    device: Literal["gpu", "cpu"] = option("gpu", "What the ranks would run on, whatever this machine has.")
+    model_name_or_path: str = same_as(TrainOptions, "model_name_or_path")
+    reward_model_name_or_path: list[str] = same_as(EnsembleOptions, "reward_model_name_or_path")
+    learning_rate: float = same_as(TrainOptions, "learning_rate")
+    max_length: int = same_as(TrainOptions, "max_length")
+    actor_zero_config: str = same_as(PPOOptions, "actor_zero_config")
+    critic_zero_config: str = same_as(PPOOptions, "critic_zero_config")
+    actor_learning_rate: float = same_as(PPOOptions, "actor_learning_rate")
+    critic_learning_rate: float = same_as(PPOOptions, "critic_learning_rate")
+    advantage_estimator: ESTIMATOR = same_as(PPOOptions, "advantage_estimator")
+    rollout_batch_size: int = same_as(PPOOptions, "rollout_batch_size")
+    generation_batch_size: int = same_as(PPOOptions, "generation_batch_size")
+    max_prompt_length: int = same_as(PPOOptions, "max_prompt_length")
+    max_response_length: int = same_as(PPOOptions, "max_response_length")
+    gather_for_generation: bool = same_as(PPOOptions, "gather_for_generation")

@@ -1,0 +1,99 @@
+"""From options to the moment of each step that needs most memory."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from common.models import load_config, longest_input
+from common.options import world_size
+from common.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config
+from launch.plan.memory import ALLREDUCE_BUCKET, FP32, Model, Parts, Zero
+from launch.plan.options import PlanOptions
+from launch.plan.phases import Phase, Sizes, peak, step1, step2, step3
+from launch.plan.shapes import read_shape
+from step3_ppo.options import check_lengths
+
+GIB = 2**30
+
+# CUDA's context, the libraries' kernels, what cuBLAS and NCCL work in. An assumption: predictions for GPUs
+# have not been held against one.
+GPU_FIXED = 1.0 * GIB
+CPU_FIXED = 0.41 * GIB
+
+
+def predict(options: PlanOptions) -> dict[str, Phase]:
+    """The peak of each step on one rank, by part. The number of ranks is `world_size()`.
+
+    Raises UserError for what a stage would refuse, and for models whose layers are not known.
+    """
+    path, rewards = options.model_name_or_path, options.reward_model_name_or_path
+    config = load_config(path)
+    options.max_length = longest_input(config, options.max_length, "max_length")
+    check_lengths(options, config)
+    hidden, targets = config.get_text_config().hidden_size, tuple(options.lora_target_modules)
+    zero = _zero(options.zero_config, options, options.learning_rate, hidden)
+    actor_zero, critic_zero = (
+        _zero(own or options.zero_config, options, rate, hidden)
+        for own, rate in (
+            (options.actor_zero_config, options.actor_learning_rate),
+            (options.critic_zero_config, options.critic_learning_rate),
+        )
+    )
+    policy = read_shape(path, False, options.lora_rank, targets)
+    scalar = read_shape(path, True, options.lora_rank, targets)
+    critic = reference = None
+    if options.advantage_estimator == "gae":
+        first = rewards[0] if rewards else path
+        critic = Model(read_shape(first, True, options.lora_rank, targets), critic_zero)
+    if not options.lora_rank:
+        reference = Model(replace(policy, trained=0), actor_zero)
+    scorers = [Model(read_shape(one, True, 0, ()), critic_zero) for one in rewards or [path]]
+    if options.lora_rank and critic and len(scorers) == 1:
+        scorers = []  # it is the critic without its adapter
+    sizes, fixed = _sizes(options), Parts(fixed=CPU_FIXED if options.device == "cpu" else GPU_FIXED)
+    return {
+        "step 1": peak(step1(Model(policy, zero), sizes, fixed)),
+        "step 2": peak(step2(Model(scalar, zero), sizes, fixed)),
+        "step 3": peak(step3(Model(policy, actor_zero), critic, reference, scorers, sizes, fixed)),
+    }
+
+
+def _sizes(options: PlanOptions) -> Sizes:
+    share = -(-options.rollout_batch_size // world_size())
+    return Sizes(
+        micro_batch=options.micro_batch_size,
+        accumulates=options.global_batch_size > options.micro_batch_size * world_size(),
+        checkpointing=options.gradient_checkpointing,
+        length=options.max_length,
+        prompt=options.max_prompt_length,
+        response=options.max_response_length,
+        generated=min(options.generation_batch_size, share),
+        gathers=options.gather_for_generation,
+    )
+
+
+def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) -> Zero:
+    """What a DeepSpeed JSON says, or the default one of the device that is planned for."""
+    on_cpu = options.device == "cpu"
+    path = path or str(CONFIG_FOLDER / ("zero0.json" if on_cpu else "zero2.json"))
+    config = load_zero_config(path, options, learning_rate)
+    fill_bucket_sizes(config, hidden)
+    zero = config["zero_optimization"]
+    is_16_bit = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    if json.loads(Path(path).read_text()).get("bf16", {}).get("enabled") == "auto":
+        is_16_bit = zero["stage"] > 0 and not on_cpu  # not as this machine would have it
+
+    def offloads(what: str) -> bool:
+        return zero.get(what, {}).get("device", "none") != "none"
+
+    return Zero(
+        stage=zero["stage"],
+        ranks=world_size(),
+        size=FP32 // 2 if is_16_bit else FP32,
+        offloads_optimiser=offloads("offload_optimizer"),
+        offloads_weights=offloads("offload_param"),
+        bucket=int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET)),
+        buffers=2 if zero.get("overlap_comm", zero["stage"] == 3) else 1,
+        live=int(zero.get("stage3_max_live_parameters", Zero.live)),
+        on_cpu=on_cpu,
+    )

@@ -1,0 +1,90 @@
+"""Sizes of a model from its configuration alone: it is built without weights, on PyTorch's meta device."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from common.lora import add_adapters
+from common.models import load_config
+from common.options import LoraOptions, UserError
+from launch.plan.memory import Shape
+
+# Tensors of the MLP's width that an activation and the matrix after it keep: what goes in and what comes out;
+# of ReLU only the latter; of GELU written out in Python each of its factors too.
+KEPT_BY_ACTIVATION = {"ReLU": 1, "NewGELUActivation": 5}
+KEPT_BY_GATE = 2  # what the activation is multiplied with, and the product
+
+
+class Matrix(NamedTuple):
+    """A linear module of a layer."""
+
+    is_attention: bool
+    inputs: int
+    outputs: int
+
+
+@cache
+def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) -> Shape:
+    """The model at `path` as a language model or with a scalar head; with adapters if their rank is not 0.
+
+    Raises UserError for a model that is not there, and for one whose layers are not a dense attention and a
+    dense MLP.
+    """
+    config = load_config(path)
+    kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
+    if is_scalar:
+        config.num_labels = 1
+    with torch.device("meta"):
+        model = kind.from_config(config)
+        widths = _widths(model, path)
+        largest = max(p.numel() for p in model.parameters())
+        options = LoraOptions(lora_rank=rank, lora_target_modules=[*targets])
+        parameters = list(add_adapters(model, options, seed=0).parameters())
+    return Shape(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        largest=largest,
+        vocabulary=config.get_text_config().vocab_size,
+        has_eager_attention=model.config._attn_implementation == "eager",
+        **widths,
+    )
+
+
+def _widths(model: PreTrainedModel, path: str) -> dict[str, int]:
+    """The sizes of one layer as fields of Shape, read off its modules, whatever their family calls them."""
+    config = model.config.get_text_config()
+    hidden, count = config.hidden_size, config.num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    modules = dict(stacks[0][0].named_modules()) if stacks else {}
+    matrices = [m for name, module in modules.items() for m in _matrix(name, module)]
+    # The matrices that lead back to the residual stream say how wide attention and MLP are inside.
+    back = {m.is_attention: m.inputs for m in matrices if m.outputs == hidden}
+    if len(back) < 2 or any("expert" in name for name in modules):
+        raise UserError(f"{path}: {type(model).__name__} is not made of dense layers, as a plan needs")
+    forth = {side: sum(m.outputs for m in matrices if m.is_attention is side) - hidden for side in back}
+    classes = {type(module).__name__ for module in modules.values()}
+    kept = next((kept for name, kept in KEPT_BY_ACTIVATION.items() if name in classes), 2)
+    norms = [name.rsplit(".", 1)[-1] for name, m in modules.items() if "Norm" in type(m).__name__]
+    keys = (forth[True] - back[True]) // 2
+    of_heads = {"q_norm": back[True], "k_norm": keys}
+    return {
+        "layers": count,
+        "hidden": hidden,
+        "heads": config.num_attention_heads,
+        "queries": back[True],
+        "keys": keys,
+        "mlp": back[False],
+        "kept_in_mlp": kept + KEPT_BY_GATE * (forth[False] // back[False] - 1),
+        "norms": sum(name not in of_heads for name in norms),
+        "head_norms": sum(of_heads.get(name, 0) for name in norms),
+        "has_rms_norm": any("RMSNorm" in name for name in classes),
+    }
+
+
+def _matrix(name: str, module: nn.Module) -> list[Matrix]:
+    if type(module).__name__ == "Conv1D":  # GPT-2's transposed linear layer
+        return [Matrix("att" in name, *module.weight.shape)]
+    return [Matrix("att" in name, *reversed(module.weight.shape))] if isinstance(module, nn.Linear) else []

@@ -1,0 +1,210 @@
+"""The memory planner: against published figures, against what autograd keeps, and as a command."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from common.lora import add_adapters
+from common.models import load_config
+from common.options import LoraOptions
+from launch.plan import memory
+from launch.plan.main import CARDS, REMEDIES, USABLE, remedy
+from launch.plan.memory import Model, Shape, Zero, total
+from launch.plan.options import PlanOptions
+from launch.plan.predict import GIB, predict
+from launch.plan.shapes import read_shape
+from step3_ppo.options import PPOOptions
+from tests.conftest import REPOSITORY
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=176, num_key_value_heads=2),
+    "tied": LlamaConfig(**SMALL, intermediate_size=176, tie_word_embeddings=True),
+    "eager": LlamaConfig(**SMALL, intermediate_size=176),
+    "qwen3": Qwen3Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=32),
+    "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=100),
+    "opt": OPTConfig(**SMALL, ffn_dim=256, word_embed_proj_dim=64),
+}
+LLAMA_2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+    max_position_embeddings=4096,
+)  # fmt: skip
+PARAMETERS_OF_LLAMA_2_7B = 6_738_415_616  # as its authors' checkpoint has
+
+
+def written(config: PretrainedConfig, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanOptions:
+    """Llama 2 7B on 8 GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    return PlanOptions(num_gpus=8, model_name_or_path=written(LLAMA_2_7B, tmp_path / "llama"))
+
+
+def plain(parameters: int, **sizes: int) -> Shape:
+    fields = dict.fromkeys(Shape.__dataclass_fields__, 0) | {"parameters": parameters, "trained": parameters}
+    return Shape(**fields | sizes)
+
+
+# Rajbhandari et al. 2020, figure 1: GB for 7.5 billion parameters on 64 GPUs.
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.88)])
+def test_model_states_are_those_of_the_zero_paper(stage: int, gigabytes: float):
+    model = Model(plain(7_500_000_000), Zero(stage, ranks=64))
+    parts = memory.weights(model) + memory.gradients(model) + memory.optimiser(model)
+    assert total(parts) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_offload_moves_model_states_to_the_host():
+    zero = Zero(3, ranks=4, offloads_optimiser=True, offloads_weights=True)
+    model = Model(plain(1000), zero)
+    parts = memory.weights(model) + memory.gradients(model) + memory.optimiser(model)
+    assert total(parts) == 0
+    assert parts["host"] == (2 + 12 + 4 + 2) * 1000 / 4  # and gradients, in fp32 and as they come
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_parameters_are_those_of_the_model(tmp_path: Path, name: str, rank: int):
+    path = written(FAMILIES[name], tmp_path)
+    for is_scalar, kind in enumerate((AutoModelForCausalLM, AutoModelForSequenceClassification)):
+        config = load_config(path)
+        config.num_labels = 1
+        model = add_adapters(kind.from_config(config), LoraOptions(lora_rank=rank), seed=0)
+        shape = read_shape(path, bool(is_scalar), rank, ("all-linear",))
+        assert shape.parameters == sum(p.numel() for p in model.parameters())
+        assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_parameters_of_a_known_model(big: PlanOptions):
+    assert read_shape(big.model_name_or_path, False, 0, ()).parameters == PARAMETERS_OF_LLAMA_2_7B
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, name: str, dtype: torch.dtype, rank: int):
+    """Of a real forward pass over 2 x 48 tokens: distinct storages that are not the model's own."""
+    path = written(FAMILIES[name], tmp_path)
+    attention = "eager" if name == "eager" else "sdpa"
+    model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype, attn_implementation=attention)
+    model = add_adapters(model, LoraOptions(lora_rank=rank), seed=0).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    backbone = (model.get_base_model() if rank else model).base_model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone(input_ids=torch.randint(100, (2, 48)), use_cache=False)
+    found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    shape = read_shape(path, False, rank, ("all-linear",))
+    shape = replace(shape, has_eager_attention=name == "eager")
+    planned = memory.activations(Model(shape, Zero(0, 1, size=dtype.itemsize)), rows=2, width=48)
+    assert planned == pytest.approx(found, rel=0.08)
+
+
+def test_checkpointing_keeps_what_goes_into_a_layer():
+    shape = plain(1000, layers=10, hidden=8, heads=2, queries=8, keys=4, mlp=32, kept_in_mlp=4, norms=2)
+    model = Model(replace(shape, has_rms_norm=True), Zero(0, 1, size=2))
+    layer = 3 * 5 * ((4 + 2 * 2) * 16 + 2 * (16 + 8) + 4 * 2 + 2 * 4 * 32)
+    last_norm = 3 * 5 * (4 + 2 * 2) * 8
+    assert memory.activations(model, 3, 5) == 10 * layer + last_norm
+    assert memory.activations(model, 3, 5, checkpointing=True) == 10 * 3 * 5 * 2 * 8 + layer + last_norm
+
+
+def test_kv_cache_is_what_a_model_fills(tmp_path: Path, big: PlanOptions):
+    path = written(FAMILIES["qwen3"], tmp_path / "qwen")
+    cache = AutoModelForCausalLM.from_config(load_config(path))(torch.ones(2, 9).long(), use_cache=True)
+    held = sum(t.nbytes for layer in cache.past_key_values.layers for t in (layer.keys, layer.values))
+    model = Model(read_shape(path, False, 0, ()), Zero(0, 1, size=4))
+    assert memory.kv_cache(model, 2, 9) == held * 4 / 3  # three layers, and one of them twice
+    known = Model(read_shape(big.model_name_or_path, False, 0, ()), Zero(2, 8))
+    assert memory.kv_cache(known, 1, 1) == 2**19 * 33 / 32  # half a MiB per token
+
+
+def test_logits_by_hand():
+    model = Model(plain(1, vocabulary=32_000), Zero(2, 1, size=2))
+    assert memory.logits_in_training(model, 100) == 100 * 32_000 * (2 + 4 + 4 + 4)
+    assert memory.logits_in_reading(model, 100) == 100 * 32_000 * (2 + 4 + 4)
+    assert memory.logits_in_reading(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
+
+
+def test_step_3_holds_four_copies_of_weights_and_two_with_adapters(big: PlanOptions):
+    one = 2 * PARAMETERS_OF_LLAMA_2_7B / GIB
+    for options, copies in (
+        (big, 4),
+        (replace(big, lora_rank=8), 2),
+        (replace(big, advantage_estimator="rloo"), 3),  # no critic
+    ):
+        weights = predict(options)["step 3"].parts["weights"]
+        assert weights / GIB == pytest.approx(copies * one, rel=0.02)
+
+
+def test_options_are_those_of_the_stages():
+    for name in ("max_response_length", "generation_batch_size", "advantage_estimator", "actor_zero_config"):
+        ours, theirs = PlanOptions.__dataclass_fields__[name], PPOOptions.__dataclass_fields__[name]
+        assert (ours.type, ours.default) == (theirs.type, theirs.default)
+        assert ours.metadata["help"] == theirs.metadata["help"]
+
+
+def test_a_remedy_makes_it_fit(big: PlanOptions):
+    room = CARDS["40 GB"] * USABLE
+    for step, phase in predict(big).items():
+        assert total(phase.parts) / GIB > room
+        advice = remedy(big, step, room)
+        named = [changes for name, changes in REMEDIES.items() if f" {name}" in advice]
+        together = {} if " or " in advice else {k: v for changes in named for k, v in changes.items()}
+        for changes in [together] if together else named:
+            assert total(predict(replace(big, **changes))[step].parts) / GIB <= room
+    assert remedy(big, "step 3", 5.0).startswith("nor with all")
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(REPOSITORY / "launch/plan.sh"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_the_command_prints_a_table_and_what_fits(big: PlanOptions):
+    done = run("--model_name_or_path", big.model_name_or_path, "--num_gpus", "8", "--gradient_checkpointing")
+    assert done.returncode == 0 and done.stderr == ""
+    found = predict(replace(big, gradient_checkpointing=True))
+    cells = {line[:16].strip(): line[16:].split() for line in done.stdout.split("\n\n")[0].splitlines()}
+    assert cells["total"] == [f"{total(phase.parts) / GIB:.2f}" for phase in found.values()]
+    assert cells["optimiser"][0] == f"{12 * PARAMETERS_OF_LLAMA_2_7B / 8 / GIB:.2f}"
+    assert "On cards of 40 GB:\n  step 1 fits, with" in done.stdout
+    assert "  step 3 does not fit, by" in done.stdout and "zero3.json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--model_name_or_path is required"),
+        (["--model_name_or_path=DIR", "--num_gpu", "2"], "did you mean --num_gpus?"),
+        (["--model_name_or_path=DIR", "--num_gpus", "3"], "not a multiple of --micro_batch_size 4 x 3 ranks"),
+        (["--model_name_or_path=DIR", "--zero_config", "absent.json"], "--zero_config absent.json: No such"),
+        (["--model_name_or_path=DIR"], "MixtralForCausalLM is not made of dense layers"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(tmp_path: Path, words: list[str], message: str):
+    sparse = MixtralConfig(**SMALL, intermediate_size=128, num_key_value_heads=2)
+    done = run(*(word.replace("DIR", written(sparse, tmp_path)) for word in words))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
