@@ -140,6 +140,23 @@ def test_kv_cache_is_what_a_model_fills(tmp_path: Path, big: PlanOptions):
     assert memory.kv_cache(known, 1, 1) == 2**19 * 33 / 32  # half a MiB per token
 
 
+def test_buffers_by_hand():
+    """Two buckets and a flat copy of one; a bucket and the largest gradient at stage 3; a copy at stage 0."""
+    shape = plain(1000, largest=300)
+    for zero, elements in {
+        Zero(0, 1, bucket=400): 0,
+        Zero(0, 2, bucket=400): 400,
+        Zero(2, 2, bucket=400, buffers=2): 400 * 3,
+        Zero(2, 2, bucket=4000): 4000 + 1000 / 2,  # what is kept of the only bucket takes the copy's place
+        Zero(2, 2, bucket=4000, on_cpu=True): 1000 + 1000 / 2,
+        Zero(3, 2, bucket=100): 100 + 300,
+    }.items():
+        assert memory.buffers_of_reduction(Model(shape, zero)) == 2 * elements
+    assert memory.copies_in_step(Model(shape, Zero(2, 2))) == (2 + 4) * 1000 / 2
+    assert memory.gathered(Model(shape, Zero(3, 2, live=600))) == 2 * 600
+    assert memory.gathered(Model(shape, Zero(3, 1))) == memory.gathered(Model(shape, Zero(2, 2))) == 0
+
+
 def test_logits_by_hand():
     model = Model(plain(1, vocabulary=32_000), Zero(2, 1, size=2))
     assert memory.logits_in_training(model, 100) == 100 * 32_000 * (2 + 4 + 4 + 4)

@@ -111,19 +111,21 @@ def copies_in_step(model: Model) -> float:
 
 
 def buffers_of_reduction(model: Model) -> float:
-    """What carries gradients between ranks, at its most. A GPU hands out whole buffers, the CPU those pages
-    that are written.
+    """What carries gradients between ranks, at its most beside all of this rank's own gradients.
+
+    Buckets of which a GPU hands out whole ones, and the CPU those pages that are written; and at stages 1 and
+    2 a flat copy of one bucket, in whose place come the gradients that are kept of a single bucket. At stage
+    1 the gradients themselves move into the buckets.
     """
     shape, zero = model
     used = min(shape.trained, zero.bucket)
     if zero.stage == 0:
-        elements = used if zero.ranks > 1 else 0
-    elif zero.stage == 3:
-        elements = zero.bucket + max(zero.bucket, shape.largest)
-    else:
-        reserved = used if zero.on_cpu else zero.bucket * zero.buffers
-        elements = reserved + used
-    return zero.size * elements
+        return zero.size * used * (zero.ranks > 1)
+    if zero.stage == 3:
+        return zero.size * (zero.bucket + max(zero.bucket, shape.largest))
+    kept = used / zero.ranks if zero.stage == 2 and used == shape.trained else 0
+    reserved = used * (zero.stage == 2) if zero.on_cpu else zero.bucket * zero.buffers
+    return zero.size * (reserved + used - kept)
 
 
 def gathered(model: Model) -> float:

@@ -74,10 +74,12 @@ def step3(
     none where the critic's backbone does.
     """
     trained = [actor, critic] if critic else [actor]
-    waits = len(rewards) > 1 and rewards[0].zero.stage < 3  # on the host, and on the device for its pass only
+    # Several reward models wait on the host, and each is on the GPU for its pass only.
+    waits = len(rewards) > 1 and rewards[0].zero.stage < 3 and not rewards[0].zero.on_cpu
     present = [*trained, *([reference] if reference else []), *([] if waits else rewards)]
     held = sum((weights(model) for model in present), fixed)
     held = sum((optimiser(model) for model in trained), held)
+    held["host"] += waits * sum(total(weights(model)) for model in rewards)
     idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
 
     rows, width = sizes.generated, sizes.prompt + sizes.response

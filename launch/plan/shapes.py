@@ -38,7 +38,10 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
     if is_scalar:
         config.num_labels = 1
     with torch.device("meta"):
-        model = kind.from_config(config)
+        try:
+            model = kind.from_config(config)
+        except ValueError as error:  # there is none of this kind
+            raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
         widths = _widths(model, path)
         largest = max(p.numel() for p in model.parameters())
         options = LoraOptions(lora_rank=rank, lora_target_modules=[*targets])
