@@ -13,8 +13,8 @@ from common.distributed import device, seed_everything
 from common.ensemble import EnsembleOptions, RewardModel, combine, member_scores
 from common.formatting import Message, dialogue_segments
 from common.options import UserError, option
+from common.prompts import prompt
 from common.tokenization import SegmentEncoder
-from step3_ppo.data import prompt
 
 HELP = """\
 /regenerate        answer the last message again

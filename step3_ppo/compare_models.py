@@ -11,18 +11,16 @@ from torch import Tensor, nn
 
 from common.data import deal
 from common.distributed import rank, share_rows, sum_over_ranks
-from common.engine import make_frozen
 from common.ensemble import EnsembleOptions, load_members
-from common.models import load_causal_lm
+from common.generation import load_policy
 from common.options import UserError, world_size
 from common.process import Stopped, stop_requested
+from common.prompts import Prompt
 from common.tokenization import SegmentEncoder
-from common.zero import frozen_config, unpartitioned
-from step3_ppo.data import Prompt
 from step3_ppo.evaluate_options import EvaluateOptions
 from step3_ppo.figures import EVALUATION_STEP
 from step3_ppo.functions import RewardFunction
-from step3_ppo.models import Models, Scorer
+from step3_ppo.models import Scorer
 from step3_ppo.pretraining import Text, demonstration_logprobs
 from step3_ppo.rollout import Rollout, actor_logprobs, sample_rollout, take_rows
 from step3_ppo.scoring import score_responses
@@ -47,20 +45,6 @@ class Policy(NamedTuple):
     perplexity: float | None
 
 
-class Plain(nn.Module):
-    """A model outside any engine, with what sampling asks of one."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.module(**inputs)
-
-    def zero_optimization_stage(self) -> int:
-        return 0
-
-
 def sample_all(
     options: EvaluateOptions, encoder: SegmentEncoder, prompts: Sequence[Prompt], texts: Sequence[Text],
     zero: dict[str, Any],
@@ -70,10 +54,9 @@ def sample_all(
     for number in reversed(range(len(options.model_name_or_path))):
         path = options.model_name_or_path[number]
         model = load_policy(path, encoder, zero)
-        models = Models(actor=model, critic=None, reference=None, scorer=None, gold=None, encoder=encoder)
         rollouts = []
         for draw in range(1 if number else max(1, options.best_of)):
-            rollouts.append(sample_rollout(models, prompts, options, EVALUATION_STEP + draw))
+            rollouts.append(sample_rollout(model, encoder, prompts, options, EVALUATION_STEP + draw))
             stop_if_asked()
         logprobs = response_logprobs(model, rollouts[0], options)
         pad_token_id = encoder.tokenizer.pad_token_id
@@ -84,17 +67,10 @@ def sample_all(
                 policy._replace(ref_logprobs=response_logprobs(model, policy.rollouts[0], options))
                 for policy in policies
             ]
-        del model, models
+        del model
         gc.collect()
         torch.cuda.empty_cache()
     return policies
-
-
-def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.Module:
-    """A frozen policy: partitioned at stage 3, else whole on every rank."""
-    frozen = frozen_config(zero)
-    model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
-    return model if frozen else Plain(model)
 
 
 def stop_if_asked() -> None:

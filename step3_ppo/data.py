@@ -1,40 +1,8 @@
-"""Prompts as token ids, and the minibatches of a rollout."""
+"""The minibatches of a rollout."""
 
-import json
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
-
-from common.formatting import find_prompt, prompt_segments
-from common.overlong import fit
-from common.records import Record
-from common.tokenization import SegmentEncoder
-
-
-class Prompt(NamedTuple):
-    """Token ids of a prompt, and its record as JSON, for scores by other tokens or by more than text."""
-
-    ids: list[int]
-    json: str
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return json.loads(self.json)
-
-
-def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Prompt, bool]:
-    """Tokenise a prompt; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
-    source = find_prompt(record)
-    eos = encoder.tokenizer.eos_token
-    (row,), is_cut = fit(
-        source, lambda part: [prompt_segments(part, encoder.render, eos)], encoder, max_length, overlong
-    )
-    return Prompt(row.ids, json.dumps(record, default=str)), is_cut
 
 
 def minibatches(rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:

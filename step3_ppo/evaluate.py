@@ -16,21 +16,22 @@ from common.data import load_examples
 from common.distributed import init_distributed, log, rank
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
 from common.files import write_json
+from common.generation import check_lengths
 from common.models import check_scalar_model, load_config, longest_input
 from common.options import UserError, parse_options, world_size
 from common.overlong import convert_all
 from common.process import run_main
+from common.prompts import Prompt, prompt
 from common.records import parse_all
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config
 from step3_ppo import compare
 from step3_ppo.compare_models import Judge, Policy, sample_all, score
 from step3_ppo.compare_report import picture, table
-from step3_ppo.data import Prompt, prompt
 from step3_ppo.evaluate_options import EvaluateOptions, check_options
 from step3_ppo.figures import describe_responses
 from step3_ppo.functions import load_functions
-from step3_ppo.options import PPOOptions, check_lengths
+from step3_ppo.options import PPOOptions
 from step3_ppo.pretraining import Text, text
 from step3_ppo.rollout import Rollout
 

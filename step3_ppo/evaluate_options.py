@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.ensemble import EnsembleOptions
+from common.generation import GenerationOptions
 from common.options import DataOptions, UserError, option
 
 
 @dataclass
-class EvaluateOptions(DataOptions, EnsembleOptions):
+class EvaluateOptions(DataOptions, EnsembleOptions, GenerationOptions):
     """Policies compared on the same held-out prompts."""
 
     stage: ClassVar[int] = 3
@@ -40,19 +41,6 @@ class EvaluateOptions(DataOptions, EnsembleOptions):
     output_dir: str = option("output/evaluate_ppo", "Folder for report.json and the picture.")
     seed: int = option(
         0, "Seed of sampling; the one of training gives the responses it was judged by.", at_least=0
-    )
-    generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
-    max_prompt_length: int = option(
-        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
-    )
-    max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
-    temperature: float = option(1.0, "Temperature of sampling and of KL.", above=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
-    top_p: float = option(
-        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
-    )
-    gather_for_generation: bool = option(
-        True, "At ZeRO-3, gather all weights to sample; turn off when they do not fit on one GPU."
     )
     zero_config: str = option(
         "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."

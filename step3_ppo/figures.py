@@ -9,8 +9,8 @@ from torch import Tensor
 
 from common.distributed import rank
 from common.options import world_size
+from common.prompts import Prompt
 from common.tensor_ops import masked_mean, masked_var
-from step3_ppo.data import Prompt
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import repeated_share, token_kl
@@ -28,7 +28,7 @@ def evaluate(
     """Figures on one response to each held-out prompt, and the first few with their scores."""
     short = -len(prompts) % world_size()
     prompts_of_all = [*prompts, *prompts[:1] * short]
-    rollout = sample_rollout(models, prompts_of_all, options, EVALUATION_STEP)
+    rollout = sample_rollout(models.actor, models.encoder, prompts_of_all, options, EVALUATION_STEP)
     rollout, _ = score_rollout(models, prompts_of_all, rollout, options)
     gold = None
     if models.gold:

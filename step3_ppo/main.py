@@ -14,23 +14,24 @@ from common.data import batch_order, check_best_metric, load_examples, steps_in_
 from common.distributed import init_distributed, log, seed_everything
 from common.ensemble import load_encoders
 from common.export import export_best, export_model
+from common.generation import check_lengths
 from common.health import check_numbers
 from common.lora import check_targets
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import check_scalar_model, load_causal_lm, load_config
 from common.options import parse_options, world_size
 from common.process import run_main
+from common.prompts import Prompt, prompt
 from common.resume import resume
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step3_ppo.advice import advise
-from step3_ppo.data import Prompt, prompt
 from step3_ppo.figures import as_markdown, evaluate, rollout_metrics, speed
 from step3_ppo.functions import load_functions
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
-from step3_ppo.options import PPOOptions, check_lengths, check_options
+from step3_ppo.options import PPOOptions, check_options
 from step3_ppo.pretraining import PretrainingMix, load_texts
 from step3_ppo.rewards import KLController
 from step3_ppo.rollout import sample_rollout
@@ -127,7 +128,7 @@ def main() -> None:
         batch = [train[i] for i in chosen for _ in range(options.samples_per_prompt)]
 
         # 3. Sample, and have every model read the responses.
-        rollout = sample_rollout(models, batch, options, step)
+        rollout = sample_rollout(models.actor, encoder, batch, options, step)
         sampled = time.perf_counter()
         rollout, first_pass = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from transformers import PretrainedConfig
-
 from common.ensemble import EnsembleOptions
+from common.generation import GenerationOptions
 from common.options import (
     DataOptions,
     LoraOptions,
@@ -18,25 +17,12 @@ from common.options import (
 
 
 @dataclass
-class SamplingOptions:
-    """How responses are drawn."""
+class SamplingOptions(GenerationOptions):
+    """What responses are collected."""
 
     prompt_data: list[str] = option([], "Prompts: files or hub names. Required.")
     rollout_batch_size: int = option(128, "Responses collected per iteration, over all ranks.", at_least=1)
     samples_per_prompt: int = option(1, "Responses to each prompt of an iteration.", at_least=1)
-    generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
-    max_prompt_length: int = option(
-        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
-    )
-    max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
-    temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
-    top_p: float = option(
-        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
-    )
-    gather_for_generation: bool = option(
-        True, "At ZeRO-3, gather all weights once per rollout; turn off when they do not fit on one GPU."
-    )
     num_samples: int = option(4, "Held-out answers written to TensorBoard at each evaluation.", at_least=0)
 
 
@@ -138,6 +124,11 @@ class PPOOptions(
     actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
     actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
     critic_zero_config: str = option("", "DeepSpeed JSON of the critic. Default: --zero_config.")
+    actor_gradient_checkpointing: bool = option(False, "--gradient_checkpointing, of the actor alone.")
+    critic_gradient_checkpointing: bool = option(False, "--gradient_checkpointing, of the critic alone.")
+    offload_frozen: bool = option(
+        False, "Keep reference and reward models in host memory except while each of them scores."
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "Shape of the learning rates over the run."
     )
@@ -189,17 +180,3 @@ def check_options(options: PPOOptions) -> None:
     }.items():
         if rows % divisor:
             raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
-
-
-def check_lengths(options: PPOOptions, config: PretrainedConfig) -> None:
-    """Shorten --max_prompt_length to what the model's positions leave; UserError when they leave nothing."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
-        return
-    room = positions - options.max_response_length - 1  # a response cut off is scored with an EOS after it
-    if room < 1:
-        raise UserError(
-            f"--max_response_length {options.max_response_length}: leaves no room for a prompt"
-            f" in the model's {positions} positions"
-        )
-    options.max_prompt_length = min(options.max_prompt_length, room)

@@ -2,21 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.data import pad_rows
-from common.distributed import device, rank, share_rows
-from common.engine import gathered
-from common.models import base_model, response_logits
-from common.options import world_size
+from common.distributed import device, share_rows
+from common.generation import GenerationOptions, generate, my_prompts
+from common.models import response_logits
+from common.prompts import Prompt
+from common.sampling import Responses
+from common.support import restrict
 from common.tensor_ops import label_logprobs
-from step3_ppo.data import Prompt
-from step3_ppo.models import Models
-from step3_ppo.options import PPOOptions
-from step3_ppo.sampling import Responses, sample_responses, uniforms_for
-from step3_ppo.support import restrict
+from common.tokenization import SegmentEncoder
 
 
 @dataclass(frozen=True)
@@ -97,44 +96,18 @@ def actor_logprobs(model: torch.nn.Module, rows: Rows, temperature: float) -> tu
 
 
 @torch.no_grad()
-def sample_rollout(models: Models, prompts: Sequence[Prompt], options: PPOOptions, step: int) -> Rollout:
+def sample_rollout(
+    policy: Any, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions, step: int
+) -> Rollout:
     """Respond to the prompts, every rank to a part of them; all but tokens and `logprobs` is left at 0.
 
     step: together with the seed and the row's number it decides what is sampled. The number of prompts must
     be a multiple of the number of ranks.
     """
-    models.actor.eval()
-    # Prompts of like length are generated together, and every rank gets its share of short and of long ones.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    mine = order[rank() :: world_size()]
-    responses = _generate(models, [prompts[i].ids for i in mine], mine, options, step)
-    return _assemble(prompts, mine, responses, models.encoder.tokenizer.pad_token_id)
-
-
-def _generate(
-    models: Models, prompts: Sequence[list[int]], rows: Sequence[int], options: PPOOptions, step: int
-) -> Responses:
-    """Responses to the prompts, which are these rows of the rollout."""
-    tokenizer, size = models.encoder.tokenizer, options.generation_batch_size
-    parts: list[Responses] = []
-    with gathered(models.actor, options.gather_for_generation) as module:
-        for start in range(0, len(rows), size):
-            chunk = slice(start, start + size)
-            uniforms = uniforms_for(options.seed, step, rows[chunk], options.max_response_length)
-            parts.append(
-                sample_responses(
-                    base_model(module),
-                    prompts[chunk],
-                    uniforms.to(device()),
-                    options.temperature,
-                    options.top_p,
-                    tokenizer.eos_token_id,
-                    tokenizer.pad_token_id,
-                    synced=models.actor.zero_optimization_stage() == 3 and not options.gather_for_generation,
-                    top_k=options.top_k,
-                )
-            )
-    return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    ids = [prompt.ids for prompt in prompts]
+    mine = my_prompts(ids)
+    responses = generate(policy, encoder, ids, mine, options, step)
+    return _assemble(prompts, mine, responses, encoder.tokenizer.pad_token_id)
 
 
 def _assemble(

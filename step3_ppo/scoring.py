@@ -14,8 +14,9 @@ from common.ensemble import combine, member_scores
 from common.formatting import dialogue_segments, find_prompt
 from common.models import last_positions, token_scores
 from common.options import world_size
+from common.prompts import Prompt
 from common.tokenization import SegmentEncoder
-from step3_ppo.data import Prompt, minibatches
+from step3_ppo.data import minibatches
 from step3_ppo.functions import function_scores
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions

@@ -8,10 +8,10 @@ import pytest
 
 from common.data import load_examples
 from common.options import DataOptions, UserError
+from common.prompts import Prompt, prompt
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step1_sft.data import Demonstration, demonstration
 from step2_reward.data import Preference, preference
-from step3_ppo.data import Prompt, prompt
 from tests.test_stages import world  # noqa: F401 - a fixture
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

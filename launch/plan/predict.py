@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from common.generation import check_lengths
 from common.lora import check_targets
 from common.models import load_config, longest_input
 from common.options import world_size
@@ -12,15 +13,14 @@ from launch.plan.memory import ALLREDUCE_BUCKET, FP32, Model, Parts, Zero
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase, Sizes, peak, step1, step2, step3
 from launch.plan.shapes import read_shape
-from step3_ppo.options import check_lengths
 
 GIB = 2**30
 
 # CUDA's context, the libraries' kernels, what cuBLAS and NCCL work in. An assumption: predictions for GPUs
 # have not been held against one.
 GPU_FIXED = 1.0 * GIB
-# Python with all libraries: resident memory of step 2 on a model of 0.6 million parameters, less its predicted
-# 0.01 GiB (torch 2.13, one rank).
+# Python with all libraries: what step 2 on a model of 0.6 million parameters has resident, less the 0.01 GiB
+# that are predicted for it (torch 2.13, one rank).
 CPU_FIXED = 0.40 * GIB
 
 

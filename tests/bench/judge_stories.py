@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.data import load_examples, pad_rows
 from common.models import response_logits
 from common.options import DataOptions
+from common.prompts import Prompt, prompt
+from common.sampling import sample_responses, uniforms_for
 from common.tensor_ops import label_logprobs
 from common.tokenization import SegmentEncoder, load_tokenizer
-from step3_ppo.data import Prompt, prompt
 from step3_ppo.rollout import response_positions
-from step3_ppo.sampling import sample_responses, uniforms_for
 
 LENGTH = 48
 SEED = 1234

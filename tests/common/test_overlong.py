@@ -4,10 +4,10 @@ import pytest
 
 from common.formatting import prompt_segments
 from common.overlong import Dropped, fit, fit_demonstration
+from common.prompts import prompt
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step1_sft.data import demonstration
 from step2_reward.data import preference
-from step3_ppo.data import prompt
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 TURNS = [

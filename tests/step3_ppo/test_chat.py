@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from common.formatting import DEFAULT_CHAT_TEMPLATE
+from common.prompts import prompt
 from common.records import parse_all
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step2_reward.data import preference
 from step3_ppo import chat
-from step3_ppo.data import prompt
 from tests.test_bad_input import check_refusal
 from tests.test_launch import LAUNCH
 from tests.test_stages import world  # noqa: F401 - a fixture

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from common.support import pack, restrict, support
 from common.tensor_ops import scaled
-from step3_ppo.support import pack, restrict, support
 
 
 class Responses(NamedTuple):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from common.support import pack, restrict, support, unpack
 from common.tensor_ops import entropy
-from step3_ppo.support import pack, restrict, support, unpack
 from tests.conftest import assert_close
 
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.0, 0.3, 0.15])

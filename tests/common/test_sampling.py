@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
+from common.sampling import InverseTransformSampler, Responses, sample_responses, uniforms_for
 from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
-from step3_ppo.sampling import InverseTransformSampler, Responses, sample_responses, uniforms_for
 from tests.conftest import assert_close
 
 EOS, PAD, VOCABULARY = 0, 39, 40

@@ -1,0 +1,122 @@
+"""Responses of a policy to any number of prompts, shared out among the ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from common.distributed import device, gather_objects, rank
+from common.engine import gathered, make_frozen
+from common.models import base_model, load_causal_lm
+from common.options import UserError, option, world_size
+from common.sampling import Responses, sample_responses, uniforms_for
+from common.tokenization import SegmentEncoder
+from common.zero import frozen_config, unpartitioned
+
+
+@dataclass
+class GenerationOptions:
+    """How responses are drawn."""
+
+    generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
+    max_prompt_length: int = option(
+        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
+    )
+    max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
+    temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
+    top_p: float = option(
+        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
+    )
+    gather_for_generation: bool = option(
+        True, "At ZeRO-3, gather all weights once to sample; turn off when they do not fit on one GPU."
+    )
+
+
+class Plain(nn.Module):
+    """A model outside any engine, with what sampling asks of one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.Module:
+    """A frozen policy: partitioned at stage 3, else whole on every rank."""
+    frozen = frozen_config(zero)
+    model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
+    return model if frozen else Plain(model)
+
+
+def check_lengths(options: GenerationOptions, config: PretrainedConfig) -> None:
+    """Shorten --max_prompt_length to what the model's positions leave; UserError when they leave nothing."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    room = positions - options.max_response_length - 1  # a response cut off is scored with an EOS after it
+    if room < 1:
+        raise UserError(
+            f"--max_response_length {options.max_response_length}: leaves no room for a prompt"
+            f" in the model's {positions} positions"
+        )
+    options.max_prompt_length = min(options.max_prompt_length, room)
+
+
+def my_prompts(prompts: Sequence[list[int]]) -> list[int]:
+    """Which of the prompts this rank responds to: its share of short and of long ones, the shorter first."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return order[rank() :: world_size()]
+
+
+def generate(
+    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], rows: Sequence[int],
+    options: GenerationOptions, step: int,
+) -> Responses:  # fmt: skip
+    """Responses to these rows of the prompts, by a policy of `load_policy` or an engine that trains one.
+
+    step: together with the seed and the row's number it decides what is sampled. All ranks must ask for
+    equally many rows where a partitioned model is not gathered.
+    """
+    tokenizer, size = encoder.tokenizer, options.generation_batch_size
+    parts: list[Responses] = []
+    policy.eval()
+    with gathered(policy, options.gather_for_generation) as module:
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            uniforms = uniforms_for(options.seed, step, chunk, options.max_response_length)
+            parts.append(
+                sample_responses(
+                    base_model(module),
+                    [prompts[i] for i in chunk],
+                    uniforms.to(device()),
+                    options.temperature,
+                    options.top_p,
+                    tokenizer.eos_token_id,
+                    tokenizer.pad_token_id,
+                    synced=policy.zero_optimization_stage() == 3 and not options.gather_for_generation,
+                    top_k=options.top_k,
+                )
+            )
+    return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def sample_texts(
+    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], options: GenerationOptions, step: int
+) -> list[str]:
+    """One response to each prompt as text, without EOS; the same on every rank. See `generate`."""
+    even = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]
+    mine = my_prompts(even)
+    drawn = generate(policy, encoder, even, mine, options, step)
+    ids = [row[:length] for row, length in zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)]
+    found = {row: encoder.decode_response(even[row], said) for row, said in zip(mine, ids, strict=True)}
+    texts = {row: text for part in gather_objects(found) for row, text in part.items()}
+    return [texts[row] for row in range(len(prompts))]

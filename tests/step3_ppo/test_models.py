@@ -1,0 +1,62 @@
+"""How the models of PPO are held."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import step3_ppo.main
+from common import engine, ensemble
+from step3_ppo.models import build_models
+from tests.ranks import succeed
+from tests.test_stages import CLOSE, ZERO, metrics, ppo, run, world  # noqa: F401 - run and world are fixtures
+
+SHOWN = ["reward/mean", "kl/mean", "policy/loss", "value/loss", "eval/score"]
+
+
+def test_frozen_models_are_on_the_device_while_they_score(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """While models are made, PyTorch's meta device is that of the run: weights that stayed there were lost, and
+    those that come back are the ones that left. The critic alone recomputes.
+    """
+
+    def build(*words):
+        with monkeypatch.context() as patch:
+            for module in (engine, ensemble):
+                patch.setattr(module, "device", lambda: torch.device("meta"))
+            models = build_models(*words)
+            for ready in (models.reference_model, models.scorer.rewards[0].ready):
+                with ready() as model:
+                    there = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+                    assert there == {"meta"}
+        assert models.critic.module.is_gradient_checkpointing
+        assert not models.actor.module.is_gradient_checkpointing
+        return models
+
+    monkeypatch.setattr(step3_ppo.main, "build_models", build)
+    options = ppo(world, run / "sft/final", run / "reward/final", tmp_path / "out")
+    options += ["--offload_frozen", "--critic_gradient_checkpointing"]
+    succeed("step3_ppo.main", options, tmp_path)
+    for name in SHOWN:
+        assert metrics(tmp_path / "out", name) == metrics(run / "ppo", name)
+
+
+def test_partitions_of_frozen_models_wait_too(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """At ZeRO-3 DeepSpeed itself fetches them, layer by layer; those of trained models stay where they are."""
+
+    def build(*words):
+        models = build_models(*words)
+        with models.scorer.rewards[0].ready() as reward:
+            kept = [model.zero_offload_param() is None for model in (models.actor, models.reference, reward)]
+        assert kept == [True, False, False]
+        return models
+
+    monkeypatch.setattr(step3_ppo.main, "build_models", build)
+    options = ppo(world, run / "sft/final", run / "reward/final", tmp_path / "out")
+    options += ["--offload_frozen", "--zero_config", str(ZERO / "zero3.json")]
+    succeed("step3_ppo.main", options, tmp_path, ranks=2)
+    for name in SHOWN:
+        assert metrics(tmp_path / "out", name) == pytest.approx(metrics(run / "ppo", name), **CLOSE)
