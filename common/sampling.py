@@ -1,15 +1,20 @@
 """Draw responses with `transformers.generate`, the same ones for any number of ranks and any batch size."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, PreTrainedModel
 
+from common.distributed import sum_tensor_over_ranks
 from common.support import pack, restrict, support
 from common.tensor_ops import scaled
+
+# A row that has ended goes along until this part of the batch has: to drop rows copies the cache.
+IDLE_SHARE = 1 / 8
 
 
 class Responses(NamedTuple):
@@ -20,34 +25,7 @@ class Responses(NamedTuple):
     ended: Tensor  # (B,) bool: stopped by EOS rather than by the length limit
     logprobs: Tensor  # (B, R) under softmax(logits / temperature) of what may be drawn, 0 after the end
     support: Tensor  # (B, R, V / 8) uint8: what that was, packed; (B, R, 0) where every token may be drawn
-
-
-class InverseTransformSampler(LogitsProcessor):
-    """Chooses each token by one uniform number per row and position, instead of by a shared random stream.
-
-    The token is the first whose cumulative probability exceeds the number, so a row's response depends on its
-    own numbers alone: not on its neighbours, the batch size or the rank. `generate` then takes the argmax of
-    what this returns. Log-probabilities come at no cost; they are those with which tokens are drawn, also
-    when top_k or top_p leaves tokens out.
-    """
-
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, top_k: int) -> None:
-        self._uniforms, self._temperature, self._top_p, self._top_k = uniforms, temperature, top_p, top_k
-        self.logprobs: list[Tensor] = []  # (B,) of each step
-        self.supports: list[Tensor] = []  # (B, V / 8) or (B, 0) of each step
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the library's signature
-        logits = scaled(scores, self._temperature)  # (B, V)
-        packed = torch.empty(len(scores), 0, dtype=torch.uint8, device=scores.device)
-        if self._top_p < 1.0 or self._top_k:
-            packed = pack(support(logits.softmax(-1), self._top_k, self._top_p))
-        self.supports.append(packed)
-        logprobs = restrict(logits, packed).log_softmax(-1)
-        cumulative = logprobs.exp().cumsum(-1)
-        target = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
-        self.logprobs.append(logprobs.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
+    computed: Tensor  # (B,) positions that the model was run at for it, padding and idle steps included
 
 
 def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tensor:
@@ -56,41 +34,98 @@ def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tens
     return torch.from_numpy(np.stack(streams))
 
 
+def draw(
+    logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A token for each row of logits (B, V), by one number of uniforms (B,) each instead of a shared stream.
+
+    It is the first whose cumulative probability exceeds the number, so that it depends on nothing but its
+    row. Returns tokens (B,), the log-probabilities (B,) with which they were drawn, and what could be drawn,
+    packed (B, V / 8), or (B, 0) where that is every token.
+    """
+    logits = scaled(logits, temperature)
+    packed = torch.empty(len(logits), 0, dtype=torch.uint8, device=logits.device)
+    if top_p < 1.0 or top_k:
+        packed = pack(support(logits.softmax(-1), top_k, top_p))
+    logprobs = restrict(logits, packed).log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
+    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1), packed
+
+
 @torch.no_grad()
 def sample_responses(
     model: nn.Module, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, top_p: float,
     eos_token_id: int, pad_token_id: int, synced: bool, top_k: int = 0,
 ) -> Responses:  # fmt: skip
-    """Responses of at most R tokens; uniforms (B, R). synced: every rank runs all R forwards."""
+    """Responses of at most R tokens; uniforms (B, R). synced: a rank goes on for as long as any has to."""
     device, longest = uniforms.device, max(map(len, prompts))
     input_ids = torch.tensor(
         [[pad_token_id] * (longest - len(p)) + p for p in prompts], device=device
     )  # (B, P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     attention_mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # (B, P)
-    sampler = InverseTransformSampler(uniforms, temperature, top_p, top_k)
-    limit = uniforms.shape[1]
     # A model's own generation defaults (penalties, minimal lengths) would change what is sampled.
     defaults, model.generation_config = model.generation_config, GenerationConfig()
+    choose = partial(draw, temperature=temperature, top_p=top_p, top_k=top_k)
     try:
-        whole = model.generate(
+        return model.generate(
             input_ids,
             attention_mask=attention_mask.long(),
             generation_config=GenerationConfig(
-                max_new_tokens=limit, do_sample=False, eos_token_id=eos_token_id, pad_token_id=pad_token_id
+                max_new_tokens=uniforms.shape[1], eos_token_id=eos_token_id, pad_token_id=pad_token_id
             ),
-            logits_processor=LogitsProcessorList([sampler]),
-            synced_gpus=synced,
+            custom_generate=partial(_decode, uniforms=uniforms, choose=choose, synced=synced),
         )
     finally:
         model.generation_config = defaults
-    logprobs, supports = torch.stack(sampler.logprobs, dim=1), torch.stack(sampler.supports, dim=1)
-    return _cut(whole[:, longest:], logprobs, supports, limit, eos_token_id, pad_token_id)
+
+
+def _decode(
+    model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, uniforms: Tensor,
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced: bool, **inputs: Any,
+) -> Responses:  # fmt: skip
+    """The loop of `generate`, without rows that have ended: they would cost as much as those that go on."""
+    (count, limit), device = uniforms.shape, uniforms.device
+    rows = torch.arange(count, device=device)  # the b that are still in the batch
+    is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
+    computed = torch.zeros_like(rows)  # (B,)
+    steps: list[tuple[Tensor, ...]] = []
+    for step in range(limit):
+        fed = model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=1 if step else None, is_first_iteration=not step, **inputs
+        )
+        computed[rows] += fed["input_ids"].shape[1]
+        outputs = model(**fed, return_dict=True)
+        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+        drawn = choose(outputs.logits[:, -1], uniforms[rows, step])
+        steps.append(tuple(_placed(part, rows, count) for part in drawn))
+        input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
+        is_open &= drawn[0] != generation_config.eos_token_id
+        num_open = int(is_open.sum())
+        if not (sum_tensor_over_ranks(is_open.any().long()) if synced else num_open):
+            break
+        if 0 < num_open <= (1 - IDLE_SHARE) * len(rows):
+            kept = is_open.nonzero().squeeze(-1)
+            rows, input_ids, is_open = rows[kept], input_ids[kept], is_open[kept]
+            inputs["past_key_values"].batch_select_indices(kept)
+            of_rows = ("attention_mask", "position_ids", "token_type_ids")
+            inputs |= {name: inputs[name][kept] for name in of_rows if inputs.get(name) is not None}
+    ids, logprobs, supports = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+    eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
+    return _cut(ids, logprobs, supports, computed, limit, eos, pad)
+
+
+def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Values (b, ...) of these rows among all B: (B, ...), 0 elsewhere."""
+    return part.new_zeros(count, *part.shape[1:]).index_copy(0, rows, part)
 
 
 def _cut(
-    sampled: Tensor, logprobs: Tensor, supports: Tensor, limit: int, eos_token_id: int, pad_token_id: int
-) -> Responses:
+    sampled: Tensor, logprobs: Tensor, supports: Tensor, computed: Tensor, limit: int, eos_token_id: int,
+    pad_token_id: int,
+) -> Responses:  # fmt: skip
     """End each row at its first EOS and widen everything to `limit` columns."""
     steps = sampled.shape[1]
     is_eos = sampled == eos_token_id  # (B, steps)
@@ -99,6 +134,6 @@ def _cut(
     mask = torch.arange(limit, device=sampled.device) < lengths[:, None]  # (B, R)
     widen = (0, limit - steps)
     ids = nn.functional.pad(sampled, widen, value=pad_token_id).masked_fill(~mask, pad_token_id)
-    logprobs = nn.functional.pad(logprobs[:, :steps], widen).masked_fill(~mask, 0.0)
-    supports = nn.functional.pad(supports[:, :steps], (0, 0, *widen)).masked_fill(~mask[..., None], 0)
-    return Responses(ids, lengths, ended, logprobs, supports)
+    logprobs = nn.functional.pad(logprobs, widen).masked_fill(~mask, 0.0)
+    supports = nn.functional.pad(supports, (0, 0, *widen)).masked_fill(~mask[..., None], 0)
+    return Responses(ids, lengths, ended, logprobs, supports, computed)

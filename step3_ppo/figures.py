@@ -98,13 +98,15 @@ def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
 
 def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str, float]:
     """Time of the phases of an iteration, and what they got through: in the rollout tokens of responses, else
-    of prompts too.
+    of prompts too; and of all positions that the rollout ran the actor at, the share that was not padding or
+    past the end of a response.
 
     seconds: of sampling, scoring and training; passes: how often training went through the rollout.
     """
     tokens = int(rollout.lengths.sum())
     amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes
-    found = {"time/step": sum(seconds)}
+    useful = tokens - len(rollout.lengths)  # the last token of a response is drawn, not read
+    found = {"time/step": sum(seconds), "rollout/useful_share": useful / int(rollout.computed.sum())}
     for name, spent, amount in zip(("rollout", "score", "train"), seconds, amounts, strict=True):
         found |= {f"time/{name}": spent, f"{name}/tokens_per_second": amount / spent}
     return found

@@ -38,6 +38,7 @@ class Rollout:
     scores: Tensor  # (B,) of reward models and functions together
     score_parts: Tensor  # (B, M + F) of each reward model, then of each function
     support: Tensor  # (B, R, V / 8) uint8: what could be drawn, packed; (B, R, 0) where that is every token
+    computed: Tensor  # (B,) positions at which the actor was run to draw it, with padding and idle steps
 
     @property
     def lengths(self) -> Tensor:
@@ -115,7 +116,8 @@ def _assemble(
 ) -> Rollout:
     """The whole rollout on every rank: each fills in its own rows, and the sum over ranks has them all."""
     fields = responses._replace(ended=responses.ended.long())
-    ids, lengths, ended, logprobs, support = (share_rows(field, mine, len(prompts)) for field in fields)
+    shared = (share_rows(field, mine, len(prompts)) for field in fields)
+    ids, lengths, ended, logprobs, support, computed = shared
     logprobs, support = (part[:, : int(lengths.max())] for part in (logprobs, support))
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
@@ -130,4 +132,5 @@ def _assemble(
         scores=torch.zeros_like(logprobs[:, 0]),
         score_parts=torch.zeros_like(logprobs[:, :0]),
         support=support,
+        computed=computed,
     )

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
-from common.sampling import InverseTransformSampler, Responses, sample_responses, uniforms_for
+from common import sampling
+from common.sampling import Responses, sample_responses, uniforms_for
 from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
 from tests.conftest import assert_close
 
@@ -16,10 +17,8 @@ TEMPERATURE = 0.7
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0):
     """Tokens (B,) and their log-probabilities, for logits (V,) or (B, V) and one uniform number per row."""
-    sampler = InverseTransformSampler(uniforms[:, None], temperature, top_p, top_k)
-    scores = sampler(torch.zeros(len(uniforms), 1), logits.expand(len(uniforms), -1))
-    assert torch.equal(scores.isfinite().sum(-1), torch.ones(len(uniforms), dtype=torch.long))
-    return scores.argmax(-1), sampler.logprobs[0]
+    found = sampling.draw(logits.expand(len(uniforms), -1), uniforms, temperature, top_p, top_k)
+    return found[:2]
 
 
 def test_frequencies_follow_the_distribution():
@@ -114,6 +113,7 @@ def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
         scores=empty[:, 0],
         score_parts=empty[:, :0],
         support=responses.support,
+        computed=responses.computed,
     )
     with torch.no_grad():
         trained, _ = actor_logprobs(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
@@ -159,6 +159,22 @@ def test_all_rows_ending_early_still_fill_the_limit(model):
     found = sample(model, [0, 1], uniforms=torch.zeros(2, 6))
     assert found.ids.shape == found.logprobs.shape == (2, 6)
     assert found.lengths.tolist() == [1, 1]
+
+
+def test_rows_that_have_ended_leave_the_batch(model):
+    """What is left goes on as if alone. Two of four rows end at steps 2 and 3: 4, 4, 3 and then 2 are run."""
+    uniforms = uniforms_for(0, 1, range(4), 8).clamp(min=0.05)
+    uniforms[1, 1] = uniforms[2, 2] = 0.0
+    together = sample(model, [0, 1, 2, 3], uniforms=uniforms)
+    lengths = together.lengths.tolist()
+    assert lengths[1:3] == [2, 3] and max(lengths) == 8
+    for row in range(4):
+        alone = sample(model, [row], uniforms=uniforms[row : row + 1])
+        assert torch.equal(alone.ids[0], together.ids[row])
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], rtol=0, atol=1e-5)
+        assert alone.computed.tolist() == [len(PROMPTS[row]) + lengths[row] - 1]
+    longest = max(map(len, PROMPTS))
+    assert together.computed.tolist() == [longest + length - 1 for length in lengths]
 
 
 def test_generation_defaults_of_the_model_are_ignored_and_kept(model):

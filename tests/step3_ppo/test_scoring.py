@@ -27,6 +27,7 @@ def test_values_before_each_token_and_after_a_response_that_was_cut_off(bootstra
         ids, torch.tensor(PROMPTS), torch.tensor(RESPONSES), torch.tensor(ENDED), logprobs=rows,
         ref_logprobs=rows, values=rows, last_values=rows[:, 0], scores=rows[:, 0], score_parts=rows[:, :0],
         support=torch.zeros(3, 5, 0, dtype=torch.uint8),
+        computed=torch.zeros(3),
     )  # fmt: skip
     order = [2, 0, 1]
     options = PPOOptions(bootstrap_truncated=bootstrap)
