@@ -1,5 +1,6 @@
 """Draw responses with `transformers.generate`, the same ones for any number of ranks and any batch size."""
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,14 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from torch.nn.functional import pad
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from common.distributed import sum_tensor_over_ranks
 from common.support import pack, restrict, support
 from common.tensor_ops import scaled
 
-# A row that has ended goes along until this part of the batch has: to drop rows copies the cache.
+# The part of a batch that may be padding of prompts, or rows that have ended: to have less costs more calls
+# of the model, or copies of the cache.
 IDLE_SHARE = 1 / 8
+OF_ROWS = ("attention_mask", "position_ids", "token_type_ids")  # inputs with a line for each row
 
 
 class Responses(NamedTuple):
@@ -90,31 +95,89 @@ def _decode(
     (count, limit), device = uniforms.shape, uniforms.device
     rows = torch.arange(count, device=device)  # the b that are still in the batch
     is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
-    computed = torch.zeros_like(rows)  # (B,)
+    logits, computed = _read_prompts(model, input_ids, inputs, synced)  # (b, V), (B,)
     steps: list[tuple[Tensor, ...]] = []
     for step in range(limit):
-        fed = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1 if step else None, is_first_iteration=not step, **inputs
-        )
-        computed[rows] += fed["input_ids"].shape[1]
-        outputs = model(**fed, return_dict=True)
-        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
-        drawn = choose(outputs.logits[:, -1], uniforms[rows, step])
+        drawn = choose(logits, uniforms[rows, step])
         steps.append(tuple(_placed(part, rows, count) for part in drawn))
-        input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
         is_open &= drawn[0] != generation_config.eos_token_id
         num_open = int(is_open.sum())
-        if not (sum_tensor_over_ranks(is_open.any().long()) if synced else num_open):
+        any_open = sum_tensor_over_ranks(is_open.any().long()) if synced else num_open
+        if not any_open or step == limit - 1:
             break
-        if 0 < num_open <= (1 - IDLE_SHARE) * len(rows):
+        input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
+        if 0 < num_open <= (1 - IDLE_SHARE) * len(rows) and _is_plain(inputs["past_key_values"]):
             kept = is_open.nonzero().squeeze(-1)
             rows, input_ids, is_open = rows[kept], input_ids[kept], is_open[kept]
             inputs["past_key_values"].batch_select_indices(kept)
-            of_rows = ("attention_mask", "position_ids", "token_type_ids")
-            inputs |= {name: inputs[name][kept] for name in of_rows if inputs.get(name) is not None}
+            inputs |= _rows_of(inputs, kept)
+        computed[rows] += 1
+        outputs = model(**model.prepare_inputs_for_generation(input_ids, 1, **inputs), return_dict=True)
+        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+        logits = outputs.logits[:, -1]
     ids, logprobs, supports = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
-    eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
-    return _cut(ids, logprobs, supports, computed, limit, eos, pad)
+    eos, padding = generation_config.eos_token_id, generation_config.pad_token_id
+    return _cut(ids, logprobs, supports, computed, limit, eos, padding)
+
+
+def _read_prompts(
+    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], synced: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, V) after each prompt of input_ids (B, P), and the positions (B,) at which the model was run.
+
+    Neighbours of like length are read together, without the padding that longer ones need. The cache in
+    `inputs` then is what it would be had all been padded to P.
+    """
+    empty, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
+    groups = like_lengths(lengths) if _is_plain(empty) and not synced else [slice(0, len(lengths))]
+    logits, caches, computed = [], [], []
+    for group in groups:
+        width = max(lengths[group])
+        part = inputs | _rows_of(inputs, group, width) | {"past_key_values": copy.deepcopy(empty)}
+        fed = model.prepare_inputs_for_generation(input_ids[group, -width:], is_first_iteration=True, **part)
+        outputs = model(**fed, return_dict=True)
+        logits.append(outputs.logits[:, -1])
+        caches.append(outputs.past_key_values)
+        computed += [width] * len(outputs.logits)
+    inputs |= model._update_model_kwargs_for_generation(outputs, inputs)
+    inputs["past_key_values"] = _joined(caches)
+    return torch.cat(logits), torch.tensor(computed, device=input_ids.device)
+
+
+def like_lengths(lengths: Sequence[int]) -> list[slice]:
+    """Runs of neighbours, each as long as it may get without more padding than IDLE_SHARE of it."""
+    groups, start = [], 0
+    for end in range(1, len(lengths) + 1):
+        if end < len(lengths):
+            run = lengths[start : end + 1]
+            if sum(run) >= (1 - IDLE_SHARE) * max(run) * len(run):
+                continue
+        groups.append(slice(start, end))
+        start = end
+    return groups
+
+
+def _is_plain(cache: Cache) -> bool:
+    """Whether all that a model remembers are keys and values, with a line for each row."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def _joined(caches: list[Cache]) -> Cache:
+    """One cache of the rows of all, filled up on the left to the longest, where attention is masked."""
+    whole = max(caches, key=lambda cache: cache.get_seq_length())
+    for layer, parts in zip(whole.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
+        width = layer.keys.shape[2]
+        for name in ("keys", "values"):
+            states = [getattr(part, name) for part in parts]  # (b, H, T, D) each
+            filled = [pad(state, (0, 0, width - state.shape[2], 0)) for state in states]
+            setattr(layer, name, torch.cat(filled))
+    return whole
+
+
+def _rows_of(inputs: dict[str, Any], rows: Tensor | slice, width: int = 0) -> dict[str, Tensor]:
+    """The inputs of these rows, from the last `width` columns, or all of them."""
+    return {name: inputs[name][rows, -width:] for name in OF_ROWS if inputs.get(name) is not None}
 
 
 def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -133,7 +196,7 @@ def _cut(
     lengths = torch.where(ended, is_eos.int().argmax(1) + 1, steps)
     mask = torch.arange(limit, device=sampled.device) < lengths[:, None]  # (B, R)
     widen = (0, limit - steps)
-    ids = nn.functional.pad(sampled, widen, value=pad_token_id).masked_fill(~mask, pad_token_id)
-    logprobs = nn.functional.pad(logprobs, widen).masked_fill(~mask, 0.0)
-    supports = nn.functional.pad(supports, (0, 0, *widen)).masked_fill(~mask[..., None], 0)
+    ids = pad(sampled, widen, value=pad_token_id).masked_fill(~mask, pad_token_id)
+    logprobs = pad(logprobs, widen).masked_fill(~mask, 0.0)
+    supports = pad(supports, (0, 0, *widen)).masked_fill(~mask[..., None], 0)
     return Responses(ids, lengths, ended, logprobs, supports, computed)

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from common import sampling
 from common.sampling import Responses, sample_responses, uniforms_for
@@ -173,8 +180,27 @@ def test_rows_that_have_ended_leave_the_batch(model):
         assert torch.equal(alone.ids[0], together.ids[row])
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], rtol=0, atol=1e-5)
         assert alone.computed.tolist() == [len(PROMPTS[row]) + lengths[row] - 1]
-    longest = max(map(len, PROMPTS))
-    assert together.computed.tolist() == [longest + length - 1 for length in lengths]
+    assert together.computed.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths, strict=True)]
+
+
+def test_prompts_of_like_length_are_read_together():
+    """At most an eighth of a group is padding; here 1 of 12, then 9 of 30 would be."""
+    assert sampling.like_lengths([6, 5, 7, 10, 9]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert sampling.like_lengths([8]) == [slice(0, 1)]
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_prompts_read_in_groups_are_as_if_read_as_one(model, monkeypatch, window):
+    """Their lengths are unlike, so they are read apart; then as one. A window is shorter than some of them."""
+    config = MistralConfig(**model.config.to_diff_dict() | {"sliding_window": window, "head_dim": 8})
+    mistral = MistralForCausalLM(config).eval()
+    mistral.load_state_dict(model.state_dict())
+    apart = sample(mistral, [0, 1, 2, 3])
+    monkeypatch.setattr(sampling, "IDLE_SHARE", 1.0)
+    together = sample(mistral, [0, 1, 2, 3])
+    assert apart.computed.sum() < together.computed.sum()
+    assert torch.equal(apart.ids, together.ids)
+    torch.testing.assert_close(apart.logprobs, together.logprobs, rtol=0, atol=1e-5)
 
 
 def test_generation_defaults_of_the_model_are_ignored_and_kept(model):
