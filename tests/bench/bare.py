@@ -124,15 +124,15 @@ def ppo(
         hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return critic.score(hidden[:, -length - 1 : -1]).float().square().mean()
 
-    times = {"generate": timed(generate, count, warmup)}
+    times = {"rollout": timed(generate, count, warmup)}
     for name, model, loss in (("actor", actor, policy_loss), ("critic", critic, value_loss)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], fused=True)
         with torch.no_grad():
             times[f"{name}_forward"] = timed(loss, count, warmup)
         times[f"{name}_train"] = timed(partial(train_step, model, loss, optimizer), count, warmup)
-    scoring = times["actor_forward"] + 2 * times["critic_forward"]  # reference; reward model and critic
-    training = config["ppo_epochs"] * (times["actor_train"] + times["critic_train"])
-    return times | {"total": times["generate"] + scoring + training}
+    times["score"] = times["actor_forward"] + 2 * times["critic_forward"]  # reference; two scorers
+    times["train"] = config["ppo_epochs"] * (times["actor_train"] + times["critic_train"])
+    return times | {"total": times["rollout"] + times["score"] + times["train"]}
 
 
 def main() -> None:

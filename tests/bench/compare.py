@@ -145,9 +145,19 @@ def print_table(name: str, result: Config) -> None:
     for side, row in result.items():
         figures = f"{row['step_seconds']:9.3f}{row['tokens_per_second']:10.0f}{row['peak_gib']:10.2f}"
         print(f"{side:10}{figures}{ratio(result, side, 'bare'):>8}{ratio(result, side, 'trl'):>8}")
+    print_phases(result)
     for side, row in result.items():
         if row["passes"]:
             print(f"{side}: " + "  ".join(f"{key} {value:.3f}" for key, value in row["passes"].items()))
+
+
+def print_phases(result: Config) -> None:
+    """Of PPO: what sampling and updates take, over the passes in plain PyTorch."""
+    if "rollout" not in result.get("bare", {}).get("passes", {}) or "triptych" not in result:
+        return
+    bare, ours = result["bare"]["passes"], result["triptych"]["passes"]
+    for name in ("rollout", "train"):
+        print(f"{name}: {ours[f'time/{name}'] / bare[name]:.2f} of bare")
 
 
 def main() -> None:

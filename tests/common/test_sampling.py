@@ -191,7 +191,7 @@ def test_prompts_of_like_length_are_read_together():
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_prompts_read_in_groups_are_as_if_read_as_one(model, monkeypatch, window):
-    """Their lengths are unlike, so they are read apart; then as one. A window is shorter than some of them."""
+    """Their lengths are unlike, so they are read apart; then as one. A window is shorter than some."""
     config = MistralConfig(**model.config.to_diff_dict() | {"sliding_window": window, "head_dim": 8})
     mistral = MistralForCausalLM(config).eval()
     mistral.load_state_dict(model.state_dict())
