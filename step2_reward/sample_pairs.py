@@ -1,0 +1,115 @@
+"""Pairs for people to compare: responses to each prompt, drawn from one checkpoint or two.
+
+    bash launch/sample_pairs.sh --model_name_or_path OUT1/final --prompt_data F.jsonl --output_dir DIR
+
+writes DIR/pairs.jsonl, which launch/annotate.sh shows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+from common.data import load_examples
+from common.distributed import init_distributed, log, rank
+from common.files import write_text
+from common.formatting import find_prompt
+from common.generation import GenerationOptions, check_lengths, load_policy, sample_texts
+from common.models import load_config
+from common.options import DataOptions, UserError, option, parse_options, world_size
+from common.overlong import convert_all
+from common.process import run_main
+from common.prompts import Prompt, prompt
+from common.records import Record
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import load_zero_config
+from step2_reward.options import RewardOptions
+
+
+@dataclass
+class SamplePairsOptions(GenerationOptions):
+    """Responses of one policy or two to the same prompts, in pairs."""
+
+    model_name_or_path: list[str] = option([], "Folder or hub name of one policy, or of two. Required.")
+    prompt_data: list[str] = option([], "Records with prompts; F.jsonl:0.1 takes a tenth of them. Required.")
+    output_dir: str = option("output/sample_pairs", "Folder for pairs.jsonl.")
+    responses_per_prompt: int = option(
+        2, "Responses drawn per prompt, by two policies in turn; every two of them are a pair.", at_least=2
+    )
+    max_prompt_length: int = option(256, "Longest prompt in tokens; a longer one is left out.", at_least=1)
+    seed: int = option(0, "Seed of sampling.", at_least=0)
+    skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
+    zero_config: str = option(
+        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+    )
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(SamplePairsOptions, required=["model_name_or_path", "prompt_data"])
+    paths, file = options.model_name_or_path, Path(options.output_dir) / "pairs.jsonl"
+    if len(paths) > 2:
+        raise UserError(f"--model_name_or_path {' '.join(paths)}: must be one model or two")
+    if file.exists():
+        raise UserError(
+            f"--output_dir {options.output_dir}: holds {file.name} already; choose another folder"
+        )
+    as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    for path in paths:
+        check_lengths(options, load_config(path))
+    encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
+    by_encoder = load_prompts(options, encoders)
+    init_distributed()
+
+    # 2. One policy after the other.
+    names = [paths[draw % len(paths)] for draw in range(options.responses_per_prompt)]
+    texts: dict[int, list[str]] = {}
+    for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
+        policy = load_policy(path, encoder, zero)
+        for draw in range(first, len(names), len(paths)):
+            texts[draw] = sample_texts(policy, encoder, [row.ids for row in rows], options, draw)
+            log(f"response {draw + 1} of {len(names)} to {len(rows)} prompts, by {path}")
+        del policy
+
+    # 3. Pairs.
+    prompts = [find_prompt(row.record) for row in by_encoder[0]]
+    drawn = [[texts[draw][place] for draw in range(len(names))] for place in range(len(prompts))]
+    records = [pair for asked, said in zip(prompts, drawn, strict=True) for pair in pairs(asked, said, names)]
+    possible = len(prompts) * len(names) * (len(names) - 1) // 2
+    if not records:
+        raise UserError("no pairs: the responses to each prompt are alike or empty")
+    if rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(f"{json.dumps(record)}\n" for record in records))
+    log(f"{file}: {len(records)} pairs; left out {possible - len(records)} that are alike or empty")
+
+
+def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
+    """The prompts as each encoder reads them, without those too long for one. Raises UserError."""
+    convert = partial(prompt, max_length=options.max_prompt_length, overlong="drop")
+    how = DataOptions(eval_fraction=0.0, overlong="drop", skip_bad_records=options.skip_bad_records)
+    rows, _ = load_examples(options.prompt_data, how, Prompt, partial(convert, encoder=encoders[0]))
+    origins, records = [rows.origin(place) for place in range(len(rows))], [row.record for row in rows]
+    others = [convert_all(origins, records, partial(convert, encoder=encoder)) for encoder in encoders[1:]]
+    kept = [read for read in zip(rows, *others, strict=True) if all(read)]
+    if not kept:
+        raise UserError(f"{' '.join(options.prompt_data)}: no prompt is short enough for both policies")
+    return [list(of_one) for of_one in zip(*kept, strict=True)]
+
+
+def pairs(asked: str | list, said: Sequence[str], names: Sequence[str]) -> list[Record]:
+    """Every two responses to a prompt that differ and say something."""
+    if not isinstance(asked, str):
+        said = [text.strip() for text in said]  # the template has the space before a message
+    return [
+        {"prompt": asked, "response_a": a, "response_b": b, "model_a": by_a, "model_b": by_b}
+        for (a, by_a), (b, by_b) in combinations(zip(said, names, strict=True), 2)
+        if a != b and a.strip() and b.strip()
+    ]
+
+
+if __name__ == "__main__":
+    run_main(main)
