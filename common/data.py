@@ -1,5 +1,6 @@
 """Records to tokenised examples, the held-out part, and the order in which examples are seen."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -50,6 +51,14 @@ class Examples(Sequence[Row]):
     def distinct_rows(self) -> int:
         """How many rows there are, however often a weight has each of them seen."""
         return len(np.unique(np.stack([self._source, self._row]), axis=1).T)
+
+    @property
+    def digest(self) -> str:
+        """What tells these examples, in this order, from any others."""
+        content = hashlib.sha256(" ".join(source.key for source in self._sources).encode())
+        content.update(self._source.tobytes())
+        content.update(self._row.tobytes())
+        return content.hexdigest()
 
     def take(self, chosen: np.ndarray | slice) -> "Examples[Row]":
         """Examples by a mask, a slice or their numbers."""

@@ -75,6 +75,7 @@ class Prepared(NamedTuple):
     read: int  # records
     bad: int  # skipped by --skip_bad_records
     dropped: dict[str, int]  # how many records by reason
+    key: str  # of all that decides the rows
 
     def origin(self, row: int) -> str:
         """Where the record of a row stands, for messages."""
@@ -88,9 +89,7 @@ def prepare(name: str, options: DataOptions, row_class: type[Row], convert: Conv
     on; it raises ValueError for a bad record and Dropped for one that the length policy leaves out. Raises
     UserError naming file and line of a bad record, unless --skip_bad_records.
     """
-    cache = Path(
-        options.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "triptych")
-    ).expanduser()
+    cache = cache_folder(options)
     folder = cache / _key(name, options.skip_bad_records, row_class, convert)
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -105,7 +104,14 @@ def prepare(name: str, options: DataOptions, row_class: type[Row], convert: Conv
             " --preprocessing_workers"
         ) from None
     found = json.loads((folder / "found.json").read_text())
-    return Prepared(name, Table(folder / "rows", row_class), Table(folder / "notes", Note), **found)
+    tables = Table(folder / "rows", row_class), Table(folder / "notes", Note)
+    return Prepared(name, *tables, **found, key=folder.name)
+
+
+def cache_folder(options: DataOptions) -> Path:
+    """Where tokenised data is kept, and what is made of it."""
+    named = options.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "triptych")
+    return Path(named).expanduser()
 
 
 def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:

@@ -16,9 +16,13 @@ from common.records import parse_source
 
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
 # steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
-DATA_OPTIONS = ("train_data", "eval_data", "prompt_data", "demonstration_data", "ptx_data")
+DATA_OPTIONS = (
+    "train_data", "eval_data", "prompt_data", "preference_data", "demonstration_data", "ptx_data",
+    "constitution", "critique_template", "revision_template", "judge_template",
+)  # fmt: skip
 MODEL_OPTIONS = (
-    "model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path", "gold_reward_model"
+    "model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path", "gold_reward_model",
+    "reference_model_name_or_path",
 )  # fmt: skip
 FUNCTION_OPTIONS = ("reward_function", "gold_function")
 FREE_OPTIONS = {
@@ -26,6 +30,7 @@ FREE_OPTIONS = {
     "export_only",
     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
     "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
+    "actor_gradient_checkpointing", "critic_gradient_checkpointing", "offload_frozen",
     "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
     "max_eval_samples", "num_samples", "sample_length", "cache_dir", "preprocessing_workers",
     "packing", "share_prompts", "golden_data", "early_stopping",
@@ -57,7 +62,8 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
     """Checksums of what a run learns from, by names that a message can use."""
     found = {}
     for name in DATA_OPTIONS:
-        for number, source in enumerate(getattr(options, name, []), start=1):
+        value = getattr(options, name, [])
+        for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
             found[f"--{name} {number}"] = _content(source)
     for name in MODEL_OPTIONS:
         value = getattr(options, name, [])

@@ -1,0 +1,117 @@
+"""Step 2, direct preference optimisation: steps 2 and 3 in one.
+
+Teaches a policy to prefer the better responses of preference data, with no reward model and no sampling.
+
+    bash launch/step2_direct.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from common.checkpoint import find_checkpoint, save_if_due
+from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
+from common.distributed import init_distributed, log, seed_everything
+from common.engine import make_engine
+from common.export import export_best, export_model
+from common.health import check_numbers
+from common.lora import add_adapters, check_targets
+from common.metrics import MetricWriter, peak_memory_gib
+from common.models import load_causal_lm, load_config, longest_input
+from common.options import parse_options, world_size
+from common.process import run_main
+from common.resume import resume
+from common.run_folder import prepare_output
+from common.tokenization import SegmentEncoder, load_tokenizer
+from common.zero import load_zero_config, unpartitioned
+from step2_reward.direct.data import Choice, paired, unpaired
+from step2_reward.direct.measure import evaluate, measure
+from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(DirectOptions, required=["model_name_or_path", "train_data"])
+    complete(options)
+    zero = load_zero_config(options.zero_config, options, options.learning_rate)
+    for path in filter(None, (options.model_name_or_path, options.reference_model_name_or_path)):
+        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+    check_targets(options.model_name_or_path, options)
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    check_reference(options, tokenizer)
+    convert = partial(
+        paired if options.is_paired else unpaired, encoder=SegmentEncoder(tokenizer),
+        max_length=options.max_length, overlong=options.overlong,
+    )  # fmt: skip
+    data = load_examples(options.train_data, options, Choice, convert)
+    check_best_metric(options, data[1], "eval/loss", "eval/accuracy")
+    init_distributed(options.timeout_minutes)
+    prepare_output(options, {"tokenizer": tokenizer})
+    checkpoint = find_checkpoint(options)
+
+    # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
+    #    before training, or another one, which has left by the time that the model comes.
+    lengths, origin = data[0].notes("length"), data[0].origin
+    total_steps = options.max_steps or steps_in_epochs(
+        len(lengths), options.global_batch_size, options.num_train_epochs
+    )
+    seed_everything(options.seed, step=0)
+    read = partial(with_reference, data, options, zero, tokenizer.pad_token_id)
+    has_other = options.reference_model_name_or_path
+    judged = read(partial(load_reference, options, tokenizer, zero)) if has_other else None
+    model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
+    engine = make_engine(model, zero, options, options.learning_rate, total_steps)
+    train, held_out = judged or read(lambda: engine)
+    engines = {"policy": engine}
+    state = resume(checkpoint, options, engines)
+    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    output = Path(options.output_dir)
+    load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
+    log(f"{len(train)} records, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
+
+    # 3. Train.
+    order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
+    while state.step < total_steps and not options.export_only:
+        seed_everything(options.seed, state.step + 1)
+        chosen = next(order)
+        measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
+        state.advance(options.global_batch_size, len(train))
+        skipped = int(not math.isfinite(measured["train/grad_norm"]))
+        check_numbers(state, options, skipped, measured["train/loss"], [origin(i) for i in chosen])
+        measured["train/skipped_updates"] = state.skipped
+        is_last, is_best = state.step == total_steps, False
+        if is_last or state.step % options.logging_steps == 0:
+            metrics.log(state.step, measured, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
+        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
+            found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+            metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"])
+            if is_best := state.is_best(options.best_metric, found):
+                export_best(engine, tokenizer, output / "best", load_base)
+        save_if_due(options, state, engines, is_best, is_last)
+
+    # 4. What step 3, or another program, reads.
+    export_model(engine, tokenizer, output / "final", load_base)
+
+
+def train_step(
+    engine, batch: Sequence[Example], options: DirectOptions, pad_token_id: int
+) -> dict[str, float]:
+    """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
+    start = time.perf_counter()
+    found, norm = measure(engine, batch, options, pad_token_id, learn=True)
+    seconds = time.perf_counter() - start
+    return {
+        **{name if "/" in name else f"train/{name}": value for name, value in found.items()},
+        "train/lr": engine.get_lr()[0],
+        "train/grad_norm": norm,
+        "train/tokens_per_second": sum(example.row.length for example in batch) / seconds,
+        "time/step": seconds,
+        "memory/peak_gib": peak_memory_gib(),
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,80 @@
+"""Records to dialogues, pairs and labels, and what is refused."""
+
+import pytest
+
+from common.overlong import Dropped
+from step2_reward.direct.data import Choice, Dialogue, paired, unpaired
+from tests.word_encoder import EOS, WordEncoder
+
+WAY = {"encoder": WordEncoder(), "max_length": 100, "overlong": "truncate_prompt"}
+RANKING = {"prompt": "a b", "responses": ["w", "x y", "z", "v"], "ranks": [3, 1, 2, 1]}
+
+
+def test_a_pair_is_two_dialogues_the_better_first():
+    row, is_cut = paired({"prompt": "a b", "chosen": "c d", "rejected": "e"}, **WAY)
+    assert row.dialogues == [Dialogue([10, 11, 12, 13, EOS], 2), Dialogue([10, 11, 12, EOS], 2)]
+    assert [d.count for d in row.dialogues] == [3, 2] and row.length == 9 and not is_cut
+    assert Dialogue([12, EOS], 0).count == 1  # nothing comes before the first token to predict it
+    assert row.pairs == [(0, 1, 1.0, False)]
+    assert row.sides(is_paired=True) == row.sides(is_paired=False) == [(1.0, 0.0), (0.0, 1.0)]
+
+
+def test_the_pairs_of_a_ranking_weigh_one_and_a_tie_is_half_a_win_for_either():
+    row, _ = paired(RANKING, **WAY)
+    assert row.ranks == [1.0, 1.0, 2.0, 3.0]
+    assert [pair[:2] for pair in row.pairs if pair.is_tie] == [(0, 1), (1, 0)]
+    weights = {(p.better, p.worse): p.weight for p in row.pairs}
+    half, whole = 1 / 12, 1 / 6
+    assert weights == pytest.approx(
+        {(0, 1): half, (1, 0): half} | dict.fromkeys([(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], whole)
+    )
+    chosen, rejected = zip(*row.sides(is_paired=True), strict=True)
+    assert chosen == pytest.approx([5 / 12, 5 / 12, 1 / 6, 0])
+    assert rejected == pytest.approx([1 / 12, 1 / 12, 1 / 3, 1 / 2])
+
+
+def test_only_the_last_turn_is_the_response():
+    """Dialogues that differ earlier: what the other side said there is context."""
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
+    ]
+    end = [{"role": "assistant", "content": "d e"}]
+    other = [*turns[:1], {"role": "assistant", "content": "f"}, turns[2]]
+    row, _ = paired({"chosen": turns + end, "rejected": other + end}, **WAY)
+    assert [d.count for d in row.dialogues] == [3, 3]
+
+
+def test_a_response_that_was_cut_does_not_end():
+    way = WAY | {"max_length": 5, "overlong": "truncate_response"}
+    row, is_cut = paired({"prompt": "a b", "chosen": "c d e f", "rejected": "g"}, **way)
+    assert is_cut and row.dialogues[0] == Dialogue([10, 11, 12, 13, 14], 2)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_label_is_a_side(label):
+    row, _ = unpaired({"prompt": "a b", "completion": "c", "label": label}, **WAY)
+    assert row.dialogues == [Dialogue([10, 11, 12, EOS], 2)] and row.pairs == []
+    assert row.sides(is_paired=False) == [(1.0, 0.0) if label else (0.0, 1.0)]
+
+
+def test_a_preference_is_split_into_its_best_and_its_worst():
+    row, _ = unpaired(RANKING, **WAY)
+    assert isinstance(row, Choice) and row.ranks == [0.0, 0.0, 1.0]
+    with pytest.raises(Dropped, match="ties"):
+        unpaired({"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}, **WAY)
+
+
+@pytest.mark.parametrize(
+    ("convert", "record", "message"),
+    [
+        (paired, {"prompt": "a", "completion": "b", "label": True}, "which --loss kto takes"),
+        (paired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+        (unpaired, {"prompt": "a", "completion": "b"}, "'label' is missing"),
+        (unpaired, {"prompt": "a", "completion": "b", "label": 1}, "'label' is 1; it must be true or false"),
+        (unpaired, {"prompt": "a", "label": True}, "'completion' is missing"),
+        (unpaired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(convert, record, message):
+    with pytest.raises(ValueError, match=message):
+        convert(record, **WAY)

@@ -1,0 +1,210 @@
+"""Direct preference optimisation end to end: its losses, its reference, resuming, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.ranks import run_stage, start_stage, succeed
+from tests.test_bad_input import check_refusal
+from tests.test_resume import STOPPED, assert_same_end, stop_after, zero_config
+from tests.test_stages import CLOSE, LORA, ZERO, metrics, reward, run, world  # noqa: F401 - two are fixtures
+
+MAIN = "step2_reward.direct.main"
+SAME = ("train/loss", "train/grad_norm", "train/nll_chosen", "reward/margin", "eval/loss")
+
+
+@pytest.fixture(scope="module")
+def small(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """A little data of each kind: pairs, rankings with ties, single responses with a label."""
+    folder = tmp_path_factory.mktemp("small")
+    for name, size in (("preferences", 32), ("preferences_heldout", 12)):
+        lines = (world / f"{name}.jsonl").read_text().splitlines()[:size]
+        pairs = [json.loads(line) for line in lines]
+        rankings, single = [], []
+        for number, pair in enumerate(pairs):
+            prompt, better, worse = pair["prompt"], pair["chosen"], pair["rejected"]
+            others = [pairs[number - i - 1]["rejected"] for i in range(number % 3)]
+            ranks = [1, 2, 2, 3][: 2 + len(others)]
+            rankings.append({"prompt": prompt, "responses": [better, worse, *others], "ranks": ranks})
+            single += [
+                {"prompt": prompt, "completion": text, "label": text is better} for text in (better, worse)
+            ]
+        for kind, records in (("", pairs), ("rankings/", rankings), ("single/", single)):
+            path = folder / f"{kind}{name}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def direct(data: Path, start: Path, output: Path, loss: str = "dpo", steps: int = 4) -> list[str]:
+    return [*reward(data, start, output, steps), "--loss", loss, "--eval_steps", "2"]
+
+
+def assert_same_metrics(one: Path, other: Path) -> None:
+    for name in SAME:
+        assert metrics(one, name) == pytest.approx(metrics(other, name), **CLOSE), name
+
+
+def test_plain_transformers_gives_the_policy_the_loss_of_the_run(
+    small: Path, run: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Held-out loss, accuracy and NLL, computed by transformers alone from final/ and the starting model."""
+    start, output = run / "sft/final", tmp_path / "out"
+    succeed(MAIN, direct(small, start, output), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(output / "final")
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (output / "final", start)]
+    losses, right, nll, tokens = [], 0.0, 0.0, 0
+    for line in (small / "preferences_heldout.jsonl").read_text().splitlines():
+        record, rewards = json.loads(line), []
+        prompt = tokenizer.apply_chat_template(record["prompt"], tokenize=False, add_generation_prompt=True)
+        for side in ("chosen", "rejected"):
+            whole = tokenizer.apply_chat_template(record["prompt"] + record[side], tokenize=False)
+            ids = tokenizer(whole, return_tensors="pt").input_ids
+            labels = ids.clone()
+            labels[:, : len(tokenizer(prompt).input_ids)] = -100
+            count = int((labels != -100).sum())
+            sums = [-model(ids, labels=labels).loss.item() * count for model in models]
+            rewards.append(0.1 * (sums[0] - sums[1]))
+            if side == "chosen":
+                nll, tokens = nll - sums[0], tokens + count
+        difference = torch.tensor(rewards[0] - rewards[1])
+        losses.append(-torch.nn.functional.logsigmoid(difference).item())
+        right += float(difference > 0)
+    assert metrics(output, "eval/loss")[-1] == pytest.approx(sum(losses) / 12, **CLOSE)
+    assert metrics(output, "eval/accuracy")[-1] == pytest.approx(right / 12)
+    assert metrics(output, "eval/nll_chosen")[-1] == pytest.approx(nll / tokens, **CLOSE)
+    assert metrics(output, "train/loss")[0] == pytest.approx(0.6931472)  # policy and reference are one
+
+
+@pytest.mark.parametrize(
+    ("loss", "kind", "zero"),
+    [
+        ("dpo", "rankings", 3),
+        ("kto", "single", 2),
+        ("ipo", ".", 2),
+        ("orpo", "rankings", 0),
+        ("simpo", ".", 3),
+    ],
+)
+def test_ranks_and_micro_batches_change_nothing(
+    small: Path, run: Path, tmp_path: Path, loss: str, kind: str, zero: int  # noqa: F811
+) -> None:  # fmt: skip
+    start = run / "sft/final"
+    succeed(MAIN, direct(small / kind, start, tmp_path / "one", loss), tmp_path)
+    other = [
+        "--micro_batch_size",
+        "1",
+        "--gradient_checkpointing",
+        "--zero_config",
+        str(ZERO / f"zero{zero}.json"),
+    ]
+    succeed(MAIN, [*direct(small / kind, start, tmp_path / "two", loss), *other], tmp_path, ranks=2)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
+    if loss == "kto":
+        assert max(metrics(tmp_path / "one", "kl/mean")) > 0
+        assert metrics(tmp_path / "two", "kl/mean") == pytest.approx(
+            metrics(tmp_path / "one", "kl/mean"), **CLOSE
+        )
+
+
+def test_a_split_pair_teaches_as_its_two_responses(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A batch of all of them: before the first update the reference point is 0, whatever it is made of."""
+    for kind, size in ((".", "32"), ("single", "64")):
+        options = direct(small / kind, run / "sft/final", tmp_path / kind / "out", "kto", steps=1)
+        succeed(MAIN, [*options, "--global_batch_size", size], tmp_path)
+    for name in ("train/loss", "train/grad_norm", "train/nll_chosen", "logprobs/chosen", "logprobs/rejected"):
+        one, other = (metrics(tmp_path / kind / "out", name) for kind in (".", "single"))
+        assert one == pytest.approx(other, **CLOSE), name
+
+
+@pytest.mark.parametrize(
+    ("loss", "zero", "precision", "ranks", "extra"),
+    [("dpo", 0, "fp32", 1, []), ("kto", 2, "bf16", 2, []), ("dpo", 3, "fp32", 2, LORA)],
+    ids=str,
+)
+def test_a_stopped_run_ends_as_one_that_was_not(
+    small: Path, run: Path, tmp_path: Path, loss: str, zero: int, precision: str, ranks: int, extra: list[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """Same bytes in final/, same metrics; the reference of the second half comes from before the first."""
+    extra = [*extra, *zero_config(tmp_path, zero, precision), "--cache_dir", str(tmp_path / "cache")]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed(MAIN, [*direct(small, run / "sft/final", whole, loss, 6), *extra], tmp_path, ranks)
+    options = [*direct(small, run / "sft/final", parts, loss, 6), *extra]
+    stopped = stop_after(MAIN, options, tmp_path, parts, step=1, ranks=ranks)
+    assert stopped.codes == [STOPPED] * ranks, stopped.output
+    assert "are in the cache" in stopped.output and not (parts / "final").exists()
+    shutil.rmtree(tmp_path / "cache")
+    succeed(MAIN, options, tmp_path, ranks)
+    assert_same_end(whole, parts)
+
+
+@pytest.mark.parametrize(("zero", "ranks", "extra"), [(0, 1, []), (3, 2, LORA)], ids=str)
+def test_another_model_can_be_the_reference(
+    world: Path, small: Path, run: Path, tmp_path: Path, zero: int, ranks: int, extra: list[str]  # noqa: F811
+) -> None:  # fmt: skip
+    """A copy of the start changes nothing, and is the same in the cache; a model of other weights is not."""
+    extra = [*extra, "--zero_config", str(ZERO / f"zero{zero}.json"), "--cache_dir", str(tmp_path / "cache")]
+    shutil.copytree(run / "sft/final", tmp_path / "copy")
+    succeed(MAIN, [*direct(small, run / "sft/final", tmp_path / "alone"), *extra], tmp_path, ranks)
+    kept = sorted((tmp_path / "cache").glob("reference_*.npy"))
+    assert len(kept) == 2  # training and held-out data
+    for name, reference in (("same", tmp_path / "copy"), ("other", world / "model")):
+        options = direct(small, run / "sft/final", tmp_path / name)
+        words = [*options, *extra, "--reference_model_name_or_path", str(reference)]
+        result = run_stage(MAIN, words, tmp_path, ranks)
+        assert result.codes == [0] * ranks, result.output
+        assert ("are in the cache" in result.output) == (name == "same")
+    assert_same_metrics(tmp_path / "same", tmp_path / "alone")
+    assert len(list((tmp_path / "cache").glob("reference_*.npy"))) == 4
+    assert abs(metrics(tmp_path / "other", "kl/mean")[0]) > 0.1  # the SFT model is not the untrained one
+
+
+def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Nothing is saved yet, and the same command begins again."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "stop").touch()
+    options = [*direct(small, run / "sft/final", output), "--cache_dir", str(tmp_path / "cache")]
+    result = start_stage(MAIN, options, tmp_path).result()
+    assert result.codes == [STOPPED] and "stopped before the first step" in result.output, result.output
+    succeed(MAIN, options, tmp_path)
+
+
+def other_vocabulary(run: Path, folder: Path) -> str:  # noqa: F811
+    shutil.copytree(run / "sft/final", folder / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "other")
+    tokenizer.add_tokens(["Triptych"])
+    tokenizer.save_pretrained(folder / "other")
+    return str(folder / "other")
+
+
+REFERENCE = "--reference_model_name_or_path"
+MISTAKES = {
+    "no pairs": (["--train_data", "SMALL/single/preferences.jsonl"], ["preferences.jsonl:1", "kto takes"]),
+    "no label": (["--loss", "kto", "--train_data", "FOLDER/bad.jsonl"], ["bad.jsonl:1", "'label' is missin"]),
+    "label": (["--loss", "kto", "--train_data", "FOLDER/no.jsonl"], ["no.jsonl:1", "'no'", "true or false"]),
+    "reference": ([REFERENCE, "OTHER"], [REFERENCE, "another vocabulary"]),
+    "needless": (["--loss", "orpo", REFERENCE, "x"], [REFERENCE, "--loss orpo does not take it", "to dpo"]),
+    "smoothing": (["--loss", "ipo", "--label_smoothing", "0.1"], ["--label_smoothing 0.1", "ipo", "robust"]),
+    "loss": (["--loss", "ppo"], ["--loss", "'ppo'", "orpo"]),
+    "metric": (["--best_metric", "eval/score"], ["--best_metric eval/score", "eval/accuracy"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_is_refused(small: Path, run: Path, tmp_path: Path, mistake: str) -> None:  # noqa: F811
+    single = {"prompt": "a", "completion": "b"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(single))
+    (tmp_path / "no.jsonl").write_text(json.dumps(single | {"label": "no"}))
+    words, parts = MISTAKES[mistake]
+    places = {"SMALL": str(small), "FOLDER": str(tmp_path), "OTHER": ""}
+    if "OTHER" in words:
+        places["OTHER"] = other_vocabulary(run, tmp_path)
+    for name, place in places.items():
+        words = [word.replace(name, place) for word in words]
+    output = tmp_path / "out"
+    check_refusal(MAIN, [*direct(small, run / "sft/final", output), *words], parts, tmp_path, output)
