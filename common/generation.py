@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -48,6 +48,13 @@ class Plain(nn.Module):
 
     def zero_optimization_stage(self) -> int:
         return 0
+
+
+class Answer(NamedTuple):
+    """A response as text, without EOS."""
+
+    text: str
+    ended: bool  # by EOS rather than by the length limit
 
 
 def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.Module:
@@ -113,10 +120,20 @@ def sample_texts(
     policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], options: GenerationOptions, step: int
 ) -> list[str]:
     """One response to each prompt as text, without EOS; the same on every rank. See `generate`."""
+    return [answer.text for answer in sample_answers(policy, encoder, prompts, options, step)]
+
+
+def sample_answers(
+    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], options: GenerationOptions, step: int
+) -> list[Answer]:
+    """Like `sample_texts`, and whether each response came to its end."""
     even = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]
     mine = my_prompts(even)
     drawn = generate(policy, encoder, even, mine, options, step)
-    ids = [row[:length] for row, length in zip(drawn.ids.tolist(), drawn.lengths.tolist(), strict=True)]
-    found = {row: encoder.decode_response(even[row], said) for row, said in zip(mine, ids, strict=True)}
-    texts = {row: text for part in gather_objects(found) for row, text in part.items()}
-    return [texts[row] for row in range(len(prompts))]
+    parts = (mine, *(part.tolist() for part in (drawn.ids, drawn.lengths, drawn.ended)))
+    found = {
+        row: Answer(encoder.decode_response(even[row], ids[:length]), ended)
+        for row, ids, length, ended in zip(*parts, strict=True)
+    }
+    answers = {row: answer for part in gather_objects(found) for row, answer in part.items()}
+    return [answers[row] for row in range(len(prompts))]

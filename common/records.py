@@ -87,8 +87,13 @@ def content_of(name: str) -> str:
 
 def parse_record(record: Record | bytes) -> Record:
     """A record in a documented shape. Raises ValueError, in words for the user."""
+    return recognise(parse_object(record))
+
+
+def parse_object(record: Record | bytes) -> Record:
+    """A record in whatever shape it has. Raises ValueError, in words for the user."""
     if isinstance(record, dict):
-        return recognise(record)
+        return record
     try:
         parsed = json.loads(record.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -97,7 +102,7 @@ def parse_record(record: Record | bytes) -> Record:
         raise ValueError(f"not UTF-8 text: {error.reason}") from None
     if not isinstance(parsed, dict):
         raise ValueError(f"must be a JSON object, not {type(parsed).__name__}")
-    return recognise(parsed)
+    return parsed
 
 
 def fraction(content: str | list[Message] | Record, purpose: str) -> float:

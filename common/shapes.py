@@ -5,6 +5,7 @@ Alpaca      instruction, input, output                    -> prompt, completion
 HH          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." -> the same as messages
 Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, perhaps tie
 several raters: votes instead of preference, a list       -> the same, by majority
+soft labels: a number as preference, the probability of A -> the same, and how sure it is of chosen
 """
 
 import math
@@ -20,7 +21,7 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-PREFERENCES = {"a": "A", "b": "B", "tie": "tie"}
+PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # as the probability that A is better
 
 
 def recognise(record: Record) -> Record:
@@ -74,24 +75,33 @@ def _from_comparison(record: Record) -> Record:
     for name in ("response_a", "response_b"):
         if name not in record:
             raise ValueError(f"field {name!r} is missing (a comparison has 'response_a' + 'response_b')")
-    sides = {"A": record["response_a"], "B": record["response_b"]}
-    winner = _majority(record["votes"]) if "votes" in record else _preference(record.get("preference"))
-    loser = "A" if winner == "B" else "B"
-    chosen = "B" if winner == "B" else "A"
-    return {**record, "chosen": sides[chosen], "rejected": sides[loser], "tie": winner == "tie"}
+    a = _majority(record["votes"]) if "votes" in record else _probability(record.get("preference"))
+    sides = [record["response_a"], record["response_b"]]
+    chosen, rejected = sides if a >= 0.5 else sides[::-1]
+    says = {"tie": a == 0.5, "chosen_probability": max(a, 1 - a)}
+    return {**record, "chosen": chosen, "rejected": rejected, **says}
 
 
-def _majority(votes: Any) -> str:
+def _majority(votes: Any) -> float:
     """What more raters say than anything else; a tie when two answers have as many votes."""
     if not isinstance(votes, list) or not votes:
         raise ValueError("field 'votes' must be a list of A, B or tie, one per rater")
     counts = Counter(_preference(vote) for vote in votes)
-    return "tie" if counts["A"] == counts["B"] else max("A", "B", "tie", key=lambda name: counts[name])
+    return 0.5 if counts[1.0] == counts[0.0] else max(PREFERENCES.values(), key=lambda said: counts[said])
 
 
-def _preference(value: Any) -> str:
+def _probability(value: Any) -> float:
+    """That A is better: what a single rater says, or how sure a model is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _preference(value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"preference is {value!r}; a number must be the probability of A, from 0 to 1")
+    return float(value)
+
+
+def _preference(value: Any) -> float:
     if str(value).lower() not in PREFERENCES:
-        raise ValueError(f"preference is {value!r}; allowed: A B tie")
+        raise ValueError(f"preference is {value!r}; allowed: A B tie, or the probability of A")
     return PREFERENCES[str(value).lower()]
 
 

@@ -17,7 +17,7 @@ from common.options import UserError
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder or hub name, with a chat template and a pad token that is not EOS.
 
     A folder with nothing but a SentencePiece `tokenizer.model` is converted, exactly or not at all.
@@ -38,7 +38,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        tokenizer.chat_template = default_template
     _ensure_pad_token(tokenizer)
     return tokenizer
 

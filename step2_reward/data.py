@@ -25,6 +25,7 @@ class Preference(NamedTuple):
     response_lengths: list[int]  # (K,)
     ranks: list[float]  # (K,) rising; equal ones are a tie
     margin: float = 0.0  # of a pair: by how much the first is better, if the records say so
+    probability: float = 1.0  # of a pair: that the first is better, where the label is soft
 
     @property
     def length(self) -> int:
@@ -42,11 +43,14 @@ class Preference(NamedTuple):
         return list(combinations(range(len(self.ranks)), 2))
 
     @property
-    def pair_facts(self) -> list[tuple[bool, float, float]]:
-        """Of each pair: whether it is a tie, its margin, and its weight, one over the pairs of the record."""
+    def pair_facts(self) -> list[tuple[bool, float, float, float]]:
+        """Of each pair: whether it is a tie, its margin, its weight (one over the pairs of the record), and
+        the probability that the first is better.
+        """
         margin = 0.0 if self.ranks[0] == self.ranks[-1] else self.margin
         weight = 1 / len(self.pairs)
-        return [(self.ranks[i] == self.ranks[j], margin, weight) for i, j in self.pairs]
+        ties = [self.ranks[i] == self.ranks[j] for i, j in self.pairs]
+        return [(is_tie, margin, weight, 0.5 if is_tie else self.probability) for is_tie in ties]
 
     @property
     def chosen_ids(self) -> list[int]:
@@ -88,6 +92,7 @@ class Batch(NamedTuple):
     is_tie: Tensor  # (P,) bool, neither is better
     margins: Tensor  # (P,)
     weights: Tensor  # (P,) 1 / pairs of the record: pairs of a record, then records, count alike
+    targets: Tensor  # (P,) probability that the better is better: 1, less for a soft label, 1/2 for a tie
     share_prompts: bool  # whether a row may hold several responses
 
 
@@ -112,7 +117,8 @@ def preference(
     by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
     responses = [side.ids[len(prompt) :] for _, side in by_rank]
     ranks = [float(rank) for rank, _ in by_rank]
-    return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, float(margin)), is_cut
+    facts = float(margin), record.get("chosen_probability", 1.0)
+    return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), is_cut
 
 
 def scored_response(

@@ -106,7 +106,7 @@ def judge(data: Pairs, rows: Sequence[Preference], better: Tensor, worse: Tensor
         (row.response_lengths[i], row.response_lengths[j], margin, is_tie, origin.rpartition(":")[0], share)
         for origin, record, row in zip(data.origins, data.records, rows, strict=True)
         for share in [agreement(record)]
-        for (i, j), (is_tie, margin, _) in zip(row.pairs, row.pair_facts, strict=True)
+        for (i, j), (is_tie, margin, *_) in zip(row.pairs, row.pair_facts, strict=True)
     ]
     return Judged(better.numpy(), worse.numpy(), *(np.array(column) for column in zip(*facts, strict=True)))
 
@@ -167,9 +167,9 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: 
     """
     better, worse = scored_pairs(engine, rows, micro_batch, layout)
     engine.train()
-    facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 3)
-    is_tie, margins, weights = facts[:, 0].bool(), facts[:, 1], facts[:, 2]
-    losses = pairwise_loss(better, worse, margins, torch.where(is_tie, 0.5, 1.0))
+    facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 4)
+    is_tie, margins, weights, targets = facts[:, 0].bool(), *facts[:, 1:].unbind(1)
+    losses = pairwise_loss(better, worse, margins, targets)
     right = (better > worse).double() + 0.5 * (better == worse)
     found = {
         "eval/loss": (losses * weights).sum() / len(rows),

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from common.checkpoint import find_checkpoint, save_if_due
@@ -132,7 +131,7 @@ def train_step(
     for number, picked in enumerate(mine, start=1):
         micro = collate([records[i] for i in picked], layout)
         better, worse, states = pair_scores_and_states(engine, micro)  # (P,), (P,), (R, T, hidden)
-        targets = torch.where(micro.is_tie, 0.5, 1.0 - options.label_smoothing)
+        targets = options.label_smoothing + (1.0 - 2.0 * options.label_smoothing) * micro.targets
         losses = pairwise_loss(better, worse, micro.margins, targets)
         if options.centre_coef:
             losses = losses + options.centre_coef * centring_loss(better, worse)

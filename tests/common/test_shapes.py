@@ -62,12 +62,14 @@ def test_whole_dialogues_of_human_and_assistant():
         ({"preference": "tie"}, "x", True), ({"votes": ["B", "B", "A"]}, "y", False),
         ({"votes": ["A", "B"]}, "x", True), ({"votes": ["A", "tie", "tie"]}, "x", True),
         ({"votes": ["a"], "preference": "B"}, "x", False),
+        ({"preference": 0.5}, "x", True), ({"preference": 0.2}, "y", False), ({"preference": 1}, "x", False),
     ],
 )  # fmt: skip
 def test_comparisons_and_votes(says, chosen, tie):
     record = recognise({"prompt": "p", "response_a": "x", "response_b": "y", **says})
     assert (record["chosen"], record["tie"]) == (chosen, tie)
     assert {record["chosen"], record["rejected"]} == {"x", "y"}
+    assert record["chosen_probability"] == (0.8 if says == {"preference": 0.2} else 0.5 if tie else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +83,9 @@ def test_comparisons_and_votes(says, chosen, tie):
         ({"prompt": "p", "response_a": "x", "response_b": "y"}, "preference is None; allowed: A B tie"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "votes": []}, "'votes' must be a list"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "votes": ["C"]}, "preference is 'C'"),
+        ({"prompt": "p", "response_a": "x", "response_b": "y", "votes": [0.7]}, "preference is 0.7; allowed"),
+        ({"prompt": "p", "response_a": "x", "response_b": "y", "preference": 7}, "preference is 7; a number"),
+        ({"prompt": "p", "response_a": "x", "response_b": "y", "preference": True}, "preference is True"),
     ],
 )
 def test_a_near_miss_is_named(record, message):

@@ -2,11 +2,13 @@
 
 import pytest
 
+from common.shapes import recognise
 from step2_reward.data import Layout, Preference, collate, preference
 from tests.conftest import assert_close
 from tests.word_encoder import EOS, PAD, WordEncoder
 
 PAIR = {"prompt": "a b", "chosen": "c", "rejected": "d e"}
+SOFT = {"prompt": "a b", "response_a": "c", "response_b": "d e", "preference": 0.3}
 RANKING = {"prompt": "a b", "responses": ["c", "d e", "f g h"], "ranks": [2, 0.5, 2]}
 
 
@@ -16,7 +18,7 @@ def convert(record: dict, max_length: int = 64, use_margin: bool = False) -> Pre
 
 def test_a_pair_is_a_ranking_of_two():
     row = convert(PAIR)
-    assert row == ([10, 11], [12, EOS, 12, 13, EOS], [2, 3], [0.0, 1.0], 0.0)
+    assert row == ([10, 11], [12, EOS, 12, 13, EOS], [2, 3], [0.0, 1.0], 0.0, 1.0)
     assert (row.length, row.pairs, row.chosen_ids) == (7, [(0, 1)], [10, 11, 12, EOS])
     assert convert({"prompt": "a b", "responses": ["d e", "c"], "ranks": [1, 0]}) == row
     assert convert(PAIR | {"tie": True}).ranks == [0.0, 0.0]
@@ -98,5 +100,8 @@ def test_pairs_of_a_batch(share_prompts):
     assert batch.is_tie.tolist() == [False, False, False, True]
     assert_close(batch.margins.tolist(), [0.5, 0.0, 0.0, 0.0])
     assert_close(batch.weights.tolist(), [1.0, 1 / 3, 1 / 3, 1 / 3])
+    assert_close(batch.targets.tolist(), [1.0, 1.0, 1.0, 0.5])
     tied = collate([ROWS[0]._replace(ranks=[0.0, 0.0])], Layout(PAD, share_prompts))
+    soft = collate([convert(recognise(SOFT)), ROWS[0]], Layout(PAD, share_prompts))
+    assert_close(soft.targets.tolist(), [0.7, 1.0])
     assert tied.is_tie.item() and tied.margins.item() == 0.0, "no side of a tie is better by anything"

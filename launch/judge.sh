@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Preferences of a model that judges two responses by a constitution, and how far it is from people
+#   bash launch/judge.sh --model_name_or_path DIR_OR_HUB_ID --preference_data F.jsonl --output_dir DIR
+set -euo pipefail
+NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU
+ZERO_CONFIG="${ZERO_CONFIG:-}"        # DeepSpeed JSON; empty: zero2 on GPUs, zero0 on the CPU
+HOSTFILE="${HOSTFILE:-}"              # DeepSpeed's list of machines; empty: this one
+MASTER_PORT="${MASTER_PORT:-}"        # where the ranks meet; empty: a free port, or 29500 with a HOSTFILE
+
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install requirements.txt
+run_stage step2_reward.judge output/judge ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"

@@ -1,0 +1,225 @@
+"""Demonstrations from a model that criticises and revises its own answers by a constitution.
+
+    bash launch/critique.sh --model_name_or_path DIR_OR_HUB_ID --prompt_data F.jsonl --output_dir DIR
+
+writes DIR/demonstrations.jsonl for step 1, and DIR/report.json. Source: Bai et al. 2022 (Constitutional AI),
+section 3: a draft, then rounds of critique and revision, each by a principle drawn at random.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from common.constitution import (
+    SHIPPED,
+    ConstitutionOptions,
+    as_text,
+    draw_principle,
+    fill,
+    load_assistant,
+    read_constitution,
+    read_template,
+)
+from common.data import load_examples
+from common.distributed import init_distributed, log, rank
+from common.files import write_json, write_text
+from common.formatting import Message, find_prompt
+from common.generation import Answer, GenerationOptions, check_lengths, load_policy, sample_answers
+from common.intervals import share, share_in_words
+from common.models import load_config
+from common.options import DataOptions, OptimiserOptions, option, parse_options, world_size
+from common.overlong import Dropped
+from common.process import run_main
+from common.prompts import Prompt, prompt
+from common.records import Record
+from common.run_folder import prepare_output
+from common.tokenization import SegmentEncoder
+from common.windows import to_lines, work_through
+from common.zero import load_zero_config
+
+CRITIQUE_PLACES = ("prompt", "response", "principle")
+REVISION_PLACES = (*CRITIQUE_PLACES, "critique")
+
+
+@dataclass
+class CritiqueOptions(ConstitutionOptions, GenerationOptions):
+    """Answers that a model has criticised and revised by a constitution, as demonstrations."""
+
+    prompt_data: list[str] = option([], "Red-team or ordinary prompts: files or hub names. Required.")
+    output_dir: str = option("output/critique", "Folder for demonstrations.jsonl and report.json.")
+    revision_rounds: int = option(2, "Critiques and revisions of each answer.", at_least=1)
+    max_response_length: int = option(
+        512, "Longest answer, critique or revision in tokens; a longer revision is not used.", at_least=1
+    )
+    critique_template: str = option(
+        str(SHIPPED / "critique.txt"), "How to ask for a critique: text with {prompt} {response} {principle}."
+    )
+    revision_template: str = option(
+        str(SHIPPED / "revision.txt"), "How to ask for a revision: the same places, and {critique}."
+    )
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(CritiqueOptions, required=["model_name_or_path", "prompt_data"])
+    principles = read_constitution(options.constitution)
+    templates = (
+        read_template("critique_template", options.critique_template, CRITIQUE_PLACES),
+        read_template("revision_template", options.revision_template, REVISION_PLACES),
+    )
+    config = load_config(options.model_name_or_path)
+    check_lengths(options, config)
+    as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
+    encoder = load_assistant(options)
+    rows = load_prompts(options, encoder)
+    init_distributed(options.timeout_minutes)
+    prepare_output(options, {"tokenizer": encoder.tokenizer})
+
+    # 2. Window by window; what an earlier run has done is kept.
+    policy = load_policy(options.model_name_or_path, encoder, zero)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    model = Model(policy, encoder, options, positions - options.max_response_length - 1)
+    work = partial(revise, model=model, principles=principles, templates=templates, options=options)
+    records = work_through(rows, work, Path(options.output_dir))
+
+    # 3. What was found.
+    if rank() == 0:
+        write_results(records, Path(options.output_dir))
+
+
+def load_prompts(options: CritiqueOptions, encoder: SegmentEncoder) -> list[Prompt]:
+    """All prompts; one that is too long for a draft loses its beginning. Raises UserError."""
+    how = DataOptions(eval_fraction=0.0, skip_bad_records=options.skip_bad_records)
+    convert = partial(
+        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong="truncate_prompt"
+    )
+    rows, _ = load_examples(options.prompt_data, how, Prompt, convert)
+    return list(rows)
+
+
+class Model:
+    """What is asked. Answers are sampled, each time others, by the window and the number of the question."""
+
+    def __init__(
+        self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, room: float
+    ) -> None:
+        """room: the longest question in tokens."""
+        self._sample = partial(sample_answers, policy, encoder, options=options)
+        self._encode = partial(prompt, encoder=encoder, max_length=room, overlong="drop")
+        self._steps_per_window = 1 + 2 * options.revision_rounds
+        self._step = 0
+
+    def begin(self, window: int) -> None:
+        self._step = window * self._steps_per_window
+
+    def answer(self, prompts: Mapping[int, list[int]]) -> dict[int, Answer]:
+        """An answer to each prompt of token ids, by the number of its record."""
+        drawn = self._sample([*prompts.values()], step=self._step) if prompts else []
+        self._step += 1
+        return dict(zip(prompts, drawn, strict=True))
+
+    def ask(self, questions: Mapping[int, list[Message]]) -> dict[int, Answer]:
+        """An answer to each question that leaves the model room for one."""
+        prompts = {}
+        for place, question in questions.items():
+            with contextlib.suppress(Dropped):
+                prompts[place] = self._encode({"prompt": question})[0].ids
+        return self.answer(prompts)
+
+
+def revise(
+    window: int, rows: Sequence[Prompt], model: Model, principles: Sequence[str], templates: tuple[str, str],
+    options: CritiqueOptions,
+) -> list[Record]:  # fmt: skip
+    """A record for each prompt: draft, trace and completion, which is empty when no answer came to its end.
+
+    A revision that is empty or cut off changes nothing, and neither does one there is no room to ask for.
+    """
+    model.begin(window)
+    drafts = model.answer({place: row.ids for place, row in enumerate(rows)})
+    prompts = [find_prompt(row.record) for row in rows]
+    answers, traces = dict(drafts), [[] for _ in rows]
+    for number in range(options.revision_rounds):
+        texts = {
+            place: {
+                "prompt": as_text(asked),
+                "response": answers[place].text.strip(),
+                "principle": draw_principle(principles, asked, options.seed, number),
+            }
+            for place, asked in enumerate(prompts)
+        }
+        critiques = model.ask({place: fill(templates[0], **parts) for place, parts in texts.items()})
+        for place, critique in critiques.items():
+            texts[place]["critique"] = critique.text.strip()
+        revisions = model.ask({place: fill(templates[1], **texts[place]) for place in critiques})
+        for place, revision in revisions.items():
+            is_used = revision.ended and bool(revision.text.strip())
+            answers[place] = revision if is_used else answers[place]
+            said = {name: texts[place][name] for name in ("principle", "critique")}
+            traces[place].append({**said, "revision": revision.text.strip(), "is_used": is_used})
+    return [
+        demonstration(row, drafts[place], answers[place], traces[place]) for place, row in enumerate(rows)
+    ]
+
+
+def demonstration(row: Prompt, draft: Answer, answer: Answer, trace: list[dict[str, Any]]) -> Record:
+    """What step 1 reads, with what led to it. A verbatim prompt keeps the space that the draft began with."""
+    asked = find_prompt(row.record)
+    begin = draft.text[: -len(draft.text.lstrip())] if isinstance(asked, str) else ""
+    text = answer.text.strip() if answer.ended else ""
+    completion = f"{begin}{text}" if text else ""
+    return {
+        "prompt": asked,
+        "completion": completion,
+        "draft": f"{begin}{draft.text.strip()}",
+        "trace": trace,
+    }
+
+
+def write_results(records: Sequence[Record], folder: Path) -> None:
+    """The demonstrations, and figures about them."""
+    kept = [record for record in records if record["completion"]]
+    write_text(folder / "demonstrations.jsonl", to_lines(kept))
+    figures = measure(records)
+    write_json(folder / "report.json", figures)
+    log(f"\n{describe(figures)}\n\ndemonstrations.jsonl and report.json: {folder}")
+
+
+def measure(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures about the demonstrations, and how many prompts have become none; lengths in characters."""
+    kept = [record for record in records if record["completion"]]
+    changed = [record["completion"] != record["draft"] for record in kept]
+    trace = [step for record in records for step in record["trace"]]
+    return {
+        "prompts": len(records),
+        "demonstrations": len(kept),
+        "revisions": len(trace),
+        "revisions_used": sum(step["is_used"] for step in trace),
+        "changed": share(sum(changed), len(kept)),
+        "draft_length": sum(len(record["draft"]) for record in kept) / max(1, len(kept)),
+        "completion_length": sum(len(record["completion"]) for record in kept) / max(1, len(kept)),
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as text."""
+    left_out = figures["prompts"] - figures["demonstrations"]
+    lines = [
+        f"{figures['demonstrations']} demonstrations; {left_out} prompts left out, whose answers were empty"
+        " or longer than --max_response_length",
+        f"changed by revision: {share_in_words(figures['changed'])}",
+        f"revisions used: {figures['revisions_used']} of {figures['revisions']}; others are empty or cut off",
+        f"mean characters: {figures['draft_length']:.0f} before, {figures['completion_length']:.0f} after",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,161 @@
+"""Critiques and revisions: what becomes of each answer, on any ranks and after a stop, and for step 1."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import common.windows
+from common.generation import Answer
+from common.intervals import wilson
+from common.overlong import Dropped
+from common.prompts import Prompt
+from step1_sft.critique import CritiqueOptions, Model, describe, measure, revise
+from tests.ranks import start_stage, succeed
+from tests.test_bad_input import check_refusal
+from tests.test_stages import common as common_options
+from tests.test_stages import sft, world  # noqa: F401 - world is a fixture
+
+
+class Script(Model):
+    """A model that says what is written down, in this order, and has no room for questions with 'long'."""
+
+    def __init__(self, said: list[list[Answer]]) -> None:
+        self._said, self.questions = iter(said), []
+        self._steps_per_window, self._step, self.steps = 5, 0, []
+        self._sample, self._encode = self.sample, self.encode
+
+    def sample(self, prompts: list, step: int) -> list[Answer]:
+        self.steps.append(step)
+        answers = next(self._said)
+        assert len(answers) == len(prompts)
+        return answers
+
+    def encode(self, record: dict) -> tuple[Prompt, bool]:
+        content = record["prompt"][0]["content"]
+        if "long" in content:
+            raise Dropped("too long")
+        self.questions.append(content)
+        return Prompt([0], ""), False
+
+
+def said(*texts: str) -> list[Answer]:
+    """Answers; one that ends in a dash was cut off."""
+    return [Answer(text.rstrip("-"), not text.endswith("-")) for text in texts]
+
+
+CHAT = Prompt([1, 2], json.dumps({"prompt": [{"role": "user", "content": "Hi?"}]}))
+TEXT = Prompt([3], json.dumps({"prompt": "Q: Who?\nA:"}))
+TEMPLATES = ("C|{prompt}|{response}|{principle}", "R|{prompt}|{response}|{principle}|{critique}")
+
+
+def test_what_becomes_of_each_answer():
+    """One is revised twice; one keeps its draft, as its revisions are empty or cut off; one never ends; there
+    is no room to ask about one.
+    """
+    long = Prompt([4], json.dumps({"prompt": "a long one"}))
+    model = Script([
+        said(" one", " draft", " on and on-", " too"),
+        said("bad one", "bad draft", "endless"), said("two\n", " ", "still on and on-"),
+        said("bad two", "bad draft", "endless"), said(" three", "cut off-", "and on-"),
+    ])  # fmt: skip
+    options = CritiqueOptions(revision_rounds=2)
+    records = revise(3, [CHAT, TEXT, CHAT, long], model, ["P"], TEMPLATES, options)
+    assert model.steps == [15, 16, 17, 18, 19]
+    assert model.questions[:3] == ["C|Human: Hi?|one|P", "C|Q: Who?\nA:|draft|P", "C|Human: Hi?|on and on|P"]
+    assert model.questions[3] == "R|Human: Hi?|one|P|bad one"
+    assert model.questions[6] == "C|Human: Hi?|two|P" and model.questions[9] == "R|Human: Hi?|two|P|bad two"
+    assert [record["completion"] for record in records] == ["three", " draft", "", " too"]
+    assert [record["draft"] for record in records] == ["one", " draft", "on and on", " too"]
+    assert (
+        records[0]["prompt"] == [{"role": "user", "content": "Hi?"}] and records[1]["prompt"] == "Q: Who?\nA:"
+    )
+    assert records[0]["trace"] == [
+        {"principle": "P", "critique": "bad one", "revision": "two", "is_used": True},
+        {"principle": "P", "critique": "bad two", "revision": "three", "is_used": True},
+    ]
+    assert [step["is_used"] for step in records[1]["trace"]] == [False, False] and records[3]["trace"] == []
+    found = measure(records)
+    assert (found["prompts"], found["demonstrations"]) == (4, 3)
+    assert (found["revisions"], found["revisions_used"]) == (6, 2)
+    assert found["changed"] == {"share": 1 / 3, "interval": wilson(1 / 3, 3), "of": 3}
+    assert (found["draft_length"], found["completion_length"]) == ((3 + 6 + 4) / 3, (5 + 6 + 4) / 3)
+    assert "33.3% of 3" in describe(found) and "1 prompts left out" in describe(found)
+    assert "nothing to measure" in describe(measure(records[2:3]))
+
+
+@pytest.fixture(scope="module")
+def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """One that has learnt that answers end."""
+    folder = tmp_path_factory.mktemp("model")
+    succeed("step1_sft.main", [*sft(world, folder, steps=30), "--learning_rate", "1e-2"], folder)
+    return folder / "final"
+
+
+def words(model: Path, folder: Path, output: str, *more: str) -> list[str]:
+    (folder / "critique.txt").write_text("{principle} {prompt} {response} ?")
+    (folder / "revision.txt").write_text("{principle} {prompt} {response} {critique} !")
+    return [
+        "--model_name_or_path", str(model), "--prompt_data", str(folder / "prompts.jsonl"),
+        "--critique_template", str(folder / "critique.txt"), "--output_dir", str(folder / output),
+        "--revision_template", str(folder / "revision.txt"), "--generation_batch_size", "8",
+        "--max_response_length", "40", *more,
+    ]  # fmt: skip
+
+
+def make_prompts(world: Path, folder: Path, count: int) -> None:  # noqa: F811
+    lines = (world / "prompts.jsonl").read_text().splitlines()[:count]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+
+
+def test_ranks_and_a_stop_change_nothing_and_step_1_reads_it(
+    world: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """One rank, two ranks, and a run that is stopped within: the same bytes."""
+    monkeypatch.setattr(common.windows, "WINDOW", 16)
+    make_prompts(world, tmp_path, 60)
+    succeed("step1_sft.critique", words(model, tmp_path, "one"), tmp_path)
+    succeed("step1_sft.critique", words(model, tmp_path, "two"), tmp_path, ranks=2)
+    stopped = words(model, tmp_path, "stopped")
+    running = start_stage("step1_sft.critique", stopped, tmp_path)
+    running.wait_for((tmp_path / "stopped/parts/000000.jsonl").exists)
+    os.kill(running.pids[0], signal.SIGTERM)
+    assert running.result().codes == [75]
+    succeed("step1_sft.critique", stopped, tmp_path)
+    for name in ("demonstrations.jsonl", "report.json"):
+        assert len({(tmp_path / out / name).read_bytes() for out in ("one", "two", "stopped")}) == 1
+    report = json.loads((tmp_path / "one/report.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "one/demonstrations.jsonl").read_text().splitlines()]
+    assert report["prompts"] == 60 and report["demonstrations"] == len(records) > 20
+    assert 0.2 < report["changed"]["share"] <= 1.0
+    for record in records:
+        used = [step["revision"] for step in record["trace"] if step["is_used"]]
+        assert record["completion"] == [record["draft"], *used][-1] and len(record["trace"]) == 2
+    train = str(tmp_path / "one/demonstrations.jsonl")
+    options = [*common_options(tmp_path / "sft", 1), "--model_name_or_path", str(world / "model")]
+    succeed("step1_sft.main", [*options, "--train_data", train, "--num_samples", "0"], tmp_path)
+
+
+BAD = {
+    "no principles": (["--constitution", "FOLDER/empty.txt"], ["empty.txt", "has no principles"]),
+    "no place": (["--revision_template", "FOLDER/critique.txt"], ["--revision_template", "{critique}"]),
+    "no template": (["--critique_template", "FOLDER/no.txt"], ["--critique_template", "No such file"]),
+    "no room": (["--max_response_length", "400"], ["--max_response_length 400", "256 positions"]),
+    "no prompts": (["--prompt_data", "FOLDER/no.jsonl"], ["no.jsonl", "No such file"]),
+    "no prompt": (["--prompt_data", "FOLDER/bad.jsonl"], ["bad.jsonl:1", "'prompt'"]),
+    "no rounds": (["--revision_rounds", "0"], ["--revision_rounds 0", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:  # noqa: F811
+    make_prompts(world, tmp_path, 4)
+    (tmp_path / "empty.txt").write_text("# Nothing.\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "p"}\n')
+    more, parts = BAD[mistake]
+    options = words(
+        world / "model", tmp_path, "out", *(word.replace("FOLDER", str(tmp_path)) for word in more)
+    )
+    check_refusal("step1_sft.critique", options, parts, tmp_path, tmp_path / "out")
