@@ -45,15 +45,21 @@ def make_engine(
     return engine
 
 
-def make_frozen(model: nn.Module, zero: dict[str, Any] | None) -> nn.Module:
-    """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device."""
+def make_frozen(model: nn.Module, zero: dict[str, Any] | None, waits: bool = False) -> nn.Module:
+    """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device, or,
+    where it `waits`, in host memory from which a GPU copies by itself.
+    """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
     model.requires_grad_(False).eval()
-    if zero is None:
+    if zero is not None:
+        return deepspeed.initialize(model=model, config=zero)[0]
+    if not waits:
         return model.to(device())
-    engine, *_ = deepspeed.initialize(model=model, config=zero)
-    return engine
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = get_accelerator().pin_memory(tensor.data)
+    return model
 
 
 def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> float | None:

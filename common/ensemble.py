@@ -109,19 +109,18 @@ def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
 
 
 def load_members(
-    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], is_rare: bool = False
+    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], waits: bool = False
 ) -> list[RewardModel]:
     """The frozen models, in the precision of a DeepSpeed configuration, and partitioned if it is of stage 3.
 
-    Several that are not partitioned wait in host memory, and each is on the device for its own pass only; so
-    does one that is used rarely.
+    Those that wait are in host memory, and each is on the device for its own pass only; so are several that
+    are not partitioned.
     """
     members: list[RewardModel] = []
-    frozen = frozen_config(zero)
+    frozen = frozen_config(zero, waits)
     for path, encoder in zip(options.reward_model_name_or_path, encoders, strict=True):
         model = load_scalar_model(path, encoder.tokenizer, frozen or unpartitioned(zero))
-        waits = frozen is None and (is_rare or len(encoders) > 1)
-        model = model.requires_grad_(False).eval() if waits else make_frozen(model, frozen)
+        model = make_frozen(model, frozen, waits or len(encoders) > 1)
         members.append(RewardModel(encoder, partial(on_device, model)))
     return members
 
@@ -135,7 +134,7 @@ def on_device(model: nn.Module) -> Iterator[nn.Module]:
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_partitioned(t)]
     waiting = [tensor.data for tensor in tensors]
     for tensor in tensors:
-        tensor.data = tensor.data.to(device())
+        tensor.data = tensor.data.to(device(), non_blocking=True)
     try:
         yield model
     finally:

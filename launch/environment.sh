@@ -52,9 +52,10 @@ run_stage() {
         --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
 }
 
-# step SCRIPT OPTIONS...: run another launch script, and pass on to it the signals that this one gets.
+# step SCRIPT OPTIONS...: run another launch script, and pass on to it the signals that this one gets. To the file
+# TIMES, if it is set, comes a line with the seconds and the --output_dir of each.
 step() {
-    local code
+    local code started=$SECONDS
     bash "$@" &
     trap "kill -TERM $!" TERM INT USR1
     while true; do
@@ -62,6 +63,7 @@ step() {
         kill -0 $! 2>/dev/null || break # a signal ends `wait` too
     done
     trap - TERM INT USR1
+    [ -z "${TIMES:-}" ] || echo "$((SECONDS - started)) $(output_dir "" "${@:2}")" >>"$TIMES"
     return "$code"
 }
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.distributed import log
 from common.engine import make_engine, make_frozen
-from common.ensemble import EnsembleOptions, RewardModel, load_encoders, load_members
+from common.ensemble import EnsembleOptions, RewardModel, load_encoders, load_members, on_device
 from common.lora import add_adapters
 from common.models import initialise_head, load_causal_lm, load_scalar_model
 from common.tokenization import SegmentEncoder
@@ -50,10 +50,7 @@ class Models:
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
         """The reference policy, for the duration of a `with` block."""
-        if self.reference is not None:
-            yield self.reference
-            return
-        with without_adapter(self.actor) as reference:
+        with on_device(self.reference) if self.reference else without_adapter(self.actor) as reference:
             yield reference
 
 
@@ -76,11 +73,11 @@ def build_models(
 
     reference, rewards = None, []
     if not has_adapters:
-        zero = frozen_config(actor_zero)
+        zero = frozen_config(actor_zero, options.offload_frozen)
         base = load_causal_lm(options.actor_model_name_or_path, tokenizer, zero or unpartitioned(actor_zero))
-        reference = make_frozen(base, zero)
+        reference = make_frozen(base, zero, options.offload_frozen)
     if not shares_reward:
-        rewards = load_members(options, reward_encoders, critic_zero)
+        rewards = load_members(options, reward_encoders, critic_zero, options.offload_frozen)
 
     actor = load_causal_lm(options.actor_model_name_or_path, tokenizer, actor_zero)
     actor = add_adapters(actor, options, options.seed)
@@ -88,17 +85,24 @@ def build_models(
     if options.has_critic:
         is_alike = reward_encoders[:1] == [encoder]
         critic = add_adapters(load_critic(options, tokenizer, critic_zero, is_alike), options, options.seed)
-    actor = make_engine(actor, actor_zero, options, options.actor_learning_rate, updates)
+    own = recomputing(options, options.actor_gradient_checkpointing)
+    actor = make_engine(actor, actor_zero, own, options.actor_learning_rate, updates)
     if critic:
-        critic = make_engine(critic, critic_zero, options, options.critic_learning_rate, updates)
+        own = recomputing(options, options.critic_gradient_checkpointing)
+        critic = make_engine(critic, critic_zero, own, options.critic_learning_rate, updates)
     if shares_reward:
         rewards = [RewardModel(encoder, partial(without_adapter, critic))]
     gold = None
     if options.gold_reward_model or gold_function:
         alone = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
         encoders = load_encoders(alone, encoder, *reward_encoders)
-        gold = Scorer(load_members(alone, encoders, critic_zero, is_rare=True), gold_function, alone)
+        gold = Scorer(load_members(alone, encoders, critic_zero, waits=True), gold_function, alone)
     return Models(actor, critic, reference, Scorer(rewards, functions, options), gold, encoder)
+
+
+def recomputing(options: PPOOptions, is_own: bool) -> PPOOptions:
+    """The options of one trained model, which has gradient checkpointing as both have it, or of its own."""
+    return replace(options, gradient_checkpointing=options.gradient_checkpointing or is_own)
 
 
 def load_critic(

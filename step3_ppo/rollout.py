@@ -108,10 +108,10 @@ def sample_rollout(
     ids = [prompt.ids for prompt in prompts]
     mine = my_prompts(ids)
     responses = generate(policy, encoder, ids, mine, options, step)
-    return _assemble(prompts, mine, responses, encoder.tokenizer.pad_token_id)
+    return assemble(prompts, mine, responses, encoder.tokenizer.pad_token_id)
 
 
-def _assemble(
+def assemble(
     prompts: Sequence[Prompt], mine: Sequence[int], responses: Responses, pad_token_id: int
 ) -> Rollout:
     """The whole rollout on every rank: each fills in its own rows, and the sum over ranks has them all."""

@@ -22,8 +22,9 @@ from common.models import load_config
 from common.options import LoraOptions
 from launch.plan import memory
 from launch.plan.main import CARDS, REMEDIES, USABLE, remedy
-from launch.plan.memory import Model, Shape, Zero, total
+from launch.plan.memory import Model, Parts, Shape, Zero, total
 from launch.plan.options import PlanOptions
+from launch.plan.phases import Sizes, step3
 from launch.plan.predict import GIB, predict
 from launch.plan.shapes import read_shape
 from step3_ppo.options import PPOOptions
@@ -41,6 +42,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
 LLAMA_2_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
     max_position_embeddings=4096,
+)  # fmt: skip
+SIZES = Sizes(
+    micro_batch=2, accumulates=False, checkpointing=False, actor_checkpointing=False,
+    critic_checkpointing=False, length=0, prompt=8, response=16, generated=4, gathers=True,
 )  # fmt: skip
 PARAMETERS_OF_LLAMA_2_7B = 6_738_415_616  # as its authors' checkpoint has
 
@@ -127,7 +132,8 @@ def test_checkpointing_keeps_what_goes_into_a_layer():
     layer = 3 * 5 * ((4 + 2 * 2) * 16 + 2 * (16 + 8) + 4 * 2 + 2 * 4 * 32)
     last_norm = 3 * 5 * (4 + 2 * 2) * 8
     assert memory.activations(model, 3, 5) == 10 * layer + last_norm
-    assert memory.activations(model, 3, 5, checkpointing=True) == 10 * 3 * 5 * 2 * 8 + layer + last_norm
+    assert memory.activations(model, 3, 5, checkpointing=True) == 10 * 3 * 5 * 2 * 8 + last_norm
+    assert memory.in_layer(model, 3, 5) == layer
 
 
 def test_kv_cache_is_what_a_model_fills(tmp_path: Path, big: PlanOptions):
@@ -154,12 +160,14 @@ def test_buffers_by_hand():
         assert memory.buffers_of_reduction(Model(shape, zero)) == 2 * elements
     assert memory.copies_in_step(Model(shape, Zero(2, 2))) == (2 + 4) * 1000 / 2
     assert memory.gathered(Model(shape, Zero(3, 2, live=600))) == 2 * 600
+    assert memory.gathered(Model(shape, Zero(3, 2, live=600)), is_known=False) == 2 * 300
     assert memory.gathered(Model(shape, Zero(3, 1))) == memory.gathered(Model(shape, Zero(2, 2))) == 0
 
 
 def test_logits_by_hand():
     model = Model(plain(1, vocabulary=32_000), Zero(2, 1, size=2))
-    assert memory.logits_in_training(model, 100) == 100 * 32_000 * (2 + 4 + 4 + 4)
+    assert memory.logits(model, 100) == 100 * 32_000 * 2
+    assert memory.gradient_of_logits(model, 100) == 100 * 32_000 * (4 + 4 + 4)
     assert memory.logits_in_reading(model, 100) == 100 * 32_000 * (2 + 4 + 4)
     assert memory.logits_in_reading(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
 
@@ -169,10 +177,44 @@ def test_step_3_holds_four_copies_of_weights_and_two_with_adapters(big: PlanOpti
     for options, copies in (
         (big, 4),
         (replace(big, lora_rank=8), 2),
+        (replace(big, offload_frozen=True), 2),
         (replace(big, advantage_estimator="rloo"), 3),  # no critic
     ):
         weights = predict(options)["step 3"].parts["weights"]
         assert weights / GIB == pytest.approx(copies * one, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_models_that_wait_are_on_the_gpu_one_at_a_time(stage: int):
+    trained = Model(plain(1000), Zero(stage, 4))
+    frozen = Model(plain(1000), Zero(stage, 4, offloads_weights=True))
+    phases = [*step3(trained, trained, frozen, [frozen], SIZES, Parts())]
+    two = 2 * 2 * 1000 / (4 if stage == 3 else 1)
+    assert {(phase.parts["weights"], phase.parts["host"]) for phase in phases} == {(two, two)}
+    reference, reward, _ = [phase.parts for phase in phases if phase.name == "scoring"]
+    assert reference["buffers"] == reward["buffers"] == 2 * 1000
+
+
+def test_updates_of_step_3_by_hand():
+    """While the critic's first pass waits there are no gradients; later ones come beside those of both."""
+    widths = {"layers": 2, "hidden": 5, "mlp": 10, "kept_in_mlp": 4}
+    actor, critic = (Model(plain(size, **widths), Zero(0, 1, size=4)) for size in (1000, 700))
+    layer, inputs, last_norm = 48 * 4 * 4 * 10, 48 * 4 * 5, 48 * 8 * 5
+    ours, checkpointed = 2 * layer + last_norm, 2 * inputs + last_norm
+    for sizes, other, again in (
+        (SIZES, ours, 0),
+        (replace(SIZES, critic_checkpointing=True), checkpointed, layer),
+    ):
+        phases = [*step3(actor, critic, None, [], replace(sizes, accumulates=True), Parts())]
+        begins = [phase.parts for phase in phases if phase.name == "backward begins"]
+        found = [(parts["gradients"], parts["activations"]) for parts in begins]
+        assert found == [(0, ours + other), (6800, ours), (6800, other)]
+        found = [phase.parts["activations"] for phase in phases if phase.name == "recomputation"]
+        assert found == [ours + other, ours, other + again]
+        ends = [phase.parts["activations"] for phase in phases if phase.name == "backward ends"]
+        assert ends == [other, 0, 0]
+        alone = [*step3(actor, critic, None, [], sizes, Parts())]
+        assert [p.parts["gradients"] for p in alone if p.name == "backward begins"] == [0, 0, 0]
 
 
 def test_options_are_those_of_the_stages():
@@ -191,6 +233,10 @@ def test_a_remedy_makes_it_fit(big: PlanOptions):
         together = {} if " or " in advice else {k: v for changes in named for k, v in changes.items()}
         for changes in [together] if together else named:
             assert total(predict(replace(big, **changes))[step].parts) / GIB <= room
+    together = remedy(big, "step 1", 17.0).removeprefix("it does with ").split(" and ")
+    for left_out in [None, *together]:
+        changes = {k: v for name in together if name != left_out for k, v in REMEDIES[name].items()}
+        assert (total(predict(replace(big, **changes))["step 1"].parts) / GIB <= 17.0) == (not left_out)
     assert remedy(big, "step 3", 5.0).startswith("nor with all")
 
 

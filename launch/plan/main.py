@@ -34,6 +34,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "--gradient_checkpointing": {"gradient_checkpointing": True},
     "--micro_batch_size 1": {"micro_batch_size": 1},
     "--generation_batch_size 8": {"generation_batch_size": 8},
+    "--offload_frozen": {"offload_frozen": True},
     "zero3.json": {**ONE_JSON, "zero_config": str(CONFIG_FOLDER / "zero3.json")},
     "--lora_rank 16": {"lora_rank": 16},
     "zero3_offload.json": {**ONE_JSON, "zero_config": str(CONFIG_FOLDER / "zero3_offload.json")},
@@ -78,20 +79,23 @@ def verdicts(options: PlanOptions, found: dict[str, Phase], room: float) -> Iter
 
 
 def remedy(options: PlanOptions, step: str, room: float) -> str:
-    """Every single change that is enough, or the first ones that together are."""
+    """Every single change that is enough, or those of the first ones that together are."""
 
-    def fits(changes: dict[str, Any]) -> bool:
+    def fits(names: list[str]) -> bool:
+        changes = {key: value for name in names for key, value in REMEDIES[name].items()}
         return total(predict(replace(options, **changes))[step].parts) / GIB <= room
 
-    enough = [name for name, changes in REMEDIES.items() if fits(changes)]
+    enough = [name for name in REMEDIES if fits([name])]
     if enough:
         return f"it does with {' or '.join(enough)}"
-    together: dict[str, Any] = {}
-    for changes in REMEDIES.values():
-        together |= changes
+    together: list[str] = []
+    for name in REMEDIES:
+        together.append(name)
         if fits(together):
-            needed = [name for name, changes in REMEDIES.items() if changes.items() <= together.items()]
-            return f"it does with {' and '.join(needed)}"
+            for one in [*together]:
+                rest = [other for other in together if other != one]
+                together = rest if fits(rest) else together
+            return f"it does with {' and '.join(together)}"
     return "nor with all that helps: it needs more GPUs, or a smaller model"
 
 

@@ -128,16 +128,33 @@ def buffers_of_reduction(model: Model) -> float:
     return zero.size * (reserved + used - kept)
 
 
-def gathered(model: Model) -> float:
-    """Weights that stage 3 has fetched from other ranks while a trained model runs."""
+def gathered(model: Model, is_known: bool = True) -> float:
+    """Weights that have been fetched while a model runs: at stage 3 from other ranks, else all of a frozen
+    model that waits in host memory.
+
+    Stage 3 keeps what the backward pass will need if it knows the order of layers from a pass before;
+    otherwise it gives back each matrix after use.
+    """
     shape, zero = model
-    if zero.stage < 3 or (zero.ranks == 1 and not zero.offloads_weights):
+    if zero.stage < 3:
+        return zero.size * shape.parameters * (zero.offloads_weights and not zero.on_cpu)
+    if zero.ranks == 1 and not zero.offloads_weights:
         return 0.0
-    return zero.size * min(shape.parameters, zero.live)
+    return zero.size * min(shape.parameters, zero.live if is_known else shape.largest)
 
 
 def activations(model: Model, rows: int, width: int, checkpointing: bool = False) -> float:
-    """What a forward pass over rows x width tokens keeps for the backward pass, but for the output head.
+    """What a forward pass over rows x width tokens keeps for the backward pass, but for the output head: all
+    of each layer, or with checkpointing only what goes into it; and what the last norm keeps.
+    """
+    layer = rows * width * model.zero.size * model.shape.hidden
+    if not checkpointing:
+        layer = in_layer(model, rows, width)
+    return model.shape.layers * layer + rows * width * _norm_and_output(model) * model.shape.hidden
+
+
+def in_layer(model: Model, rows: int, width: int) -> float:
+    """What one layer keeps for the backward pass.
 
     The count of Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models",
     section 4.1), who get 34 + 5 a s / h bytes per layer, token and unit of h, for layers as transformers
@@ -149,19 +166,23 @@ def activations(model: Model, rows: int, width: int, checkpointing: bool = False
     - attention: query and output, e x heads x head size each; key and value of the key-value heads; the
       logarithm of each head's sum. Eager attention keeps its probabilities instead, s x heads
     - MLP: e x its width, 4 times with a gate (gate, its activation, up, their product), 2 times without
-
-    With checkpointing only each layer's input stays, and all of the layer that is recomputed.
     """
-    shape, zero = model
-    e, is_frozen = zero.size, shape.trained < shape.parameters
-    norm = FP32 + e * (1 - is_frozen) if shape.has_rms_norm else e  # and what comes out
+    shape, e = model.shape, model.zero.size
     attention = e * (2 * shape.queries + 2 * shape.keys) + FP32 * shape.heads
     if shape.has_eager_attention:
         attention += width * shape.heads * (FP32 + e * (e < FP32))
     layer = attention + e * shape.kept_in_mlp * shape.mlp
-    layer += (norm + e) * shape.norms * shape.hidden + norm * shape.head_norms
-    kept = layer + shape.layers * e * shape.hidden if checkpointing else shape.layers * layer
-    return rows * width * (kept + (norm + e) * shape.hidden)
+    layer += _norm_and_output(model) * shape.norms * shape.hidden
+    return rows * width * (layer + (_norm_and_output(model) - e) * shape.head_norms)
+
+
+def _norm_and_output(model: Model) -> int:
+    """Bytes per element that a norm, and the matrices after it, keep."""
+    shape, e = model.shape, model.zero.size
+    if not shape.has_rms_norm:
+        return e + e
+    is_trained = shape.trained == shape.parameters
+    return FP32 + e * is_trained + e
 
 
 def passing(model: Model, rows: int, width: int) -> float:
@@ -173,11 +194,14 @@ def passing(model: Model, rows: int, width: int) -> float:
     return rows * width * (zero.size * (3 * shape.mlp + 2 * shape.hidden) + scores)
 
 
-def logits_in_training(model: Model, positions: int) -> float:
-    """At `positions` of a micro-batch, while the gradient of the cross-entropy is made: logits, and in fp32
-    log-probabilities and their gradients before and after the softmax.
-    """
-    return positions * model.shape.vocabulary * (model.zero.size + 3 * FP32)
+def logits(model: Model, positions: int) -> float:
+    """At `positions` of a micro-batch, which stay until its update is made."""
+    return positions * model.shape.vocabulary * model.zero.size
+
+
+def gradient_of_logits(model: Model, positions: int) -> float:
+    """While it is made: log-probabilities and their gradients before and after the softmax, in fp32."""
+    return positions * model.shape.vocabulary * 3 * FP32
 
 
 def logits_in_reading(model: Model, positions: int) -> float:

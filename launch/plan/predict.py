@@ -50,8 +50,9 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
         first = rewards[0] if rewards else path
         critic = Model(read_shape(first, True, options.lora_rank, targets), critic_zero)
     if not options.lora_rank:
-        reference = Model(replace(policy, trained=0), actor_zero)
-    scorers = [Model(read_shape(one, True, 0, ()), critic_zero) for one in rewards or [path]]
+        reference = Model(replace(policy, trained=0), _frozen(actor_zero, options.offload_frozen))
+    waits = options.offload_frozen or (len(rewards) > 1 and critic_zero.stage < 3)
+    scorers = [Model(read_shape(one, True, 0, ()), _frozen(critic_zero, waits)) for one in rewards or [path]]
     if options.lora_rank and critic and len(scorers) == 1:
         scorers = []  # it is the critic without its adapter
     sizes, fixed = _sizes(options), Parts(fixed=CPU_FIXED if options.device == "cpu" else GPU_FIXED)
@@ -68,12 +69,19 @@ def _sizes(options: PlanOptions) -> Sizes:
         micro_batch=options.micro_batch_size,
         accumulates=options.global_batch_size > options.micro_batch_size * world_size(),
         checkpointing=options.gradient_checkpointing,
+        actor_checkpointing=options.gradient_checkpointing or options.actor_gradient_checkpointing,
+        critic_checkpointing=options.gradient_checkpointing or options.critic_gradient_checkpointing,
         length=options.max_length,
         prompt=options.max_prompt_length,
         response=options.max_response_length,
         generated=min(options.generation_batch_size, share),
         gathers=options.gather_for_generation,
     )
+
+
+def _frozen(trained: Zero, waits: bool) -> Zero:
+    """How a frozen model beside a trained one is held, in host memory where it waits."""
+    return replace(trained, offloads_weights=trained.offloads_weights or waits)
 
 
 def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) -> Zero:
@@ -95,7 +103,7 @@ def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) ->
         ranks=world_size(),
         size=FP32 // 2 if is_16_bit else FP32,
         offloads_optimiser=offloads("offload_optimizer"),
-        offloads_weights=offloads("offload_param"),
+        offloads_weights=zero["stage"] == 3 and offloads("offload_param"),
         bucket=int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET)),
         buffers=2 if zero.get("overlap_comm", zero["stage"] == 3) else 1,
         live=int(zero.get("stage3_max_live_parameters", Zero.live)),

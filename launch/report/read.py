@@ -54,12 +54,14 @@ def columns(lines: Sequence[Line], *names: str) -> list[list[float]]:
 def known_options() -> dict[str, dict[str, tuple[Any, str]]]:
     """The default and the help of every option, by step."""
     from step1_sft.options import SFTOptions
+    from step2_reward.direct.options import DirectOptions
     from step2_reward.options import RewardOptions
     from step3_ppo.options import PPOOptions
 
     classes = {
         "Step 1: supervised fine-tuning": SFTOptions,
         "Step 2: reward model": RewardOptions,
+        "Step 2: direct preference optimisation": DirectOptions,
         "Step 3: PPO": PPOOptions,
     }
     return {step: _defaults(options()) for step, options in classes.items()}

@@ -30,6 +30,8 @@ SETTINGS = (
 )
 FIGURES = ("eval/gold", "eval/score", "eval/kl", "eval/length", "eval/eos_rate", "eval/distinct_2")
 
+OFF = "policy/ratio off 1"  # mean distance, of the first minibatch, before the policy has moved
+
 
 def wrap(module: Any, name: str, around: Callable[..., Any]) -> None:
     """Have `around` called in place of a function, with that function as its first argument."""
@@ -107,10 +109,9 @@ def run(name: str, seed: int, quickstart: Path) -> dict[str, float]:
         if done.returncode:
             sys.exit(f"ablations.py: {name}, seed {seed}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    ratio = fmean(line["policy/ratio"] for line in lines if "policy/ratio" in line)
-    return {name: [line for line in lines if "eval/gold" in line][-1][name] for name in FIGURES} | {
-        "policy/ratio": ratio
-    }
+    off = fmean(abs(line["policy/ratio"] - 1) for line in lines if "policy/ratio" in line)
+    last = [line for line in lines if "eval/gold" in line][-1]
+    return {name: last[name] for name in FIGURES} | {OFF: off}
 
 
 def main() -> None:
@@ -131,11 +132,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
     options = parser.parse_args()
-    columns = [*FIGURES, "policy/ratio"]
+    columns = [*FIGURES, OFF]
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name in options.only:
         found = [run(name, seed, options.quickstart) for seed in options.seeds]
-        cells = [" ".join(f"{one[column]:.3f}" for one in found) for column in columns]
+        cells = [" ".join(f"{one[column]:.4f}" for one in found) for column in columns]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -1,0 +1,52 @@
+"""What each method of stories_methods.sh reached on held-out prompts, and what it took, as one table.
+
+python launch/recipes/methods_table.py OUTPUT
+"""
+
+import json
+import sys
+from pathlib import Path
+
+HEADS = ("method", "gold score", "KL", "distinct-2", "perplexity", "seconds", "sampled tokens")
+
+
+def sampled_tokens(folder: Path) -> int:
+    """Tokens of all responses that runs below a folder have drawn to learn from."""
+    total = 0.0
+    for file in folder.rglob("metrics.jsonl"):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = json.loads(file.with_name("options.json").read_text()).get("rollout_batch_size", 0)
+        total += sum(line["response/length"] * rows for line in lines if "response/length" in line)
+    for file in folder.rglob("report.json"):
+        total += json.loads(file.read_text()).get("response_tokens", 0) * (file.parent.name == "samples")
+    return round(total)
+
+
+def seconds(output: Path, folder: Path) -> int:
+    """Wall clock of all commands that wrote to a folder or below it, starts and evaluations included."""
+    lines = [line.split(" ", 1) for line in (output / "times.txt").read_text().splitlines()]
+    return sum(int(spent) for spent, where in lines if where and Path(where).is_relative_to(folder))
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+    for policy in json.loads((output / "report" / "report.json").read_text())["policies"]:
+        folder = Path(policy["model"]).parent
+        gold = policy["scores"]["gold score"]
+        cells = [
+            folder.name,
+            f"{gold['mean']:.3f} ± {(gold['high'] - gold['low']) / 2:.3f}",
+            f"{policy['kl']['mean']:.2f}",
+            f"{policy['distinct_2']:.3f}",
+            f"{policy['perplexity']:.2f}",
+            f"{seconds(output, folder)}",
+            f"{sampled_tokens(folder):,}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+    shared = seconds(output, output / "step2_reward")
+    print(f"\nThe reward model, which all but dpo, ipo, kto, orpo and simpo need, took {shared} s.")
+
+
+if __name__ == "__main__":
+    main()

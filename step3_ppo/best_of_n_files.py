@@ -1,0 +1,145 @@
+"""samples.jsonl, and the demonstrations and preferences that are selected from it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from common.files import flush_folder, write_json
+from common.options import UserError
+from step3_ppo.best_of_n_options import BestOfNOptions
+from step3_ppo.best_of_n_select import at_least, best, usable_responses, worse
+
+PAIR_STREAM = 4  # apart from the random numbers that order data and draw responses
+DEMONSTRATION = ("prompt", "completion", "ended", "score")  # fields of a sample
+Sample = dict[str, Any]
+
+
+def whole_samples(path: Path, chunk: int, total: int) -> int:
+    """Cut the file after its last whole chunk of so many lines; returns the number of lines that are left.
+
+    Of `total` lines the last chunk may have fewer.
+    """
+    place = kept = end = 0
+    with path.open("a+b") as file:
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            place += len(line)
+            if line.endswith(b"\n") and (number % chunk == 0 or number == total):
+                kept, end = number, place
+        file.truncate(end)
+    return kept
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> None:
+    """Append to the file, and return when the disk holds it."""
+    with path.open("ab") as file:
+        file.writelines(_line(sample) for sample in samples)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def select(options: BestOfNOptions) -> dict[str, Any]:
+    """Write demonstrations.jsonl, preferences.jsonl and report.json from samples.jsonl; returns the report.
+
+    Raises UserError when nothing is kept.
+    """
+    size = options.samples_per_prompt
+    samples = Path(options.output_dir) / "samples.jsonl"
+    folder = Path(options.selection_dir or options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, list[list[Any]]] = {name: [] for name in ("score", "ended", "length", "usable")}
+    distinct = 0
+    for group in _groups(samples, size):
+        for name in ("score", "ended", "length"):
+            columns[name].append([sample[name] for sample in group])
+        texts = [sample["completion"] for sample in group]
+        columns["usable"].append(usable_responses(texts, columns["ended"][-1], options.keep_truncated))
+        distinct += len(set(texts))
+    scores, ended, lengths, usable = (np.array(column) for column in columns.values())  # (P, n) each
+
+    kept, threshold = _keep(scores, usable, ended, options)
+    top = best(scores, usable)
+    lower = worse(scores, usable, options.pairs, (options.seed, PAIR_STREAM, options.round))
+    with _whole(folder / "demonstrations.jsonl") as one, _whole(folder / "preferences.jsonl") as two:
+        for place, group in enumerate(_groups(samples, size)):
+            for number in np.flatnonzero(kept[place]):
+                one.write(_line({name: group[number][name] for name in DEMONSTRATION}))
+            if lower[place].any():
+                chosen, rejected = (group[mask[place].argmax()] for mask in (top, lower))
+                two.write(_line(_preference(chosen, rejected)))
+
+    report = {
+        "prompts": len(scores),
+        "samples": scores.size,
+        "response_tokens": int(lengths.sum()),
+        "score": {"mean": scores.mean(), "std": scores.std(), "best": scores[top].mean()},
+        "ended": ended.mean(),
+        "distinct": distinct / scores.size,
+        "threshold": threshold,
+        "demonstrations": int(kept.sum()),
+        "prompts_with_demonstrations": int(kept.any(1).sum()),
+        "score_of_demonstrations": scores[kept].mean(),
+        "preferences": int(lower.sum()),
+        "selection": {k: v for k, v in asdict(options.selection).items() if k != "selection_dir"},
+    }
+    write_json(folder / "report.json", report)
+    return report
+
+
+def _keep(
+    scores: np.ndarray, usable: np.ndarray, ended: np.ndarray, options: BestOfNOptions
+) -> tuple[np.ndarray, float | None]:
+    """The demonstrations (P, n) bool, and the threshold if there is one. Raises UserError for none."""
+    if not usable.any():
+        way = "" if options.keep_truncated else "; --keep_truncated takes those too"
+        raise UserError(
+            f"{options.output_dir}/samples.jsonl: no response can be learnt from: {(~ended).sum()} of"
+            f" {ended.size} were cut by --max_response_length {options.max_response_length}{way}"
+        )
+    if options.keep == "best":
+        return best(scores, usable), None
+    is_given = options.keep == "threshold"
+    threshold = options.threshold if is_given else float(np.quantile(scores[usable], options.quantile))
+    kept = at_least(scores, usable, threshold)
+    if not kept.any():
+        median, highest = np.quantile(scores[usable], (0.5, 1))
+        raise UserError(
+            f"--threshold {threshold:g}: no response scores as much: the median is {median:.3f}, the best has"
+            f" {highest:.3f}"
+        )
+    return kept, threshold
+
+
+def _preference(chosen: Sample, rejected: Sample) -> dict[str, Any]:
+    margin = round(chosen["score"] - rejected["score"], 6)
+    texts = {"chosen": chosen["completion"], "rejected": rejected["completion"]}
+    return {"prompt": chosen["prompt"], **texts, "margin": margin}
+
+
+def _groups(path: Path, size: int) -> Iterator[list[Sample]]:
+    """The samples, those to one prompt together."""
+    with path.open("rb") as lines:
+        yield from iter(lambda: [json.loads(line) for line in islice(lines, size)], [])
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place at the end of the `with` block, when the disk holds it."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    flush_folder(path.parent)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return f"{json.dumps(record)}\n".encode()

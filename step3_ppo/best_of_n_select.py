@@ -1,0 +1,47 @@
+"""Which of n responses to each of P prompts are kept, and which are compared. Pure numpy.
+
+Best of n: Stiennon et al. 2020; to learn from it: RAFT, Dong et al. 2023 (arXiv 2304.06767), algorithm 1. All
+that score enough: ReST, Gulcehre et al. 2023 (arXiv 2308.08998), algorithm 1, whose filter wants more than
+the threshold; here as much will do, so that a quantile keeps something also where many score the same.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def usable_responses(texts: Sequence[str], ended: Sequence[bool], keep_truncated: bool) -> list[bool]:
+    """Which of n responses to one prompt can be learnt from: those that are not empty, nor the same as an
+    earlier one, nor, unless keep_truncated, cut by the length limit, that is, not ended.
+    """
+    usable: list[bool] = []
+    seen: set[str] = set()
+    for text, has_ended in zip(texts, ended, strict=True):
+        usable.append(bool(text.strip()) and (has_ended or keep_truncated) and text not in seen)
+        seen |= {text} if usable[-1] else set()
+    return usable
+
+
+def best(scores: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """The usable response with the highest score to each prompt, the first of equals: (P, n) bool.
+
+    scores, usable: (P, n). To a prompt without a usable response there is none.
+    """
+    highest = np.where(usable, scores, -np.inf).argmax(1)  # (P,)
+    return usable & (np.arange(scores.shape[1]) == highest[:, None])
+
+
+def at_least(scores: np.ndarray, usable: np.ndarray, threshold: float) -> np.ndarray:
+    """The usable responses that score no less than the threshold: (P, n) bool."""
+    return usable & (scores >= threshold)
+
+
+def worse(scores: np.ndarray, usable: np.ndarray, how: str, seed: Sequence[int]) -> np.ndarray:
+    """What the best response to each prompt is to be preferred to: (P, n) bool, at most one for each.
+
+    how: `worst`, the first of equals; `random`, any usable response with a lower score than the best, each as
+    likely; `none`. Responses of equal score are no preference.
+    """
+    highest = np.where(usable, scores, -np.inf).max(1, keepdims=True)  # (P, 1)
+    lower = usable & (scores < highest) & (how != "none")
+    return best(-scores if how == "worst" else np.random.default_rng(seed).random(scores.shape), lower)
