@@ -61,7 +61,11 @@ def prompt_segments(prompt: str | list[Message], render: Render, eos: str) -> li
 
 
 def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
-    """Segments of `prompt` + `completion`, or of `messages` with every assistant turn as a response."""
+    """Segments of `prompt` + `completion`, or of `messages` with every assistant turn as a response.
+
+    A completion whose record says that it has not `ended` was cut, and EOS is not what comes next. Raises
+    ValueError, in words for the user.
+    """
     if "messages" in record:
         return _conversation(until_last_reply(record)["messages"], render, eos)
     if "prompt" not in record or "completion" not in record:
@@ -69,7 +73,11 @@ def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> 
         raise ValueError(
             f"field {missing!r} is missing (a demonstration has 'prompt' + 'completion', or 'messages')"
         )
-    return dialogue_segments(_text(record, "prompt"), _text(record, "completion"), render, eos)
+    ended = record.get("ended", True)
+    if not isinstance(ended, bool):
+        raise ValueError(f"field 'ended' is {ended!r}; it must be true or false")
+    segments = dialogue_segments(_text(record, "prompt"), _text(record, "completion"), render, eos)
+    return [*segments[:-1], segments[-1]._replace(ends=ended)]
 
 
 def until_last_reply(record: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,16 @@ def test_strings_are_used_verbatim():
     assert prompt_segments(record["prompt"], DEFAULT, EOS) == [Segment("  Q: {{x}}\n\n")]
 
 
+@pytest.mark.parametrize("prompt", ["Q: x", chat("x")], ids=["string", "messages"])
+def test_no_eos_after_a_completion_that_was_cut(prompt):
+    record = {"prompt": prompt, "completion": " A"}
+    whole = demonstration_segments({**record, "ended": True}, DEFAULT, EOS)
+    assert whole == demonstration_segments(record, DEFAULT, EOS)
+    assert text_of(whole) == text_of(demonstration_segments({**record, "ended": False}, DEFAULT, EOS)) + EOS
+    with pytest.raises(ValueError, match="field 'ended' is 'no'; it must be true or false"):
+        demonstration_segments({**record, "ended": "no"}, DEFAULT, EOS)
+
+
 def test_default_template_turn_by_turn():
     record = {"messages": chat("hi", "hello", "bye", "so long", system="Be kind.")}
     assert demonstration_segments(record, DEFAULT, EOS) == [
