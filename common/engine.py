@@ -23,6 +23,7 @@ def make_engine(
     from transformers import get_scheduler
 
     fill_bucket_sizes(zero, model.config.get_text_config().hidden_size)
+    model.train()  # it was loaded for evaluation, in which nothing is recomputed
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     schedule = partial(

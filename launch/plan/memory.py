@@ -133,7 +133,8 @@ def gathered(model: Model, is_known: bool = True) -> float:
     model that waits in host memory.
 
     Stage 3 keeps what the backward pass will need if it knows the order of layers from a pass before;
-    otherwise it gives back each matrix after use.
+    otherwise it gives back each matrix after use, and goes on so where the first pass was one without
+    gradients, as when step 2 tries whether prompts can be shared.
     """
     shape, zero = model
     if zero.stage < 3:

@@ -122,6 +122,8 @@ def measure(case: Case, words: list[str], folder: Path, output: Path) -> float:
         "logging_steps": 1, "save_steps": 0, "eval_fraction": 0.0, "cache_dir": folder / "cache",
         "preprocessing_workers": 1,
     }  # fmt: skip
+    if case.step == 2:
+        options["share_prompts"] = "no"
     if case.step == 3:
         options |= {"actor_model_name_or_path": model / "policy", "prompt_data": folder / "data.jsonl"}
         options |= {"reward_model_name_or_path": model / "reward", "max_steps": 2, "ppo_epochs": passes}
