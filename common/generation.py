@@ -1,6 +1,6 @@
 """Responses of a policy to any number of prompts, shared out among the ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -85,8 +85,8 @@ def my_prompts(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def generate(
-    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], rows: Sequence[int],
-    options: GenerationOptions, step: int,
+    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
+    rows: Sequence[int], options: GenerationOptions, step: int,
 ) -> Responses:  # fmt: skip
     """Responses to these rows of the prompts, by a policy of `load_policy` or an engine that trains one.
 
@@ -116,24 +116,19 @@ def generate(
     return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def sample_texts(
-    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], options: GenerationOptions, step: int
-) -> list[str]:
-    """One response to each prompt as text, without EOS; the same on every rank. See `generate`."""
-    return [answer.text for answer in sample_answers(policy, encoder, prompts, options, step)]
-
-
 def sample_answers(
-    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]], options: GenerationOptions, step: int
-) -> list[Answer]:
-    """Like `sample_texts`, and whether each response came to its end."""
-    even = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]
-    mine = my_prompts(even)
-    drawn = generate(policy, encoder, even, mine, options, step)
+    policy: Any, encoder: SegmentEncoder, prompts: Mapping[int, list[int]], options: GenerationOptions,
+    step: int,
+) -> dict[int, Answer]:  # fmt: skip
+    """An answer to each prompt, by its number, on every rank: see `generate`. What else is asked with it does
+    not matter.
+    """
+    even = [*prompts, *[*prompts][:1] * (-len(prompts) % world_size())]
+    mine = [even[place] for place in my_prompts([prompts[number] for number in even])]
+    drawn = generate(policy, encoder, prompts, mine, options, step)
     parts = (mine, *(part.tolist() for part in (drawn.ids, drawn.lengths, drawn.ended)))
     found = {
-        row: Answer(encoder.decode_response(even[row], ids[:length]), ended)
-        for row, ids, length, ended in zip(*parts, strict=True)
+        number: Answer(encoder.decode_response(prompts[number], ids[:length]), ended)
+        for number, ids, length, ended in zip(*parts, strict=True)
     }
-    answers = {row: answer for part in gather_objects(found) for row, answer in part.items()}
-    return [answers[row] for row in range(len(prompts))]
+    return {number: answer for part in gather_objects(found) for number, answer in part.items()}

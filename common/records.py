@@ -14,6 +14,7 @@ from common.shapes import recognise
 
 Record = dict[str, Any]
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
+CLICKS = ".clicks.jsonl"  # what raters did, beside the file of records that is made of it
 
 
 class Source(NamedTuple):
@@ -113,10 +114,11 @@ def fraction(content: str | list[Message] | Record, purpose: str) -> float:
 
 
 def files_of(name: str) -> list[str]:
-    """The data files of a folder, in order of their names; anything else is what it is."""
+    """The data files of a folder, in order of their names, but for clicks; anything else is what it is."""
     path = Path(name)
     if path.is_dir():
-        files = sorted(str(file) for file in path.iterdir() if file.suffix in KINDS)
+        files = [str(file) for file in path.iterdir() if file.suffix in KINDS]
+        files = sorted(file for file in files if not file.endswith(CLICKS))
         if not files:
             raise UserError(f"{name}: a folder without data files; allowed: {' '.join(KINDS)}")
         return files

@@ -40,7 +40,7 @@ from common.prompts import Prompt, prompt
 from common.records import Record
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder
-from common.windows import to_lines, work_through
+from common.windows import stop_if_asked, to_lines, work_through
 from common.zero import load_zero_config
 
 CRITIQUE_PLACES = ("prompt", "response", "principle")
@@ -82,12 +82,13 @@ def main() -> None:
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
-    # 2. Window by window; what an earlier run has done is kept.
+    # 2. As many prompts at once as fill a batch of every rank; what an earlier run has done is kept.
     policy = load_policy(options.model_name_or_path, encoder, zero)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     model = Model(policy, encoder, options, positions - options.max_response_length - 1)
     work = partial(revise, model=model, principles=principles, templates=templates, options=options)
-    records = work_through(rows, work, Path(options.output_dir))
+    size = options.generation_batch_size * world_size()
+    records = work_through(rows, work, Path(options.output_dir) / "journal", size)
 
     # 3. What was found.
     if rank() == 0:
@@ -105,7 +106,7 @@ def load_prompts(options: CritiqueOptions, encoder: SegmentEncoder) -> list[Prom
 
 
 class Model:
-    """What is asked. Answers are sampled, each time others, by the window and the number of the question."""
+    """What is asked. An answer depends on the numbers of the record and of the step, and on the seed."""
 
     def __init__(
         self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, room: float
@@ -113,60 +114,55 @@ class Model:
         """room: the longest question in tokens."""
         self._sample = partial(sample_answers, policy, encoder, options=options)
         self._encode = partial(prompt, encoder=encoder, max_length=room, overlong="drop")
-        self._steps_per_window = 1 + 2 * options.revision_rounds
-        self._step = 0
+        self._stop_if_asked = partial(stop_if_asked, options.output_dir)
 
-    def begin(self, window: int) -> None:
-        self._step = window * self._steps_per_window
+    def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, Answer]:
+        """An answer to each prompt of token ids, by the number of its record. Raises Stopped."""
+        self._stop_if_asked()
+        return self._sample(prompts, step=step) if prompts else {}
 
-    def answer(self, prompts: Mapping[int, list[int]]) -> dict[int, Answer]:
-        """An answer to each prompt of token ids, by the number of its record."""
-        drawn = self._sample([*prompts.values()], step=self._step) if prompts else []
-        self._step += 1
-        return dict(zip(prompts, drawn, strict=True))
-
-    def ask(self, questions: Mapping[int, list[Message]]) -> dict[int, Answer]:
-        """An answer to each question that leaves the model room for one."""
+    def ask(self, questions: Mapping[int, list[Message]], step: int) -> dict[int, Answer]:
+        """An answer to each question that leaves the model room for one. Raises Stopped."""
         prompts = {}
         for place, question in questions.items():
             with contextlib.suppress(Dropped):
                 prompts[place] = self._encode({"prompt": question})[0].ids
-        return self.answer(prompts)
+        return self.answer(prompts, step)
 
 
 def revise(
-    window: int, rows: Sequence[Prompt], model: Model, principles: Sequence[str], templates: tuple[str, str],
+    rows: Mapping[int, Prompt], model: Model, principles: Sequence[str], templates: tuple[str, str],
     options: CritiqueOptions,
 ) -> list[Record]:  # fmt: skip
     """A record for each prompt: draft, trace and completion, which is empty when no answer came to its end.
 
     A revision that is empty or cut off changes nothing, and neither does one there is no room to ask for.
     """
-    model.begin(window)
-    drafts = model.answer({place: row.ids for place, row in enumerate(rows)})
-    prompts = [find_prompt(row.record) for row in rows]
-    answers, traces = dict(drafts), [[] for _ in rows]
+    drafts = model.answer({place: row.ids for place, row in rows.items()}, step=0)
+    prompts = {place: find_prompt(row.record) for place, row in rows.items()}
+    answers, traces = dict(drafts), {place: [] for place in rows}
     for number in range(options.revision_rounds):
+        step = 1 + 2 * number
         texts = {
             place: {
                 "prompt": as_text(asked),
                 "response": answers[place].text.strip(),
                 "principle": draw_principle(principles, asked, options.seed, number),
             }
-            for place, asked in enumerate(prompts)
+            for place, asked in prompts.items()
         }
-        critiques = model.ask({place: fill(templates[0], **parts) for place, parts in texts.items()})
+        questions = {place: fill(templates[0], **parts) for place, parts in texts.items()}
+        critiques = model.ask(questions, step)
         for place, critique in critiques.items():
             texts[place]["critique"] = critique.text.strip()
-        revisions = model.ask({place: fill(templates[1], **texts[place]) for place in critiques})
+        questions = {place: fill(templates[1], **texts[place]) for place in critiques}
+        revisions = model.ask(questions, step + 1)
         for place, revision in revisions.items():
             is_used = revision.ended and bool(revision.text.strip())
             answers[place] = revision if is_used else answers[place]
             said = {name: texts[place][name] for name in ("principle", "critique")}
             traces[place].append({**said, "revision": revision.text.strip(), "is_used": is_used})
-    return [
-        demonstration(row, drafts[place], answers[place], traces[place]) for place, row in enumerate(rows)
-    ]
+    return [demonstration(row, drafts[place], answers[place], traces[place]) for place, row in rows.items()]
 
 
 def demonstration(row: Prompt, draft: Answer, answer: Answer, trace: list[dict[str, Any]]) -> Record:

@@ -50,7 +50,10 @@ def main() -> None:
     options = parse_options(AnnotateOptions, required=["pair_data", "output"])
     pairs = read_pairs(options.pair_data, options.golden_data, options.skip_bad_records)
     if options.agreement:
-        clicks = read_clicks(log_of(Path(options.output)))
+        file = log_of(Path(options.output))
+        if not file.exists():
+            raise UserError(f"--output {options.output}: was not made by this page: {file} is missing")
+        clicks = read_clicks(file)
         check_known(clicks, {pair.id: pair for pair in pairs}, Path(options.output))
         log(describe(standing(clicks), pairs))
         return

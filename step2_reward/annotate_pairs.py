@@ -8,7 +8,7 @@ from typing import NamedTuple
 from common.distributed import log
 from common.formatting import Comparison, Message, comparison, preference_segments
 from common.options import UserError
-from common.records import Record, read_records
+from common.records import Record, parse_object, read_records
 from common.shapes import recognise
 
 Text = str | list[Message]
@@ -44,7 +44,7 @@ def read_pairs(sources: Sequence[str], golden: Sequence[str], skip_bad_records: 
     for is_golden, names in ((True, golden), (False, sources)):
         for _, place, unparsed in read_records(names):
             try:
-                pair = to_pair(unparsed if isinstance(unparsed, dict) else _parse(unparsed))
+                pair = to_pair(parse_object(unparsed))
                 if is_golden and not pair.answer:
                     raise ValueError("a golden question needs its answer, as 'preference'")
             except ValueError as error:
@@ -106,19 +106,6 @@ def _sides(record: Record) -> Comparison:
         said = str(error).replace("'chosen'", repr(SIDES[0])).replace("'rejected'", repr(SIDES[1]))
         raise ValueError(said) from None
     return compared._replace(ranks=[0, 0] if found["tie"] else [0, 1] if found["chosen"] == first else [1, 0])
-
-
-def _parse(line: bytes) -> Record:
-    """Raises ValueError. Unlike `parse_record`, does not ask for an answer."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text: {error.reason}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"must be a JSON object, not {type(record).__name__}")
-    return record
 
 
 def _render(messages: Sequence[Message], add_generation_prompt: bool) -> str:  # noqa: ARG001 - as templates do

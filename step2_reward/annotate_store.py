@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from common.distributed import log
 from common.files import write_text
 from common.options import UserError
-from common.records import Record
+from common.records import CLICKS, Record
 from step2_reward.annotate_pairs import ANSWERS, Pair
 
 CHOICES = ("A", "B", "tie", "skip", "undo")
@@ -102,7 +102,7 @@ class Store:
 
 def log_of(path: Path) -> Path:
     """F.clicks.jsonl of F.jsonl."""
-    return path.with_suffix(".clicks.jsonl")
+    return path.with_suffix(CLICKS)
 
 
 def open_log(output: Path) -> BinaryIO:

@@ -9,7 +9,7 @@ et al. 2023 (RLAIF), section 2.1, for both orders.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -47,6 +47,7 @@ from common.zero import load_zero_config
 from step2_reward.annotate_pairs import Pair, to_pair
 from step2_reward.judge_report import debias, describe, measure, probability
 
+BATCHES = 16  # judged before a stop is heeded: on any number of ranks the same ones, and so the same bytes
 PLACES = ("prompt", "response_a", "response_b", "principle")
 
 
@@ -84,13 +85,14 @@ def main() -> None:
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
-    # 2. Window by window; what an earlier run has done is kept.
+    # 2. Some batches after the others; what an earlier run has done is kept.
     model = load_policy(options.model_name_or_path, encoder, zero)
     work = partial(
         judge, model=model, encoder=encoder, letters=letters, principles=principles, template=template,
         options=options,
     )  # fmt: skip
-    records = work_through(pairs, lambda _, window: work(window), Path(options.output_dir))
+    size = BATCHES * options.micro_batch_size // 2  # a pair is asked about twice
+    records = work_through(pairs, work, Path(options.output_dir) / "journal", size)
 
     # 3. What was found.
     if rank() == 0:
@@ -127,18 +129,18 @@ def two_by_two(record: Record) -> list[Record]:
 
 
 def judge(
-    pairs: Sequence[Pair], model: nn.Module, encoder: SegmentEncoder, letters: Sequence[list[int]],
+    pairs: Mapping[int, Pair], model: nn.Module, encoder: SegmentEncoder, letters: Sequence[list[int]],
     principles: Sequence[str], template: str, options: JudgeOptions,
 ) -> list[Record]:  # fmt: skip
     """A record for each pair, without judgement where its questions do not fit."""
-    drawn = [draw_principle(principles, pair.id, options.seed) for pair in pairs]
+    drawn = {place: draw_principle(principles, pair.id, options.seed) for place, pair in pairs.items()}
     room = options.max_length - max(map(len, letters)) + 1
     asked = {}  # token ids of the questions, with A first and with B first, of the pairs that fit
-    for place, (pair, principle) in enumerate(zip(pairs, drawn, strict=True)):
+    for place, pair in pairs.items():
         with contextlib.suppress(Dropped):
             asked[place] = [
                 prompt({"prompt": question}, encoder, room, "drop")[0].ids
-                for question in questions(pair, principle, template)
+                for question in questions(pair, drawn[place], template)
             ]
     found = {}
     if asked:
@@ -147,10 +149,7 @@ def judge(
             encoder.tokenizer.pad_token_id,
         ).view(len(asked), 2, 2)  # (pairs, orders, letters)  # fmt: skip
         found = dict(zip(asked, logprobs.numpy(), strict=True))
-    return [
-        judged(pair, principle, found.get(place))
-        for place, (pair, principle) in enumerate(zip(pairs, drawn, strict=True))
-    ]
+    return [judged(pair, drawn[place], found.get(place)) for place, pair in pairs.items()]
 
 
 def questions(pair: Pair, principle: str, template: str) -> list[list[Message]]:
@@ -165,12 +164,16 @@ def questions(pair: Pair, principle: str, template: str) -> list[list[Message]]:
 def letters_of(encoder: SegmentEncoder, path: str) -> list[list[int]]:
     """Token ids of A and of B as the beginning of a reply, as the chat template and the tokenizer have it.
 
-    Raises UserError for a tokenizer that does not tell them apart.
+    Raises UserError for a tokenizer that does not tell them apart, and for a template that does not say.
     """
-    found = []
+    found, question = [], [{"role": "user", "content": "A or B?"}]
     for letter in "AB":
-        question = [{"role": "user", "content": "A or B?"}]
-        *before, reply = dialogue_segments(question, letter, encoder.render, encoder.tokenizer.eos_token)
+        try:
+            *before, reply = dialogue_segments(question, letter, encoder.render, encoder.tokenizer.eos_token)
+        except ValueError as error:
+            raise UserError(
+                f"--model_name_or_path {path}: a letter cannot be told from the question before it: {error}"
+            ) from None
         segments = [*before, reply._replace(text=reply.text.rstrip(), ends=False)]
         ids = zip(*encoder.encode(segments), strict=True)
         found.append([token for token, is_reply in ids if is_reply])

@@ -5,25 +5,27 @@
 writes DIR/pairs.jsonl, which launch/annotate.sh shows.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any, ClassVar
 
 from common.data import load_examples
-from common.distributed import init_distributed, log, rank
+from common.distributed import gather_objects, init_distributed, log, rank
 from common.files import write_text
 from common.formatting import find_prompt
-from common.generation import GenerationOptions, check_lengths, load_policy, sample_texts
+from common.generation import GenerationOptions, check_lengths, load_policy, sample_answers
 from common.models import load_config
 from common.options import DataOptions, UserError, option, parse_options, world_size
 from common.overlong import convert_all
 from common.process import run_main
 from common.prompts import Prompt, prompt
 from common.records import Record
+from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
+from common.windows import to_lines, work_through
 from common.zero import load_zero_config
 from step2_reward.options import RewardOptions
 
@@ -31,6 +33,8 @@ from step2_reward.options import RewardOptions
 @dataclass
 class SamplePairsOptions(GenerationOptions):
     """Responses of one policy or two to the same prompts, in pairs."""
+
+    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
 
     model_name_or_path: list[str] = option([], "Folder or hub name of one policy, or of two. Required.")
     prompt_data: list[str] = option([], "Records with prompts; F.jsonl:0.1 takes a tenth of them. Required.")
@@ -63,27 +67,24 @@ def main() -> None:
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     by_encoder = load_prompts(options, encoders)
     init_distributed()
+    prepare_output(options, {f"tokenizer of policy {n}": e.tokenizer for n, e in enumerate(encoders, 1)})
 
-    # 2. One policy after the other.
+    # 2. One policy after the other; what an earlier run has drawn is kept.
     names = [paths[draw % len(paths)] for draw in range(options.responses_per_prompt)]
     texts: dict[int, list[str]] = {}
     for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
-        policy = load_policy(path, encoder, zero)
-        for draw in range(first, len(names), len(paths)):
-            texts[draw] = sample_texts(policy, encoder, [row.ids for row in rows], options, draw)
-            log(f"response {draw + 1} of {len(names)} to {len(rows)} prompts, by {path}")
-        del policy
+        draws = range(first, len(names), len(paths))
+        texts |= responses(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
 
     # 3. Pairs.
-    prompts = [find_prompt(row.record) for row in by_encoder[0]]
+    prompts = [find_prompt(row.record) for row in by_encoder[0]] if rank() == 0 else []
     drawn = [[texts[draw][place] for draw in range(len(names))] for place in range(len(prompts))]
     records = [pair for asked, said in zip(prompts, drawn, strict=True) for pair in pairs(asked, said, names)]
     possible = len(prompts) * len(names) * (len(names) - 1) // 2
-    if not records:
+    if not gather_objects(len(records))[0]:
         raise UserError("no pairs: the responses to each prompt are alike or empty")
     if rank() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, "".join(f"{json.dumps(record)}\n" for record in records))
+        write_text(file, to_lines(records))
     log(f"{file}: {len(records)} pairs; left out {possible - len(records)} that are alike or empty")
 
 
@@ -98,6 +99,26 @@ def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]
     if not kept:
         raise UserError(f"{' '.join(options.prompt_data)}: no prompt is short enough for both policies")
     return [list(of_one) for of_one in zip(*kept, strict=True)]
+
+
+def responses(
+    load: Callable[[], Any], encoder: SegmentEncoder, rows: Sequence[Prompt], draws: Sequence[int],
+    options: SamplePairsOptions,
+) -> dict[int, list[str]]:  # fmt: skip
+    """By draw, on rank 0, the responses of a policy, which is loaded once something is left to be drawn."""
+    policy, texts = cache(load), {}
+
+    def respond(asked: Mapping[int, Prompt], draw: int) -> list[str]:
+        prompts = {number: row.ids for number, row in asked.items()}
+        answers = sample_answers(policy(), encoder, prompts, options, draw)
+        return [answers[number].text for number in asked]
+
+    for draw in draws:
+        log(f"response {draw + 1} of {options.responses_per_prompt} to {len(rows)} prompts")
+        journal = Path(options.output_dir) / f"journal_{draw + 1}"
+        size = options.generation_batch_size * world_size()
+        texts[draw] = work_through(rows, partial(respond, draw=draw), journal, size)
+    return texts
 
 
 def pairs(asked: str | list, said: Sequence[str], names: Sequence[str]) -> list[Record]:

@@ -105,8 +105,10 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     for name, part in (("b.jsonl", RECORDS[2:4]), ("a.jsonl", RECORDS[:2])):
         write(tmp_path / name, part)
     (tmp_path / "notes.txt").write_text("not data")
+    clicks = write(tmp_path / "a.clicks.jsonl", RECORDS[4:])
     examples, _ = load([str(tmp_path)], ALL)
     assert [completion for _, completion in examples] == ["answer 0", "answer 1", "answer 2", "answer 3"]
+    assert len(load([clicks], ALL)[0]) == len(RECORDS[4:])  # by its name a file is read, whatever it is
 
 
 @pytest.mark.parametrize(("weight", "low", "high"), [("0.3", 0.2, 0.4), ("2", 2, 2), ("1.5", 1.35, 1.65)])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import common.windows
 from common.generation import Answer
 from common.intervals import wilson
 from common.overlong import Dropped
+from common.process import Stopped
 from common.prompts import Prompt
 from step1_sft.critique import CritiqueOptions, Model, describe, measure, revise
 from tests.ranks import start_stage, succeed
@@ -24,14 +24,16 @@ class Script(Model):
 
     def __init__(self, said: list[list[Answer]]) -> None:
         self._said, self.questions = iter(said), []
-        self._steps_per_window, self._step, self.steps = 5, 0, []
-        self._sample, self._encode = self.sample, self.encode
+        self.steps, self.stops_at = [], None
+        self._sample, self._encode, self._stop_if_asked = self.sample, self.encode, self.stop_if_asked
 
-    def sample(self, prompts: list, step: int) -> list[Answer]:
+    def stop_if_asked(self) -> None:
+        if len(self.steps) == self.stops_at:
+            raise Stopped
+
+    def sample(self, prompts: dict, step: int) -> dict[int, Answer]:
         self.steps.append(step)
-        answers = next(self._said)
-        assert len(answers) == len(prompts)
-        return answers
+        return dict(zip(prompts, next(self._said), strict=True))
 
     def encode(self, record: dict) -> tuple[Prompt, bool]:
         content = record["prompt"][0]["content"]
@@ -62,8 +64,9 @@ def test_what_becomes_of_each_answer():
         said("bad two", "bad draft", "endless"), said(" three", "cut off-", "and on-"),
     ])  # fmt: skip
     options = CritiqueOptions(revision_rounds=2)
-    records = revise(3, [CHAT, TEXT, CHAT, long], model, ["P"], TEMPLATES, options)
-    assert model.steps == [15, 16, 17, 18, 19]
+    rows = dict(enumerate([CHAT, TEXT, CHAT, long], start=8))
+    records = revise(rows, model, ["P"], TEMPLATES, options)
+    assert model.steps == [0, 1, 2, 3, 4]
     assert model.questions[:3] == ["C|Human: Hi?|one|P", "C|Q: Who?\nA:|draft|P", "C|Human: Hi?|on and on|P"]
     assert model.questions[3] == "R|Human: Hi?|one|P|bad one"
     assert model.questions[6] == "C|Human: Hi?|two|P" and model.questions[9] == "R|Human: Hi?|two|P|bad two"
@@ -84,6 +87,14 @@ def test_what_becomes_of_each_answer():
     assert (found["draft_length"], found["completion_length"]) == ((3 + 6 + 4) / 3, (5 + 6 + 4) / 3)
     assert "33.3% of 3" in describe(found) and "1 prompts left out" in describe(found)
     assert "nothing to measure" in describe(measure(records[2:3]))
+
+
+def test_a_stop_does_not_wait_for_the_rounds():
+    model = Script([said("one"), said("bad one"), said("two")])
+    model.stops_at = 2
+    with pytest.raises(Stopped):
+        revise({0: CHAT}, model, ["P"], TEMPLATES, CritiqueOptions())
+    assert model.steps == [0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -111,19 +122,21 @@ def make_prompts(world: Path, folder: Path, count: int) -> None:  # noqa: F811
 
 
 def test_ranks_and_a_stop_change_nothing_and_step_1_reads_it(
-    world: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    world: Path, model: Path, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    """One rank, two ranks, and a run that is stopped within: the same bytes."""
-    monkeypatch.setattr(common.windows, "WINDOW", 16)
+    """One rank, two ranks, and a run that is stopped within and goes on in other batches: the same bytes."""
     make_prompts(world, tmp_path, 60)
     succeed("step1_sft.critique", words(model, tmp_path, "one"), tmp_path)
     succeed("step1_sft.critique", words(model, tmp_path, "two"), tmp_path, ranks=2)
     stopped = words(model, tmp_path, "stopped")
     running = start_stage("step1_sft.critique", stopped, tmp_path)
-    running.wait_for((tmp_path / "stopped/parts/000000.jsonl").exists)
+    journal = tmp_path / "stopped/journal"
+    running.wait_for(lambda: journal.exists() and journal.stat().st_size > 0)
     os.kill(running.pids[0], signal.SIGTERM)
     assert running.result().codes == [75]
-    succeed("step1_sft.critique", stopped, tmp_path)
+    done = journal.read_text()
+    succeed("step1_sft.critique", [*stopped, "--generation_batch_size", "5"], tmp_path)
+    assert journal.read_text().startswith(done)
     for name in ("demonstrations.jsonl", "report.json"):
         assert len({(tmp_path / out / name).read_bytes() for out in ("one", "two", "stopped")}) == 1
     report = json.loads((tmp_path / "one/report.json").read_text())

@@ -393,6 +393,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     refused(pairs, foreign, "foreign.jsonl", "not of this page")
     refused(pairs, output / "a.json", "must end in .jsonl")
     refused(pairs, output / "no/a.jsonl", "No such file or directory")
+    refused(pairs, output / "typo.jsonl", "typo.clicks.jsonl is missing", more=["--agreement"])
     refused(pairs, output / "a.jsonl", "golden question", more=["--golden_data", str(pairs)])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common.windows
+import step2_reward.judge
 from common.constitution import SHIPPED
 from common.generation import Plain
+from common.options import UserError
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step2_reward.judge import answer_logprobs, letters_of, read_pairs
 from tests.ranks import run_stage, start_stage, succeed
@@ -122,19 +123,20 @@ def test_ranks_and_a_stop_change_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
     """One rank, two ranks, and a run that is stopped within: the same bytes."""
-    monkeypatch.setattr(common.windows, "WINDOW", 8)
+    monkeypatch.setattr(step2_reward.judge, "BATCHES", 2)
     make_pairs(world, tmp_path, 60)
     succeed("step2_reward.judge", words(world, tmp_path, "one"), tmp_path)
     succeed("step2_reward.judge", words(world, tmp_path, "two"), tmp_path, ranks=2)
     stopped = words(world, tmp_path, "stopped")
     running = start_stage("step2_reward.judge", stopped, tmp_path)
-    running.wait_for((tmp_path / "stopped/parts/000000.jsonl").exists)
+    journal = tmp_path / "stopped/journal"
+    running.wait_for(lambda: journal.exists() and journal.stat().st_size > 0)
     os.kill(running.pids[0], signal.SIGTERM)
     assert running.result().codes == [75]
     assert not (tmp_path / "stopped/preferences.jsonl").exists()
-    first = (tmp_path / "stopped/parts/000000.jsonl").stat().st_mtime_ns
+    done = journal.read_text()
     succeed("step2_reward.judge", stopped, tmp_path)
-    assert (tmp_path / "stopped/parts/000000.jsonl").stat().st_mtime_ns == first
+    assert journal.read_text().startswith(done) and len(done.splitlines()) < 20
     for name in ("preferences.jsonl", "report.json"):
         contents = {(tmp_path / folder / name).read_bytes() for folder in ("one", "two", "stopped")}
         assert len(contents) == 1
@@ -165,6 +167,10 @@ def test_letters_as_a_real_tokenizer_has_them(shared: Path) -> None:
     encoder = SegmentEncoder(load_tokenizer(str(shared / "models/stories260K")))
     letters = letters_of(encoder, "stories260K")
     assert [encoder.tokenizer.convert_ids_to_tokens(ids) for ids in letters] == [["▁", "A"], ["▁B"]]
+    template = encoder.tokenizer.chat_template
+    encoder.tokenizer.chat_template = f"{template}{{% if add_generation_prompt %}}<think>\n{{% endif %}}"
+    with pytest.raises(UserError, match="--model_name_or_path stories260K: .* the chat template does not"):
+        letters_of(encoder, "stories260K")
 
 
 def test_rankings_are_pairs(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Pairs to compare: drawn from the policies that are named, as they would speak, and readable by the page."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from step2_reward.annotate_pairs import read_pairs
 from step2_reward.sample_pairs import pairs
-from tests.ranks import succeed
+from tests.ranks import run_stage, start_stage, succeed
 from tests.test_bad_input import check_refusal
 from tests.test_stages import world  # noqa: F401 - a fixture
 
@@ -70,12 +72,37 @@ def test_pairs_of_one_policy_and_of_two(few: Path, noise: Path, tmp_path: Path) 
     assert {(record["response_a"], record["response_b"]) for record in two[1::3]} == alone
 
 
+def test_a_stop_loses_nothing(few: Path, noise: Path, tmp_path: Path) -> None:
+    """Stopped within a draw of the first policy and one of the second: the bytes of a run left alone."""
+    names = [str(few / "model"), str(noise)]
+    more = ["--prompt_data", str(few / "prompts.jsonl"), "--generation_batch_size", "2"]
+    more += ["--model_name_or_path", *names, "--responses_per_prompt", "4"]
+    succeed("step2_reward.sample_pairs", words(few, tmp_path / "alone", *more), tmp_path)
+    stopped = words(few, tmp_path / "out", *more)
+    done = {}
+    for number in (1, 4):
+        running = start_stage("step2_reward.sample_pairs", stopped, tmp_path)
+        journal = tmp_path / f"out/journal_{number}"
+        running.wait_for(lambda file=journal: file.exists() and file.stat().st_size > 0)
+        os.kill(running.pids[0], signal.SIGTERM)
+        ended = running.result()
+        assert ended.codes == [75] and "the same command goes on" in ended.output, ended.output
+        assert not (tmp_path / "out/pairs.jsonl").exists()
+        assert all(file.read_text().startswith(text) for file, text in done.items())
+        done = {file: file.read_text() for file in (tmp_path / "out").glob("journal_*")}
+    other = run_stage("step2_reward.sample_pairs", [*stopped, "--seed", "1"], tmp_path)
+    assert other.codes == [2] and "holds a different run (--seed 0 -> 1)" in other.output
+    succeed("step2_reward.sample_pairs", stopped, tmp_path, ranks=2)
+    assert (tmp_path / "out/pairs.jsonl").read_bytes() == (tmp_path / "alone/pairs.jsonl").read_bytes()
+    assert all(file.read_text().startswith(text) for file, text in done.items())
+
+
 def test_a_cold_response_is_the_likeliest(few: Path, noise: Path, tmp_path: Path) -> None:
     """By plain transformers; beside one of mere noise, as a policy that never varies makes no pairs."""
     cold = words(few, tmp_path / "out", "--temperature", "1e-5")
-    check_refusal(
-        "step2_reward.sample_pairs", cold, ["no pairs", "alike or empty"], tmp_path, tmp_path / "out"
-    )
+    alone = run_stage("step2_reward.sample_pairs", [*cold, "--output_dir", str(tmp_path / "no")], tmp_path, 2)
+    assert alone.codes == [2, 2] and "no pairs: the responses to each prompt are alike" in alone.output
+    assert not (tmp_path / "no/pairs.jsonl").exists()
     both = [*cold, "--model_name_or_path", str(few / "model"), str(noise)]
     succeed("step2_reward.sample_pairs", both, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(few / "model")
