@@ -21,6 +21,7 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+SURE = "chosen_probability"  # a field of our own: one that comes with a record is not taken for it
 PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # as the probability that A is better
 
 
@@ -29,6 +30,8 @@ def recognise(record: Record) -> Record:
 
     Raises ValueError, in words for the user, for a record that is almost of such a shape.
     """
+    if SURE in record:
+        record = {name: value for name, value in record.items() if name != SURE}
     if "conversations" in record and "messages" not in record:
         return {**record, "messages": _from_sharegpt(record["conversations"])}
     if "instruction" in record and "prompt" not in record:
@@ -78,7 +81,7 @@ def _from_comparison(record: Record) -> Record:
     a = _majority(record["votes"]) if "votes" in record else _probability(record.get("preference"))
     sides = [record["response_a"], record["response_b"]]
     chosen, rejected = sides if a >= 0.5 else sides[::-1]
-    says = {"tie": a == 0.5, "chosen_probability": max(a, 1 - a)}
+    says = {"tie": a == 0.5, SURE: max(a, 1 - a)}
     return {**record, "chosen": chosen, "rejected": rejected, **says}
 
 

@@ -14,6 +14,7 @@ from common.distributed import device
 from common.formatting import Segment, comparison, preference_segments
 from common.overlong import Prompt, fit, fit_demonstration
 from common.records import Record
+from common.shapes import SURE
 from common.tokenization import SegmentEncoder
 
 
@@ -117,7 +118,7 @@ def preference(
     by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
     responses = [side.ids[len(prompt) :] for _, side in by_rank]
     ranks = [float(rank) for rank, _ in by_rank]
-    facts = float(margin), record.get("chosen_probability", 1.0)
+    facts = float(margin), record.get(SURE, 1.0)
     return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), is_cut
 
 

@@ -120,7 +120,8 @@ def _keep(
 def _preference(chosen: Sample, rejected: Sample) -> dict[str, Any]:
     margin = round(chosen["score"] - rejected["score"], 6)
     texts = {"chosen": chosen["completion"], "rejected": rejected["completion"]}
-    return {"prompt": chosen["prompt"], **texts, "margin": margin}
+    ends = {"chosen_ended": chosen["ended"], "rejected_ended": rejected["ended"]}
+    return {"prompt": chosen["prompt"], **texts, **ends, "margin": margin}
 
 
 def _groups(path: Path, size: int) -> Iterator[list[Sample]]:

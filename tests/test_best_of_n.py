@@ -76,7 +76,8 @@ def test_samples_and_what_is_selected(done: Path) -> None:
         if top["score"] > last["score"]:
             margin = pytest.approx(top["score"] - last["score"], abs=1e-6)
             texts = {"chosen": top["completion"], "rejected": last["completion"]}
-            preferences.append({"prompt": top["prompt"], **texts, "margin": margin})
+            ends = {"chosen_ended": top["ended"], "rejected_ended": last["ended"]}
+            preferences.append({"prompt": top["prompt"], **texts, **ends, "margin": margin})
     assert records(done / "demonstrations.jsonl") == demonstrations
     assert records(done / "preferences.jsonl") == preferences and len(preferences) > 20
     assert report["response_tokens"] == sum(one["length"] for one in samples)
@@ -197,6 +198,39 @@ def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Pat
         (error,) = [line for line in result.output.splitlines() if line.startswith("error:")]
         assert all(part in error for part in parts), error
         assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "variable", "words", "part"),
+    [
+        (
+            "iterative_dpo.sh",
+            "DIRECT_OPTIONS",
+            "--loss orpo",
+            "launch/step2_direct.sh: --reference_model_name",
+        ),
+        (
+            "raft.sh",
+            "STEP1_OPTIONS",
+            "--learning_rat 1",
+            "launch/step1_sft.sh: unknown option --learning_rat",
+        ),
+        (
+            "rest.sh",
+            "EVALUATE_OPTIONS",
+            "--best_of -1",
+            "launch/evaluate_ppo.sh: --best_of -1: must be at least",
+        ),
+    ],
+)
+def test_options_of_later_commands_are_refused_before_sampling(
+    world: Path, run: Path, tmp_path: Path, script: str, variable: str, words: str, part: str  # noqa: F811
+) -> None:  # fmt: skip
+    given = options(world, run, tmp_path)
+    variables = {"MODEL": given[1], "PROMPTS": given[3], "OUTPUT": str(tmp_path / "out"), variable: words}
+    result = bash(script, given[4:6], tmp_path, **variables)
+    assert result.returncode == 2 and not (tmp_path / "out").exists(), result.stdout
+    assert f"error: {part}" in result.stdout
 
 
 def test_rounds_of_raft_go_on_after_a_stop(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811

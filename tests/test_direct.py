@@ -1,13 +1,17 @@
 """Direct preference optimisation end to end: its losses, its reference, resuming, and what it refuses."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from step2_reward.direct import reference
 from tests.ranks import run_stage, start_stage, succeed
 from tests.test_bad_input import check_refusal
 from tests.test_resume import STOPPED, assert_same_end, stop_after, zero_config
@@ -77,7 +81,10 @@ def test_plain_transformers_gives_the_policy_the_loss_of_the_run(
     assert metrics(output, "eval/loss")[-1] == pytest.approx(sum(losses) / 12, **CLOSE)
     assert metrics(output, "eval/accuracy")[-1] == pytest.approx(right / 12)
     assert metrics(output, "eval/nll_chosen")[-1] == pytest.approx(nll / tokens, **CLOSE)
-    assert metrics(output, "train/loss")[0] == pytest.approx(0.6931472)  # policy and reference are one
+    for before in ("train/loss", "eval/loss"):  # policy and reference are one
+        assert metrics(output, before)[0] == pytest.approx(0.6931472)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -105,20 +112,22 @@ def test_ranks_and_micro_batches_change_nothing(
     succeed(MAIN, [*direct(small / kind, start, tmp_path / "two", loss), *other], tmp_path, ranks=2)
     assert_same_metrics(tmp_path / "two", tmp_path / "one")
     if loss == "kto":
-        assert max(metrics(tmp_path / "one", "kl/mean")) > 0
-        assert metrics(tmp_path / "two", "kl/mean") == pytest.approx(
-            metrics(tmp_path / "one", "kl/mean"), **CLOSE
+        assert max(metrics(tmp_path / "one", "kl/reference_point")) > 0
+        assert metrics(tmp_path / "two", "kl/reference_point") == pytest.approx(
+            metrics(tmp_path / "one", "kl/reference_point"), **CLOSE
         )
 
 
 def test_a_split_pair_teaches_as_its_two_responses(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    """A batch of all of them: before the first update the reference point is 0, whatever it is made of."""
+    """Batches of all of them: good and bad responses to other prompts leave the reference point at 0, where
+    good ones alone would raise it from the second step on.
+    """
     for kind, size in ((".", "32"), ("single", "64")):
-        options = direct(small / kind, run / "sft/final", tmp_path / kind / "out", "kto", steps=1)
+        options = direct(small / kind, run / "sft/final", tmp_path / kind / "out", "kto", steps=6)
         succeed(MAIN, [*options, "--global_batch_size", size], tmp_path)
     for name in ("train/loss", "train/grad_norm", "train/nll_chosen", "logprobs/chosen", "logprobs/rejected"):
         one, other = (metrics(tmp_path / kind / "out", name) for kind in (".", "single"))
-        assert one == pytest.approx(other, **CLOSE), name
+        assert len(one) == 6 and one == pytest.approx(other, **CLOSE), name
 
 
 @pytest.mark.parametrize(
@@ -152,19 +161,21 @@ def test_another_model_can_be_the_reference(
     succeed(MAIN, [*direct(small, run / "sft/final", tmp_path / "alone"), *extra], tmp_path, ranks)
     kept = sorted((tmp_path / "cache").glob("reference_*.npy"))
     assert len(kept) == 2  # training and held-out data
-    for name, reference in (("same", tmp_path / "copy"), ("other", world / "model")):
+    for name, path in (("same", tmp_path / "copy"), ("other", world / "model")):
         options = direct(small, run / "sft/final", tmp_path / name)
-        words = [*options, *extra, "--reference_model_name_or_path", str(reference)]
+        words = [*options, *extra, "--reference_model_name_or_path", str(path)]
         result = run_stage(MAIN, words, tmp_path, ranks)
         assert result.codes == [0] * ranks, result.output
         assert ("are in the cache" in result.output) == (name == "same")
     assert_same_metrics(tmp_path / "same", tmp_path / "alone")
     assert len(list((tmp_path / "cache").glob("reference_*.npy"))) == 4
-    assert abs(metrics(tmp_path / "other", "kl/mean")[0]) > 0.1  # the SFT model is not the untrained one
+    assert (
+        abs(metrics(tmp_path / "other", "logratio/mean")[0]) > 0.1
+    )  # the SFT model is not the untrained one
 
 
 def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Nothing is saved yet, and the same command begins again."""
+    """Nothing is saved yet, and the same command goes on."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "stop").touch()
@@ -172,6 +183,48 @@ def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_
     result = start_stage(MAIN, options, tmp_path).result()
     assert result.codes == [STOPPED] and "stopped before the first step" in result.output, result.output
     succeed(MAIN, options, tmp_path)
+
+
+def test_what_the_reference_has_read_survives_a_kill(
+    small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    """Also where other ranks go on; how much is left is said from the first part on."""
+    monkeypatch.setattr(reference, "ROUNDS", 2)
+    monkeypatch.setattr(reference, "REPORT_SECONDS", -1)
+    keep = reference._keep
+    words = [*direct(small / "rankings", run / "sft/final", tmp_path / "out"), "--cache_dir"]
+    succeed(MAIN, [*words, str(tmp_path / "whole"), "--output_dir", str(tmp_path / "once")], tmp_path)
+
+    def keep_and_die(file: Path, logprobs: torch.Tensor) -> None:
+        keep(file, logprobs)
+        if len(logprobs) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(reference, "_keep", keep_and_die)
+    killed = run_stage(MAIN, [*words, str(tmp_path / "cache")], tmp_path)
+    assert killed.codes == [-signal.SIGKILL] and "38%" in killed.output, killed.output
+    monkeypatch.setattr(reference, "_keep", keep)
+    result = run_stage(MAIN, [*words, str(tmp_path / "cache")], tmp_path, ranks=2)
+    assert result.codes == [0, 0] and "20 records read with the reference" in result.output, result.output
+    whole, parts = (sorted((tmp_path / name).glob("reference_*")) for name in ("whole", "cache"))
+    assert [file.name for file in parts] == [file.name for file in whole] and len(whole) == 2
+    for one, other in zip(whole, parts, strict=True):
+        assert np.load(other) == pytest.approx(np.load(one), **CLOSE)
+
+
+def test_an_export_needs_no_reference(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """A finished run, and one that trains no more, with the cache gone."""
+    options = [*direct(small, run / "sft/final", tmp_path / "out"), "--save_steps", "2"]
+    options += ["--cache_dir", str(tmp_path / "cache")]
+    succeed(MAIN, options, tmp_path)
+    weights = (tmp_path / "out/final/model.safetensors").read_bytes()
+    for more in ([], ["--export_only", "--max_steps", "6"]):
+        shutil.rmtree(tmp_path / "cache")
+        shutil.rmtree(tmp_path / "out/final")
+        result = run_stage(MAIN, [*options, *more], tmp_path)
+        assert result.codes == [0] and "with the reference" not in result.output, result.output
+        assert (tmp_path / "out/final/model.safetensors").read_bytes() == weights
+    assert metrics(tmp_path / "out", "eval/loss")[0] == pytest.approx(0.6931472)
 
 
 def other_vocabulary(run: Path, folder: Path) -> str:  # noqa: F811
@@ -192,6 +245,7 @@ MISTAKES = {
     "smoothing": (["--loss", "ipo", "--label_smoothing", "0.1"], ["--label_smoothing 0.1", "ipo", "robust"]),
     "loss": (["--loss", "ppo"], ["--loss", "'ppo'", "orpo"]),
     "metric": (["--best_metric", "eval/score"], ["--best_metric eval/score", "eval/accuracy"]),
+    "ties": (["--best_metric", "eval/accuracy", "--eval_data", "FOLDER/ties.jsonl"], ["are all ties"]),
 }  # fmt: skip
 
 
@@ -200,6 +254,8 @@ def test_what_is_refused(small: Path, run: Path, tmp_path: Path, mistake: str) -
     single = {"prompt": "a", "completion": "b"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(single))
     (tmp_path / "no.jsonl").write_text(json.dumps(single | {"label": "no"}))
+    tie = {"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}
+    (tmp_path / "ties.jsonl").write_text(json.dumps(tie))
     words, parts = MISTAKES[mistake]
     places = {"SMALL": str(small), "FOLDER": str(tmp_path), "OTHER": ""}
     if "OTHER" in words:

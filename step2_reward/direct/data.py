@@ -8,6 +8,7 @@ from typing import NamedTuple
 from common.formatting import Segment, comparison, preference_segments
 from common.overlong import Dropped, Prompt, fit, fit_demonstration
 from common.records import Record
+from common.shapes import SURE
 from common.tokenization import SegmentEncoder
 
 
@@ -29,7 +30,7 @@ class Pair(NamedTuple):
     better: int
     worse: int
     weight: float
-    is_tie: bool
+    is_label: bool  # what the record says: neither a tie nor the order that a soft label has less likely
 
 
 class Choice(NamedTuple):
@@ -38,7 +39,8 @@ class Choice(NamedTuple):
     ids: list[int]  # all dialogues, one after the other
     lengths: list[int]  # (N,) tokens of each dialogue
     starts: list[int]  # (N,) where its response begins
-    ranks: list[float]  # (N,) rising, equal ones are a tie; not in pairs, 0 is desirable and 1 is not
+    ranks: list[float]  # (N,) rising, equal ones are a tie; not in pairs, the probability that it is bad
+    probability: float = 1.0  # of a pair: that the first is better, where the label is soft
 
     @property
     def length(self) -> int:
@@ -53,13 +55,17 @@ class Choice(NamedTuple):
 
     @property
     def pairs(self) -> list[Pair]:
-        """Every two responses, the better one first; a tie in both orders, as half a win for either side."""
+        """Every two responses, the better one first; also in the other order, as far as that may be true: a
+        tie is half a win for either side, a soft label a win for each by its probability.
+        """
         two = list(combinations(range(len(self.ranks)), 2))
         found = []
         for i, j in two:
             is_tie = self.ranks[i] == self.ranks[j]
-            orders = [(i, j), (j, i)] if is_tie else [(i, j)]
-            found += [Pair(*order, 1 / (len(two) * len(orders)), is_tie) for order in orders]
+            share = 0.5 if is_tie else self.probability
+            found.append(Pair(i, j, share / len(two), not is_tie))
+            if share < 1:
+                found.append(Pair(j, i, (1 - share) / len(two), False))
         return found
 
     def sides(self, is_paired: bool) -> list[tuple[float, float]]:
@@ -74,29 +80,36 @@ class Choice(NamedTuple):
 
 
 def paired(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Choice, bool]:
-    """Tokenise a preference; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
+    """Tokenise a preference; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError.
+
+    A response of which `chosen_ended` or `rejected_ended` is false was cut, and EOS is not what comes next.
+    """
     if "label" in record and "completion" in record:
         raise ValueError(
             "is a single response with a 'label', which --loss kto takes; this loss takes pairs:"
             " 'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ranks'"
         )
     compared = comparison(record)
+    ended = [_ended(record, f"{name}_ended") for name in compared.responses]
 
     def segments(prompt: Prompt) -> list[list[Segment]]:
         shorter = compared._replace(prompt=prompt)
-        return preference_segments(shorter, encoder.render, encoder.tokenizer.eos_token)
+        sides = preference_segments(shorter, encoder.render, encoder.tokenizer.eos_token)
+        return [[*side[:-1], side[-1]._replace(ends=ends)] for side, ends in zip(sides, ended, strict=True)]
 
     sides, is_cut = fit(compared.prompt, segments, encoder, max_length, overlong)
     by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
     dialogues = [Dialogue(side.ids, side.start) for _, side in by_rank]
-    return _choice(dialogues, [float(rank) for rank, _ in by_rank]), is_cut
+    choice = _choice(dialogues, [float(rank) for rank, _ in by_rank])
+    return choice._replace(probability=record.get(SURE, 1.0)), is_cut
 
 
 def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Choice, bool]:
     """Tokenise a response with a label; whether it was cut. Raises Dropped or ValueError.
 
     A preference is split: its best responses are desirable, its worst are not, those between are left out; of
-    a tie nothing is left.
+    a tie nothing is left. With a soft label each response is both, the best one desirable by its probability
+    and the worst one by the rest: the loss is the expected one, and the nearer to a tie, the less is learnt.
     """
     if {"chosen", "rejected", "responses", "ranks"} & record.keys():
         whole, is_cut = paired(record, encoder, max_length, overlong)
@@ -104,7 +117,8 @@ def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong:
         if best == worst:
             raise Dropped("ties")
         kept = [(d, r) for d, r in zip(whole.dialogues, whole.ranks, strict=True) if r in (best, worst)]
-        return _choice([d for d, _ in kept], [float(r == worst) for _, r in kept]), is_cut
+        is_bad = {best: 1 - whole.probability, worst: whole.probability}
+        return _choice([d for d, _ in kept], [is_bad[r] for _, r in kept]), is_cut
     if "label" not in record:
         raise ValueError(
             "field 'label' is missing (--loss kto takes 'prompt' + 'completion' + 'label', or a preference,"
@@ -114,6 +128,13 @@ def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong:
         raise ValueError(f"field 'label' is {record['label']!r}; it must be true or false")
     row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
     return _choice([Dialogue(row.ids, row.start)], [float(not record["label"])]), is_cut
+
+
+def _ended(record: Record, name: str) -> bool:
+    ended = record.get(name, True)
+    if not isinstance(ended, bool):
+        raise ValueError(f"field {name!r} is {ended!r}; it must be true or false")
+    return ended
 
 
 def _choice(dialogues: Sequence[Dialogue], ranks: list[float]) -> Choice:

@@ -27,7 +27,7 @@ from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step2_reward.direct.data import Choice, paired, unpaired
-from step2_reward.direct.measure import evaluate, measure
+from step2_reward.direct.measure import check_accuracy, evaluate, measure
 from step2_reward.direct.options import DirectOptions, complete
 from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
 
@@ -48,20 +48,23 @@ def main() -> None:
     )  # fmt: skip
     data = load_examples(options.train_data, options, Choice, convert)
     check_best_metric(options, data[1], "eval/loss", "eval/accuracy")
+    check_accuracy(options, data[1])
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": tokenizer})
     checkpoint = find_checkpoint(options)
 
     # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
-    #    before training, or another one, which has left by the time that the model comes.
+    #    before training, or another one, which has left by the time that the model comes. Exports need none.
     lengths, origin = data[0].notes("length"), data[0].origin
     total_steps = options.max_steps or steps_in_epochs(
         len(lengths), options.global_batch_size, options.num_train_epochs
     )
     seed_everything(options.seed, step=0)
     read = partial(with_reference, data, options, zero, tokenizer.pad_token_id)
-    has_other = options.reference_model_name_or_path
-    judged = read(partial(load_reference, options, tokenizer, zero)) if has_other else None
+    is_over = options.export_only or (checkpoint is not None and checkpoint.state.step >= total_steps)
+    judged = data if is_over else None
+    if options.reference_model_name_or_path and not is_over:
+        judged = read(partial(load_reference, options, tokenizer, zero))
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     train, held_out = judged or read(lambda: engine)
@@ -72,7 +75,16 @@ def main() -> None:
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
     log(f"{len(train)} records, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
 
+    def evaluate_and_log() -> bool:
+        found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"])
+        if is_best := state.is_best(options.best_metric, found):
+            export_best(engine, tokenizer, output / "best", load_base)
+        return is_best
+
     # 3. Train.
+    if held_out and state.step == 0:
+        evaluate_and_log()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
@@ -86,10 +98,7 @@ def main() -> None:
         if is_last or state.step % options.logging_steps == 0:
             metrics.log(state.step, measured, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
-            metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"])
-            if is_best := state.is_best(options.best_metric, found):
-                export_best(engine, tokenizer, output / "best", load_base)
+            is_best = evaluate_and_log()
         save_if_due(options, state, engines, is_best, is_last)
 
     # 4. What step 3, or another program, reads.

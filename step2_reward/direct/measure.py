@@ -10,7 +10,8 @@ from torch import Tensor
 from common.data import deal
 from common.distributed import device, rank, sum_over_ranks
 from common.engine import backward_and_step
-from common.options import world_size
+from common.options import UserError, world_size
+from step2_reward.direct.data import Choice
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.loss import (
     dpo_loss,
@@ -23,6 +24,16 @@ from step2_reward.direct.loss import (
 )
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example
+
+
+def check_accuracy(options: DirectOptions, held_out: Sequence[Choice]) -> None:
+    """Raise UserError when --best_metric eval/accuracy has no pair to be measured on."""
+    if options.best_metric != "eval/accuracy" or not options.is_paired:
+        return
+    if not any(pair.is_label for row in held_out for pair in row.pairs):
+        raise UserError(
+            "--best_metric eval/accuracy: the held-out pairs are all ties; eval/loss is of them too"
+        )
 
 
 def evaluate(
@@ -43,10 +54,14 @@ def measure(
     """Figures of a global batch, of which this rank reads its micro-batches; after `learn`, an optimiser step
     on it, also the norm of its gradients.
 
-    Accuracy: pairs of which the better one has the higher reward, ties left out; in KTO, responses on the
-    right side of the reference point. Rewards are beta times what the loss compares. kl/mean is the mean
-    log-ratio of policy and reference over these responses, below 0 where the policy makes them rarer; in KTO
-    it is the reference point.
+    Accuracy: pairs of which the better one has the higher reward, ties left out, soft labels taken as hard;
+    in KTO, responses on the right side of the reference point. In all other figures responses of a tie or of
+    a soft label count on both sides, by its probability. Rewards are beta times what the loss compares.
+
+    logratio/mean is the mean log-ratio of policy and reference, in nats per response, over the responses of
+    the data: below 0 where the policy makes them rarer. It is no estimate of the KL of policy and reference:
+    that needs responses of the policy (launch/evaluate_ppo.sh draws them). What KTO takes for one, its
+    reference point, is kl/reference_point.
     """
     totals = count(examples, options)
     point = 0.0 if options.is_paired else reference_point(engine, examples, options, pad_token_id)
@@ -64,7 +79,7 @@ def measure(
     found = dict(zip(sums, sum_over_ranks(*sums.values()), strict=True))
     if {"reward/chosen", "reward/rejected"} <= found.keys():
         found["reward/margin"] = found["reward/chosen"] - found["reward/rejected"]
-    return found if options.is_paired else found | {"kl/mean": point}, norm
+    return found if options.is_paired else found | {"kl/reference_point": point}, norm
 
 
 def share(
@@ -81,15 +96,17 @@ def share(
     log_ratios = logprobs - _tensor([value for example in micro for value in example.logprobs])
     compared = log_ratios / _tensor([d.count for d in dialogues]) if kind.is_averaged else log_ratios
     if options.is_paired:
-        better, worse, weights, is_tie = _pairs(micro)  # (P,) each
+        better, worse, weights, is_label = _pairs(micro)  # (P,) each
         differences = compared[better] - compared[worse]
         losses = weights * pair_losses(compared[better], compared[worse], options)
     else:
-        is_desirable, is_tie = chosen > 0, torch.zeros_like(chosen)
+        is_desirable, is_label = chosen > rejected, torch.ones_like(chosen)
         differences = torch.where(is_desirable, 1.0, -1.0) * (log_ratios - point)
         ways = options.desirable_weight, options.undesirable_weight
-        losses = kto_loss(log_ratios, is_desirable, point, options.beta, ways)
-    right = ((differences > 0) + 0.5 * (differences == 0)) * (1.0 - is_tie)
+        good = torch.ones_like(is_desirable)
+        losses = chosen * kto_loss(log_ratios, good, point, options.beta, ways)
+        losses = losses + rejected * kto_loss(log_ratios, ~good, point, options.beta, ways)
+    right = ((differences > 0) + 0.5 * (differences == 0)) * is_label
     loss = losses.sum() / totals["losses"]
     if kind.has_nll:
         loss = loss - options.nll_coef * (chosen * read).sum() / totals["read"]
@@ -104,7 +121,7 @@ def share(
     }
     if kind.has_reference:
         everything = ((chosen + rejected) * log_ratios).sum()
-        figures["kl/mean"] = (everything, totals["chosen"] + totals["rejected"])
+        figures["logratio/mean"] = (everything, totals["chosen"] + totals["rejected"])
     return loss, {name: value / total for name, (value, total) in figures.items() if total}
 
 
@@ -156,7 +173,7 @@ def count(examples: Sequence[Example], options: DirectOptions) -> dict[str, floa
             totals["chosen tokens"] += chosen * dialogue.count
             whole = len(dialogue.ids) - 1 if options.kind.nll_has_prompt else dialogue.count
             totals["read"] += chosen * whole
-        decided = sum(not pair.is_tie for pair in row.pairs)
+        decided = sum(pair.is_label for pair in row.pairs)
         totals["decided"] += decided if options.is_paired else len(row.ranks)
         totals["losses"] += 1 if options.is_paired else len(row.ranks)
     return totals
@@ -169,15 +186,13 @@ def micro_batches(examples: Sequence[Example], options: DirectOptions) -> list[l
 
 
 def _pairs(micro: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the pairs of a micro-batch: the better of its N responses, the worse, the weight, whether it is a
-    tie; (P,) each.
-    """
+    """The pairs of a micro-batch, in the order of `Pair`, by places among its N responses; (P,) each."""
     pairs, start = [], 0
     for row in (example.row for example in micro):
-        pairs += [(start + pair.better, start + pair.worse, pair.weight, pair.is_tie) for pair in row.pairs]
+        pairs += [(start + pair.better, start + pair.worse, pair.weight, pair.is_label) for pair in row.pairs]
         start += len(row.ranks)
-    better, worse, weights, is_tie = zip(*pairs, strict=True)
-    return _tensor(better).long(), _tensor(worse).long(), _tensor(weights), _tensor(is_tie)
+    better, worse, weights, is_label = zip(*pairs, strict=True)
+    return _tensor(better).long(), _tensor(worse).long(), _tensor(weights), _tensor(is_label)
 
 
 def _tensor(values: Sequence[Any]) -> Tensor:

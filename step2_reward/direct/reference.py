@@ -32,7 +32,7 @@ from step2_reward.direct.data import Choice, Dialogue
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.options import DirectOptions
 
-ROUNDS = 20  # micro-batches after which ranks ask each other whether to stop
+ROUNDS = 20  # micro-batches after which ranks share what they know, and ask each other whether to stop
 
 
 class Example(NamedTuple):
@@ -47,24 +47,26 @@ class Example(NamedTuple):
 class Referenced(Sequence[Example]):
     """Records with what the reference says of them.
 
-    In KTO each prompt is also read with a response to another: that of the next record in a random circle of
-    all, which stays the same over the run, so that what the reference says of it can be kept too.
+    In KTO each prompt is also read with a response to another: one of the next record in a random circle of
+    all, good or bad. It stays the same over the run, so that what the reference says of it can be kept too.
     """
 
     def __init__(self, rows: Sequence[Choice], options: DirectOptions) -> None:
-        self._rows, self._max_length = rows, options.max_length
+        self.rows, self._max_length = rows, options.max_length
         self._next: np.ndarray | None = None
         if not options.is_paired:
-            circle = np.random.default_rng(options.seed).permutation(len(rows))
+            numbers = np.random.default_rng(options.seed)
+            circle = numbers.permutation(len(rows))
             self._next = np.empty_like(circle)
             self._next[circle] = np.roll(circle, -1)
+            self._drawn = numbers.random(len(rows))  # which response of the next record, as a share of them
         self.logprobs = np.zeros((0, 0), np.float32)  # (records, most responses), once they are known
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        row, unrelated = self._rows[index], self._unrelated(index)
+        row, unrelated = self.rows[index], self._unrelated(index)
         logprobs = self.logprobs[index].tolist() if len(self.logprobs) else [0.0] * (len(row.ranks) + 1)
         count = len(row.ranks)
         return Example(row, logprobs[:count], unrelated, logprobs[count] if unrelated else 0.0)
@@ -72,7 +74,8 @@ class Referenced(Sequence[Example]):
     def _unrelated(self, index: int) -> Dialogue | None:
         if self._next is None:
             return None
-        asked, answered = (self._rows[i].dialogues[0] for i in (index, int(self._next[index])))
+        asked, answers = self.rows[index].dialogues[0], self.rows[int(self._next[index])].dialogues
+        answered = answers[int(self._drawn[index] * len(answers))]
         ids = asked.ids[: asked.start] + answered.ids[answered.start :]
         return Dialogue(ids[: self._max_length], asked.start)
 
@@ -108,53 +111,70 @@ def with_reference(
     for rows, examples in zip(parts, sets, strict=True):
         if not options.kind.has_reference or not len(rows):
             continue
-        file, known = None, None
-        if rank() == 0:
-            file = cache_folder(options) / f"reference_{_key(rows, options, zero)}.npy"
-            known = torch.from_numpy(np.load(file)) if file.exists() else None
-        if shape := gather_objects(known if known is None else known.shape)[0]:
+        file = cache_folder(options) / f"reference_{_key(rows, options, zero)}.npy" if rank() == 0 else None
+        if (known := _load(file)) is not None:
             log(f"{len(rows)} records: the reference's log-probabilities are in the cache")
-            whole = torch.zeros(shape) if known is None else known
-            examples.logprobs = sum_tensor_over_ranks(whole.to(device())).cpu().numpy()
-            continue
-        model = model or load()
-        examples.logprobs = _read(model, examples, options, pad_token_id).cpu().numpy()
-        if file:
-            _keep(file, examples.logprobs)
+        else:
+            model = model or load()
+            part = file and file.with_suffix(".part")
+            known = _read(model, examples, options, pad_token_id, part)
+            _keep(file, known)
+            if part:
+                part.unlink(missing_ok=True)
+        examples.logprobs = known.cpu().numpy()
     del model
     gc.collect()  # an engine refers to itself
     return sets
 
 
-@torch.no_grad()
-def _read(model: nn.Module, examples: Referenced, options: DirectOptions, pad_token_id: int) -> Tensor:
+def _read(
+    model: nn.Module, examples: Referenced, options: DirectOptions, pad_token_id: int, file: Path | None
+) -> Tensor:
     """Log-probabilities (records, most responses) of all responses, and behind them of the unrelated one.
 
-    Each rank reads its part, and gets all.
+    Records are read by length. What is known of the first of them is kept in `file`, from where the same
+    command goes on, on any ranks.
     """
     model.eval()
+    shapes = [(max(row.lengths), len(row.ranks) + (not options.is_paired)) for row in examples.rows]
+    order = sorted(range(len(shapes)), key=lambda i: shapes[i][0])
+    whole = torch.zeros(len(shapes), max(count for _, count in shapes), device=device())
+    known = _load(file)
+    done = first = 0 if known is None else len(known)
+    whole[:done] = whole[:0] if known is None else known
     start = shown = time.monotonic()
-    lengths = [max(examples[i].row.lengths) for i in range(len(examples))]
-    mine = deal(range(len(examples)), lengths, options.micro_batch_size, rank(), world_size())
-    found: dict[int, Tensor] = {}
-    for number, picked in enumerate(mine):
-        if number % ROUNDS == 0 and stop_requested(options.output_dir):
-            raise Stopped("stopped before the first step, as asked; the same command begins again")
+    while done < len(order):
+        if stop_requested(options.output_dir):
+            _keep(file, whole[:done])
+            raise Stopped("stopped before the first step, as asked; the same command goes on from there")
+        end = min(done + ROUNDS * options.micro_batch_size * world_size(), len(order))
+        part = [examples[i] for i in order[done:end]]
+        whole[done:end] = _read_part(model, part, whole.shape[1], options, pad_token_id)
+        done = end
         if time.monotonic() > shown + REPORT_SECONDS:
             shown = time.monotonic()
-            left = (shown - start) * (len(mine) / number - 1)
-            log(f"reading with the reference: {number / len(mine):.0%}, {left:.0f} s left")
-        # A rank without records in the last round takes part in it: at ZeRO-3 a forward needs every rank.
-        texts = [_dialogues(examples[i]) for i in picked or [0]]
-        sums, _ = response_logprobs(model, sum(texts, []), pad_token_id)
-        found.update(zip(picked, sums.split([*map(len, texts)]), strict=False))
+            left = (shown - start) * (len(order) - done) / (done - first)
+            log(f"reading with the reference: {done / len(order):.0%}, {left:.0f} s left")
+            _keep(file, whole[:done])
     model.train()
-    width = max(gather_objects(max(map(len, found.values()), default=0)))
-    whole = torch.zeros(len(examples), width, device=device())
-    for index, logprobs in found.items():
-        whole[index, : len(logprobs)] = logprobs
-    log(f"{len(examples)} records read with the reference in {time.monotonic() - start:.1f} s")
-    return sum_tensor_over_ranks(whole)
+    log(f"{len(order) - first} records read with the reference in {time.monotonic() - start:.1f} s")
+    return whole[torch.tensor(order).argsort()]
+
+
+@torch.no_grad()
+def _read_part(
+    model: nn.Module, part: Sequence[Example], width: int, options: DirectOptions, pad_token_id: int
+) -> Tensor:
+    """Log-probabilities (records, width) of some records. Each rank reads its share of them, and gets all."""
+    found = torch.zeros(len(part), width, device=device())
+    lengths = [max(example.row.lengths) for example in part]
+    for picked in deal(range(len(part)), lengths, options.micro_batch_size, rank(), world_size()):
+        # A rank without records in the last round takes part in it: at ZeRO-3 a forward needs every rank.
+        texts = [_dialogues(part[i]) for i in picked or [0]]
+        sums, _ = response_logprobs(model, sum(texts, []), pad_token_id)
+        for i, logprobs in zip(picked, sums.split([*map(len, texts)]), strict=False):
+            found[i, : len(logprobs)] = logprobs
+    return sum_tensor_over_ranks(found)
 
 
 def _dialogues(example: Example) -> list[Dialogue]:
@@ -167,7 +187,7 @@ def _key(rows: Sequence[Choice], options: DirectOptions, zero: dict[str, Any]) -
         _weights(options.reference_model_name_or_path or options.model_name_or_path),
         [zero.get(precision, {}).get("enabled") for precision in ("bf16", "fp16")],
         rows.digest if isinstance(rows, Examples) else [*map(list, rows)],
-        None if options.is_paired else [options.seed, options.max_length],
+        None if options.is_paired else [options.seed, options.max_length, inspect.getsource(Referenced)],
         inspect.getsource(response_logprobs),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -182,11 +202,23 @@ def _weights(path: str) -> list[str]:
     return [f"{file.name} {sha256(file)}" for kind in kinds for file in sorted(Path(path).glob(kind))]
 
 
-def _keep(file: Path, logprobs: np.ndarray) -> None:
+def _load(file: Path | None) -> Tensor | None:
+    """What rank 0 has in a file, on every rank; None when there is no such file."""
+    found = torch.from_numpy(np.load(file)) if file and file.exists() else None
+    shape = gather_objects(found if found is None else found.shape)[0]
+    if shape is None:
+        return None
+    return sum_tensor_over_ranks((torch.zeros(shape) if found is None else found).to(device()))
+
+
+def _keep(file: Path | None, logprobs: Tensor) -> None:
+    """Write to a file, whole or not at all; rank 0 alone has one."""
+    if not file:
+        return
     beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as content:
-            np.save(content, logprobs)
+            np.save(content, logprobs.cpu().numpy())
             content.flush()
             os.fsync(content.fileno())
         beside.rename(file)

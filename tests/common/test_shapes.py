@@ -72,6 +72,13 @@ def test_comparisons_and_votes(says, chosen, tie):
     assert record["chosen_probability"] == (0.8 if says == {"preference": 0.2} else 0.5 if tie else 1.0)
 
 
+def test_a_field_of_ours_in_a_record_is_not_taken_for_it():
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    assert recognise({**pair, "chosen_probability": "high"}) == pair
+    sides = {"prompt": "p", "response_a": "x", "response_b": "y", "preference": 0.8}
+    assert recognise({**sides, "chosen_probability": 7})["chosen_probability"] == 0.8
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

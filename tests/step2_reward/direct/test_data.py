@@ -3,6 +3,7 @@
 import pytest
 
 from common.overlong import Dropped
+from common.shapes import recognise
 from step2_reward.direct.data import Choice, Dialogue, paired, unpaired
 from tests.word_encoder import EOS, WordEncoder
 
@@ -15,14 +16,14 @@ def test_a_pair_is_two_dialogues_the_better_first():
     assert row.dialogues == [Dialogue([10, 11, 12, 13, EOS], 2), Dialogue([10, 11, 12, EOS], 2)]
     assert [d.count for d in row.dialogues] == [3, 2] and row.length == 9 and not is_cut
     assert Dialogue([12, EOS], 0).count == 1  # nothing comes before the first token to predict it
-    assert row.pairs == [(0, 1, 1.0, False)]
+    assert row.pairs == [(0, 1, 1.0, True)]
     assert row.sides(is_paired=True) == row.sides(is_paired=False) == [(1.0, 0.0), (0.0, 1.0)]
 
 
 def test_the_pairs_of_a_ranking_weigh_one_and_a_tie_is_half_a_win_for_either():
     row, _ = paired(RANKING, **WAY)
     assert row.ranks == [1.0, 1.0, 2.0, 3.0]
-    assert [pair[:2] for pair in row.pairs if pair.is_tie] == [(0, 1), (1, 0)]
+    assert [pair[:2] for pair in row.pairs if not pair.is_label] == [(0, 1), (1, 0)]
     weights = {(p.better, p.worse): p.weight for p in row.pairs}
     half, whole = 1 / 12, 1 / 6
     assert weights == pytest.approx(
@@ -31,6 +32,19 @@ def test_the_pairs_of_a_ranking_weigh_one_and_a_tie_is_half_a_win_for_either():
     chosen, rejected = zip(*row.sides(is_paired=True), strict=True)
     assert chosen == pytest.approx([5 / 12, 5 / 12, 1 / 6, 0])
     assert rejected == pytest.approx([1 / 12, 1 / 12, 1 / 3, 1 / 2])
+
+
+SOFT = {"prompt": "a b", "response_a": "c", "response_b": "d e", "preference": 0.25}
+
+
+def test_a_soft_label_is_a_win_for_either_side_by_its_probability():
+    row, _ = paired(recognise(SOFT), **WAY)
+    assert [d.count for d in row.dialogues] == [3, 2]  # B first
+    assert row.pairs == [(0, 1, 0.75, True), (1, 0, 0.25, False)]
+    assert row.sides(is_paired=True) == [(0.75, 0.25), (0.25, 0.75)]
+    assert unpaired(recognise(SOFT), **WAY)[0].sides(is_paired=False) == row.sides(is_paired=True)
+    tie, _ = paired(recognise(SOFT | {"preference": 0.5}), **WAY)
+    assert tie.pairs == [(0, 1, 0.5, False), (1, 0, 0.5, False)]
 
 
 def test_only_the_last_turn_is_the_response():
@@ -48,6 +62,25 @@ def test_a_response_that_was_cut_does_not_end():
     way = WAY | {"max_length": 5, "overlong": "truncate_response"}
     row, is_cut = paired({"prompt": "a b", "chosen": "c d e f", "rejected": "g"}, **way)
     assert is_cut and row.dialogues[0] == Dialogue([10, 11, 12, 13, 14], 2)
+
+
+@pytest.mark.parametrize("convert", [paired, unpaired])
+def test_a_response_that_its_record_says_was_cut_does_not_end(convert):
+    """A string and messages, either side; as with `ended` of a single response."""
+    messages = {
+        side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "c"), ("rejected", "d"))
+    }
+    for pair in (
+        {"prompt": "a b", "chosen": "c", "rejected": "d"},
+        {"prompt": [{"role": "user", "content": "a"}], **messages},
+    ):
+        for ended in ((True, True), (False, True), (True, False)):
+            record = pair | dict(zip(("chosen_ended", "rejected_ended"), ended, strict=True))
+            row, _ = convert(record, **WAY)
+            assert tuple(d.ids[-1] == EOS for d in row.dialogues) == ended
+            assert tuple(d.count == 2 for d in row.dialogues) == ended
+    row, _ = unpaired({"prompt": "a", "completion": "b", "label": True, "ended": False}, **WAY)
+    assert row.dialogues[0].ids[-1] != EOS
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -69,6 +102,7 @@ def test_a_preference_is_split_into_its_best_and_its_worst():
     [
         (paired, {"prompt": "a", "completion": "b", "label": True}, "which --loss kto takes"),
         (paired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+        (paired, {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_ended": 0}, "'chosen_ended' is 0"),
         (unpaired, {"prompt": "a", "completion": "b"}, "'label' is missing"),
         (unpaired, {"prompt": "a", "completion": "b", "label": 1}, "'label' is 1; it must be true or false"),
         (unpaired, {"prompt": "a", "label": True}, "'completion' is missing"),

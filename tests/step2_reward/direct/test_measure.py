@@ -101,7 +101,32 @@ def test_a_tie_is_half_a_win_for_either_side_and_no_part_of_accuracy():
     assert figures["accuracy"].item() == (x > y)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"])
+LOSSES = ["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_soft_label_teaches_the_expectation_over_hard_ones(loss):
+    """Loss and its gradient, with all that comes beside the comparison; accuracy is of the label alone."""
+    options = settings(loss, beta=0.5)
+    ids, known = torch.randint(50, (12,), generator=torch.Generator().manual_seed(1)).tolist(), [-3.0, -1.0]
+    known = [value * options.kind.has_reference for value in known]
+    way = Choice(ids, [6, 6], [2, 2], [0.0, 1.0]), known
+    other = way[0]._replace(ids=ids[6:] + ids[:6]), known[::-1]
+    soft = {"probability": 0.8} if options.is_paired else {"ranks": [1 - 0.8, 0.8]}
+    found, accuracies = [], []
+    for row, logprobs in (way, other, (way[0]._replace(**soft), known)):
+        model, example = Random(0), Example(row, logprobs, None, 0.0)
+        value, figures = share(model, [example], count([example], options), 0.3, options, 0)
+        value.backward()
+        means = (figures[name].detach() for name in ("nll_chosen", "reward/chosen", "logprobs/rejected"))
+        found.append((value.detach(), model.head.weight.grad, *means))
+        accuracies.append(figures["accuracy"].item())
+    for one, two, mixed in zip(*found, strict=True):
+        assert_close(mixed, 0.8 * one + 0.2 * two)
+    assert accuracies[2] == accuracies[0]  # that is of the label
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_micro_batches_add_up_to_the_batch(loss):
     """Shares of records with one, two and four responses; the figures by hand for two of them."""
     model, options = Random(0), settings(loss)
@@ -127,7 +152,7 @@ def test_micro_batches_add_up_to_the_batch(loss):
         d.count * weight for d, weight in chosen
     )
     assert figures["nll_chosen"].item() == pytest.approx(nll, rel=1e-5)
-    assert ("kl/mean" in figures) == has_reference
+    assert ("logratio/mean" in figures) == has_reference
 
 
 def test_cpo_adds_the_likelihood_of_the_chosen_response():
@@ -171,3 +196,19 @@ def test_the_reference_point_is_that_of_other_responses():
         ]
         other = reference_point(policy, swapped, options, 0)
         assert sorted([found, other]) == pytest.approx([0.0, abs(mean)], rel=1e-5)
+
+
+def test_the_other_response_is_as_often_a_bad_one():
+    pairs = [choice(seed, [0.0, 1.0]) for seed in range(300)]
+    good, bad = ({tuple(row.dialogues[side].ids[2:]) for row in pairs} for side in (0, 1))
+    drawn = [tuple(example.unrelated.ids[2:]) for example in Referenced(pairs, settings("kto"))]
+    assert set(drawn) <= good | bad and 120 < sum(answer in bad for answer in drawn) < 180
+
+
+def test_kto_learns_of_each_response_by_its_label():
+    options = settings("kto", beta=0.02, desirable_weight=2.0, undesirable_weight=0.7)
+    model, example = Random(0), Example(choice(1, [0.0, 1.0]), [-3.0, -1.0], None, 0.0)
+    loss, _ = share(model, [example], count([example], options), 0.3, options, 0)
+    good, bad = (model.logprob(d) - r for d, r in zip(example.row.dialogues, example.logprobs, strict=True))
+    expected = 2.0 / (1 + math.exp(0.02 * (good - 0.3))) + 0.7 / (1 + math.exp(0.02 * (0.3 - bad)))
+    assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
