@@ -53,17 +53,19 @@ run_stage() {
 }
 
 # step SCRIPT OPTIONS...: run another launch script, and pass on to it the signals that this one gets. To the file
-# TIMES, if it is set, comes a line with the seconds and the --output_dir of each.
+# TIMES, if it is set, comes a line with the seconds and the --output_dir of each. After a signal that came in the
+# last step of a run, which then is done, nothing else begins either: 75.
 step() {
-    local code started=$SECONDS
+    local code asked=0 started=$SECONDS
     bash "$@" &
-    trap "kill -TERM $!" TERM INT USR1
+    trap "asked=75; kill -TERM $! 2>/dev/null || true" TERM INT USR1
     while true; do
         wait $! && code=0 || code=$?
         kill -0 $! 2>/dev/null || break # a signal ends `wait` too
     done
     trap - TERM INT USR1
     [ -z "${TIMES:-}" ] || echo "$((SECONDS - started)) $(output_dir "" "${@:2}")" >>"$TIMES"
+    [ "$code" != 0 ] || code=$asked
     return "$code"
 }
 

@@ -7,6 +7,7 @@
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
 source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
+python -m launch.check_options step2_direct --reference_model_name_or_path "$MODEL" ${DIRECT_OPTIONS:-}
 
 policies=("$MODEL")
 for round in $(seq "$ROUNDS"); do

@@ -6,6 +6,7 @@
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
 source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
+python -m launch.check_options step1_sft ${STEP1_OPTIONS:-}
 
 policies=("$MODEL")
 for round in $(seq "$ROUNDS"); do

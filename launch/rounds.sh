@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by raft.sh, rest.sh and iterative_dpo.sh: what their rounds have in common.
-# Each command goes on where it was stopped, and one that is done says so in seconds; so does the whole loop.
+# Each command goes on where it was stopped, and so does the whole loop: one that is done may load its model again,
+# but has nothing more to draw or to learn.
 set -euo pipefail
 MODEL="${MODEL:?the policy to start from: final/ of step 1}"
 PROMPTS="${PROMPTS:?prompts, as for step 3}"
@@ -9,6 +10,8 @@ DEMONSTRATIONS="${DEMONSTRATIONS:-}"  # to learn from in every round besides, as
 HERE="$(dirname "${BASH_SOURCE[0]}")"
 source "$HERE/environment.sh"
 COMMON=("$@")  # options of sampling and of the report
+install requirements.txt  # for what refuses wrong options before anything is sampled
+python -m launch.check_options evaluate_ppo --prompt_data "$PROMPTS" ${EVALUATE_OPTIONS:-} "$@"
 
 # sample ROUND POLICY SELECTION_DIR OPTIONS...: responses to OUTPUT/round_ROUND/samples, and a choice of them.
 sample() {

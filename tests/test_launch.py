@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -64,3 +65,20 @@ def test_pipeline_chains_the_stages(world: Path, tmp_path: Path) -> None:  # noq
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "out/step3_ppo/final/model.safetensors").exists()
+
+
+def test_a_signal_in_the_last_step_of_a_run_ends_the_scripts_too(tmp_path: Path) -> None:
+    """A run that is done ends with 0; what would come after it does not begin."""
+    (tmp_path / "run.sh").write_text("trap 'echo asked' TERM\necho begun\nsleep 1 & wait || wait\nexit 0")
+    (tmp_path / "inner.sh").write_text(
+        f"set -euo pipefail\nsource {LAUNCH}/environment.sh\nstep {tmp_path}/run.sh\necho went on"
+    )
+    outer = (tmp_path / "inner.sh").read_text().replace("run.sh", "inner.sh")
+    for signals in (1, 0):
+        with subprocess.Popen(["bash", "-c", outer], stdout=subprocess.PIPE, text=True) as running:
+            said = running.stdout.readline()
+            for _ in range(signals):
+                running.send_signal(signal.SIGTERM)
+            said += running.stdout.read()
+        expected = (75, "begun\nasked\n") if signals else (0, "begun\nwent on\nwent on\n")
+        assert (running.returncode, said) == expected
