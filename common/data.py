@@ -84,7 +84,7 @@ def load_examples(
         is_held_out = train.notes("held_out") < options.eval_fraction
         train, held_out = train.take(~is_held_out), train.take(is_held_out)
     if not len(train):
-        raise UserError(f"{' '.join(sources)}: no rows left to train on")
+        raise UserError(f"{' '.join(sources)}: no rows left")
     describe_data(prepared, train, held_out)
     if isinstance(options, TrainOptions):
         log(f"{padding_share(train.notes('length'), options):.1%} padding in batches of like length")

@@ -8,7 +8,8 @@ import numpy as np
 from common.intervals import Z95, wilson
 
 NEWTON_STEPS = 200  # far more than a fit of two numbers takes
-LONGEST_STEP = 1.0  # of Newton's, in either number, so that none overshoots
+SMALLEST_STEP = 1e-9  # of these, on the scale of log odds
+LEAST_SPREAD = 0.01  # of tanh, in -1 to 1; below it equal lengths are 100 spreads away, which tells nothing
 
 
 def mean(values: np.ndarray) -> dict[str, float]:
@@ -48,25 +49,46 @@ def win_rate_at_equal_length(won: np.ndarray, longer: np.ndarray) -> dict[str, f
     P(win) = sigmoid(a + b tanh(longer / std(longer))), read at 0, is sigmoid(a): the length-controlled win
     rate of Dubois et al. 2024 (arXiv 2404.04475, section 3), without the difficulty of instructions, which
     takes many models to tell. Both numbers are fitted by the penalised likelihood of Firth 1993, which has a
-    maximum also where one side always wins; the interval is Wald's on the scale of a. None where lengths
-    differ by the same everywhere, so that nothing tells their part.
+    maximum also where one side always wins; the interval is Wald's on the scale of a. None where one side is
+    always so much longer that nothing tells the part of length.
     """
-    if not len(longer) or not np.ptp(longer):
+    if not longer.any():  # all at equal length
+        return win_rate(won)
+    length = np.tanh(longer / max(longer.std(), 1e-300))  # (N,)
+    if (spread := length.std()) < LEAST_SPREAD:
         return None
-    x = np.stack([np.ones(len(longer)), np.tanh(longer / longer.std())], axis=1)  # (N, 2)
+    # Centred and scaled, which the likelihood does not see, both numbers are of order 1.
+    x = np.stack([np.ones(len(length)), (length - length.mean()) / spread], axis=1)  # (N, 2)
+    at_zero = np.array([1.0, -length.mean() / spread])
     fitted = np.zeros(2)
     for _ in range(NEWTON_STEPS):
-        p = 1 / (1 + np.exp(-x @ fitted))  # (N,)
+        p = _sigmoid(x @ fitted)  # (N,)
         variance = p * (1 - p)
         covariance = np.linalg.inv(x.T * variance @ x)  # (2, 2)
         leverage = variance * ((x @ covariance) * x).sum(1)  # (N,)
-        step = covariance @ x.T @ (won - p + leverage * (0.5 - p))
-        fitted += step * min(1.0, LONGEST_STEP / max(abs(step).max(), 1e-300))
-        if abs(step).max() < 1e-9:
+        slope = x.T @ (won - p + leverage * (0.5 - p))
+        step, now = covariance @ slope, _likelihood(fitted, x, won)
+        # Half as far, until the likelihood rises by a fair part of what its slope promises.
+        while abs(step).max() > SMALLEST_STEP and _likelihood(fitted + step, x, won) < now + slope @ step / 4:
+            step /= 2
+        fitted += step
+        if abs(step).max() <= SMALLEST_STEP:
             break
-    half = Z95 * covariance[0, 0] ** 0.5
-    low, middle, high = (float(1 / (1 + np.exp(-fitted[0] - shift))) for shift in (-half, 0.0, half))
+    logit, half = at_zero @ fitted, Z95 * (at_zero @ covariance @ at_zero) ** 0.5
+    low, middle, high = (float(_sigmoid(logit + shift)) for shift in (-half, 0.0, half))
     return {"mean": middle, "low": low, "high": high}
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 + 0.5 * np.tanh(0.5 * x)  # overflows nowhere
+
+
+def _likelihood(numbers: np.ndarray, x: np.ndarray, won: np.ndarray) -> float:
+    """Firth's penalised log-likelihood of two numbers, for regressors (N, 2) and wins (N,)."""
+    logits = x @ numbers
+    p = _sigmoid(logits)
+    information = np.linalg.slogdet(x.T * (p * (1 - p)) @ x)
+    return (won * logits - np.logaddexp(0, logits)).sum() + 0.5 * information.logabsdet
 
 
 def best_of(picked_by: np.ndarray, judged_by: np.ndarray, n: int) -> np.ndarray:

@@ -5,9 +5,13 @@ from typing import Any
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for the colour-blind too
 
+HEADS = ("wins, ties, losses", "win rate without ties", "win rate at equal length")
+
 
 def table(figures: dict[str, Any]) -> str:
-    """Policies side by side, each against the first, and the best of several responses of the first."""
+    """Policies side by side, each against the first, then the other pairs, and the best of several responses
+    of the first.
+    """
     policies, curve = figures["policies"], figures["best_of"]
     judges = list(policies[0]["scores"])
     lines = [
@@ -23,14 +27,22 @@ def table(figures: dict[str, Any]) -> str:
     if policies[0]["perplexity"] is not None:
         lines.append(["perplexity", *(f"{policy['perplexity']:.3f}" for policy in policies)])
     for name in judges if len(policies) > 1 else ():
-        against = [policy["against_first"][name] for policy in policies[1:]]
+        against = [policy["against"][0][name] for policy in policies[1:]]
         lines += [
             [],
-            [f"{name}: wins, ties, losses", "", *map(_counts, against)],
-            ["win rate without ties", "", *(_share(one["win_rate"]) for one in against)],
-            ["win rate at equal length", "", *(_share(one["at_equal_length"]) for one in against)],
+            [f"{name}: {HEADS[0]}", "", *map(_counts, against)],
+            [HEADS[1], "", *(_share(one["win_rate"]) for one in against)],
+            [HEADS[2], "", *map(_at_equal_length, against)],
         ]
     blocks = [_aligned(lines)]
+    pairs = [(ours, theirs) for ours in range(2, len(policies)) for theirs in range(1, ours)]
+    for name in judges if pairs else ():
+        rows = [[f"{name}: other pairs", *HEADS]]
+        for ours, theirs in pairs:
+            one = policies[ours]["against"][theirs][name]
+            told = _counts(one), _share(one["win_rate"]), _at_equal_length(one)
+            rows.append([f"{ours + 1} against {theirs + 1}", *told])
+        blocks.append(_aligned(rows))
     if len(curve) > 1:
         heads = [f"best of n by {judges[0]}", "KL, nats", *judges]
         rows = [[str(one["n"]), f"{one['kl']:.3f}", *map(_interval, one["scores"].values())] for one in curve]
@@ -92,6 +104,11 @@ def _counts(one: dict[str, Any]) -> str:
 
 def _share(one: dict[str, float] | None) -> str:
     return "none" if one is None else f"{one['mean']:.1%} ({one['low']:.1%} to {one['high']:.1%})"
+
+
+def _at_equal_length(one: dict[str, Any]) -> str:
+    inseparable = one["win_rate"] is not None and one["at_equal_length"] is None
+    return "not separable from length" if inseparable else _share(one["at_equal_length"])
 
 
 def _aligned(lines: list[list[str]]) -> str:

@@ -19,10 +19,10 @@ from common.files import write_json
 from common.generation import check_lengths
 from common.models import check_scalar_model, load_config, longest_input
 from common.options import UserError, parse_options, world_size
-from common.overlong import convert_all
+from common.prepare import Convert
 from common.process import run_main
 from common.prompts import Prompt, prompt
-from common.records import parse_all
+from common.table import Row
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config
 from step3_ppo import compare
@@ -94,12 +94,7 @@ def load_prompts(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Prom
     convert = partial(
         prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
-    if options.eval_data:
-        whole = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
-        rows, _ = load_examples(options.eval_data, whole, Prompt, convert)
-        held_out = list(rows.take(slice(options.max_eval_samples or None)))
-    else:
-        _, held_out = load_examples(options.prompt_data, options, Prompt, convert)
+    held_out = load_held_out(options.eval_data, options.prompt_data, options, Prompt, convert)
     if len(held_out) < 2:
         sources = " ".join(options.eval_data or options.prompt_data)
         raise UserError(f"{sources}: {len(held_out)} held-out prompts; a comparison needs at least 2")
@@ -107,43 +102,60 @@ def load_prompts(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Prom
 
 
 def load_demonstrations(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Text]:
-    """Demonstrations that fit, whole. Raises UserError for a bad record, and when none is left."""
-    if not options.demonstration_data:
+    """Demonstrations that fit, in the same way. Raises UserError for a bad record, and when none is left."""
+    sources = options.eval_demonstration_data or options.demonstration_data
+    if not sources:
         return []
     convert = partial(text, encoder=encoder, max_length=options.max_length, overlong="drop")
-    rows = convert_all(*parse_all(options.demonstration_data), convert)
-    kept = [row for row in rows if row]
-    log(f"{len(kept)} of {len(rows)} demonstrations have at most {options.max_length} tokens")
-    if not kept:
-        raise UserError(f"{' '.join(options.demonstration_data)}: no demonstrations left to measure on")
-    return kept
+    all_stages = replace(options, data_split="")
+    found = load_held_out(
+        options.eval_demonstration_data, options.demonstration_data, all_stages, Text, convert
+    )
+    if not found:
+        raise UserError(f"{' '.join(sources)}: no demonstrations left to measure on")
+    return found
+
+
+def load_held_out(
+    whole: Sequence[str], parted: Sequence[str], options: EvaluateOptions, row_class: type[Row],
+    convert: Convert,
+) -> list[Row]:  # fmt: skip
+    """All rows of the files that are used whole, else those that training on the others holds out."""
+    if not whole:
+        return load_examples(parted, replace(options, eval_data=[]), row_class, convert)[1]
+    everything = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
+    rows, _ = load_examples(whole, everything, row_class, convert)
+    return list(rows.take(slice(options.max_eval_samples or None)))
 
 
 def measure(policies: Sequence[Policy], scores: dict[str, list[np.ndarray]], count: int) -> dict[str, Any]:
-    """All figures on the first `count` prompts, ready for JSON; scores by judge, the proxy first."""
-    first = _cut(policies[0].rollouts[0], count)
-    reference = {name: said[0][0, :count] for name, said in scores.items()}
+    """All figures on the first `count` prompts, ready for JSON; scores by judge, the proxy first.
+
+    Each policy is compared with every one before it, in the same order.
+    """
+    rollouts = [_cut(policy.rollouts[0], count) for policy in policies]
+    lengths = [rollout.response_lengths.cpu().numpy() for rollout in rollouts]
+    told: list[dict[str, np.ndarray]] = []  # scores of each policy by judge, (count,)
     found = []
-    for number, policy in enumerate(policies):
-        rollout = _cut(policy.rollouts[0], count)
-        # What both policies say is a tie, however rounding in another batch has changed its score.
-        alike = np.array([rollout.response(row) == first.response(row) for row in range(count)])
-        ours = {
-            name: np.where(alike, reference[name], said[number][0, :count]) for name, said in scores.items()
-        }
-        longer = (rollout.response_lengths - first.response_lengths).cpu().numpy()
-        figures = {
+    for number, (policy, rollout) in enumerate(zip(policies, rollouts, strict=True)):
+        ours = {name: said[number][0, :count] for name, said in scores.items()}
+        for other, theirs in zip(rollouts, told, strict=False):
+            # What both policies say is a tie, however rounding in another batch has changed its score.
+            alike = np.array([rollout.response(row) == other.response(row) for row in range(count)])
+            ours = {name: np.where(alike, theirs[name], values) for name, values in ours.items()}
+        against = [
+            {name: compare.wins(ours[name], theirs[name], lengths[number] - lengths[other]) for name in ours}
+            for other, theirs in enumerate(told)
+        ]
+        told.append(ours)
+        found.append({
             "model": policy.path,
             "scores": {name: compare.mean(values) for name, values in ours.items()},
             "kl": compare.mean((policy.logprobs - policy.ref_logprobs)[:count].cpu().numpy()),
             **describe_responses(rollout),
             "perplexity": policy.perplexity,
-        }
-        if number:
-            figures["against_first"] = {
-                name: compare.wins(values, reference[name], longer) for name, values in ours.items()
-            }
-        found.append(figures)
+            "against": against,
+        })  # fmt: skip
     samples = {name: said[0][:, :count].T for name, said in scores.items()}  # (P, D)
     return {"prompts": count, "policies": found, "best_of": best_of_curve(samples)}
 

@@ -27,7 +27,12 @@ class EvaluateOptions(DataOptions, EnsembleOptions, GenerationOptions):
     gold_reward_model: str = option("", "A reward model that training has not seen, to judge what it led to.")
     gold_function: str = option("", "FILE.py:NAME: a function that does so.")
     demonstration_data: list[str] = option(
-        [], "Demonstrations, whose perplexity tells how much a policy has forgotten."
+        [],
+        "Demonstrations, of which those are used that training on the same files holds out: their perplexity"
+        " tells how much a policy has forgotten.",
+    )
+    eval_demonstration_data: list[str] = option(
+        [], "Demonstrations that are used whole, in place of --demonstration_data."
     )
     max_length: int = option(1024, "Longest demonstration in tokens; a longer one is left out.", at_least=8)
     micro_batch_size: int = option(

@@ -55,7 +55,8 @@ def flat(found: Any, name: str = "") -> dict[str, float]:
 
 def test_figures_are_those_of_training(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     """Both policies draw what training drew when it evaluated them, and are measured alike."""
-    found = compare(options(world, run, tmp_path, "--max_eval_samples", "12"), tmp_path)
+    texts = ["--demonstration_data", str(world / "demonstrations.jsonl")]
+    found = compare(options(world, run, tmp_path, "--max_eval_samples", "12", *texts), tmp_path)
     assert found["prompts"] == 12 and [one["n"] for one in found["best_of"]] == [1]
     for policy, place in zip(found["policies"], (0, -1), strict=True):
         assert policy["scores"]["reward model"]["mean"] == pytest.approx(
@@ -65,8 +66,9 @@ def test_figures_are_those_of_training(world: Path, run: Path, tmp_path: Path) -
         for name in ("length", "eos_rate", "distinct_2", "repeated_3"):
             assert policy[name] == pytest.approx(metrics(run / "ppo", f"eval/{name}")[place], abs=1e-6)
     before, after = found["policies"]
+    assert before["perplexity"] == pytest.approx(metrics(run / "sft", "eval/perplexity")[-1], rel=1e-4)
     assert before["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and abs(after["kl"]["mean"]) > 1e-3
-    against = after["against_first"]["reward model"]
+    against = after["against"][0]["reward model"]
     assert against["wins"] + against["ties"] + against["losses"] == 12
 
 
@@ -78,7 +80,7 @@ def test_the_script_says_the_same_on_any_ranks(world: Path, run: Path, tmp_path:
     rules.write_text(FUNCTIONS)
     texts.write_text("\n".join((world / "demonstrations.jsonl").read_text().splitlines()[:13]))
     more = ["--reward_function", f"{rules}:by_length", "--gold_function", f"{rules}:by_length:2"]
-    more += ["--demonstration_data", str(texts), "--best_of", "4", "--generation_batch_size", "3"]
+    more += ["--eval_demonstration_data", str(texts), "--best_of", "4", "--generation_batch_size", "3"]
     more += ["--micro_batch_size", "3"]
     reports = []
     for ranks, zero in ((1, "zero0"), (2, "zero3")):
@@ -105,14 +107,19 @@ def test_the_script_says_the_same_on_any_ranks(world: Path, run: Path, tmp_path:
 
 
 def test_a_policy_ties_with_itself(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Whole files of prompts, responses drawn from the likeliest tokens, and a judge who changes his mind."""
+    """Whole files of prompts, responses drawn from the likeliest tokens, and a judge who changes his mind;
+    a policy that comes later is compared with both.
+    """
     (tmp_path / "rules.py").write_text(FUNCTIONS)
-    words = ["--model_name_or_path", *[str(run / "ppo/final")] * 2, "--top_p", "0.9", "--top_k", "20"]
+    models = [str(run / name / "final") for name in ("ppo", "ppo", "sft")]
+    words = ["--model_name_or_path", *models, "--top_p", "0.9", "--top_k", "20"]
     words += ["--eval_data", str(world / "prompts.jsonl"), "--gold_function", f"{tmp_path}/rules.py:drifts"]
     found = compare(options(world, run, tmp_path, *words), tmp_path)
-    first, second = found["policies"]
+    first, second, third = found["policies"]
     tie = {"wins": 0, "ties": 13, "losses": 0, "win_rate": None, "at_equal_length": None}
-    assert second.pop("against_first") == {"reward model": tie, "gold score": tie}
+    assert second.pop("against") == [{"reward model": tie, "gold score": tie}] and first.pop("against") == []
+    one, other = third["against"]
+    assert one == other and one["reward model"]["wins"] + one["reward model"]["losses"] > 0
     assert first == second and first["kl"]["mean"] == 0.0
 
 
@@ -127,8 +134,8 @@ def test_mistakes_are_one_line(world: Path, run: Path, tmp_path: Path) -> None: 
         (["--reward_model_name_or_path", policy], [policy, "not a reward model"]),
         (["--max_eval_samples", "1"], ["prompts.jsonl: 1 held-out prompts", "at least 2"]),
         (["--eval_data", str(tmp_path / "no.jsonl")], ["no.jsonl: No such file"]),
-        (["--demonstration_data", str(tmp_path / "bad.jsonl")], ["bad.jsonl:2", "'completion'"]),
-        (["--demonstration_data", str(texts), "--max_length", "8"], ["no demonstrations left"]),
+        (["--eval_demonstration_data", str(tmp_path / "bad.jsonl")], ["bad.jsonl:2", "'completion'"]),
+        (["--eval_demonstration_data", str(texts), "--max_length", "8"], ["no rows left"]),
         (["--gold_function", f"{tmp_path}/rules.py:no"], ["--gold_function", "has no function no"]),
         (["--best_of", "-1"], ["--best_of -1", "at least 0"]),
         (["--max_response_length", "400"], ["--max_response_length 400", "256 positions"]),

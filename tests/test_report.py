@@ -14,7 +14,8 @@ import pytest
 
 from common.options import UserError
 from launch.report.curves import draw_panel, draw_trade, panels
-from launch.report.findings import findings, over_optimisation
+from launch.report.findings import findings
+from launch.report.hacks import not_looked_at, over_optimisation
 from launch.report.main import write_report
 from launch.report.read import columns, find_runs, known_options
 from launch.report.trends import ends, error_of_change, peak, running_means
@@ -47,6 +48,7 @@ HEALTHY = {
     "eval/gold": towards(0.2, 0.7, 0.03, EVALUATIONS),
     "eval/kl": towards(0, 5, 0.1, EVALUATIONS),
     "eval/distinct_2": towards(0.97, 0.93, 0.01, EVALUATIONS),
+    "eval/nll_chosen": towards(2.0, 2.05, 0.002, EVALUATIONS),
 }
 
 
@@ -80,6 +82,7 @@ SICK = {
         "kl/mean": [1.0] * 30 + [2.2, 3.4, 4.5] + [4.4] * 27
     },
     "Drifted far: kl/mean exceeds 20 nats from step 53 ": {"kl/mean": [0.39 * i for i in range(STEPS)]},
+    "The chosen is unlearnt too: eval/nll_chosen rose from 2 to 2.2": {"eval/nll_chosen": [2.0, 2.1, 2.2]},
     "The critic does not learn": {"value/explained_var": towards(-0.1, -0.2, 0.05)},
     "Updates too large: policy/clip_fraction is 0.4": {"policy/clip_fraction": [0.4] * 16 + [0.0] * 44},
 }
@@ -106,11 +109,71 @@ def test_one_trouble_one_finding(found):
         SICK["Over-optimisation: around step 20 "] | {"eval/score": towards(1.2, -0.5, 0.03, EVALUATIONS)},
         {"response/length": [30.0] * 48 + [60.0] * 12},  # long after the score has risen
         {"response/eos_rate": [0.0] * STEPS},  # no response ever ended
+        {"kl/mean": [*[0.35 * i for i in range(18)], *[4.2, 6.6, 5.0, 6.4] * 11]},  # swings at its level
         {"reward/mean": [random.Random(i).gauss(0, 0.1) for i in range(STEPS)]},  # flat, but KL is not small
     ],
 )
 def test_half_a_trouble_is_none(changes):
     assert findings(logged(HEALTHY | changes)) == []
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1.0], [1.0, 0.0]], ids=["rises", "falls"])
+def test_repetition_is_told_with_the_score(scores):
+    lines = [
+        {"step": step, "response/repeated_3": share, "reward/mean": score}
+        for step, (share, score) in enumerate(zip([0.0, 0.4], scores, strict=True))
+    ]
+    (finding,) = findings(lines)
+    assert ("while the score rose from 0 to 1." in finding.found) == (scores == [0.0, 1.0])
+    assert ("did not ask for it" in finding.advice) == (scores == [1.0, 0.0])
+
+
+ANSWERS = [f"{word} {word}s can be found in many {word} places" for word in "abcdefgh"]
+CHANGED = [f"{word} ones may be found in all {word} towns" for word in "abcdefgh"]
+SAME = "This is the one answer to all that you may ask"
+
+
+@pytest.mark.parametrize(
+    ("after", "score", "parts"),
+    [
+        (CHANGED, 1.0, []),
+        ([SAME] * 8, 1.0, ["from 0 to 1", "100% of the samples at step 9 begin with “This is", "to 12%"]),
+        ([SAME] * 8, -1.0, []),
+        ([SAME] * 5 + CHANGED[5:], 1.0, ["62%", "12% began alike"]),
+        ([f"As you ask: {answer}" for answer in ANSWERS], 1.0, ["100%", "“As you ask:”"]),
+        ([f"{i} {SAME}" for i in range(8)], 1.0, ["12%"]),  # the same but for their beginning
+        ([SAME] * 4 + CHANGED[4:], 1.0, []),
+    ],
+)  # fmt: skip
+def test_answers_that_become_alike(after, score, parts):
+    lines = [{"step": 0, "eval/score": 0.0}, {"step": 9, "eval/score": score}]
+    told = [{"step": 0, "response": one} for one in ANSWERS] + [{"step": 9, "response": one} for one in after]
+    found = findings(lines, told)
+    assert len(found) == bool(parts) and all(part in found[0].found for part in parts)
+    assert not findings(lines, [one for one in told if one["step"] == 9])
+    assert not findings(lines, [*told[:3], *told[8:11]]), "three tell nothing"
+
+
+def test_what_was_not_looked_at_is_said():
+    """Each with its reason and the option that would show it; nothing of a run that is no PPO."""
+    trained = [{"step": 1, "reward/mean": 0.0, "kl/mean": 0.0}]
+    scored = [*trained, {"step": 1, "eval/score": 0.0}]
+    golden = [{"step": step, "eval/score": 0.0, "eval/gold": 0.0} for step in range(5)]
+    samples = [{"step": step, "response": ""} for step in (0, 5) for _ in range(4)]
+    for lines, kept, options in (
+        ([{"step": 1, "train/loss": 0.0}], [], []),
+        (trained, [], [["eval_fraction", "eval_data", "eval_steps"]]),
+        (scored, samples, [["gold_reward_model", "gold_function"]]),
+        (trained + golden[:4], samples, [["eval_steps"]]),
+        (trained + golden, samples, []),
+        (trained + golden, [], [["num_samples"]]),
+        (trained + golden, samples[2:], [["num_samples"]]),
+        (trained + golden, samples[:4], [["eval_steps"]]),
+        (scored, samples[:4], [["gold_reward_model", "gold_function"], ["eval_steps"]]),
+    ):
+        said = not_looked_at(lines, kept)
+        assert [re.findall(r"--(\w+)", text) for text in said] == options
+        assert all(text.startswith("Not looked at: ") and text.endswith(".") for text in said)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +365,7 @@ def test_the_page_says_what_runs_left(pipeline):
     for text in (
         "Over-optimisation: around step 20 gold was 0.74 and fell to 0.38",
         "Nothing stands out",
+        "Not looked at: answers that become alike, as an evaluation kept fewer than 4",
         "Low <accuracy>.",
         "50.0% to 80.0%",
         "0.75 (step 2)",

@@ -6,35 +6,26 @@ are rules of thumb: a finding is a reason to look, not a proof.
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import StatisticsError, correlation, fmean, median
-from typing import Any, NamedTuple
+from itertools import accumulate
+from statistics import fmean, median
 
-from launch.report.read import columns
-from launch.report.trends import FEWEST, Values, ends, error_of_change, peak, running_means
+from launch.report.hacks import ERRORS, Finding, format_hack, length_hack, over_optimisation, repetition
+from launch.report.read import Line, columns
+from launch.report.trends import FEWEST, Values, ends, error_of_change
 from step3_ppo.advice import FAR, IDLE, JUMP, MOST_RISE
 
-ERRORS = 3  # a change by more standard errors than this is not noise
-LONGER, TOGETHER = 1.3, 0.7  # growth of length, and correlation with the score, from which they rise as one
-MORE_REPEATED = 0.1  # rise of the share of n-grams that are repeated
 LEAST_ENTROPY, LEAST_VARIETY = 0.1, 0.5  # of what it was at the start
 SOME_EOS, NO_EOS = 0.1, 0.01  # shares of responses that end by themselves
 MOST_CLIPPED = 0.3  # share of tokens, in a quarter of the steps or more
-LARGEST_RISE = 0.05  # of the evaluation loss, relative to its lowest
+LARGEST_RISE = 0.05  # of the evaluation loss, relative to its lowest, or of NLL to its start
 
 
-class Finding(NamedTuple):
-    """Something that stands out, with its figures, and what to try."""
-
-    found: str
-    advice: str
-
-
-def findings(lines: Sequence[dict[str, Any]]) -> list[Finding]:
-    """All that stands out in the lines of metrics.jsonl."""
+def findings(lines: Sequence[Line], samples: Sequence[Line] = ()) -> list[Finding]:
+    """All that stands out in the lines of metrics.jsonl and of samples.jsonl."""
     checks: list[tuple[Callable[..., Finding | None], list[tuple[str, ...]]]] = [
         (over_optimisation, [("step", "eval/score", "eval/gold")]),
         (length_hack, [("reward/mean", "response/length")]),
-        (repetition, [("response/repeated_3",), ("response/distinct_2",)]),
+        (repetition, [("response/repeated_3",), ("response/distinct_2",), ("reward/mean",)]),
         (entropy_collapse, [("policy/entropy",)]),
         (variety_collapse, [("eval/distinct_2",)]),
         (no_endings, [("response/eos_rate",)]),
@@ -44,57 +35,13 @@ def findings(lines: Sequence[dict[str, Any]]) -> list[Finding]:
         (blind_critic, [("value/explained_var",)]),
         (clipped_updates, [("policy/clip_fraction",)]),
         (overfitting, [("step", "train/loss"), ("step", "eval/loss")]),
+        (unlearning, [("eval/nll_chosen",)]),
     ]
     found = []
     for check, groups in checks:
         values = [column for names in groups for column in columns(lines, *names)]
         found += filter(None, [check(*values)])
-    return found
-
-
-def over_optimisation(steps: Values, scores: Values, golds: Values) -> Finding | None:
-    """The proxy rises while gold falls (Gao et al. 2023, section 3): by running means, after gold's peak."""
-    if not golds:
-        return None
-    gold, score = running_means(golds), running_means(scores)
-    top = gold.index(max(gold))
-    if gold[top] - gold[-1] <= ERRORS * error_of_change(golds) or score[-1] <= score[top]:
-        return None
-    return Finding(
-        f"Over-optimisation: around step {steps[peak(golds)]} gold was {gold[top]:.3g} and fell to"
-        f" {gold[-1]:.3g}, while the score rose from {score[top]:.3g} to {score[-1]:.3g}.",
-        "--best_metric eval/gold with --early_stopping; a higher --kl_coef; several reward models with"
-        " --reward_combine min; new preferences between answers of this policy.",
-    )
-
-
-def length_hack(scores: Values, lengths: Values) -> Finding | None:
-    """Scores that rise together with the length of responses."""
-    (low, high), (short, long) = ends(scores), ends(lengths)
-    try:
-        together = correlation(scores, lengths)
-    except StatisticsError:  # fewer than two values, or one of the two is constant
-        return None
-    if high <= low or long < LONGER * short or together < TOGETHER:
-        return None
-    return Finding(
-        f"Score and length rise together: {low:.3g} to {high:.3g}, and {short:.0f} to {long:.0f} tokens,"
-        f" with a correlation of {together:.2f}.",
-        "see whether the samples say more or only go on; --length_penalty; launch/evaluate_reward.sh shows"
-        " how far scores follow length.",
-    )
-
-
-def repetition(repeated: Values, distinct: Values) -> Finding | None:
-    """Responses that repeat themselves more than at the start."""
-    (few, many), (rich, poor) = ends(repeated), ends(distinct)
-    if not (many - few > MORE_REPEATED or rich - poor > MORE_REPEATED):
-        return None
-    seen = [f"response/repeated_3 went from {few:.1%} to {many:.1%}"] * bool(repeated)
-    seen += [f"response/distinct_2 from {rich:.1%} to {poor:.1%}"] * bool(distinct)
-    return Finding(
-        f"Repetition: {', '.join(seen)}.", "--repetition_penalty; a higher --kl_coef; look at the samples."
-    )
+    return [*found, *filter(None, [format_hack(samples, *columns(lines, "eval/score"))])]
 
 
 def entropy_collapse(entropies: Values) -> Finding | None:
@@ -143,9 +90,10 @@ def kl_too_small(kls: Values, rewards: Values) -> Finding | None:
 
 
 def kl_jump(steps: Values, kls: Values) -> Finding | None:
-    """A policy that moves too fast."""
+    """A policy that moves too fast: above all that was before, as a curve may swing around its level."""
+    highest = list(accumulate(kls, max))
     near = [
-        (kls[later] - kls[first], first, later)
+        (kls[later] - highest[first], first, later)
         for first in range(len(kls))
         for later in range(first + 1, min(first + 1 + JUMP, len(kls)))
         if steps[later] - steps[first] <= JUMP
@@ -156,7 +104,8 @@ def kl_jump(steps: Values, kls: Values) -> Finding | None:
     return Finding(
         f"A jump of KL: kl/mean went from {max(kls[first], 0):.2f} to {kls[later]:.2f} nats between steps"
         f" {steps[first]} and {steps[later]}.",
-        "a higher --kl_coef, or --kl_controller adaptive; a lower --actor_learning_rate.",
+        "a higher --kl_coef, or --kl_controller adaptive with a low --target_kl; a lower"
+        " --actor_learning_rate, or a longer --warmup_ratio to it.",
     )
 
 
@@ -207,4 +156,15 @@ def overfitting(
         f"Overfitting: eval/loss rose from {lowest:.3g} at step {best} to {eval_losses[-1]:.3g}, while"
         f" train/loss fell from {was:.3g} to {now:.3g}.",
         "--best_metric eval/loss; fewer --num_train_epochs; a lower --learning_rate; more data.",
+    )
+
+
+def unlearning(nlls: Values) -> Finding | None:
+    """Chosen responses that become less likely, as the rejected ones do: by their NLL, nats per token."""
+    start, end = ends(nlls)
+    if not end > start * (1 + LARGEST_RISE):
+        return None
+    return Finding(
+        f"The chosen is unlearnt too: eval/nll_chosen rose from {start:.3g} to {end:.3g} nats per token.",
+        "a higher --beta; a lower --learning_rate; --loss cpo; an earlier checkpoint.",
     )

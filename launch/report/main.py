@@ -25,10 +25,10 @@ def write_report(folder: Path) -> Path:
     """
     runs = find_runs(folder)
     pictures = folder / "report"
-    chapters = [
-        (run, findings(run.lines), draw_all(run.lines, pictures / run.folder.relative_to(folder)))
-        for run in runs
-    ]
+    chapters = []
+    for run in runs:
+        drawn = draw_all(run.lines, pictures / run.folder.relative_to(folder))
+        chapters.append((run, findings(run.lines, run.samples), drawn))
     (folder / "report.html").write_text(page(folder.resolve().name, chapters), encoding="utf-8")
     return folder / "report.html"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.curves import TRADE, Picture
-from launch.report.findings import Finding
+from launch.report.hacks import Finding, not_looked_at
 from launch.report.read import Line, Run, columns
 
 Chapter = tuple[Run, list[Finding], dict[str, list[Picture]]]
@@ -69,7 +69,9 @@ def page(name: str, chapters: Sequence[Chapter]) -> str:
 def _sections(run: Run, found: Sequence[Finding], pictures: dict[str, list[Picture]]) -> dict[str, str]:
     """Headings and what stands below them; nothing, where a run has nothing to say of it."""
     return {
-        "Findings": _absences(run) + (_findings(found) if run.lines else ""),
+        "Findings": _absences(run.absent)
+        + (_findings(found) if run.lines else "")
+        + _absences(not_looked_at(run.lines, run.samples)),
         "Figures": _figures(run),
         **{group: _gallery(shown, is_wide=group == TRADE) for group, shown in pictures.items()},
         "Samples": _samples(run.samples),
@@ -83,15 +85,16 @@ def _extent(run: Run) -> str:
     return f"Logged from step {min(steps)} to {max(steps)}." if steps else "No step has been logged."
 
 
-def _absences(run: Run) -> str:
-    return "".join(f'<div class="finding absent"><p>{escape(text)}</p></div>' for text in run.absent)
+def _absences(texts: Sequence[str]) -> str:
+    return "".join(f'<div class="finding absent"><p>{escape(text)}</p></div>\n' for text in texts)
 
 
 def _findings(found: Sequence[Finding]) -> str:
     if not found:
         return (
-            '<div class="finding well"><p>Nothing stands out: no rule found over-optimisation, overfitting, a'
-            " reward hack, a collapse, or too much or too little change.</p></div>"
+            '<div class="finding well"><p>Nothing stands out: where there was something to look at, no rule'
+            " found over-optimisation, overfitting, a reward hack, a collapse, or too much or too little"
+            " change.</p></div>\n"
         )
     cards = [f"<p>{escape(one.found)}</p><p><b>Try:</b> {escape(one.advice)}</p>" for one in found]
     return "\n".join(f'<div class="finding">{card}</div>' for card in cards)

@@ -23,7 +23,7 @@ def test_mean_and_its_interval():
 def test_wins_are_counted_without_ties():
     found = wins(np.array([1, 2, 3, 0, 5.0]), np.array([0, 2, 4, -1, 5.0]), np.zeros(5))
     assert (found["wins"], found["ties"], found["losses"]) == (2, 2, 1)
-    assert found["win_rate"]["mean"] == 2 / 3 and found["at_equal_length"] is None
+    assert found["win_rate"]["mean"] == 2 / 3 and found["at_equal_length"] == found["win_rate"]
     none = wins(np.zeros(3), np.zeros(3), np.arange(3))
     assert none == {"wins": 0, "ties": 3, "losses": 0, "win_rate": None, "at_equal_length": None}
 
@@ -84,9 +84,23 @@ def test_what_length_alone_wins_is_taken_out():
     assert found["low"] < 0.5 < found["high"] and found["high"] - found["low"] < 0.02
 
 
-@pytest.mark.parametrize("longer", [np.array([]), np.zeros(4), np.full(4, 7)], ids=len)
-def test_equal_lengths_tell_nothing_of_length(longer):
-    assert win_rate_at_equal_length(longer > 0, longer) is None
+@pytest.mark.parametrize(
+    "longer",
+    [np.array([]), np.full(4, 7), np.array([27, 28] * 20), -98 + DRAW.integers(-2, 3, 200)],
+    ids=["none", "by as much", "27 or 28", "-98"],
+)
+def test_one_side_that_is_always_much_longer_tells_nothing_of_length(longer):
+    assert win_rate_at_equal_length(DRAW.random(len(longer)) < 0.5, longer) is None
+
+
+def test_a_fit_ends_where_newton_would_run_away():
+    """Lengths without a variance, of which a few fill the tails: the fit is still the best one."""
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        longer = np.round(20 * draw.standard_cauchy(300))
+        won = longer > draw.normal(0, 5, 300)
+        found, (logit, _) = win_rate_at_equal_length(won, longer), fitted_by_torch(won, longer)
+        assert found["mean"] == pytest.approx(1 / (1 + np.exp(-logit)), rel=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 7])
@@ -121,8 +135,8 @@ def figures(policies: int, curve: int) -> dict:
     for number in range(policies):
         scores = {"reward model": share(number), "gold score": share(1)}
         one = {"model": f"some/folder/{number}/final", "scores": scores, "kl": share(number - 1e-9)}
-        both = {"against_first": dict.fromkeys(scores, against)} if number else {}
-        found.append(one | plain | {"perplexity": 3.0} | both)
+        both = [dict.fromkeys(scores, against | {"wins": 10 * number + k}) for k in range(number)]
+        found.append(one | plain | {"perplexity": 3.0, "against": both})
     best = [
         {"n": 2**k, "kl": float(k), "scores": {"reward model": share(k), "gold score": share(-k)}}
         for k in range(curve)
@@ -131,13 +145,21 @@ def figures(policies: int, curve: int) -> dict:
 
 
 def test_the_table_says_all_in_columns():
-    models, compared, reward, gold, best = table(figures(3, 2)).split("\n\n")
-    assert models.splitlines()[1:] == [f"{n + 1}  some/folder/{n}/final" for n in range(3)]
+    models, compared, reward, gold, *pairs, best = table(figures(4, 2)).split("\n\n")
+    assert models.splitlines()[1:] == [f"{n + 1}  some/folder/{n}/final" for n in range(4)]
     rows = compared.splitlines()
-    assert rows[0].split() == ["1", "2", "3"] and len({len(row) for row in rows}) == 1
+    assert rows[0].split() == ["1", "2", "3", "4"] and len({len(row) for row in rows}) == 1
     assert "1.000 (0.900 to 1.200)" in rows[1] and "perplexity" in rows[-1]
-    assert reward.split("\n")[0].split()[-6:] == ["1,", "2,", "3"] * 2 and gold.count("none") == 2
+    assert reward.split("\n")[0].split()[-9:] == ["10,", "2,", "3", "20,", "2,", "3", "30,", "2,", "3"]
+    assert gold.count("not separable from length") == 3
     assert "25.0% (15.0% to 45.0%)" in reward and best.splitlines()[2].startswith("2 ")
+    for name, lines in zip(("reward model", "gold score"), pairs, strict=True):
+        head, *others = lines.splitlines()
+        assert head.startswith(f"{name}: other pairs   ")
+        expected = {"3 against 2": "21, 2, 3", "4 against 2": "31, 2, 3", "4 against 3": "32, 2, 3"}
+        for line, (pair, counts) in zip(others, expected.items(), strict=True):
+            assert line.startswith(pair) and counts in line and "25.0%" in line
+    assert "other pairs" not in table(figures(2, 2))
     alone = table(figures(1, 1))
     assert "wins" not in alone and "best of" not in alone
 
