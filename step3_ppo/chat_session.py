@@ -50,6 +50,13 @@ class Speaker(NamedTuple):
     room: int  # tokens of the longest prompt that it reads
 
 
+class Answer(NamedTuple):
+    """What a model said, and what is wrong with it."""
+
+    text: str
+    flaws: list[str]  # stopped, cut off, empty
+
+
 class Printer(TextStreamer):
     """Prints tokens as they come, and keeps them, also those of an answer that is stopped."""
 
@@ -76,8 +83,8 @@ class Chat:
     def reset(self) -> None:
         """Forget everything said."""
         self._prompt: list[Message] = []  # up to the user's last message
-        self._answers: dict[str, str] = {}  # to it, by name
-        self._picked = ""  # the name of the one to go on from
+        self._answers: dict[str, Answer] = {}  # to it, by name
+        self._picked = ""  # the name of the one to go on from, if the user said so
 
     def obey(self, command: str) -> None:
         """Do what a line that begins with / says. Raises UserError when it cannot be done."""
@@ -98,27 +105,30 @@ class Chat:
 
     def say(self, text: str) -> None:
         """Answer a message. The one before is forgotten if it had no answer: templates want one to each."""
-        answer = self._answers.get(self._picked)
+        # By name, the first model's comes before the second's, and new before old.
+        names = [self._picked, *sorted(self._answers)]
+        answer = next((self._answers[name].text for name in names if self._has_said(name)), "")
         settled = [*self._prompt, {"role": "assistant", "content": answer}] if answer else self._prompt[:-1]
-        self._prompt, self._answers = [*settled, {"role": "user", "content": text}], {}
+        self._prompt, self._answers, self._picked = [*settled, {"role": "user", "content": text}], {}, ""
         self._respond()
+
+    def _has_said(self, name: str) -> bool:
+        return name in self._answers and bool(self._answers[name].text)
 
     def _respond(self) -> None:
         """Every model's answer to the last message; beside that of a single model stays the one before."""
         if not self._prompt:
             raise UserError("there is no message to answer yet")
-        before = self._answers.get("new")
-        self._answers = {"old": before} if before else {}
-        self._picked = self._speakers[0].name
+        before = next((self._answers[name] for name in ("new", "old") if self._has_said(name)), None)
+        self._answers, self._picked = ({"old": before} if before else {}), ""
         for speaker in self._speakers:
-            self._answers[speaker.name], notes = self._draw(speaker)
-            if self._rewards and self._answers[speaker.name]:
-                notes.append(f"score {self._score(self._answers[speaker.name]):.3f}")
-            if notes:
+            answer = self._answers[speaker.name] = self._draw(speaker)
+            scored = [f"score {self._score(answer.text):.3f}"] if self._rewards and answer.text else []
+            if notes := [*answer.flaws, *scored]:
                 print(f"({', '.join(notes)})")
 
-    def _draw(self, speaker: Speaker) -> tuple[str, list[str]]:
-        """Print an answer as it comes; its text, and how it ended if not by itself."""
+    def _draw(self, speaker: Speaker) -> Answer:
+        """Print an answer as it comes."""
         options, (name, model, encoder, room) = self._options, speaker
         row, is_cut = prompt({"prompt": self._prompt}, encoder, room, "truncate_prompt")
         if is_cut:
@@ -132,18 +142,18 @@ class Chat:
         )  # fmt: skip
         seed_everything(options.seed, self._drawn)
         self._drawn += 1
-        printer, notes = Printer(encoder), []
+        printer, flaws = Printer(encoder), []
         try:
             input_ids = torch.tensor([row.ids], device=device())  # (1, P)
             mask = torch.ones_like(input_ids)
             model.generate(input_ids, attention_mask=mask, generation_config=settings, streamer=printer)
             if printer.ids[-1] != encoder.eos_token_id:
-                notes.append(f"cut off after {options.max_response_length} tokens")
+                flaws.append(f"cut off after {options.max_response_length} tokens")
         except KeyboardInterrupt:
             printer.end()
-            notes.append("stopped")
+            flaws.append("stopped")
         text = encoder.decode_response(row.ids, printer.ids).strip()
-        return text, notes if text else [*notes, "empty"]
+        return Answer(text, flaws if text else [*flaws, "empty"])
 
     def _score(self, answer: str) -> float:
         """What the reward models say of an answer, which each reads in its own tokens."""
@@ -168,14 +178,19 @@ class Chat:
             raise UserError("/save needs two answers: of two models, or of one model after /regenerate")
         if better not in names:
             raise UserError(f"say which answer is better: /save {names[0]} or /save {names[1]}")
+        for name in names:
+            if flaws := self._answers[name].flaws:
+                raise UserError(f"not saved: {name} is not a whole answer ({', '.join(flaws)})")
         (worse,) = set(names) - {better}
-        chosen, rejected = self._answers[better], self._answers[worse]
-        if not chosen or not rejected or chosen == rejected:
-            raise UserError("not saved: an answer is empty, or both are the same")
+        chosen, rejected = self._answers[better].text, self._answers[worse].text
+        if chosen == rejected:
+            raise UserError("not saved: both answers are the same")
         record = {"prompt": self._prompt, "chosen": chosen, "rejected": rejected}
         try:
-            with Path(path).open("a") as file:
-                file.write(f"{json.dumps(record)}\n")
+            with Path(path).open("ab+") as file:
+                file.seek(max(file.tell() - 1, 0))
+                line_end = "" if file.read(1) in (b"", b"\n") else "\n"  # of the last line, if it has none
+                file.write(f"{line_end}{json.dumps(record)}\n".encode())
         except OSError as error:
             raise UserError(f"not saved: {path}: {error.strerror}") from None
         print(f"(saved: {better} is better than {worse})")

@@ -62,13 +62,17 @@ def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Talk:
-    """The command on lines of input: what each line is answered, and token ids of each prompt read."""
+    """The command on lines of input: what each line is answered, and token ids of each prompt read. The
+    models of tests hardly end by themselves; with `ends` they do at the longest answer.
+    """
 
-    def run(lines: list[str], models: list[Path], *words: str) -> SimpleNamespace:
+    def run(lines: list[str], models: list[Path], *words: str, ends: bool = False) -> SimpleNamespace:
         read, generate = [], LlamaForCausalLM.generate
 
         def spy(self, inputs: torch.Tensor, **how: object) -> torch.Tensor:
             read.append(inputs[0].tolist())
+            settings = how["generation_config"]
+            settings.forced_eos_token_id = settings.eos_token_id if ends else None
             return generate(self, inputs, **how)
 
         with monkeypatch.context() as patch:
@@ -113,10 +117,12 @@ def test_a_model_reads_what_it_reads_in_training(
     """Step 3 makes the same ids of the conversation, and step 2 of the preference that is saved."""
     model, file = {"model": world / "model", "untemplated": untemplated}[name], tmp_path / "pairs.jsonl"
     lines = ["Hello!", "And you?", "/regenerate", "/save old", "/regenerate", "/save NEW"]
-    found = talk(lines, [model], "--save_to", str(file))
+    file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))  # by hand, no end of line
+    found = talk(lines, [model], "--save_to", str(file), ends=True)
     encoder, (_, records) = SegmentEncoder(load_tokenizer(str(model))), parse_all([str(file)])
     first, second, third = (answer(found.replies[i]) for i in (1, 2, 4))
     turns = [user("Hello!"), assistant(answer(found.replies[0])), user("And you?")]
+    assert records.pop(0)["chosen"] == "b"
     assert records == [
         {"prompt": turns, "chosen": first, "rejected": second},
         {"prompt": turns, "chosen": third, "rejected": second},
@@ -159,7 +165,7 @@ def test_two_models_are_compared(
     models, file = [world / "model", untemplated], tmp_path / "pairs.jsonl"
     lines = ["Hello!", "/save b", "/b", "And you?", "Why?"]
     words = ["--reward_model_name_or_path", str(reward_model), "--save_to", str(file)]
-    found = talk(lines, models, *words)
+    found = talk(lines, models, *words, ends=True)
     pattern = r"A: (.*)\n\((?:[^\n]*, )?score (\S+)\)\nB: (.*)\n\((?:[^\n]*, )?score (\S+)\)\n"
     said = [re.fullmatch(pattern, found.replies[i], re.DOTALL).groups() for i in (0, 3)]
     (a, score_a, b, score_b), (next_a, *_) = said
@@ -198,22 +204,47 @@ def test_ctrl_c_stops_an_answer_alone(
     world: Path, talk: Talk, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:  # fmt: skip
     """What there is of it stands, and the conversation goes on from there."""
-    forward, calls = LlamaForCausalLM.forward, []
     whole = answer(talk(["Hello!"], [world / "model"], *GREEDY).replies[0])
-
-    def interrupted(self, *args: object, **how: object) -> object:
-        calls.append(1)
-        if len(calls) == 8:
-            signal.raise_signal(signal.SIGINT)
-        return forward(self, *args, **how)
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", interrupted)
+    interrupt(monkeypatch, at=8)
     found = talk(["Hello!", "And you?"], [world / "model"], *GREEDY)
     part = answer(found.replies[0])
     assert part and whole.startswith(part) and part != whole and found.replies[0].endswith("(stopped)\n")
     turns = [user("Hello!"), assistant(part), user("And you?")]
     assert found.read[1] == plain(world / "model", turns)[0].tolist()
-    assert "stopped" not in found.replies[1] and len(calls) > 8
+    assert "stopped" not in found.replies[1]
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Press Ctrl-C while a token of this number is drawn."""
+    forward, calls = LlamaForCausalLM.forward, []
+
+    def interrupted(self, *args: object, **how: object) -> object:
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *args, **how)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", interrupted)
+
+
+def test_an_answer_stopped_at_once_leaves_the_one_before(
+    world: Path, talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    """Nothing that was said is lost, what was stopped is not saved, and another try is."""
+    model, file = world / "model", tmp_path / "pairs.jsonl"
+    interrupt(monkeypatch, at=13)  # the first token of the second answer
+    lines = ["Hello!", "/regenerate", "/save old", "/regenerate", "/save old", "And you?"]
+    found = talk(lines, [model], "--save_to", str(file), ends=True)
+    first, other = answer(found.replies[0]), answer(found.replies[3])
+    assert found.replies[1].endswith("(stopped, empty)\n")
+    assert found.replies[2] == "error: not saved: new is not a whole answer (stopped, empty)\n"
+    assert json.loads(file.read_text())["chosen"] == first
+    turns = [user("Hello!"), assistant(other), user("And you?")]
+    assert found.read[-1] == plain(model, turns)[0].tolist()
+    interrupt(monkeypatch, at=13)
+    found = talk(["Hello!", "/regenerate", "And you?"], [model], ends=True)
+    turns = [user("Hello!"), assistant(answer(found.replies[0])), user("And you?")]
+    assert found.read[-1] == plain(model, turns)[0].tolist()
 
 
 def test_commands_amiss_are_a_line(world: Path, talk: Talk, tmp_path: Path) -> None:  # noqa: F811
@@ -229,7 +260,7 @@ def test_commands_amiss_are_a_line(world: Path, talk: Talk, tmp_path: Path) -> N
         ("/regenerate", ""),
         ("/save", "error: say which answer is better: /save new or /save old"),
         ("/save b", "error: say which answer is better"),
-        ("/save old", "error: not saved: an answer is empty, or both are the same"),
+        ("/save old", "error: not saved: new is not a whole answer (cut off after 12 tokens)"),
         ("/help", "/regenerate "),
     ]
     lines = [line for line, _ in expected]
@@ -237,6 +268,9 @@ def test_commands_amiss_are_a_line(world: Path, talk: Talk, tmp_path: Path) -> N
     for reply, (line, beginning) in zip(found.replies, expected, strict=True):
         assert reply.startswith(beginning), line
         assert "error" not in beginning or reply.count("\n") == 1
+    lines = ["Hello!", "/regenerate", "/save old"]
+    found = talk(lines, [world / "model"], "--save_to", str(file), *GREEDY, ends=True)
+    assert found.replies[2] == "error: not saved: both answers are the same\n"
     assert not file.exists()
     assert "--save_to" in talk(["Hello!", "/save"], [world / "model"]).replies[1]
 
