@@ -17,15 +17,16 @@ def sampled_tokens(folder: Path) -> int:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         rows = json.loads(file.with_name("options.json").read_text()).get("rollout_batch_size", 0)
         total += sum(line["response/length"] * rows for line in lines if "response/length" in line)
-    for file in folder.rglob("report.json"):
-        total += json.loads(file.read_text()).get("response_tokens", 0) * (file.parent.name == "samples")
+    for file in folder.rglob("samples/samples.jsonl"):
+        total += sum(json.loads(line)["length"] for line in file.read_text().splitlines())
     return round(total)
 
 
 def seconds(output: Path, folder: Path) -> int:
-    """Wall clock of all commands that wrote to a folder or below it, starts and evaluations included."""
+    """Wall clock of all commands that wrote to a folder or below it, but for the report of its rounds."""
     lines = [line.split(" ", 1) for line in (output / "times.txt").read_text().splitlines()]
-    return sum(int(spent) for spent, where in lines if where and Path(where).is_relative_to(folder))
+    learnt = [(int(spent), Path(where)) for spent, where in lines if where and Path(where).name != "report"]
+    return sum(spent for spent, where in learnt if where.is_relative_to(folder))
 
 
 def main() -> None:

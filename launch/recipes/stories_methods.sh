@@ -19,9 +19,9 @@ MODEL="$ALL/step1_sft/final"
 step "$HERE/step3_ppo.sh" --actor_model_name_or_path "$MODEL" --prompt_data "$PROMPTS" "${RESPONSES[@]}" \
     --output_dir "$ALL/rloo" --advantage_estimator rloo --samples_per_prompt 4 --missing_eos_penalty 0 \
     --max_steps 100 --rollout_batch_size 64 --global_batch_size 64 --micro_batch_size 64 --ppo_epochs 4 \
-    --actor_learning_rate 2e-4 --adam_beta2 0.99 --kl_coef 0.125 --eval_steps 50
-# From the preferences themselves.
-for loss in "dpo 0.1 1e-4" "ipo 1 2e-4" "kto 0.1 1e-4" "orpo 0.5 3e-4" "simpo 2 1e-4"; do
+    --actor_learning_rate 1e-4 --adam_beta2 0.99 --kl_coef 0.125 --eval_steps 50
+# From the preferences themselves; --beta and rate such that all end at a KL like that of PPO.
+for loss in "dpo 0.3 1e-4" "ipo 3 2e-4" "kto 0.2 1e-4" "orpo 2 1e-4" "simpo 2 5e-5"; do
     read -r name beta rate <<<"$loss"
     step "$HERE/step2_direct.sh" --model_name_or_path "$MODEL" --train_data "$DATA/preferences.jsonl" \
         --output_dir "$ALL/$name" --loss "$name" --beta "$beta" --learning_rate "$rate" --seed "$SEED" \
@@ -29,7 +29,7 @@ for loss in "dpo 0.1 1e-4" "ipo 1 2e-4" "kto 0.1 1e-4" "orpo 0.5 3e-4" "simpo 2 
 done
 # From the best of the policy's own responses, as many as PPO draws; they are cut at 48 tokens by design.
 export SAMPLE_OPTIONS="--keep_truncated True --samples_per_prompt 8 --prompts_per_round 266"
-export STEP1_OPTIONS="--learning_rate 1e-3 --global_batch_size 32 --micro_batch_size 32 --max_length 256"
+export STEP1_OPTIONS="--learning_rate 4e-4 --global_batch_size 32 --micro_batch_size 32 --max_length 256 --seed $SEED"
 OUTPUT="$ALL/raft" && step "$HERE/raft.sh" "${RESPONSES[@]}"
 export SAMPLE_OPTIONS="--keep_truncated True --samples_per_prompt 8 --prompts_per_round 800"
 OUTPUT="$ALL/rest" && step "$HERE/rest.sh" "${RESPONSES[@]}"
