@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from common.distributed import gather_objects, rank
+from common.distributed import gather_objects, log, rank
 from common.files import lock_folder, sha256, write_json
 from common.options import RunOptions, UserError
 from common.records import parse_source
@@ -72,8 +72,9 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
                 found[f"--{name} {number}"] = _weights(path)
     for name in FUNCTION_OPTIONS:
         value = getattr(options, name, [])
-        for number, source in enumerate(value.split() if isinstance(value, str) else value, start=1):
-            found[f"--{name} {number}"] = sha256(Path(source.partition(".py:")[0] + ".py"))
+        for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
+            if source:
+                found[f"--{name} {number}"] = sha256(Path(source.rpartition(".py:")[0] + ".py"))
     for name, tokenizer in tokenizers.items():
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
@@ -114,6 +115,7 @@ def _compare_options(name: str, folder: Path, current: dict[str, Any]) -> None:
 
 
 def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[str, str]) -> None:
+    """Raises UserError for what differs; a function may, because its file is mended after it has failed."""
     names = [n for n in {**earlier, **current} if earlier.get(n) != current.get(n)]
     for place, name in enumerate(names):
         if name.startswith("--"):
@@ -121,11 +123,14 @@ def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[st
             value = getattr(options, option)
             sources = [value] if isinstance(value, str) else value
             names[place] = " ".join([name, *sources[int(number) - 1 : int(number)]])
-    if names:
+    functions = [n for n in names if n.startswith(tuple(f"--{option} " for option in FUNCTION_OPTIONS))]
+    if refused := [name for name in names if name not in functions]:
         raise UserError(
-            f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(names)};"
+            f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(refused)};"
             " restore it or choose another folder"
         )
+    for name in functions:
+        log(f"{name}: its file has changed since; scores before and after differ")
 
 
 def _content(source: str) -> str:

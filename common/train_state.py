@@ -24,6 +24,7 @@ class TrainState:
     best: float | None = None  # of --best_metric
     best_step: int | None = None
     evaluations_since_best: int = 0
+    unevaluated: bool = False  # the evaluation after this step is still to be made
     recent: dict[str, list[float]] = field(default_factory=dict)  # metrics of the last steps, for advice
     average: dict[str, Tensor] = field(default_factory=dict)  # on rank 0: weights averaged over steps, fp32
 

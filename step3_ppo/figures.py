@@ -58,6 +58,7 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
         **describe_parts(models.scorer, rollout.score_parts),
         "kl/mean": response_kl(rollout),
         **kl_by_quarter(rollout),
+        "policy/perplexity": masked_mean(rollout.logprobs, rollout.response_mask).neg().exp().item(),
         **({} if returns is None else describe_values(rollout, returns)),
         **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
     }

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from common.averaging import update_average
-from common.checkpoint import find_checkpoint, save_if_due
+from common.checkpoint import find_checkpoint, save_checkpoint, save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything
 from common.ensemble import load_encoders
@@ -35,7 +35,7 @@ from step3_ppo.options import PPOOptions, check_options
 from step3_ppo.pretraining import PretrainingMix, load_texts
 from step3_ppo.rewards import KLController
 from step3_ppo.rollout import sample_rollout
-from step3_ppo.scoring import score_rollout
+from step3_ppo.scoring import progress_kept, score_rollout
 from step3_ppo.targets import estimate_advantages, shape_rewards
 
 SHOWN_OF_EVALUATION = ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/distinct_2"]
@@ -47,7 +47,7 @@ def main() -> None:
     options = parse_options(PPOOptions, required=["actor_model_name_or_path", "prompt_data"])
     check_options(options)
     functions = load_functions(options.reward_function, "reward_function")
-    gold_function = load_functions(options.gold_function.split(), "gold_function")
+    gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
     if options.gold_reward_model:
         check_scalar_model(options.gold_reward_model, "gold_reward_model")
     actor_zero = load_zero_config(
@@ -78,11 +78,9 @@ def main() -> None:
     # 2. The models, and where the run stands.
     prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
     total_steps = options.max_steps or steps_in_epochs(len(train), prompts_per_step, options.num_train_epochs)
-    updates_per_epoch = options.rollout_batch_size // options.global_batch_size
     seed_everything(options.seed, step=0)
     models = build_models(
-        options, encoder, reward_encoders, functions, gold_function, actor_zero, critic_zero,
-        total_steps * options.ppo_epochs * updates_per_epoch,
+        options, encoder, reward_encoders, functions, gold_function, actor_zero, critic_zero, total_steps
     )  # fmt: skip
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     state = resume(checkpoint, options, engines)
@@ -101,7 +99,11 @@ def main() -> None:
     )
 
     def evaluate_and_log() -> bool:
-        figures, found = evaluate(models, held_out, options)
+        seed_everything(options.seed, state.step)
+        state.unevaluated = True  # for as long as a function may fail
+        with progress_kept(options, state, engines):
+            figures, found = evaluate(models, held_out, options)
+        state.unevaluated = False
         metrics.log(state.step, figures, SHOWN_OF_EVALUATION)
         metrics.samples(state.step, found)
         metrics.text(state.step, "samples", as_markdown(found))
@@ -112,8 +114,10 @@ def main() -> None:
     def has_stalled() -> bool:
         return 0 < options.early_stopping <= state.evaluations_since_best
 
-    if held_out and state.step == 0:
+    if held_out and not options.export_only and (state.step == 0 or state.unevaluated):
         evaluate_and_log()
+        if state.step:
+            save_checkpoint(options, state, engines)
 
     order = batch_order(train.notes("length"), prompts_per_step, options.seed, state.step, grouped=False)
     pretraining = None
@@ -130,9 +134,10 @@ def main() -> None:
         # 3. Sample, and have every model read the responses.
         rollout = sample_rollout(models.actor, encoder, batch, options, step)
         sampled = time.perf_counter()
-        rollout, first_pass = score_rollout(models, batch, rollout, options, step)
+        with progress_kept(options, state, engines):
+            rollout, first_pass = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.
-        rewards = shape_rewards(rollout, options, controllers)
+        rewards, shaped = shape_rewards(rollout, options, controllers)
         # 5. Advantages over the whole rollout.
         advantages, returns = estimate_advantages(rollout, rewards, options, controllers)
         # 6. Clipped policy and value losses, several epochs.
@@ -146,10 +151,11 @@ def main() -> None:
 
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
-        found = rollout_metrics(models, rollout, returns) | stats | {"kl/coef": kl.coef}
-        found |= speed(rollout, seconds, stats["policy/updates"] / updates_per_epoch)
+        found = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": kl.coef}
+        passes = options.ppo_epochs * stats["policy/updates"] / options.updates_per_step
+        found |= speed(rollout, seconds, passes)
         found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
-        advise(state, step, found)
+        advise(state, step, found, options)
         kl.update(found["kl/mean"], options.rollout_batch_size)
         controllers["kl_coef"] = kl.coef
         if pretraining:

@@ -64,9 +64,11 @@ def without_adapter(engine: Any) -> Iterator[nn.Module]:
 def build_models(
     options: PPOOptions, encoder: SegmentEncoder, reward_encoders: list[SegmentEncoder],
     functions: list[RewardFunction], gold_function: list[RewardFunction], actor_zero: dict[str, Any],
-    critic_zero: dict[str, Any], updates: int,
+    critic_zero: dict[str, Any], iterations: int,
 ) -> Models:  # fmt: skip
-    """Load everything. updates: optimiser steps of the whole run, for the learning rate schedules."""
+    """Load everything. iterations: of the whole run, over which the learning rates follow their schedules;
+    that of the actor begins after the critic's warm-up.
+    """
     tokenizer = encoder.tokenizer
     has_adapters = options.lora_rank > 0
     shares_reward = has_adapters and options.has_critic and reward_encoders == [encoder]
@@ -85,11 +87,16 @@ def build_models(
     if options.has_critic:
         is_alike = reward_encoders[:1] == [encoder]
         critic = add_adapters(load_critic(options, tokenizer, critic_zero, is_alike), options, options.seed)
-    own = recomputing(options, options.actor_gradient_checkpointing)
-    actor = make_engine(actor, actor_zero, own, options.actor_learning_rate, updates)
+    actor_iterations = max(iterations - options.critic_warmup_steps, 1)
+    actor = make_trained(
+        actor, actor_zero, options, options.actor_gradient_checkpointing, options.actor_learning_rate,
+        actor_iterations,
+    )  # fmt: skip
     if critic:
-        own = recomputing(options, options.critic_gradient_checkpointing)
-        critic = make_engine(critic, critic_zero, own, options.critic_learning_rate, updates)
+        critic = make_trained(
+            critic, critic_zero, options, options.critic_gradient_checkpointing, options.critic_learning_rate,
+            iterations,
+        )  # fmt: skip
     if shares_reward:
         rewards = [RewardModel(encoder, partial(without_adapter, critic))]
     gold = None
@@ -100,9 +107,13 @@ def build_models(
     return Models(actor, critic, reference, Scorer(rewards, functions, options), gold, encoder)
 
 
-def recomputing(options: PPOOptions, is_own: bool) -> PPOOptions:
-    """The options of one trained model, which has gradient checkpointing as both have it, or of its own."""
-    return replace(options, gradient_checkpointing=options.gradient_checkpointing or is_own)
+def make_trained(
+    model: PreTrainedModel, zero: dict[str, Any], options: PPOOptions, recomputes: bool, learning_rate: float,
+    iterations: int,
+) -> Any:  # fmt: skip
+    """An engine that learns for so many iterations. recomputes: this model alone has checkpointing."""
+    own = replace(options, gradient_checkpointing=options.gradient_checkpointing or recomputes)
+    return make_engine(model, zero, own, learning_rate, iterations * options.updates_per_step)
 
 
 def load_critic(

@@ -45,10 +45,12 @@ def optimise(
     """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
 
     first_pass: the forward passes of the first micro-batch, which scoring has made already. Epochs end early
-    when the policy is further than --target_kl from that of the rollout.
+    when the policy is further than --target_kl from that of the rollout; the learning rates go on as if they
+    had not.
     Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
     micro-batches. Returns means over the tokens of all updates, and how many were skipped because of numbers
-    that are not finite; `policy/ratio` is that of the first minibatch, where it must be 1.
+    that are not finite; `policy/ratio` is that of the first minibatch, where it must be 1, and
+    `policy/update_kl` is how far the policy was from the rollout's in the last one, nats per response (k2).
     """
     models.actor.train()
     if models.critic:
@@ -56,14 +58,14 @@ def optimise(
     sums: Sums = Counter()
     first: dict[str, float] = {}
     norms: dict[str, float | None] = {}
-    skipped, updates, ptx_losses = 0, 0, []
-    size = options.global_batch_size
+    skipped, updates, update_kl, ptx_losses = 0, 0, 0.0, []
+    size, actor_learns = options.global_batch_size, step > options.critic_warmup_steps
     for batch in minibatches(len(rollout.scores), size, options.ppo_epochs, options.seed, step):
         before = float(sums["policy/approx_kl"])
-        if pretraining and step > options.critic_warmup_steps:
+        if pretraining and actor_learns:
             ptx_losses.append(pretraining.add_gradients(models.actor))
         for micro in _micro_batches(rollout, batch, advantages, returns, options):
-            if step > options.critic_warmup_steps:
+            if actor_learns:
                 norms["policy/grad_norm"] = _update_actor(
                     models.actor, first_pass, micro, options, kl_coef, sums
                 )
@@ -74,9 +76,13 @@ def optimise(
         updates += 1
         first = first or {name: float(total) for name, total in sums.items()}
         (moved,) = sum_over_ranks(sums["policy/approx_kl"] - before)
-        if moved / len(batch) > options.target_kl:
+        update_kl = moved / len(batch)
+        if update_kl > options.target_kl:
             break
-    found = _means(sums, first) | norms
+    for engine in [models.actor] * actor_learns + [models.critic] * bool(models.critic):
+        for _ in range(options.updates_per_step - updates):
+            engine.lr_scheduler.step()
+    found = _means(sums, first) | norms | {"policy/update_kl": update_kl}
     if ptx_losses:
         found["ptx/loss"] = sum_over_ranks(sum(ptx_losses))[0] / len(ptx_losses)
     return found | {"policy/updates": updates, "train/skipped_updates": skipped}

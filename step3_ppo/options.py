@@ -63,7 +63,7 @@ class KLOptions:
     target_kl: float = option(
         6.0,
         "KL per response, in nats: from the reference, what the adaptive controller steers to; from the"
-        " rollout's policy, what ends the epochs of an iteration.",
+        " rollout's policy (policy/update_kl), what ends the epochs of an iteration.",
         above=0,
     )
     kl_horizon: int = option(10_000, "Responses over which the adaptive controller acts.", at_least=1)
@@ -149,6 +149,11 @@ class PPOOptions(
     def has_critic(self) -> bool:
         return self.advantage_estimator == "gae"
 
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps of an iteration, unless --target_kl ends it earlier."""
+        return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
+
 
 def check_options(options: PPOOptions) -> None:
     """Raise UserError unless something scores, the estimator has all it needs, and a rollout is whole groups,
@@ -157,22 +162,28 @@ def check_options(options: PPOOptions) -> None:
     if not options.reward_model_name_or_path and not options.reward_function:
         raise UserError("--reward_model_name_or_path or --reward_function is required")
     rows, ranks = options.rollout_batch_size, world_size()
-    if options.advantage_estimator in ("rloo", "group") and options.samples_per_prompt < 2:
+    estimator = options.advantage_estimator
+    if estimator in ("rloo", "group") and options.samples_per_prompt < 2:
         raise UserError(
-            f"--samples_per_prompt {options.samples_per_prompt}: --advantage_estimator"
-            f" {options.advantage_estimator} compares responses to one prompt and needs at least 2"
+            f"--samples_per_prompt {options.samples_per_prompt}: --advantage_estimator {estimator} compares"
+            " responses to one prompt and needs at least 2"
         )
     if options.early_stopping and options.best_metric == "none":
         raise UserError(
             f"--early_stopping {options.early_stopping}: needs a --best_metric: eval/score or eval/gold"
         )
+    if options.early_stopping and not options.eval_steps:
+        raise UserError(f"--early_stopping {options.early_stopping}: needs --eval_steps; it is 0")
     if options.best_metric == "eval/gold" and not (options.gold_reward_model or options.gold_function):
         raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
-    if options.critic_warmup_steps and not options.has_critic:
-        raise UserError(
-            f"--critic_warmup_steps {options.critic_warmup_steps}: --advantage_estimator"
-            f" {options.advantage_estimator} has no critic; it must be 0"
-        )
+    for name in ("critic_warmup_steps", "bootstrap_truncated"):
+        if getattr(options, name) and not options.has_critic:
+            raise UserError(
+                f"--{name} {getattr(options, name)}: --advantage_estimator {estimator} has no critic"
+            )
+    if 0 < options.dual_clip <= 1:
+        raise UserError(f"--dual_clip {options.dual_clip} must be above 1, or 0 for none")
+    check_controller(options)
     for name, divisor in {
         "--global_batch_size": options.global_batch_size,
         "--samples_per_prompt": options.samples_per_prompt,
@@ -180,3 +191,14 @@ def check_options(options: PPOOptions) -> None:
     }.items():
         if rows % divisor:
             raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
+
+
+def check_controller(options: PPOOptions) -> None:
+    """Raise UserError unless the adaptive controller has a coefficient, whose sign it cannot change."""
+    if options.kl_controller == "adaptive" and not options.kl_coef:
+        raise UserError("--kl_coef 0: --kl_controller adaptive multiplies it, and needs one above 0")
+    if options.kl_controller == "adaptive" and options.kl_horizon < options.rollout_batch_size:
+        raise UserError(
+            f"--kl_horizon {options.kl_horizon} must be at least --rollout_batch_size"
+            f" {options.rollout_batch_size}, which the controller sees at once"
+        )

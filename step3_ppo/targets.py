@@ -20,9 +20,13 @@ from step3_ppo.rollout import Rollout
 MOVING = 0.9  # how much of a moving baseline each iteration keeps
 
 
-def shape_rewards(rollout: Rollout, options: PPOOptions, controllers: dict[str, float]) -> Tensor:
+def shape_rewards(
+    rollout: Rollout, options: PPOOptions, controllers: dict[str, float]
+) -> tuple[Tensor, dict[str, float]]:
     """Rewards (B, R): the KL penalty at every token, unless it is a loss; at the last one also the score and
-    its penalties.
+    its penalties. And figures of what became of the scores, averaged over responses: `reward/clipped`, the
+    share that was; `reward/penalty`, what was taken from them for EOS, length and repetition; `reward/total`,
+    the sum of all rewards before they are whitened, which is what the policy is to raise.
 
     controllers: the KL coefficient, and what is known of earlier scores, which those of the rollout join.
     """
@@ -32,18 +36,24 @@ def shape_rewards(rollout: Rollout, options: PPOOptions, controllers: dict[str, 
         scale.update(scores)
         scores = scale.apply(scores)
         controllers |= {f"score_{name}": value for name, value in asdict(scale).items()}
-    scores = clip_scores(scores, options.score_clip)
-    scores = scores - options.missing_eos_penalty * ~rollout.ended
-    scores = scores - options.length_penalty * rollout.response_lengths
+    clipped = clip_scores(scores, options.score_clip)
+    penalties = (
+        options.missing_eos_penalty * ~rollout.ended + options.length_penalty * rollout.response_lengths
+    )
     if options.repetition_penalty:
         repeated = [repeated_share(rollout.response(row)) for row in range(len(scores))]
-        scores = scores - options.repetition_penalty * scores.new_tensor(repeated)
+        penalties = penalties + options.repetition_penalty * scores.new_tensor(repeated)
     kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
     in_reward = controllers["kl_coef"] if options.kl_penalty == "reward" else 0.0
-    rewards = token_rewards(scores, kl, rollout.response_lengths, in_reward)
+    rewards = token_rewards(clipped - penalties, kl, rollout.response_lengths, in_reward)
+    figures = {
+        "reward/clipped": (clipped != scores).float().mean().item(),
+        "reward/penalty": penalties.float().mean().item(),
+        "reward/total": rewards.sum(1).mean().item(),
+    }
     if options.whiten_rewards:
         rewards = masked_whiten(rewards, rollout.response_mask, shift_mean=False)
-    return rewards
+    return rewards, figures
 
 
 def estimate_advantages(

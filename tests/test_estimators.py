@@ -89,10 +89,6 @@ def test_functions_score_with_and_without_a_reward_model(world, run, functions, 
     assert result.codes == [0], result.output
     assert "there is no reward model" in result.output
     assert metrics(alone, "reward/mean_by_length")[0] == pytest.approx(parts[1][0], rel=1e-6)
-    functions.write_text(FUNCTIONS + "\n# changed")
-    changed = run_stage("step3_ppo.main", without, tmp_path)
-    functions.write_text(FUNCTIONS)
-    assert changed.codes == [2] and "another content of: --reward_function 1" in changed.output
     refused = run_stage("step3_ppo.main", without[: without.index("--reward_function")], tmp_path)
     assert "--reward_model_name_or_path or --reward_function is required" in refused.output
 
@@ -105,7 +101,7 @@ BAD = {
     "{file}:raises": ["raises", "ZeroDivisionError: division by zero", "{record}"],
     "{file}:not_a_number": ["not_a_number: returned nan for record", "finite number"],
     "{file}:too_few": ["too_few: returned 1 scores for 8 responses"],
-    "{file}:no_list": ["no_list: must return a list of numbers, not null"],
+    "{file}:no_list": ["no_list: must return a list of numbers, not None"],
 }
 
 
@@ -130,6 +126,7 @@ def test_options_that_contradict_each_other(world, run, tmp_path):  # noqa: F811
     for words, part in {
         ("--advantage_estimator", "rloo", "--samples_per_prompt", "1"): "needs at least 2",
         ("--advantage_estimator", "group", "--critic_warmup_steps", "3"): "has no critic",
+        ("--advantage_estimator", "rloo", "--bootstrap_truncated"): "has no critic",
     }.items():
         refused = run_stage("step3_ppo.main", options(world, run, tmp_path / "out", *words), tmp_path)
         assert refused.codes == [2] and part in refused.output

@@ -34,7 +34,18 @@ def options(world: Path, run: Path, output: Path, *words: str, steps: int = 3) -
 
 
 MIXES = {
-    "k2": ["--kl_penalty", "k2", "--entropy_coef", "0.01", "--top_k", "30", "--top_p", "0.9"],
+    "k2": [
+        "--kl_penalty",
+        "k2",
+        "--entropy_coef",
+        "0.01",
+        "--top_k",
+        "30",
+        "--top_p",
+        "0.9",
+        "--temperature",
+        "0.7",
+    ],
     "ptx": ["--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--zero_config", "{zero2}"],
     "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--target_kl", "1e-3"],
 }
@@ -75,6 +86,36 @@ def test_the_average_is_that_of_the_weights_after_each_iteration(world, run, tmp
         expected = 0.49 * weights[0][name] + 0.21 * weights[1][name] + 0.3 * weights[2][name]
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
     AutoModelForCausalLM.from_pretrained(tmp_path / "3/final_ema")
+
+
+def test_the_actor_waits_for_the_critic_and_rates_end_at_zero(world, run, tmp_path):  # noqa: F811
+    """Also when --target_kl ends every iteration as soon as the policy has moved."""
+    words = [
+        "--eval_fraction",
+        "0",
+        "--critic_warmup_steps",
+        "2",
+        "--ptx_data",
+        str(world / "demonstrations.jsonl"),
+    ]
+    before = load_file(run / "sft/final" / WEIGHTS)
+    for output, steps, more in (("warm", 2, []), ("whole", 4, []), ("cut", 4, ["--target_kl", "1e-9"])):
+        succeed(
+            "step3_ppo.main", options(world, run, tmp_path / output, *words, *more, steps=steps), tmp_path
+        )
+    for output, is_same in {"warm": True, "whole": False}.items():
+        after = load_file(tmp_path / output / "final" / WEIGHTS)
+        assert all(torch.equal(after[name], before[name]) for name in before) == is_same
+    head = [
+        load_file(folder / WEIGHTS)["score.weight"]
+        for folder in (run / "reward/final", tmp_path / "warm/final_critic")
+    ]
+    assert not torch.equal(*head)
+    rates = [1e-3, 1e-3, 5e-4, 0.0]
+    assert metrics(tmp_path / "whole", "train/lr") == pytest.approx(rates)
+    assert metrics(tmp_path / "cut", "train/lr") == pytest.approx(rates)
+    assert metrics(tmp_path / "cut", "policy/updates") == [4, 4, 2, 2]
+    assert metrics(tmp_path / "cut", "policy/update_kl")[:2] == [0, 0]
 
 
 def test_demonstrations_alone_move_the_actor_as_plain_training_would(
@@ -151,6 +192,10 @@ def test_options_that_need_others(world, run, functions, tmp_path):  # noqa: F81
     for words, part in {
         ("--best_metric", "eval/gold"): "needs --gold_reward_model or --gold_function",
         ("--early_stopping", "3"): "needs a --best_metric",
+        ("--early_stopping", "3", "--best_metric", "eval/score", "--eval_steps", "0"): "needs --eval_steps",
+        ("--dual_clip", "0.5"): "--dual_clip 0.5 must be above 1, or 0 for none",
+        ("--kl_controller", "adaptive", "--kl_coef", "0"): "--kl_coef 0",
+        ("--kl_controller", "adaptive", "--kl_horizon", "3"): "--kl_horizon 3 must be at least",
         ("--gold_function", f"{functions}:nothing"): "--gold_function",
         ("--gold_reward_model", str(run / "sft/final")): "--gold_reward_model",
         ("--ptx_data", "missing.jsonl"): "missing.jsonl",
