@@ -20,6 +20,7 @@ from transformers import (
 from common.lora import add_adapters
 from common.models import load_config
 from common.options import LoraOptions
+from common.support import pack
 from launch.plan import memory
 from launch.plan.main import CARDS, REMEDIES, USABLE, remedy
 from launch.plan.memory import Model, Parts, Shape, Zero, total
@@ -45,7 +46,7 @@ LLAMA_2_7B = LlamaConfig(
 )  # fmt: skip
 SIZES = Sizes(
     micro_batch=2, accumulates=False, checkpointing=False, actor_checkpointing=False,
-    critic_checkpointing=False, length=0, prompt=8, response=16, generated=4, gathers=True,
+    critic_checkpointing=False, length=0, prompt=8, response=16, generated=4, remembered=0, gathers=True,
 )  # fmt: skip
 PARAMETERS_OF_LLAMA_2_7B = 6_738_415_616  # as its authors' checkpoint has
 
@@ -222,6 +223,13 @@ def test_options_are_those_of_the_stages():
         ours, theirs = PlanOptions.__dataclass_fields__[name], PPOOptions.__dataclass_fields__[name]
         assert (ours.type, ours.default) == (theirs.type, theirs.default)
         assert ours.metadata["help"] == theirs.metadata["help"]
+
+
+def test_what_could_be_drawn_is_remembered_of_a_whole_rollout(big: PlanOptions):
+    """On every rank, packed as it is by sampling."""
+    options = replace(big, rollout_batch_size=64, max_response_length=16)
+    whole, cut = (predict(replace(options, top_p=top_p))["step 3"].parts for top_p in (1.0, 0.9))
+    assert total(cut) - total(whole) == pack(torch.ones(64, 16, 32000, dtype=torch.bool)).nbytes
 
 
 def test_a_remedy_makes_it_fit(big: PlanOptions):

@@ -21,7 +21,17 @@ from launch.plan.phases import Phase
 from launch.plan.predict import GIB, predict
 
 REFUSED = 2  # exit code after a mistake of the user, as in training
-PARTS = ["weights", "gradients", "optimiser", "activations", "logits", "KV cache", "buffers", "fixed"]
+PARTS = [
+    "weights",
+    "gradients",
+    "optimiser",
+    "activations",
+    "logits",
+    "KV cache",
+    "which tokens",
+    "buffers",
+    "fixed",
+]
 
 # Memory of a card in GiB, as A100s report it, and the share of it that is planned with: the allocator leaves
 # holes. The share is an assumption.

@@ -218,6 +218,11 @@ def logits_in_drawing(model: Model, rows: int) -> float:
     return rows * model.shape.vocabulary * (model.zero.size + 6 * FP32)
 
 
+def drawable(model: Model, positions: int) -> float:
+    """Which tokens top-k and top-p left over at each position of a rollout, a bit for each."""
+    return positions * -(-model.shape.vocabulary // 8)
+
+
 def kv_cache(model: Model, rows: int, width: int) -> float:
     """Keys and values of every layer and token, and one layer's twice while a token is added to it."""
     shape, zero = model

@@ -40,4 +40,6 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     generation_batch_size: int = same_as(PPOOptions, "generation_batch_size")
     max_prompt_length: int = same_as(PPOOptions, "max_prompt_length")
     max_response_length: int = same_as(PPOOptions, "max_response_length")
+    top_k: int = same_as(PPOOptions, "top_k")
+    top_p: float = same_as(PPOOptions, "top_p")
     gather_for_generation: bool = same_as(PPOOptions, "gather_for_generation")

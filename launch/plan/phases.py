@@ -10,6 +10,7 @@ from launch.plan.memory import (
     activations,
     buffers_of_reduction,
     copies_in_step,
+    drawable,
     gathered,
     gradient_of_logits,
     gradients,
@@ -45,6 +46,7 @@ class Sizes:
     prompt: int
     response: int
     generated: int  # rows that step 3 generates or scores at once
+    remembered: int  # rows of a rollout of which every rank knows which tokens could be drawn
     gathers: bool  # --gather_for_generation
 
 
@@ -87,6 +89,7 @@ def step3(
     held = sum((optimiser(model) for model in trained), held)
     if reference:
         held += weights(reference)
+    held["which tokens"] += drawable(actor, sizes.remembered * sizes.response)
     idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
 
     rows, width = sizes.generated, sizes.prompt + sizes.response

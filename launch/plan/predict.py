@@ -75,6 +75,7 @@ def _sizes(options: PlanOptions) -> Sizes:
         prompt=options.max_prompt_length,
         response=options.max_response_length,
         generated=min(options.generation_batch_size, share),
+        remembered=options.rollout_batch_size if options.top_k or options.top_p < 1 else 0,
         gathers=options.gather_for_generation,
     )
 
