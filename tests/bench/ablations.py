@@ -1,7 +1,7 @@
 """Step 3 of the quickstart with one safeguard off at a time: what the gold rule and KL say at the end.
 
     bash launch/quickstart.sh
-    python tests/bench/ablations.py [--seeds 0 1] [--only "no KL penalty" ...]
+    python tests/bench/ablations.py [--seeds 0 1 2] [--only "no KL penalty" ...]
 
 What an option turns off is turned off by it; what only a mistake in the code would do is done to the code.
 Runs, with all their metrics, are kept beside the quickstart's own; a run that is there already is only read.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SETTINGS = (
     "--max_response_length 64 --rollout_batch_size 128 --global_batch_size 64 --micro_batch_size 64"
-    " --ppo_epochs 2 --max_steps 60 --eval_steps 10 --save_steps 0 --max_eval_samples 0 --num_samples 2"
+    " --ppo_epochs 2 --max_steps 60 --eval_steps 10 --save_steps 0 --max_eval_samples 0 --num_samples 8"
     " --actor_learning_rate 3e-4 --critic_learning_rate 1e-3 --kl_coef 0.05"
 )
 FIGURES = ("eval/gold", "eval/score", "eval/kl", "eval/length", "eval/eos_rate", "eval/distinct_2")
@@ -114,6 +114,11 @@ def run(name: str, seed: int, quickstart: Path) -> dict[str, float]:
     return {name: last[name] for name in FIGURES} | {OFF: off}
 
 
+def spread(values: list[float]) -> str:
+    """Mean of the seeds, and their standard deviation if there are several."""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--as"]:
         name = sys.argv[2]
@@ -136,7 +141,7 @@ def main() -> None:
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name in options.only:
         found = [run(name, seed, options.quickstart) for seed in options.seeds]
-        cells = [" ".join(f"{one[column]:.4f}" for one in found) for column in columns]
+        cells = [spread([one[column] for one in found]) for column in columns]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
