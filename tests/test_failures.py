@@ -173,9 +173,11 @@ def launch(world: Path, output: Path, steps: int, *more: str, **variables: str) 
 
 
 def wait_for_steps(running: subprocess.Popen, output: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # a busy machine is slow to start
     while not ((output / "metrics.jsonl").exists() and len(steps_of(output)) >= 2):
-        assert running.poll() is None and time.monotonic() < deadline, running.communicate()[0]
+        if time.monotonic() > deadline:
+            running.kill()
+        assert running.poll() is None, running.communicate()[0]
         time.sleep(0.05)
 
 
@@ -220,7 +222,7 @@ def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, numbe
     processes = psutil.Process(running.pid).children(recursive=True)
     for process in TARGETS[target](running):
         process.send_signal(number)
-    output, _ = running.communicate(timeout=30)
+    output, _ = running.communicate(timeout=120)
     assert running.returncode == STOPPED, output
     assert "stopped after step" in output and "Traceback" not in output
     assert not any(map(is_alive, processes))
@@ -240,7 +242,7 @@ def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:
     time.sleep(1)
     processes = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(signal.SIGTERM)
-    output, _ = running.communicate(timeout=30)
+    output, _ = running.communicate(timeout=120)
     assert running.returncode == STOPPED, output
     assert "stopped before the first step" in output
     assert not [path for path in cache.iterdir() if path.is_dir()]
@@ -258,7 +260,7 @@ def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) 
     wait_for_steps(running, tmp_path / "step1_sft")
     processes = psutil.Process(running.pid).children(recursive=True)
     running.terminate()
-    output, _ = running.communicate(timeout=30)
+    output, _ = running.communicate(timeout=120)
     assert running.returncode == STOPPED, output
     assert not any(map(is_alive, processes)) and not (tmp_path / "step2_reward").exists()
 
@@ -299,7 +301,7 @@ def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:  
     ranks = ranks_of(running)
     start = time.monotonic()
     ranks[1].kill()
-    output, _ = running.communicate(timeout=30)
+    output, _ = running.communicate(timeout=120)
     assert time.monotonic() - start < 10
     assert running.returncode not in (0, 2, STOPPED), output
     assert output.splitlines()[-1].startswith("rank 1 died without a word"), output
@@ -322,7 +324,7 @@ def test_the_first_traceback_comes_last(world: Path, tmp_path: Path) -> None:  #
     running = launch(world, tmp_path / "out", 100_000, PYTHONPATH=str(tmp_path))
     wait_for_steps(running, tmp_path / "out")
     os.kill(ranks_of(running)[1].pid, signal.SIGUSR2)
-    output, _ = running.communicate(timeout=30)
+    output, _ = running.communicate(timeout=120)
     assert running.returncode == 1
     assert output.splitlines()[-1] == "ArithmeticError: only rank 1 has this"
     assert output.count("Traceback") == 1

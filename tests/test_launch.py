@@ -13,7 +13,7 @@ LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 
 def bash(script: str, words: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", str(LAUNCH / script), *words], cwd=cwd, env={**os.environ, **variables}, timeout=600,
+        ["bash", str(LAUNCH / script), *words], cwd=cwd, env={**os.environ, **variables}, timeout=1200,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -55,7 +55,8 @@ def main() -> None:
     precision = torch.bfloat16 if place == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=precision).to(place).eval()
     lines = Path(options.prompt_data).read_text().splitlines()[: options.rows]
-    prompts = [tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines]
+    # In the order of their lengths, as step 3 asks them.
+    prompts = sorted((tokenizer(json.loads(line)["prompt"])["input_ids"] for line in lines), key=len)
     no_token = len(tokenizer)  # as EOS: no response ends early
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=place)
