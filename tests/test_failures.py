@@ -246,7 +246,7 @@ def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:
     assert running.returncode == STOPPED, output
     assert "stopped before the first step" in output
     assert not [path for path in cache.iterdir() if path.is_dir()]
-    assert not psutil.wait_procs(processes, timeout=5)[1]
+    assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
 def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -268,13 +268,13 @@ def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) 
 def test_a_script_that_is_killed_while_its_ranks_begin_leaves_no_orphans(world: Path, tmp_path: Path) -> None:  # noqa: F811
     """They import for seconds; then they have no script above them, take one step and stop."""
     running = launch(world, tmp_path / "out", 100_000)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not ranks_of(running):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     processes = psutil.Process(running.pid).children(recursive=True)
     running.kill()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while any(map(is_alive, processes)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -290,9 +290,9 @@ def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path) -> None:  # n
     os.kill(running.pid, signal.SIGTERM)
     time.sleep(2.2)
     os.kill(running.pid, signal.SIGTERM)
-    output, _ = running.communicate(timeout=10)
+    output, _ = running.communicate(timeout=120)
     assert running.returncode not in (0, STOPPED), output
-    assert not psutil.wait_procs(processes, timeout=5)[1]  # a busy machine takes a moment to bury them
+    assert not psutil.wait_procs(processes, timeout=60)[1]  # a busy machine takes a moment to bury them
 
 
 def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:  # noqa: F811
