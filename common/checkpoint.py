@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from common.distributed import barrier, gather_objects, log, rank
 from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
-from common.options import RunOptions, UserError, world_size
+from common.options import RunOptions, UserError, reason, world_size
 from common.process import Stopped, stop_requested
 from common.train_state import TrainState
 
@@ -54,7 +54,7 @@ class _Writer(TorchCheckpointEngine):
             flush_file(Path(path))
             self.files[str(Path(path).relative_to(self.root))] = _entry(Path(path))
         except (OSError, RuntimeError) as error:
-            self.error = str(error).strip().splitlines()[0]
+            self.error = reason(error)
 
 
 def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> bool:

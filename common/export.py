@@ -14,7 +14,7 @@ from common.distributed import gather_objects, log, rank
 from common.engine import full_state_dict
 from common.files import flush_file, flush_folder
 from common.lora import is_adapted
-from common.options import UserError
+from common.options import UserError, reason
 
 
 def export_model(*arguments: Any) -> None:
@@ -52,7 +52,7 @@ def _export(
             _take_place(temporary, folder)
             log(f"wrote {folder}")
         except (OSError, RuntimeError, SafetensorError) as error:
-            problem = f"{folder}: not written: {str(error).strip().splitlines()[0]}"
+            problem = f"{folder}: not written: {reason(error)}"
             shutil.rmtree(temporary, ignore_errors=True)
     return gather_objects(problem)[0]
 

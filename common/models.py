@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from common.distributed import log
-from common.options import UserError
+from common.options import UserError, reason
 from common.zero import fill_bucket_sizes
 
 # Loading speaks through our own log: no bars, and no report of the scalar head that is new by intention.
@@ -43,7 +43,7 @@ def load_config(path: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no model folder or hub name: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: no model folder or hub name: {reason(error)}") from None
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name or name == "layerdrop") and isinstance(value, float):
             setattr(config, name, 0.0)

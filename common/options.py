@@ -20,6 +20,13 @@ class UserError(ValueError):
     """A mistake that the user can correct; shown as one line, without a traceback."""
 
 
+def reason(error: BaseException) -> str:
+    """Why a library failed, in one line for the user: the first line of the message, or the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    is_bare = not lines or isinstance(error, KeyError)  # whose message is the key alone
+    return ": ".join([type(error).__name__] * is_bare + lines[:1])
+
+
 class Help(str):
     """A help text that carries the option's limits: HfArgumentParser leaves no other place for them."""
 

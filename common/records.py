@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from common.files import sha256
 from common.formatting import Message
-from common.options import UserError
+from common.options import UserError, reason
 from common.shapes import recognise
 
 Record = dict[str, Any]
@@ -158,4 +158,4 @@ def _load_dataset(name: str) -> Any:
             return datasets.load_dataset(kind[1:], data_files=name, split="train")
         return datasets.load_dataset(name, split="train")
     except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason, not the type
-        raise UserError(f"{name}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{name}: {reason(error)}") from None

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.formatting import DEFAULT_CHAT_TEMPLATE, Message, Segment
-from common.options import UserError
+from common.options import UserError, reason
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
@@ -32,7 +32,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
         else:
             tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: no usable tokenizer: {reason(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json), which Triptych needs")
     if tokenizer.eos_token_id is None:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from common.lora import add_adapters
 from common.models import load_config
-from common.options import LoraOptions, UserError
+from common.options import LoraOptions, UserError, reason
 from launch.plan.memory import Shape
 
 # Tensors of the MLP's width that an activation and the matrix after it keep: what goes in and what comes out;
@@ -41,7 +41,7 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
         try:
             model = kind.from_config(config)
         except ValueError as error:  # there is none of this kind
-            raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: {reason(error)}") from None
         widths = _widths(model, path)
         largest = max(p.numel() for p in model.parameters())
         options = LoraOptions(lora_rank=rank, lora_target_modules=[*targets])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.options import TrainOptions, UserError, accumulation_steps, parse_options
+from common.options import TrainOptions, UserError, accumulation_steps, parse_options, reason
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.options import PPOOptions, check_options
@@ -100,3 +100,15 @@ def test_defaults_are_within_their_limits_and_lists_are_not_shared(options_class
     assert first == second
     first.eval_data.append("x")
     assert second.eval_data == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n\n  first \nsecond"), "first"), (IndexError(), "IndexError"),
+        (OSError(" \n"), "OSError"), (RuntimeError("alone"), "alone"),
+        (KeyError("rope_scaling"), "KeyError: 'rope_scaling'"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_an_error_is_one_line_and_never_empty(error, line):
+    assert reason(error) == line
