@@ -73,9 +73,7 @@ def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> 
         raise ValueError(
             f"field {missing!r} is missing (a demonstration has 'prompt' + 'completion', or 'messages')"
         )
-    ended = record.get("ended", True)
-    if not isinstance(ended, bool):
-        raise ValueError(f"field 'ended' is {ended!r}; it must be true or false")
+    ended = has_ended(record, "ended")
     segments = dialogue_segments(_text(record, "prompt"), _text(record, "completion"), render, eos)
     return [*segments[:-1], segments[-1]._replace(ends=ended)]
 
@@ -89,6 +87,14 @@ def until_last_reply(record: dict[str, Any]) -> dict[str, Any]:
     if not replies:
         raise ValueError("field 'messages' has no assistant message to learn from")
     return {**record, "messages": messages[: replies[-1] + 1]}
+
+
+def has_ended(record: dict[str, Any], name: str) -> bool:
+    """The flag of a response: false when it was cut, so that EOS is not its next token. Default: true."""
+    ended = record.get(name, True)
+    if not isinstance(ended, bool):
+        raise ValueError(f"field {name!r} is {ended!r}; it must be true or false")
+    return ended
 
 
 def comparison(record: dict[str, Any]) -> Comparison:

@@ -13,6 +13,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from common.formatting import has_ended
+
 Record = dict[str, Any]
 
 SHAREGPT_ROLES = {
@@ -79,10 +81,16 @@ def _from_comparison(record: Record) -> Record:
         if name not in record:
             raise ValueError(f"field {name!r} is missing (a comparison has 'response_a' + 'response_b')")
     a = _majority(record["votes"]) if "votes" in record else _probability(record.get("preference"))
-    sides = [record["response_a"], record["response_b"]]
-    chosen, rejected = sides if a >= 0.5 else sides[::-1]
+    sides = ["response_a", "response_b"]
+    renamed = dict(zip(("chosen", "rejected"), sides if a >= 0.5 else sides[::-1], strict=True))
     says = {"tie": a == 0.5, SURE: max(a, 1 - a)}
-    return {**record, "chosen": chosen, "rejected": rejected, **says}
+    texts = {new: record[old] for new, old in renamed.items()}
+    flags = {
+        f"{new}_ended": has_ended(record, f"{old}_ended")
+        for new, old in renamed.items()
+        if f"{old}_ended" in record
+    }
+    return {**record, **texts, **flags, **says}
 
 
 def _majority(votes: Any) -> float:

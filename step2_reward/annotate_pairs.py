@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common.distributed import log
-from common.formatting import Comparison, Message, comparison, preference_segments
+from common.formatting import Comparison, Message, comparison, has_ended, preference_segments
 from common.options import UserError
 from common.records import Record, parse_object, read_records
 from common.shapes import recognise
@@ -25,6 +25,7 @@ class Pair(NamedTuple):
     prompt: Text
     responses: dict[str, Text]  # A and B
     answer: str = ""  # of a golden question: A, B or tie
+    ended: dict[str, bool] = {}  # A and B: false for a response that was cut; empty where it is not known
 
     @property
     def longer(self) -> str:
@@ -84,7 +85,21 @@ def to_pair(record: Record) -> Pair:
         compared.prompt,
         {"A": first, "B": second},
         ("tie" if a == b else "A" if a < b else "B") if is_known else "",
+        _ended(record, SIDES if record.keys() & set(SIDES) else (*compared.responses,)),
     )
+
+
+def ended_fields(pair: Pair) -> dict[str, bool]:
+    """`response_a_ended` and `response_b_ended`, as far as they are known."""
+    return {f"{SIDES['AB'.index(side)]}_ended": ended for side, ended in pair.ended.items()}
+
+
+def _ended(record: Record, names: Sequence[str]) -> dict[str, bool]:
+    return {
+        side: has_ended(record, f"{name}_ended")
+        for side, name in zip("AB", names, strict=True)
+        if f"{name}_ended" in record
+    }
 
 
 def turns(text: Text) -> list[tuple[str, str]]:

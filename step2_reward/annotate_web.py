@@ -136,6 +136,8 @@ def shown(pair: Pair, left: str) -> dict[str, Any]:
         "prompt": _speech(pair.prompt),
         "left": _speech(pair.responses[left]),
         "right": _speech(pair.responses[right]),
+        "leftCut": not pair.ended.get(left, True),
+        "rightCut": not pair.ended.get(right, True),
     }
 
 

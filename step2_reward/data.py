@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.data import pad_rows
 from common.distributed import device
-from common.formatting import Segment, comparison, preference_segments
+from common.formatting import Segment, comparison, has_ended, preference_segments
 from common.overlong import Prompt, fit, fit_demonstration
 from common.records import Record
 from common.shapes import SURE
@@ -27,6 +27,7 @@ class Preference(NamedTuple):
     ranks: list[float]  # (K,) rising; equal ones are a tie
     margin: float = 0.0  # of a pair: by how much the first is better, if the records say so
     probability: float = 1.0  # of a pair: that the first is better, where the label is soft
+    best_ended: bool = True  # false: the first response was cut, so its EOS is no language to learn
 
     @property
     def length(self) -> int:
@@ -52,6 +53,11 @@ class Preference(NamedTuple):
         weight = 1 / len(self.pairs)
         ties = [self.ranks[i] == self.ranks[j] for i, j in self.pairs]
         return [(is_tie, margin, weight, 0.5 if is_tie else self.probability) for is_tie in ties]
+
+    @property
+    def language_length(self) -> int:
+        """Tokens of the best response that a language model learns."""
+        return self.response_lengths[0] - (not self.best_ended)
 
     @property
     def chosen_ids(self) -> list[int]:
@@ -87,7 +93,7 @@ class Batch(NamedTuple):
     input_ids: Tensor  # (R, T) padded on the right
     position_ids: Tensor  # (R, T) each response goes on where its prompt ends
     segments: Tensor  # (R, T) 0: prompt; 1, 2, ...: responses of the row; -1: padding
-    is_best: Tensor  # (R, T) bool, of the first response of a record
+    is_best: Tensor  # (R, T) bool, tokens of the first response of a record, without the EOS of a cut one
     better: Tensor  # (P,) which of the N responses, of each pair
     worse: Tensor  # (P,)
     is_tie: Tensor  # (P,) bool, neither is better
@@ -100,7 +106,10 @@ class Batch(NamedTuple):
 def preference(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, use_margin: bool
 ) -> tuple[Preference, bool]:
-    """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
+    """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError.
+
+    A response that did not end (`chosen_ended`, `rejected_ended`) gets an EOS too, as step 3 scores it so.
+    """
     margin = record.get("margin", 0.0) if use_margin else 0.0
     if isinstance(margin, bool) or not isinstance(margin, int | float):
         raise ValueError(f"field 'margin' is {margin!r}; it must be a number")
@@ -118,7 +127,8 @@ def preference(
     by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
     responses = [side.ids[len(prompt) :] for _, side in by_rank]
     ranks = [float(rank) for rank, _ in by_rank]
-    facts = float(margin), record.get(SURE, 1.0)
+    best = min(zip(compared.ranks, compared.responses, strict=True), key=itemgetter(0))[1]
+    facts = float(margin), record.get(SURE, 1.0), has_ended(record, f"{best}_ended")
     return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), is_cut
 
 
@@ -144,7 +154,8 @@ def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
             ids.append([*row.prompt_ids, *chain(*responses)])
             places.append([*range(start), *chain(*(range(start, start + len(r)) for r in responses))])
             segments.append([0] * start + [number for number, r in enumerate(responses, 1) for _ in r])
-            is_best.append([responses[0] is row_responses[0] and segment == 1 for segment in segments[-1]])
+            learnt = range(start, start + row.language_length * (responses[0] is row_responses[0]))
+            is_best.append([place in learnt for place in range(len(ids[-1]))])
     tokens = (  # (R, T) each
         pad_rows(ids, layout.pad_token_id),
         pad_rows(places, 0),

@@ -44,7 +44,7 @@ from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder
 from common.windows import to_lines, work_through
 from common.zero import load_zero_config
-from step2_reward.annotate_pairs import Pair, to_pair
+from step2_reward.annotate_pairs import Pair, ended_fields, to_pair
 from step2_reward.judge_report import debias, describe, measure, probability
 
 BATCHES = 16  # judged before a stop is heeded: on any number of ranks the same ones, and so the same bytes
@@ -227,6 +227,7 @@ def judged(pair: Pair, principle: str, logprobs: np.ndarray | None) -> Record:
         "prompt": pair.prompt,
         "response_a": pair.responses["A"],
         "response_b": pair.responses["B"],
+        **ended_fields(pair),
         "preference": preference,
         "human": pair.answer or None,
         "judge": judgement,

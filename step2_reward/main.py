@@ -126,7 +126,7 @@ def train_step(
     start = time.perf_counter()
     lengths = [max(layout.row_lengths(row)) for row in records]
     mine = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
-    num_tokens = sum(row.response_lengths[0] for row in records)
+    num_tokens = sum(row.language_length for row in records)
     total = right = decided = encoded = padded = told = 0.0
     for number, picked in enumerate(mine, start=1):
         micro = collate([records[i] for i in picked], layout)

@@ -16,7 +16,7 @@ from common.data import load_examples
 from common.distributed import gather_objects, init_distributed, log, rank
 from common.files import write_text
 from common.formatting import find_prompt
-from common.generation import GenerationOptions, check_lengths, load_policy, sample_answers
+from common.generation import Answer, GenerationOptions, check_lengths, load_policy, sample_answers
 from common.models import load_config
 from common.options import DataOptions, UserError, option, parse_options, world_size
 from common.overlong import convert_all
@@ -71,14 +71,14 @@ def main() -> None:
 
     # 2. One policy after the other; what an earlier run has drawn is kept.
     names = [paths[draw % len(paths)] for draw in range(options.responses_per_prompt)]
-    texts: dict[int, list[str]] = {}
+    answers: dict[int, list[Answer]] = {}
     for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
         draws = range(first, len(names), len(paths))
-        texts |= responses(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
+        answers |= responses(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
 
     # 3. Pairs.
     prompts = [find_prompt(row.record) for row in by_encoder[0]] if rank() == 0 else []
-    drawn = [[texts[draw][place] for draw in range(len(names))] for place in range(len(prompts))]
+    drawn = [[answers[draw][number] for draw in range(len(names))] for number in range(len(prompts))]
     records = [pair for asked, said in zip(prompts, drawn, strict=True) for pair in pairs(asked, said, names)]
     possible = len(prompts) * len(names) * (len(names) - 1) // 2
     if not gather_objects(len(records))[0]:
@@ -86,6 +86,12 @@ def main() -> None:
     if rank() == 0:
         write_text(file, to_lines(records))
     log(f"{file}: {len(records)} pairs; left out {possible - len(records)} that are alike or empty")
+    flags = [record[name] for record in records for name in ("response_a_ended", "response_b_ended")]
+    if not all(flags):
+        log(
+            f"{flags.count(False)} of {len(flags)} responses were cut at --max_response_length"
+            f" {options.max_response_length}: pairs.jsonl and the annotation page mark them"
+        )
 
 
 def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
@@ -104,32 +110,36 @@ def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]
 def responses(
     load: Callable[[], Any], encoder: SegmentEncoder, rows: Sequence[Prompt], draws: Sequence[int],
     options: SamplePairsOptions,
-) -> dict[int, list[str]]:  # fmt: skip
+) -> dict[int, list[Answer]]:  # fmt: skip
     """By draw, on rank 0, the responses of a policy, which is loaded once something is left to be drawn."""
-    policy, texts = cache(load), {}
+    policy, answers = cache(load), {}
 
-    def respond(asked: Mapping[int, Prompt], draw: int) -> list[str]:
+    def respond(asked: Mapping[int, Prompt], draw: int) -> list[Answer]:
         prompts = {number: row.ids for number, row in asked.items()}
-        answers = sample_answers(policy(), encoder, prompts, options, draw)
-        return [answers[number].text for number in asked]
+        drawn = sample_answers(policy(), encoder, prompts, options, draw)
+        return [drawn[number] for number in asked]
 
     for draw in draws:
         log(f"response {draw + 1} of {options.responses_per_prompt} to {len(rows)} prompts")
-        journal = Path(options.output_dir) / f"journal_{draw + 1}"
+        journal = Path(options.output_dir) / f"responses_{draw + 1}.journal"
         size = options.generation_batch_size * world_size()
-        texts[draw] = work_through(rows, partial(respond, draw=draw), journal, size)
-    return texts
+        made = work_through(rows, partial(respond, draw=draw), journal, size)
+        answers[draw] = [Answer(*one) for one in made]  # the journal holds lists
+    return answers
 
 
-def pairs(asked: str | list, said: Sequence[str], names: Sequence[str]) -> list[Record]:
-    """Every two responses to a prompt that differ and say something."""
-    if not isinstance(asked, str):
-        said = [text.strip() for text in said]  # the template has the space before a message
+def pairs(asked: str | list, answers: Sequence[Answer], names: Sequence[str]) -> list[Record]:
+    """Every two responses to a prompt that differ and are not empty."""
+    if not isinstance(asked, str):  # the template has the space before a message
+        answers = [answer._replace(text=answer.text.strip()) for answer in answers]
     return [
-        {"prompt": asked, "response_a": a, "response_b": b, "model_a": by_a, "model_b": by_b}
-        for (a, by_a), (b, by_b) in combinations(zip(said, names, strict=True), 2)
-        if a != b and a.strip() and b.strip()
-    ]
+        {
+            "prompt": asked, "response_a": a.text, "response_b": b.text, "response_a_ended": a.ended,
+            "response_b_ended": b.ended, "model_a": by_a, "model_b": by_b,
+        }
+        for (a, by_a), (b, by_b) in combinations(zip(answers, names, strict=True), 2)
+        if a.text != b.text and a.text.strip() and b.text.strip()
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -81,6 +81,7 @@ function show(state) {
   if (!isSame) setStrength(null);
   if (!isDecided() && !isSame) {
     for (const part of ["prompt", "left", "right"]) fill(find(part), state.pair[part]);
+    for (const side of ["left", "right"]) find(`${side}-cut`).hidden = !state.pair[`${side}Cut`];
     scrollTo(0, 0);
     find("prompt").scrollTop = find("prompt").scrollHeight; // the last message of a long conversation
   }

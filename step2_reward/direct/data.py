@@ -5,7 +5,7 @@ from itertools import accumulate, chain, combinations
 from operator import itemgetter
 from typing import NamedTuple
 
-from common.formatting import Segment, comparison, preference_segments
+from common.formatting import Segment, comparison, has_ended, preference_segments
 from common.overlong import Dropped, Prompt, fit, fit_demonstration
 from common.records import Record
 from common.shapes import SURE
@@ -90,7 +90,7 @@ def paired(record: Record, encoder: SegmentEncoder, max_length: int, overlong: s
             " 'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ranks'"
         )
     compared = comparison(record)
-    ended = [_ended(record, f"{name}_ended") for name in compared.responses]
+    ended = [has_ended(record, f"{name}_ended") for name in compared.responses]
 
     def segments(prompt: Prompt) -> list[list[Segment]]:
         shorter = compared._replace(prompt=prompt)
@@ -128,13 +128,6 @@ def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong:
         raise ValueError(f"field 'label' is {record['label']!r}; it must be true or false")
     row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
     return _choice([Dialogue(row.ids, row.start)], [float(not record["label"])]), is_cut
-
-
-def _ended(record: Record, name: str) -> bool:
-    ended = record.get(name, True)
-    if not isinstance(ended, bool):
-        raise ValueError(f"field {name!r} is {ended!r}; it must be true or false")
-    return ended
 
 
 def _choice(dialogues: Sequence[Dialogue], ranks: list[float]) -> Choice:

@@ -72,6 +72,24 @@ def test_comparisons_and_votes(says, chosen, tie):
     assert record["chosen_probability"] == (0.8 if says == {"preference": 0.2} else 0.5 if tie else 1.0)
 
 
+@pytest.mark.parametrize(
+    ("flags", "preference", "expected"),
+    [
+        ({"response_a_ended": False}, "A", {"chosen_ended": False}),
+        ({"response_a_ended": False, "response_b_ended": True}, "B",
+         {"chosen_ended": True, "rejected_ended": False}),
+        ({"response_b_ended": False}, "tie", {"rejected_ended": False}),
+        ({"response_a_ended": True, "chosen_ended": False}, "A", {"chosen_ended": True}),
+        ({}, "A", {}),
+    ],
+)  # fmt: skip
+def test_a_cut_response_stays_marked_on_its_side(flags, preference, expected):
+    record = recognise(
+        {"prompt": "p", "response_a": "x", "response_b": "y", "preference": preference} | flags
+    )
+    assert {name: record[name] for name in ("chosen_ended", "rejected_ended") if name in record} == expected
+
+
 def test_a_field_of_ours_in_a_record_is_not_taken_for_it():
     pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
     assert recognise({**pair, "chosen_probability": "high"}) == pair

@@ -25,9 +25,10 @@ from step2_reward.annotate_pairs import read_pairs, to_pair
 from step2_reward.annotate_store import Store, preferences, read_clicks, standing
 from step2_reward.annotate_web import is_own_host, make_app
 from step2_reward.data import preference
+from step2_reward.direct.data import paired
 from tests.conftest import REPOSITORY
 from tests.test_bad_input import check_refusal
-from tests.word_encoder import WordEncoder
+from tests.word_encoder import EOS, WordEncoder
 
 TOKEN = "a-token"
 PAIR = {"prompt": "Say hello!", "response_a": "Hello, hello!", "response_b": "No."}
@@ -191,6 +192,24 @@ def test_what_is_written_is_data_for_step_2(tmp_path: Path) -> None:
     assert [row.margin for row in rows] == pytest.approx(expected, abs=1e-4)
     assert [row.ranks for row in rows] == [[0, 1], [0, 1], [0, 0], [0, 1], [0, 1], [0, 0]]
     assert [record["chosen"] for record in parsed][:2] == [PAIR["response_a"], PAIR["response_b"]]
+
+
+def test_a_cut_response_stays_marked(tmp_path: Path) -> None:
+    """On the page, in the file, and for step 2 direct, which learns no EOS after it."""
+    store = open_store(tmp_path, [{**PAIR, "response_a_ended": False, "response_b_ended": True}])
+    client = Client(store)
+    pair = client.post("next").json["pair"]
+    cut = "left" if pair["left"][0]["text"] == PAIR["response_a"] else "right"
+    assert [side for side in ("left", "right") if pair[f"{side}Cut"]] == [cut]
+    for vote, names in (("A", ["chosen", "rejected"]), ("B", ["rejected", "chosen"])):
+        store.add(vote, "ada", pair["id"], vote, None, "A")
+        store.write_preferences()
+        _, (record,) = parse_all([str(tmp_path / "out.jsonl")])
+        assert record["response_a_ended"] is False and record["response_b_ended"] is True
+        assert [record[f"{name}_ended"] for name in names] == [False, True]
+        row, _ = paired(record, WordEncoder(), 64, "error")
+        ends = [dialogue.ids[-1] == EOS for dialogue in row.dialogues]
+        assert ends == ([False, True] if vote == "A" else [True, False])
 
 
 def test_the_log_alone_brings_everything_back(tmp_path: Path) -> None:
@@ -362,6 +381,7 @@ def test_two_tabs_undo_and_names(tmp_path: Path) -> None:
         ({"response_a": "b", "response_b": "bc"}, "'prompt' is missing"),
         ({**PAIR, "prompt": " "}, "'prompt' is empty"),
         ({**PAIR, "response_b": 3}, "'response_b' is int"),
+        ({**PAIR, "response_b_ended": "no"}, "'response_b_ended' is 'no'"),
         ({**PAIR, "preference": "C"}, "preference is 'C'"),
         ({**PAIR, "response_a": [{"role": "assistant", "content": "x"}]}, "both must be of one kind"),
         ({"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 2, 3]}, "has 3 responses"),

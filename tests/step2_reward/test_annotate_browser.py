@@ -108,6 +108,25 @@ def test_tabs_undo_skip_and_a_reload(browser: "playwright.Browser", tmp_path: Pa
     assert {clicks[0][0], clicks[1][0]} == {"A", "B"} and [s for _, s in clicks[:2]] == [None, 2]
 
 
+def test_a_cut_response_is_marked(browser: "playwright.Browser", tmp_path: Path) -> None:
+    """On its side, whichever that is, and on no other."""
+    flags = [{}, {"response_a_ended": False}, {"response_b_ended": False, "response_a_ended": True}]
+    records = [
+        {"prompt": f"prompt {n}", "response_a": f"first {n}", "response_b": f"second {n}", **one}
+        for n, one in enumerate(flags)
+    ]
+    with serve(write(tmp_path / "pairs.jsonl", records), tmp_path / "out.jsonl") as served:
+        page = browser.new_page()
+        sign_in(page, served.address, "ada")
+        for count in range(len(flags)):
+            place = int(page.inner_text("#prompt").split()[-1])
+            cut = {1: "first 1", 2: "second 2"}.get(place)
+            for side in ("left", "right"):
+                assert page.is_visible(f"#{side}-cut") == (page.inner_text(f"#{side}") == cut)
+            page.keyboard.press("t")
+            wait_for(page, count + 1)
+
+
 def test_texts_are_shown_as_text_to_who_has_the_token(browser: "playwright.Browser", tmp_path: Path) -> None:
     """Markup of a model does nothing, and scripts that are not the page's are refused by the policy."""
     attack = (

@@ -34,10 +34,14 @@ def make_pairs(world: Path, folder: Path, count: int) -> list[dict]:  # noqa: F8
         says = [{}, {"preference": "B"}, {"votes": ["A", "B"]}, {"preference": 0.9}]
         sides = {"prompt": pair["prompt"], "response_a": a, "response_b": b}
         records.append(pair if number % 5 == 4 else {**sides, **says[number % 5]})
-    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    write_pairs(folder, records)
     (folder / "judge.txt").write_text(TEMPLATE)
     (folder / "principles.txt").write_text("Be kind.\nBe brief.\nHave apples.\n")
     return records
+
+
+def write_pairs(folder: Path, records: list[dict]) -> None:
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def words(world: Path, folder: Path, output: str, *more: str) -> list[str]:  # noqa: F811
@@ -54,6 +58,9 @@ def read(path: Path) -> list[dict]:
 
 def test_preferences_are_those_of_plain_transformers(world: Path, tmp_path: Path) -> None:  # noqa: F811
     records = make_pairs(world, tmp_path, 10)
+    records[1] |= {"response_b_ended": False}
+    records[4] |= {"chosen_ended": False, "rejected_ended": True}
+    write_pairs(tmp_path, records)
     succeed("step2_reward.judge", words(world, tmp_path, "out"), tmp_path)
     found = read(tmp_path / "out/preferences.jsonl")
     model = AutoModelForCausalLM.from_pretrained(world / "model")
@@ -81,6 +88,9 @@ def test_preferences_are_those_of_plain_transformers(world: Path, tmp_path: Path
         expected = torch.sigmoid(torch.tensor((a_first + b_first) / 2)).item()
         assert record["preference"] == pytest.approx(expected, abs=2e-5)
         assert record["prompt"] == given["prompt"]
+    flags = [{name: value for name, value in record.items() if name.endswith("_ended")} for record in found]
+    assert flags[1] == {"response_b_ended": False} and flags[0] == flags[2] == {}
+    assert flags[4] == {"response_a_ended": False, "response_b_ended": True}
     assert [record["human"] for record in found] == [None, "B", "tie", "A", "A"] * 2
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["judged"], report["agreement"]["labelled"], report["agreement"]["ties"]) == (10, 8, 2)

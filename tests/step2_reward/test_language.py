@@ -20,9 +20,14 @@ ROWS = [
 ]
 
 
+@pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_it_is_the_likelihood_of_the_best_responses(share_prompts: bool) -> None:
-    """Computed by the language model alone, a response at a time; the gradients of the backbone too."""
+def test_it_is_the_likelihood_of_the_best_responses(share_prompts: bool, ended: bool) -> None:
+    """Computed by the language model alone, a response at a time; the gradients of the backbone too.
+
+    The EOS of a response that was cut is scored, and is no token to learn.
+    """
+    rows = [ROWS[0]._replace(best_ended=ended), ROWS[1]]
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -31,19 +36,23 @@ def test_it_is_the_likelihood_of_the_best_responses(share_prompts: bool) -> None
     plain, scorer = LlamaForCausalLM(config).double(), LlamaForSequenceClassification(config).double()
     scorer.model = plain.model
     expected = 0.0
-    for row in ROWS:
+    for row in rows:
         ids = torch.tensor([row.chosen_ids])
         labels = torch.full_like(ids, -100)
         labels[:, len(row.prompt_ids) :] = ids[:, len(row.prompt_ids) :]
-        expected = expected + plain(input_ids=ids, labels=labels).loss * row.response_lengths[0]
-    expected = expected / sum(row.response_lengths[0] for row in ROWS)
+        if not row.best_ended:
+            labels[:, -1] = -100
+        expected = expected + plain(input_ids=ids, labels=labels).loss * (labels >= 0).sum()
+    count = sum(row.language_length for row in rows)
+    assert count == 5 - (not ended)
+    expected = expected / count
     expected.backward()
     gradients = [p.grad.clone() for p in plain.model.parameters()]
     plain.zero_grad()
 
-    batch = collate(ROWS, Layout(0, share_prompts))
+    batch = collate(rows, Layout(0, share_prompts))
     _, _, states = pair_scores_and_states(scorer, batch)
-    found = language_loss(*best_response_logits(plain.lm_head, states, batch), num_tokens=5)
+    found = language_loss(*best_response_logits(plain.lm_head, states, batch), num_tokens=count)
     found.backward()
     assert_close(found, expected, check_dtype=False)
     for p, gradient in zip(plain.model.parameters(), gradients, strict=True):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.generation import Answer
 from step2_reward.annotate_pairs import read_pairs
 from step2_reward.sample_pairs import pairs
 from tests.ranks import run_stage, start_stage, succeed
@@ -50,9 +51,8 @@ def read(folder: Path) -> list[dict]:
 
 def test_pairs_of_one_policy_and_of_two(few: Path, noise: Path, tmp_path: Path) -> None:
     """Three responses make three pairs; ranks do not matter; the second policy answers every other time."""
-    succeed(
-        "step2_reward.sample_pairs", words(few, tmp_path / "one", "--responses_per_prompt", "3"), tmp_path
-    )
+    first = words(few, tmp_path / "one", "--responses_per_prompt", "3")
+    done = run_stage("step2_reward.sample_pairs", first, tmp_path)
     one = read(tmp_path / "one")
     prompts = [json.loads(line)["prompt"] for line in (few / "few.jsonl").read_text().splitlines()]
     assert [record["prompt"] for record in one[::3]] == prompts[:3] and len(one) == 9
@@ -60,6 +60,8 @@ def test_pairs_of_one_policy_and_of_two(few: Path, noise: Path, tmp_path: Path) 
     succeed("step2_reward.sample_pairs", again, tmp_path, ranks=2)
     assert read(tmp_path / "two_ranks") == one
     assert len(read_pairs([str(tmp_path / "one/pairs.jsonl")], [], False)) == 9
+    flags = [record[f"response_{side}_ended"] for record in one for side in "ab"]
+    assert f"{flags.count(False)} of 18 responses were cut at --max_response_length 6" in done.output
 
     names = [str(few / "model"), str(noise)]
     both = words(few, tmp_path / "both", "--model_name_or_path", *names, "--responses_per_prompt", "3")
@@ -82,14 +84,14 @@ def test_a_stop_loses_nothing(few: Path, noise: Path, tmp_path: Path) -> None:
     done = {}
     for number in (1, 4):
         running = start_stage("step2_reward.sample_pairs", stopped, tmp_path)
-        journal = tmp_path / f"out/journal_{number}"
+        journal = tmp_path / f"out/responses_{number}.journal"
         running.wait_for(lambda file=journal: file.exists() and file.stat().st_size > 0)
         os.kill(running.pids[0], signal.SIGTERM)
         ended = running.result()
         assert ended.codes == [75] and "the same command goes on" in ended.output, ended.output
         assert not (tmp_path / "out/pairs.jsonl").exists()
         assert all(file.read_text().startswith(text) for file, text in done.items())
-        done = {file: file.read_text() for file in (tmp_path / "out").glob("journal_*")}
+        done = {file: file.read_text() for file in (tmp_path / "out").glob("*.journal")}
     other = run_stage("step2_reward.sample_pairs", [*stopped, "--seed", "1"], tmp_path)
     assert other.codes == [2] and "holds a different run (--seed 0 -> 1)" in other.output
     succeed("step2_reward.sample_pairs", stopped, tmp_path, ranks=2)
@@ -111,17 +113,21 @@ def test_a_cold_response_is_the_likeliest(few: Path, noise: Path, tmp_path: Path
         text = tokenizer.apply_chat_template(record["prompt"], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, return_tensors="pt").input_ids
         said = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+        assert record["response_a_ended"] == (tokenizer.eos_token_id in said)
         assert record["response_a"] == tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 def test_what_is_a_pair() -> None:
     names = ["m", "n", "m", "n"]
-    found = pairs([{"role": "user", "content": "a"}], [" yes", "yes", " ", "no "], names)
+    answers = [Answer(" yes", True), Answer("yes", False), Answer(" ", True), Answer("no ", True)]
+    found = pairs([{"role": "user", "content": "a"}], answers, names)
     assert [(p["response_a"], p["response_b"], p["model_a"], p["model_b"]) for p in found] == [
         ("yes", "no", "m", "n"),
         ("yes", "no", "n", "n"),
     ]
-    assert [p["response_a"] for p in pairs("a", [" yes", " no"], names[:2])] == [" yes"]  # verbatim
+    assert [(p["response_a_ended"], p["response_b_ended"]) for p in found] == [(True, True), (False, True)]
+    verbatim = pairs("a", [Answer(" yes", True), Answer(" no", True)], names[:2])
+    assert [p["response_a"] for p in verbatim] == [" yes"]
 
 
 def test_mistakes_end_in_one_line(few: Path, tmp_path: Path) -> None:
