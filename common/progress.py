@@ -1,11 +1,14 @@
 """Progress lines of long passes outside training: how far, how fast, how long still."""
 
 import time
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from common.distributed import log
 
 FIRST_LINE = 2.0  # seconds; a pass that takes less stays silent
 NEXT_LINES = 10.0  # seconds between further lines
+Batch = TypeVar("Batch")
 
 
 class Progress:
@@ -18,19 +21,32 @@ class Progress:
         self._title, self._total, self._first = title, total, done
         self._start = time.monotonic()
         self._next = self._start + FIRST_LINE
+        self._is_shown = False
 
     def update(self, done: int) -> bool:
         """Count `done` items as finished; true when a line was due and was logged."""
         now = time.monotonic()
-        if now < self._next or done <= self._first:
+        is_end = done >= self._total and self._is_shown
+        if (now < self._next and not is_end) or done <= self._first:
             return False
-        self._next = now + NEXT_LINES
-        rate = (done - self._first) / (now - self._start)
-        log(
-            f"{self._title}: {done}/{self._total} ({done / self._total:.0%}) | {rate:.3g}/s"
-            f" | ETA {clock((self._total - done) / rate)}"
-        )
+        self._next, self._is_shown = now + NEXT_LINES, True
+        seconds = now - self._start
+        rate = (done - self._first) / seconds
+        left = self._total - done
+        end = f"ETA {clock(left / rate)}" if left > 0 else f"took {clock(seconds)}"
+        log(f"{self._title}: {done}/{self._total} ({done / self._total:.0%}) | {rate:.3g}/s | {end}")
         return True
+
+
+def track(title: str, batches: Sequence[Batch], total: int) -> Iterator[Batch]:
+    """Yield this rank's batches of a pass over `total` items of all ranks, and log its progress.
+
+    Every rank has as many batches, see `common.data.deal`.
+    """
+    progress = Progress(title, total)
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        progress.update(total * number // len(batches))
 
 
 def clock(seconds: float) -> str:

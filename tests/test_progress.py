@@ -38,3 +38,23 @@ def test_a_short_pass_is_silent(clock: list[float], capsys) -> None:
     clock[0] += 1.9
     assert not passing.update(10)
     assert capsys.readouterr().out == ""
+
+
+def test_the_last_line_has_the_time_that_it_took(clock: list[float], capsys) -> None:
+    passing = progress.Progress("reading", total=4)
+    for done in range(1, 5):
+        clock[0] += 3
+        passing.update(done)
+    assert capsys.readouterr().out.splitlines()[-1] == "reading: 4/4 (100%) | 0.333/s | took 0:00:12"
+
+
+def test_batches_of_all_ranks_add_up(clock: list[float], capsys) -> None:
+    """37 rows in five rounds; this rank has no part in the last two."""
+    batches, seen = [[0, 1], [2], [3], [], []], []
+    for batch in progress.track("scoring", batches, total=37):
+        seen.append(batch)
+        clock[0] += 3
+    assert seen == batches
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first == "scoring: 7/37 (19%) | 2.33/s | ETA 0:00:12"
+    assert last == "scoring: 37/37 (100%) | 2.47/s | took 0:00:15"
