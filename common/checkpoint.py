@@ -13,6 +13,7 @@ import dataclasses
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.distributed import barrier, gather_objects, log, rank
+from common.engine import trained_state_dict
 from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
 from common.options import RunOptions, UserError, reason, world_size
 from common.process import Stopped, stop_requested
@@ -168,9 +170,11 @@ def _write_engines(temporary: Path, engines: dict[str, Any]) -> tuple[dict[str, 
     for name, engine in engines.items():
         engine.checkpoint_engine, before = writer, engine.checkpoint_engine
         engine._copy_recovery_script = lambda _: None  # it would raise on rank 0 alone when the disk is full
+        engine.module_state_dict = partial(trained_state_dict, engine)
         engine.save_checkpoint(
             str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=is_partial(engine)
         )
+        del engine.module_state_dict
         engine.checkpoint_engine = before
     parts = gather_objects((writer.files, writer.error))
     files = {name: entry for part, _ in parts for name, entry in part.items()}

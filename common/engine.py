@@ -109,6 +109,14 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
     return state if is_first else None
 
 
+def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
+    """The module's state without frozen weights. DeepSpeed's own keeps the second name of a frozen weight
+    that is tied, such as the output head's.
+    """
+    frozen = {n for n, p in engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in frozen}
+
+
 @contextlib.contextmanager
 def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
     """The module with all its weights present, for generation.

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, checksums, free space, and the lock of a folder."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,8 @@ from common.distributed import log
 from common.options import UserError
 
 CHUNK = 1 << 22  # bytes read at once
+UMASK = os.umask(0o077)  # what this process was started with; it can be read by setting it only
+os.umask(UMASK)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -32,9 +35,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush_file(path: Path) -> None:
-    """Have the disk hold what was written."""
+    """Have the disk hold what a library wrote, with the mode that the umask gives a new file: some libraries
+    write through a temporary file that only its owner can read.
+    """
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    with contextlib.suppress(OSError):  # a file system without modes
+        path.chmod(0o666 & ~UMASK)
 
 
 def flush_folder(path: Path) -> None:

@@ -1,11 +1,33 @@
 """Low-rank adapters: a thin layer over `peft`."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from common.distributed import log
 from common.models import load_config
 from common.options import LoraOptions, UserError
+
+# Adapters usually take 10 to 100 times the learning rate of full weights. A rate below this many times the
+# default of a stage, which is one for full weights, draws a warning.
+LOW_RATE = 5
+
+
+def check_adapters(path: str, options: LoraOptions) -> None:
+    """`check_targets`, and a warning for each learning rate of an adapter that is one for full weights."""
+    check_targets(path, options)
+    rates = [field for field in dataclasses.fields(options) if field.name.endswith("learning_rate")]
+    if not getattr(options, "has_critic", True):
+        rates = [field for field in rates if not field.name.startswith("critic")]
+    for field in rates:
+        rate = getattr(options, field.name)
+        if options.lora_rank and rate < LOW_RATE * field.default:
+            log(
+                f"warning: --{field.name} {rate:g} is a rate for full weights; usual with --lora_rank is 10"
+                f" to 100 times the default: {10 * field.default:g} to {100 * field.default:g}"
+            )
 
 
 def check_targets(path: str, options: LoraOptions) -> None:

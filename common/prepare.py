@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.distributed import log
-from common.files import flush_folder, write_json
+from common.files import UMASK, flush_folder, write_json
 from common.formatting import find_prompt
 from common.options import DataOptions, UserError
 from common.overlong import Dropped
@@ -148,6 +148,7 @@ def _build(folder: Path, name: str, options: DataOptions, row_class: type[Row], 
     try:
         found = _write(beside, name, options, row_class, convert)
         write_json(beside / "found.json", found)
+        beside.chmod(0o777 & ~UMASK)  # made for its owner alone, but a cache may be shared
         if not folder.exists():  # without a lock, another process may have been faster
             beside.rename(folder)
         flush_folder(folder.parent)

@@ -42,6 +42,7 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage == "auto" or stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    _read_offload(config["zero_optimization"], source)
     _fill_precision(config, source)
     _fill_batch(config, source, options)
     _take_optimizer(config, source, options, learning_rate)
@@ -99,6 +100,22 @@ def _read(source: Path) -> dict[str, Any]:
                 f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
     return config
+
+
+def _read_offload(zero: dict[str, Any], source: Path) -> None:
+    """Check the offload sections, and remove those without a device: to DeepSpeed `{"device": "none"}`, {}
+    and null are off. So is any of them at stage 0.
+    """
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name)
+        device = section.get("device") if isinstance(section, dict) else section
+        if device not in (None, "none", "cpu", "nvme") or not isinstance(section, dict | None):
+            raise UserError(
+                f'{source}: zero_optimization.{name} is {section!r}; it must be {{"device": "cpu"}}, with'
+                " device one of none, cpu, nvme"
+            )
+        if device in (None, "none") or zero["stage"] == 0:
+            zero.pop(name, None)
 
 
 def _fill_precision(config: dict[str, Any], source: Path) -> None:

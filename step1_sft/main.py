@@ -17,7 +17,7 @@ from common.distributed import init_distributed, log, seed_everything, sum_over_
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
 from common.health import check_numbers
-from common.lora import add_adapters, check_targets
+from common.lora import add_adapters, check_adapters
 from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
 from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import parse_options, world_size
@@ -39,7 +39,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = load_config(options.model_name_or_path)
     options.max_length = longest_input(config, options.max_length, "max_length")
-    check_targets(options.model_name_or_path, options)
+    check_adapters(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     convert = partial(

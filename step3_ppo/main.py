@@ -16,7 +16,7 @@ from common.ensemble import load_encoders
 from common.export import export_best, export_model
 from common.generation import check_lengths
 from common.health import check_numbers
-from common.lora import check_targets
+from common.lora import check_adapters
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import check_scalar_model, load_causal_lm, load_config
 from common.options import parse_options, world_size
@@ -58,7 +58,7 @@ def main() -> None:
     )
     config = load_config(options.actor_model_name_or_path)
     check_lengths(options, config)
-    check_targets(options.actor_model_name_or_path, options)
+    check_adapters(options.actor_model_name_or_path, options)
     tokenizer = load_tokenizer(options.actor_model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     reward_encoders = load_encoders(options, encoder)

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from common.train_state import TrainState
@@ -29,7 +30,7 @@ SLICE = [
     ("sft", 0, "full", 1, "fp32"),
     ("sft", 3, "lora", 2, "bf16"),
     ("reward", 1, "lora", 2, "fp32"),
-    ("reward", 2, "full", 1, "bf16"),
+    ("reward", 2, "lora", 1, "bf16"),
     ("ppo", 0, "lora", 2, "fp32"),
     ("ppo", 2, "full", 2, "bf16"),
     ("ppo", 3, "full", 2, "fp32"),
@@ -107,8 +108,21 @@ def test_a_stopped_run_ends_as_one_that_was_not(world: Path, run: Path, tmp_path
     stopped = stop_after(STAGES[stage], options, tmp_path, parts, step=1, ranks=ranks)
     assert stopped.codes == [STOPPED] * ranks, stopped.output
     assert "stopped after step" in stopped.output and not (parts / "final").exists()
+    if adapters == "lora":
+        assert_only_adapters_are_saved(checkpoints(parts)[-1])
     succeed(STAGES[stage], options, tmp_path, ranks)
     assert_same_end(whole, parts)
+
+
+def assert_only_adapters_are_saved(checkpoint: Path) -> None:
+    """Neither frozen weights nor the second names of tied ones, as the output head is."""
+    files = list(checkpoint.rglob("*model_states.pt"))
+    assert files
+    for file in files:
+        saved = torch.load(file, weights_only=False)
+        assert saved["module"] and not saved.get("frozen_param_fragments")
+        for name in saved["module"]:
+            assert "lora_" in name or "modules_to_save" in name, f"{file}: {name}"
 
 
 # --- damage -------------------------------------------------------------------------------------------------

@@ -96,15 +96,12 @@ def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) ->
     if json.loads(Path(path).read_text()).get("bf16", {}).get("enabled") == "auto":
         is_16_bit = zero["stage"] > 0 and not on_cpu  # not as this machine would have it
 
-    def offloads(what: str) -> bool:
-        return zero.get(what, {}).get("device", "none") != "none"
-
     return Zero(
         stage=zero["stage"],
         ranks=world_size(),
         size=FP32 // 2 if is_16_bit else FP32,
-        offloads_optimiser=offloads("offload_optimizer"),
-        offloads_weights=zero["stage"] == 3 and offloads("offload_param"),
+        offloads_optimiser="offload_optimizer" in zero,
+        offloads_weights=zero["stage"] == 3 and "offload_param" in zero,
         bucket=int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET)),
         buffers=2 if zero.get("overlap_comm", zero["stage"] == 3) else 1,
         live=int(zero.get("stage3_max_live_parameters", Zero.live)),

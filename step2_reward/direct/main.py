@@ -17,7 +17,7 @@ from common.distributed import init_distributed, log, seed_everything
 from common.engine import make_engine
 from common.export import export_best, export_model
 from common.health import check_numbers
-from common.lora import add_adapters, check_targets
+from common.lora import add_adapters, check_adapters
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_causal_lm, load_config, longest_input
 from common.options import parse_options, world_size
@@ -39,7 +39,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     for path in filter(None, (options.model_name_or_path, options.reference_model_name_or_path)):
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
-    check_targets(options.model_name_or_path, options)
+    check_adapters(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     check_reference(options, tokenizer)
     convert = partial(

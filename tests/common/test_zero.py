@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from common.engine import _adamw
 from common.options import TrainOptions, UserError
 from common.zero import CONFIG_FOLDER, fill_bucket_sizes, frozen_config, load_zero_config, unpartitioned
 
@@ -195,6 +197,33 @@ def test_frozen_models_are_partitioned_at_stage_3_only(tmp_path):
     assert frozen["zero_optimization"] == {"stage": 3}
     assert "offload_optimizer" in trained["zero_optimization"], "the trained model's own is left as it was"
     assert unpartitioned(trained)["zero_optimization"] == {"stage": 0}
+
+
+@pytest.mark.parametrize("section", [None, {}, {"device": "none"}, {"device": "none", "pin_memory": True}])
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_an_offload_without_a_device_is_off(tmp_path, monkeypatch, name, section):
+    """The optimiser stays on the GPU, and a frozen model that waits in host memory is offloaded there."""
+    monkeypatch.setattr("common.engine.on_cpu", lambda: False)
+    config = load(tmp_path, {"zero_optimization": {"stage": 3, name: section}})
+    assert name not in config["zero_optimization"]
+    optimiser = _adamw(torch.nn.Linear(2, 2), config, OPTIONS, 1e-3)
+    assert type(optimiser) is torch.optim.AdamW
+    assert frozen_config(config, waits=True)["zero_optimization"]["offload_param"]["device"] == "cpu"
+
+
+def test_an_offload_with_a_device_is_kept_where_there_is_zero(tmp_path):
+    section = {"device": "cpu", "pin_memory": True}
+    kept = load(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": section}})
+    assert kept["zero_optimization"]["offload_optimizer"] == section
+    assert load(tmp_path, {"zero_optimization": {"stage": 0, "offload_optimizer": section}}) == load(
+        tmp_path, stage(0)
+    )
+
+
+@pytest.mark.parametrize("section", [True, "cpu", "none", ["cpu"], {"device": "gpu"}])
+def test_an_offload_section_that_is_none_is_refused(tmp_path, section):
+    message = refusal(tmp_path, {"zero_optimization": {"stage": 3, "offload_optimizer": section}})
+    assert "zero_optimization.offload_optimizer" in message and "none, cpu, nvme" in message
 
 
 def test_bucket_sizes_follow_the_hidden_size_where_they_are_auto(tmp_path):
