@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.distributed import barrier, gather_objects, log, rank
-from common.engine import trained_state_dict
+from common.engine import is_partial, trained_state_dict
 from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
 from common.options import RunOptions, UserError, reason, world_size
 from common.process import Stopped, stop_requested
@@ -134,11 +134,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def is_partial(engine: Any) -> bool:
-    """Whether only some weights are trained, as with adapters; checkpoints then leave the frozen ones out."""
-    return any(not p.requires_grad for p in engine.module.parameters())
 
 
 def describe(engine: Any) -> dict[str, Any]:

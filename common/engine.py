@@ -109,6 +109,11 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
     return state if is_first else None
 
 
+def is_partial(engine: Any) -> bool:
+    """Whether only some weights are trained, as with adapters; checkpoints then leave the frozen ones out."""
+    return any(not p.requires_grad for p in engine.module.parameters())
+
+
 def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
     """The module's state without frozen weights. DeepSpeed's own keeps the second name of a frozen weight
     that is tied, such as the output head's.

@@ -9,8 +9,9 @@ from typing import Any
 import deepspeed
 import torch
 
-from common.checkpoint import Checkpoint, describe, is_partial
+from common.checkpoint import Checkpoint, describe
 from common.distributed import barrier, gather_objects, log, rank
+from common.engine import is_partial
 from common.files import flush_folder
 from common.models import is_partitioned
 from common.options import RunOptions, UserError, world_size
