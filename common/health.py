@@ -7,12 +7,22 @@ from pathlib import Path
 
 from common.checkpoint import list_checkpoints
 from common.distributed import log
+from common.means import Mean
 from common.options import RunOptions, UserError
 from common.train_state import TrainState
 
 REMEMBERED = 32  # losses that a new one is compared with
 FEWEST = 8  # of them, before anything is called a spike
 SHOWN_RECORDS = 8
+
+
+def check_step(
+    state: TrainState, options: RunOptions, figures: dict[str, Mean | float], origins: Sequence[str]
+) -> None:
+    """`check_numbers` of a step with one update of one model; adds `train/skipped_updates` to its figures."""
+    skipped = int(not math.isfinite(figures["train/grad_norm"].value))
+    check_numbers(state, options, skipped, figures["train/loss"].value, origins)
+    figures["train/skipped_updates"] = state.skipped
 
 
 def check_numbers(

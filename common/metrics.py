@@ -14,7 +14,10 @@ from torch import nn
 
 from common.distributed import log, rank
 from common.files import write_text
+from common.means import Figures, Mean, add_step, take_means
 from common.options import world_size
+from common.progress import clock
+from common.train_state import TrainState
 
 # Dense bf16 FLOP/s of a GPU whose name has these words, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -27,13 +30,26 @@ PEAK_FLOPS = {
 class MetricWriter:
     """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in TensorBoard."""
 
-    def __init__(self, output_dir: str, start_step: int, total_steps: int) -> None:
+    def __init__(self, output_dir: str, start_step: int, total_steps: int, logging_steps: int) -> None:
         self._metrics = _Lines(Path(output_dir) / "metrics.jsonl", start_step)
         self._samples = _Lines(Path(output_dir) / "samples.jsonl", start_step)
         self._board_dir = Path(output_dir) / "tensorboard"
         self._board: Any = None
-        self._start_step, self._total_steps = start_step, total_steps
-        self._start_time = time.perf_counter()
+        self._start_step, self._total_steps, self._logging_steps = start_step, total_steps, logging_steps
+        self._start_time = time.monotonic()
+        self._timed_steps, self._timed_seconds = -1, 0.0  # but for the first step, in which things compile
+
+    def step(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
+        """Add a finished step to the means since the last line; write them when a line is due.
+
+        A line is due every --logging_steps and after the last step. figures: with `time/step` in seconds.
+        """
+        add_step(state.window, figures)
+        self._timed_steps += 1
+        if self._timed_steps:
+            self._timed_seconds += figures["time/step"].total
+        if state.step == self._total_steps or state.step % self._logging_steps == 0:
+            self.log(state.step, take_means(state.window, figures), shown)
 
     def log(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
         """Write the metrics of a step, and show the named ones with the time that is left."""
@@ -42,7 +58,7 @@ class MetricWriter:
         metrics = {name: float(f"{value:.7g}") for name, value in metrics.items()}
         plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         values = " | ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-        log(f"step {step}/{self._total_steps} | {values} | ETA {self._time_left(step)}")
+        log(f"step {step}/{self._total_steps} | {values} | {self._time(step)}")
         self._metrics.write([{"step": step, **plain}])
         try:
             board = self._tensorboard()
@@ -71,10 +87,14 @@ class MetricWriter:
             self._board = SummaryWriter(str(self._board_dir), purge_step=self._start_step + 1)
         return self._board
 
-    def _time_left(self, step: int) -> str:
-        per_step = (time.perf_counter() - self._start_time) / max(step - self._start_step, 1)
-        minutes, seconds = divmod(int(per_step * (self._total_steps - step)), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    def _time(self, step: int) -> str:
+        """The time that the steps to come will take; after the last one, how long this run has taken."""
+        if step == self._total_steps:
+            begin = f" since step {self._start_step}" * bool(self._start_step)
+            return f"elapsed {clock(time.monotonic() - self._start_time)}{begin}"
+        if self._timed_steps < 1:
+            return "ETA ?"
+        return f"ETA {clock(self._timed_seconds / self._timed_steps * (self._total_steps - step))}"
 
 
 class _Lines:
@@ -138,13 +158,13 @@ def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
     return float(per_token * sum(lengths) + attention)
 
 
-def utilisation(flops: float, seconds: float) -> dict[str, float]:
+def utilisation(flops: float, seconds: float) -> dict[str, Mean]:
     """train/mfu: the part of the ranks' peak that `flops` of all of them in `seconds` make use of.
 
     The peak is that of bf16, whatever the precision. Empty where it is not known, as on the CPU.
     """
     peak = _peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return {"train/mfu": flops / (seconds * peak * world_size())} if peak else {}
+    return {"train/mfu": Mean(flops, seconds * peak * world_size())} if peak else {}
 
 
 def _peak_flops(device_name: str) -> float | None:

@@ -28,6 +28,7 @@ def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str
     if options.resume_weights_only:
         for name, engine in engines.items():
             _load_weights(checkpoint, name, engine)
+            _follow_schedule(engine)
         log(
             f"resumed weights from {checkpoint.folder} at step {checkpoint.state.step}; optimisers start anew"
         )
@@ -41,6 +42,7 @@ def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str
             engine.load_checkpoint(
                 str(checkpoint.folder), tag=name, load_module_strict=not is_partial(engine)
             )
+        _follow_schedule(engine)
     log(f"resumed from {checkpoint.folder} at step {checkpoint.state.step}")
     return checkpoint.state
 
@@ -124,6 +126,14 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
     if hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
     engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
-    for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
     barrier()
+
+
+def _follow_schedule(engine: Any) -> None:
+    """Set the rates of the next step by this run's schedule: the saved ones are of the number of steps that
+    was planned when the checkpoint was written.
+    """
+    schedule = engine.lr_scheduler
+    places = zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, highest, share_at in places:
+        group["lr"] = highest * share_at(schedule.last_epoch)

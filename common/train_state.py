@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from common.means import Sums
+
 
 @dataclass
 class TrainState:
@@ -25,6 +27,7 @@ class TrainState:
     best_step: int | None = None
     evaluations_since_best: int = 0
     unevaluated: bool = False  # the evaluation after this step is still to be made
+    window: Sums = field(default_factory=dict)  # figures since the last logged line
     recent: dict[str, list[float]] = field(default_factory=dict)  # metrics of the last steps, for advice
     average: dict[str, Tensor] = field(default_factory=dict)  # on rank 0: weights averaged over steps, fp32
 

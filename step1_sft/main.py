@@ -6,7 +6,6 @@ demonstrations.
     bash launch/step1_sft.sh --model_name_or_path DIR --train_data F.jsonl --output_dir OUT
 """
 
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,9 @@ from common.data import batch_order, check_best_metric, load_examples, steps_in_
 from common.distributed import init_distributed, log, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
-from common.health import check_numbers
+from common.health import check_step
 from common.lora import add_adapters, check_adapters
+from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
 from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import parse_options, world_size
@@ -64,31 +64,34 @@ def main() -> None:
         check_packing(engine, options.max_length)
     engines = {"policy": engine}
     state = resume(checkpoint, options, engines)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
     log(f"{len(train)} demonstrations, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
 
+    def evaluate_and_log() -> bool:
+        found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
+        samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
+        metrics.text(state.step, "samples", as_markdown(samples))
+        if is_best := state.is_best(options.best_metric, found):
+            export_best(engine, tokenizer, output / "best", load_base)
+        return is_best
+
     # 3. Train.
+    if held_out and state.step == 0:
+        evaluate_and_log()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)
         measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
         state.advance(options.global_batch_size, len(train))
-        skipped = int(not math.isfinite(measured["train/grad_norm"]))
-        check_numbers(state, options, skipped, measured["train/loss"], [train.origin(i) for i in chosen])
-        measured["train/skipped_updates"] = state.skipped
+        check_step(state, options, measured, [train.origin(i) for i in chosen])
+        metrics.step(state, measured, ["train/loss", "train/lr", "train/tokens_per_second"])
         is_last, is_best = state.step == total_steps, False
-        if is_last or state.step % options.logging_steps == 0:
-            metrics.log(state.step, measured, ["train/loss", "train/lr", "train/tokens_per_second"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
-            metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
-            samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
-            metrics.text(state.step, "samples", as_markdown(samples))
-            if is_best := state.is_best(options.best_metric, found):
-                export_best(engine, tokenizer, output / "best", load_base)
+            is_best = evaluate_and_log()
         save_if_due(options, state, engines, is_best, is_last)
 
     # 4. What the other stages read.
@@ -97,9 +100,9 @@ def main() -> None:
 
 def train_step(
     engine, batch: list[Demonstration], options: SFTOptions, pad_token_id: int
-) -> dict[str, float]:
+) -> dict[str, Mean | float]:
     """One optimiser step on a global batch, of which this rank takes its micro-batches."""
-    start = time.perf_counter()
+    start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [len(row.ids) for row in batch]
     num_tokens = sum(sum(row.is_trained) for row in batch)
     mine = micro_batches(lengths, options)
@@ -114,14 +117,14 @@ def train_step(
     total, padded = sum_over_ranks(total, padded)
     seconds = time.perf_counter() - start
     return {
-        "train/loss": total,
-        "train/lr": engine.get_lr()[0],
-        "train/grad_norm": norm,
-        "train/tokens_per_second": sum(lengths) / seconds,
-        "train/response_tokens_per_second": num_tokens / seconds,
-        "train/padding_share": 1.0 - sum(lengths) / padded,
+        "train/loss": Mean(total * num_tokens, num_tokens),
+        "train/lr": rate,
+        "train/grad_norm": Mean(norm),
+        "train/tokens_per_second": Mean(sum(lengths), seconds),
+        "train/response_tokens_per_second": Mean(num_tokens, seconds),
+        "train/padding_share": Mean(padded - sum(lengths), padded),
         **utilisation(training_flops(engine.module, lengths), seconds),
-        "time/step": seconds,
+        "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
     }
 

@@ -5,7 +5,6 @@ Teaches a copy of the SFT model with a scalar head to score responses, so that p
     bash launch/step2_reward.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT2
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +18,9 @@ from common.data import batch_order, check_best_metric, deal, load_examples, ste
 from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
-from common.health import check_numbers
+from common.health import check_step
 from common.lora import add_adapters, check_adapters
+from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_config, load_scalar_model, longest_input
 from common.options import parse_options, world_size
@@ -80,31 +80,34 @@ def main() -> None:
     language_head = load_language_head(options, tokenizer, zero)
     layout = choose_layout(engine, train, options, tokenizer.pad_token_id)
     state = resume(checkpoint, options, engines)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
     log(f"{len(train)} preferences, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
 
+    def evaluate_and_log() -> bool:
+        found = evaluate(engine, held_out, options.micro_batch_size, layout)
+        metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
+        if is_best := state.is_best(options.best_metric, found):
+            centre(engine, centre_rows, options, tokenizer.pad_token_id)
+            export_best(engine, tokenizer, output / "best", load_base)
+            set_centre(engine.module, 0.0, 1.0)
+        return is_best
+
     # 3. Train.
+    if held_out and state.step == 0:
+        evaluate_and_log()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)
         measured = train_step(engine, [train[i] for i in chosen], options, layout, language_head)
         state.advance(options.global_batch_size, len(train))
-        skipped = int(not math.isfinite(measured["train/grad_norm"]))
-        check_numbers(state, options, skipped, measured["train/loss"], [train.origin(i) for i in chosen])
-        measured["train/skipped_updates"] = state.skipped
+        check_step(state, options, measured, [train.origin(i) for i in chosen])
+        metrics.step(state, measured, ["train/loss", "train/accuracy", "train/lr"])
         is_last, is_best = state.step == total_steps, False
-        if is_last or state.step % options.logging_steps == 0:
-            metrics.log(state.step, measured, ["train/loss", "train/accuracy", "train/lr"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            found = evaluate(engine, held_out, options.micro_batch_size, layout)
-            metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
-            if is_best := state.is_best(options.best_metric, found):
-                centre(engine, centre_rows, options, tokenizer.pad_token_id)
-                export_best(engine, tokenizer, output / "best", load_base)
-                set_centre(engine.module, 0.0, 1.0)
+            is_best = evaluate_and_log()
         save_if_due(options, state, engines, is_best, is_last)
 
     # 4. A preference fixes scores up to a constant: choose it such that demonstrations score 0 on average.
@@ -121,9 +124,9 @@ def main() -> None:
 
 def train_step(
     engine, records: list[Preference], options: RewardOptions, layout: Layout, language_head: nn.Module | None
-) -> dict[str, float]:
+) -> dict[str, Mean | float]:
     """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
-    start = time.perf_counter()
+    start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [max(layout.row_lengths(row)) for row in records]
     mine = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
     num_tokens = sum(row.language_length for row in records)
@@ -148,14 +151,14 @@ def train_step(
     )
     seconds = time.perf_counter() - start
     return {
-        "train/loss": total,
-        "train/accuracy": right / max(1.0, decided),
-        **({"train/lm_loss": told} if language_head else {}),
-        "train/lr": engine.get_lr()[0],
-        "train/grad_norm": norm,
-        "train/tokens_per_second": encoded / seconds,
-        "train/padding_share": 1 - encoded / padded,
-        "time/step": seconds,
+        "train/loss": Mean(total * len(records), len(records)),
+        "train/accuracy": Mean(right, decided),
+        **({"train/lm_loss": Mean(told * num_tokens, num_tokens)} if language_head else {}),
+        "train/lr": rate,
+        "train/grad_norm": Mean(norm),
+        "train/tokens_per_second": Mean(encoded, seconds),
+        "train/padding_share": Mean(padded - encoded, padded),
+        "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
     }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from common.distributed import rank
+from common.means import Mean
 from common.options import world_size
 from common.prompts import Prompt
 from common.tensor_ops import masked_mean, masked_var
@@ -46,10 +47,10 @@ def evaluate(
     return figures, samples(models, rollout, gold, options.num_samples)
 
 
-def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, float]:
+def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, Mean]:
     """The figures of one training rollout; returns (B, R) where there is a critic."""
     low, median, high = rollout.scores.float().quantile(PERCENTILES.to(rollout.scores)).tolist()
-    return {
+    found = {
         "reward/mean": rollout.scores.mean().item(),
         "reward/std": rollout.scores.std(unbiased=False).item(),
         "reward/p10": low,
@@ -62,6 +63,7 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
         **({} if returns is None else describe_values(rollout, returns)),
         **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
     }
+    return {name: Mean(value) for name, value in found.items()}
 
 
 def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
@@ -97,7 +99,7 @@ def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
     return {f"kl/quarter_{q + 1}": masked_mean(kl, mask & (quarters == q)).item() for q in range(4)}
 
 
-def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str, float]:
+def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str, Mean]:
     """Time of the phases of an iteration, and what they got through: in the rollout tokens of responses, else
     of prompts too; and of all positions that the rollout ran the actor at, the share that was not padding or
     past the end of a response.
@@ -107,9 +109,10 @@ def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str
     tokens = int(rollout.lengths.sum())
     amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes
     useful = tokens - len(rollout.lengths)  # the last token of a response is drawn, not read
-    found = {"time/step": sum(seconds), "rollout/useful_share": useful / int(rollout.computed.sum())}
+    share = Mean(useful, int(rollout.computed.sum()))
+    found = {"time/step": Mean(sum(seconds)), "rollout/useful_share": share}
     for name, spent, amount in zip(("rollout", "score", "train"), seconds, amounts, strict=True):
-        found |= {f"time/{name}": spent, f"{name}/tokens_per_second": amount / spent}
+        found |= {f"time/{name}": Mean(spent), f"{name}/tokens_per_second": Mean(amount, spent)}
     return found
 
 

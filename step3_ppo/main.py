@@ -17,6 +17,7 @@ from common.export import export_best, export_model
 from common.generation import check_lengths
 from common.health import check_numbers
 from common.lora import check_adapters
+from common.means import step_values
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import check_scalar_model, load_causal_lm, load_config
 from common.options import parse_options, world_size
@@ -87,7 +88,7 @@ def main() -> None:
     horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
     controllers = state.controllers
     kl = KLController(controllers.setdefault("kl_coef", options.kl_coef), options.target_kl, horizon)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {world_size()} ranks")
 
     output = Path(options.output_dir)
@@ -125,7 +126,7 @@ def main() -> None:
         taken = int(controllers.get("ptx_batches", 0))
         pretraining = PretrainingMix(texts, options, tokenizer.pad_token_id, taken)
     while state.step < total_steps and not options.export_only and not has_stalled():
-        start = time.perf_counter()
+        start, rate = time.perf_counter(), models.actor.get_lr()[0]
         step = state.step + 1
         seed_everything(options.seed, step)
         chosen = next(order)
@@ -152,22 +153,22 @@ def main() -> None:
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
         found = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": kl.coef}
-        passes = options.ppo_epochs * stats["policy/updates"] / options.updates_per_step
+        passes = options.ppo_epochs * stats["policy/updates"].value / options.updates_per_step
         found |= speed(rollout, seconds, passes)
-        found |= {"train/lr": models.actor.get_lr()[0], "memory/peak_gib": peak_memory_gib()}
-        advise(state, step, found, options)
-        kl.update(found["kl/mean"], options.rollout_batch_size)
+        found |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib()}
+        alone = step_values(found)
+        advise(state, step, alone, options)
+        kl.update(alone["kl/mean"], options.rollout_batch_size)
         controllers["kl_coef"] = kl.coef
         if pretraining:
             controllers["ptx_batches"] = pretraining.taken
         state.advance(prompts_per_step, len(train))
         origins = [train.origin(i) for i in chosen]
-        watched = found["value/loss" if models.critic else "policy/approx_kl"]
+        watched = alone["value/loss" if models.critic else "policy/approx_kl"]
         check_numbers(state, options, skipped, watched, origins)
         found["train/skipped_updates"] = state.skipped
+        metrics.step(state, found, SHOWN)
         is_last, is_best = state.step == total_steps, False
-        if is_last or state.step % options.logging_steps == 0:
-            metrics.log(state.step, found, SHOWN)
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
             is_best = evaluate_and_log()
         save_if_due(options, state, engines, is_best, is_last or has_stalled())

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.data import deal
 from common.distributed import rank, sum_over_ranks
 from common.engine import backward_and_step
+from common.means import Mean
 from common.models import token_scores
 from common.options import world_size
 from common.tensor_ops import entropy
@@ -41,24 +42,29 @@ class MicroBatch(NamedTuple):
 def optimise(
     models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor | None,
     options: PPOOptions, kl_coef: float, pretraining: PretrainingMix | None, step: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, Mean | float]:  # fmt: skip
     """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
 
     first_pass: the forward passes of the first micro-batch, which scoring has made already. Epochs end early
     when the policy is further than --target_kl from that of the rollout; the learning rates go on as if they
     had not.
     Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
-    micro-batches. Returns means over the tokens of all updates, and how many were skipped because of numbers
-    that are not finite; `policy/ratio` is that of the first minibatch, where it must be 1, and
-    `policy/update_kl` is how far the policy was from the rollout's in the last one, nats per response (k2).
+    micro-batches. Returns means over the tokens of all updates, the mean gradient norms, and how many updates
+    were skipped because of numbers that are not finite. `policy/ratio` is that of the first minibatch, where
+    it must be 1.
+
+    `policy/update_kl` is how far the last update left the policy from the rollout's, in nats per response
+    (k2). It is measured on the last minibatch by one more forward pass at the end of each epoch, which costs
+    a third of the actor's training on that minibatch. Within an epoch the forward pass of each minibatch
+    measures all updates before it; one that is beyond --target_kl ends the epochs after its own update.
     """
     models.actor.train()
     if models.critic:
         models.critic.train()
     sums: Sums = Counter()
     first: dict[str, float] = {}
-    norms: dict[str, float | None] = {}
-    skipped, updates, update_kl, ptx_losses = 0, 0, 0.0, []
+    norms: dict[str, list[float]] = {"policy/grad_norm": [], "value/grad_norm": []}
+    updates, update_kl, ptx_losses = 0, 0.0, []
     size, actor_learns = options.global_batch_size, step > options.critic_warmup_steps
     for batch in minibatches(len(rollout.scores), size, options.ppo_epochs, options.seed, step):
         before = float(sums["policy/approx_kl"])
@@ -66,26 +72,47 @@ def optimise(
             ptx_losses.append(pretraining.add_gradients(models.actor))
         for micro in _micro_batches(rollout, batch, advantages, returns, options):
             if actor_learns:
-                norms["policy/grad_norm"] = _update_actor(
-                    models.actor, first_pass, micro, options, kl_coef, sums
-                )
+                norm = _update_actor(models.actor, first_pass, micro, options, kl_coef, sums)
+                norms["policy/grad_norm"] += [norm] * micro.is_last
             if models.critic:
-                norms["value/grad_norm"] = _update_critic(models.critic, first_pass, micro, options, sums)
+                norm = _update_critic(models.critic, first_pass, micro, options, sums)
+                norms["value/grad_norm"] += [norm] * micro.is_last
             sums["tokens"] += len(micro.rows.labels)
-        skipped += sum(norm is not None and not math.isfinite(norm) for norm in norms.values())
         updates += 1
         first = first or {name: float(total) for name, total in sums.items()}
         (moved,) = sum_over_ranks(sums["policy/approx_kl"] - before)
-        update_kl = moved / len(batch)
-        if update_kl > options.target_kl:
+        is_too_far = moved / len(batch) > options.target_kl
+        is_end_of_epoch = updates * options.ppo_epochs % options.updates_per_step == 0
+        if actor_learns and (is_too_far or is_end_of_epoch):
+            update_kl = _distance(models.actor, rollout, batch, options)
+        if is_too_far or update_kl > options.target_kl:
             break
     for engine in [models.actor] * actor_learns + [models.critic] * bool(models.critic):
         for _ in range(options.updates_per_step - updates):
             engine.lr_scheduler.step()
-    found = _means(sums, first) | norms | {"policy/update_kl": update_kl}
+    skipped = sum(not math.isfinite(norm) for of_one in norms.values() for norm in of_one)
+    found = _means(sums, first) | {name: _mean_norm(of_one) for name, of_one in norms.items() if of_one}
     if ptx_losses:
-        found["ptx/loss"] = sum_over_ranks(sum(ptx_losses))[0] / len(ptx_losses)
-    return found | {"policy/updates": updates, "train/skipped_updates": skipped}
+        found["ptx/loss"] = Mean(sum_over_ranks(sum(ptx_losses))[0], len(ptx_losses))
+    found |= {"policy/update_kl": Mean(update_kl), "policy/updates": Mean(updates)}
+    return found | {"train/skipped_updates": skipped}
+
+
+@torch.no_grad()
+def _distance(actor: Any, rollout: Rollout, batch: list[int], options: PPOOptions) -> float:
+    """How far the policy is from that of the rollout on some rows of it: k2, in nats per response."""
+    actor.eval()
+    total = 0.0
+    for chunk in deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size()):
+        logprobs, _ = actor_logprobs(actor, take_rows(rollout, chunk), options.temperature)
+        total += _squares(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
+    actor.train()
+    return sum_over_ranks(total)[0] / len(batch)
+
+
+def _squares(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """The k2 estimate of a KL divergence, summed over tokens: (N,), (N,) -> ()."""
+    return 0.5 * ((logprobs - old_logprobs) ** 2).sum()
 
 
 def _micro_batches(
@@ -108,16 +135,22 @@ def _micro_batches(
         )
 
 
-def _means(sums: Sums, first: dict[str, float]) -> dict[str, float]:
+def _means(sums: Sums, first: dict[str, float]) -> dict[str, Mean]:
     """Means over the tokens of all ranks and updates, but of the first minibatch for the ratio."""
     totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
     *totals, first_tokens, first_ratio = sum_over_ranks(*totals)
-    means = dict(zip(sums, totals, strict=True))
-    count = means.pop("tokens")
-    means = {name: total / count for name, total in means.items()}
+    by_name = dict(zip(sums, totals, strict=True))
+    count = by_name.pop("tokens")
+    means = {name: Mean(total, count) for name, total in by_name.items()}
     if "policy/ratio" in means:
-        means["policy/ratio"] = first_ratio / first_tokens
+        means["policy/ratio"] = Mean(first_ratio, first_tokens)
     return means
+
+
+def _mean_norm(norms: list[float]) -> Mean:
+    """The mean over the updates that were not skipped; infinite when all were."""
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return Mean(sum(finite), len(finite)) if finite else Mean(math.inf)
 
 
 def _update_actor(
@@ -136,7 +169,7 @@ def _update_actor(
         sums["policy/loss"] += result.loss.sum()
         sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()
-        sums["policy/approx_kl"] += 0.5 * ((logprobs - batch.logprobs) ** 2).sum()
+        sums["policy/approx_kl"] += _squares(logprobs, batch.logprobs)
         sums["policy/entropy"] += entropy(logits, options.temperature).sum()
     return norm
 

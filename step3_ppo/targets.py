@@ -4,6 +4,7 @@ from dataclasses import asdict, fields
 
 from torch import Tensor
 
+from common.means import Mean
 from common.tensor_ops import masked_whiten
 from step3_ppo.advantages import (
     discounted_sums,
@@ -22,7 +23,7 @@ MOVING = 0.9  # how much of a moving baseline each iteration keeps
 
 def shape_rewards(
     rollout: Rollout, options: PPOOptions, controllers: dict[str, float]
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Mean]]:
     """Rewards (B, R): the KL penalty at every token, unless it is a loss; at the last one also the score and
     its penalties. And figures of what became of the scores, averaged over responses: `reward/clipped`, the
     share that was; `reward/penalty`, what was taken from them for EOS, length and repetition; `reward/total`,
@@ -47,9 +48,9 @@ def shape_rewards(
     in_reward = controllers["kl_coef"] if options.kl_penalty == "reward" else 0.0
     rewards = token_rewards(clipped - penalties, kl, rollout.response_lengths, in_reward)
     figures = {
-        "reward/clipped": (clipped != scores).float().mean().item(),
-        "reward/penalty": penalties.float().mean().item(),
-        "reward/total": rewards.sum(1).mean().item(),
+        "reward/clipped": Mean((clipped != scores).float().mean().item()),
+        "reward/penalty": Mean(penalties.float().mean().item()),
+        "reward/total": Mean(rewards.sum(1).mean().item()),
     }
     if options.whiten_rewards:
         rewards = masked_whiten(rewards, rollout.response_mask, shift_mean=False)

@@ -217,9 +217,9 @@ def test_weights_alone_fit_every_stage(world: Path, tmp_path: Path, before: int,
     assert exported == (other / "final/model.safetensors").read_bytes()
     succeed("step1_sft.main", [*words_of(after, 5), "--resume_weights_only"], tmp_path, ranks=2)
     assert steps_of(tmp_path / "out")[-1] == 5
-    # The schedule goes on where it was: a cosine from 1e-3, of which three of five steps are done.
+    # The fourth of five steps, by a cosine from 1e-3.
     rates = metrics(tmp_path / "out", "train/lr")
-    assert rates[3] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 4 / 5)), rel=1e-6)
+    assert rates[3] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 5)), rel=1e-6)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------
@@ -286,13 +286,14 @@ def test_one_run_at_a_time(world: Path, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_the_newest_and_the_best_are_kept(world: Path, tmp_path: Path) -> None:  # noqa: F811
-    """The learning rate is so high that the loss is best at the first evaluation and worse afterwards."""
-    options = [*sft(world, tmp_path / "out", 8), "--learning_rate", "1", "--lr_scheduler_type", "constant"]
+    """The learning rate rises from 0 until the loss does: it is best early, not first and not last."""
+    options = [*sft(world, tmp_path / "out", 8), "--learning_rate", "8", "--warmup_ratio", "1"]
     keep = ["--save_steps", "1", "--save_total_limit", "2", "--eval_steps", "1", "--best_metric", "eval/loss"]
-    succeed("step1_sft.main", [*options, *keep], tmp_path)
+    succeed("step1_sft.main", [*options, *keep, "--lr_scheduler_type", "constant_with_warmup"], tmp_path)
     losses = metrics(tmp_path / "out", "eval/loss")
-    best = losses.index(min(losses)) + 1
-    assert best < 6, f"the best must not be among the newest: {losses}"
+    assert len(losses) == 9, "one is of the model to start from"
+    best = losses.index(min(losses))
+    assert 0 < best < 7, f"the best must not be among the newest: {losses}"
     names = [folder.name for folder in checkpoints(tmp_path / "out")]
     assert names == [f"step_{step:06}" for step in (best, 7, 8)]
     assert (tmp_path / "out/best/config.json").exists()

@@ -5,7 +5,6 @@ Teaches a policy to prefer the better responses of preference data, with no rewa
     bash launch/step2_direct.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT
 """
 
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +15,9 @@ from common.data import batch_order, check_best_metric, load_examples, steps_in_
 from common.distributed import init_distributed, log, seed_everything
 from common.engine import make_engine
 from common.export import export_best, export_model
-from common.health import check_numbers
+from common.health import check_step
 from common.lora import add_adapters, check_adapters
+from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_causal_lm, load_config, longest_input
 from common.options import parse_options, world_size
@@ -70,7 +70,7 @@ def main() -> None:
     train, held_out = judged or read(lambda: engine)
     engines = {"policy": engine}
     state = resume(checkpoint, options, engines)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps)
+    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
     log(f"{len(train)} records, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
@@ -91,12 +91,9 @@ def main() -> None:
         chosen = next(order)
         measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
         state.advance(options.global_batch_size, len(train))
-        skipped = int(not math.isfinite(measured["train/grad_norm"]))
-        check_numbers(state, options, skipped, measured["train/loss"], [origin(i) for i in chosen])
-        measured["train/skipped_updates"] = state.skipped
+        check_step(state, options, measured, [origin(i) for i in chosen])
+        metrics.step(state, measured, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
         is_last, is_best = state.step == total_steps, False
-        if is_last or state.step % options.logging_steps == 0:
-            metrics.log(state.step, measured, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
             is_best = evaluate_and_log()
         save_if_due(options, state, engines, is_best, is_last)
@@ -107,17 +104,17 @@ def main() -> None:
 
 def train_step(
     engine, batch: Sequence[Example], options: DirectOptions, pad_token_id: int
-) -> dict[str, float]:
+) -> dict[str, Mean | float]:
     """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
-    start = time.perf_counter()
+    start, rate = time.perf_counter(), engine.get_lr()[0]
     found, norm = measure(engine, batch, options, pad_token_id, learn=True)
     seconds = time.perf_counter() - start
     return {
         **{name if "/" in name else f"train/{name}": value for name, value in found.items()},
-        "train/lr": engine.get_lr()[0],
-        "train/grad_norm": norm,
-        "train/tokens_per_second": sum(example.row.length for example in batch) / seconds,
-        "time/step": seconds,
+        "train/lr": rate,
+        "train/grad_norm": Mean(norm),
+        "train/tokens_per_second": Mean(sum(example.row.length for example in batch), seconds),
+        "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
     }
 

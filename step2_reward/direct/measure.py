@@ -10,6 +10,7 @@ from torch import Tensor
 from common.data import deal
 from common.distributed import device, rank, sum_over_ranks
 from common.engine import backward_and_step
+from common.means import Mean
 from common.options import UserError, world_size
 from step2_reward.direct.data import Choice
 from step2_reward.direct.logprobs import response_logprobs
@@ -24,6 +25,13 @@ from step2_reward.direct.loss import (
 )
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example
+
+# What each figure is a mean over, by the names of `count`.
+COUNTED = {
+    "loss": "losses", "accuracy": "decided", "nll_chosen": "chosen tokens", "reward/chosen": "chosen",
+    "reward/rejected": "rejected", "logprobs/chosen": "chosen", "logprobs/rejected": "rejected",
+    "logratio/mean": "responses",
+}  # fmt: skip
 
 
 def check_accuracy(options: DirectOptions, held_out: Sequence[Choice]) -> None:
@@ -45,12 +53,12 @@ def evaluate(
         found, _ = measure(engine, examples, options, pad_token_id, learn=False)
     engine.train()
     names = {"loss": "loss", "accuracy": "accuracy", "reward/margin": "margin", "nll_chosen": "nll_chosen"}
-    return {f"eval/{short}": found[name] for name, short in names.items() if name in found}
+    return {f"eval/{short}": found[name].value for name, short in names.items() if name in found}
 
 
 def measure(
     engine: Any, examples: Sequence[Example], options: DirectOptions, pad_token_id: int, learn: bool
-) -> tuple[dict[str, float], float | None]:
+) -> tuple[dict[str, Mean], float | None]:
     """Figures of a global batch, of which this rank reads its micro-batches; after `learn`, an optimiser step
     on it, also the norm of its gradients.
 
@@ -76,10 +84,12 @@ def measure(
             norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
         for name, value in figures.items():
             sums[name] += value.detach() * bool(picked)
-    found = dict(zip(sums, sum_over_ranks(*sums.values()), strict=True))
-    if {"reward/chosen", "reward/rejected"} <= found.keys():
-        found["reward/margin"] = found["reward/chosen"] - found["reward/rejected"]
-    return found if options.is_paired else found | {"kl/reference_point": point}, norm
+    shares = dict(zip(sums, sum_over_ranks(*sums.values()), strict=True))
+    counts = {name: totals[COUNTED[name]] for name in shares}
+    found = {name: Mean(value * counts[name], counts[name]) for name, value in shares.items()}
+    if {"reward/chosen", "reward/rejected"} <= shares.keys():
+        found["reward/margin"] = Mean(shares["reward/chosen"] - shares["reward/rejected"])
+    return found if options.is_paired else found | {"kl/reference_point": Mean(point)}, norm
 
 
 def share(
@@ -111,18 +121,17 @@ def share(
     if kind.has_nll:
         loss = loss - options.nll_coef * (chosen * read).sum() / totals["read"]
     figures = {
-        "loss": (loss, 1.0),
-        "accuracy": (right.sum(), totals["decided"]),
-        "nll_chosen": (-(chosen * logprobs).sum(), totals["chosen tokens"]),
-        "reward/chosen": (options.beta * (chosen * compared).sum(), totals["chosen"]),
-        "reward/rejected": (options.beta * (rejected * compared).sum(), totals["rejected"]),
-        "logprobs/chosen": ((chosen * logprobs).sum(), totals["chosen"]),
-        "logprobs/rejected": ((rejected * logprobs).sum(), totals["rejected"]),
+        "accuracy": right.sum(),
+        "nll_chosen": -(chosen * logprobs).sum(),
+        "reward/chosen": options.beta * (chosen * compared).sum(),
+        "reward/rejected": options.beta * (rejected * compared).sum(),
+        "logprobs/chosen": (chosen * logprobs).sum(),
+        "logprobs/rejected": (rejected * logprobs).sum(),
     }
     if kind.has_reference:
-        everything = ((chosen + rejected) * log_ratios).sum()
-        figures["logratio/mean"] = (everything, totals["chosen"] + totals["rejected"])
-    return loss, {name: value / total for name, (value, total) in figures.items() if total}
+        figures["logratio/mean"] = ((chosen + rejected) * log_ratios).sum()
+    counted = {name: value for name, value in figures.items() if totals[COUNTED[name]]}
+    return loss, {"loss": loss} | {name: value / totals[COUNTED[name]] for name, value in counted.items()}
 
 
 def pair_losses(chosen: Tensor, rejected: Tensor, options: DirectOptions) -> Tensor:
@@ -170,6 +179,7 @@ def count(examples: Sequence[Example], options: DirectOptions) -> dict[str, floa
         for dialogue, (chosen, rejected) in zip(row.dialogues, row.sides(options.is_paired), strict=True):
             totals["chosen"] += chosen
             totals["rejected"] += rejected
+            totals["responses"] += chosen + rejected
             totals["chosen tokens"] += chosen * dialogue.count
             whole = len(dialogue.ids) - 1 if options.kind.nll_has_prompt else dialogue.count
             totals["read"] += chosen * whole

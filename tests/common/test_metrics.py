@@ -71,7 +71,7 @@ def test_a_gpu_at_half_its_peak(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert utilisation(flops=4 * peak, seconds=2.0) == {"train/mfu": pytest.approx(0.5)}
+    assert utilisation(flops=4 * peak, seconds=2.0)["train/mfu"].value == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Quadro P600", None])

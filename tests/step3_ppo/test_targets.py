@@ -46,16 +46,16 @@ def rollout(scores: list[float]) -> Rollout:
 def test_what_is_done_to_scores(options, expected, clipped, penalty):
     rewards, figures = shape_rewards(rollout([3.0, -7.0]), PPOOptions(**PLAIN | options), {"kl_coef": 0.0})
     assert_close(rewards, torch.tensor([[0, 0, 0, expected[0]], [0, expected[1], 0, 0]]))
-    assert figures["reward/clipped"] == clipped
-    assert figures["reward/penalty"] == pytest.approx(penalty)
-    assert figures["reward/total"] == pytest.approx(sum(expected) / 2)
+    assert figures["reward/clipped"].value == clipped
+    assert figures["reward/penalty"].value == pytest.approx(penalty)
+    assert figures["reward/total"].value == pytest.approx(sum(expected) / 2)
 
 
 def test_kl_is_paid_at_every_token_with_the_coefficient_of_now():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN)
     rewards, figures = shape_rewards(scored, options, {"kl_coef": 0.5})
     assert_close(rewards, torch.tensor([[-0.25, 0.5, -0.25, 3.0], [-0.25, -7.5, 0, 0]]))
-    assert figures["reward/total"] == pytest.approx((3.0 - 7.75) / 2)
+    assert figures["reward/total"].value == pytest.approx((3.0 - 7.75) / 2)
     options.kl_penalty = "k2"
     rewards, _ = shape_rewards(scored, options, {"kl_coef": 0.5})
     assert_close(rewards, torch.tensor([[0, 0, 0, 3.0], [0, -7.0, 0, 0]]))
@@ -67,7 +67,7 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean():
     plain = torch.tensor([-0.25, 0.5, -0.25, 3.0, -0.25, -7.5])
     found = torch.cat([rewards[0], rewards[1, :2]])
     assert_close(found, (plain - plain.mean()) / plain.std() + plain.mean())
-    assert not rewards[1, 2:].any() and figures["reward/total"] == pytest.approx(plain.sum().item() / 2)
+    assert not rewards[1, 2:].any() and figures["reward/total"].value == pytest.approx(plain.sum().item() / 2)
 
 
 def test_scores_are_normalised_by_those_of_earlier_rollouts_too():

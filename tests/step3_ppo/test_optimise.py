@@ -1,0 +1,83 @@
+"""How far updates move the policy, and where that ends them, with a plain model and plain SGD."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from step3_ppo import optimise as module
+from step3_ppo.optimise import optimise
+from step3_ppo.options import PPOOptions
+from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
+from step3_ppo.scoring import FirstPass
+
+ROWS, PROMPT, WIDTH = 4, 3, 5
+LENGTHS = [5, 2, 4, 3]
+
+
+@pytest.fixture
+def actor(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.lr_scheduler = SimpleNamespace(step=lambda: None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def backward_and_step(engine, loss, ranks, is_last):  # noqa: ARG001 - as the engine's
+        loss.backward()
+        if not is_last:
+            return None
+        optimizer.step()
+        optimizer.zero_grad()
+        return 1.0
+
+    monkeypatch.setattr(module, "backward_and_step", backward_and_step)
+    return model
+
+
+@torch.no_grad()
+def sampled(actor: LlamaForCausalLM) -> Rollout:
+    rows, lengths = torch.zeros(ROWS, WIDTH), torch.tensor(LENGTHS)
+    rollout = Rollout(
+        torch.randint(1, 32, (ROWS, PROMPT + WIDTH)), torch.full((ROWS,), PROMPT), lengths,
+        torch.ones(ROWS).bool(), logprobs=rows, ref_logprobs=rows, values=rows, last_values=rows[:, 0],
+        scores=rows[:, 0], score_parts=rows[:, :0], support=torch.zeros(ROWS, WIDTH, 0, dtype=torch.uint8),
+        computed=torch.zeros(ROWS),
+    )  # fmt: skip
+    rollout.logprobs[rollout.response_mask] = logprobs(actor, rollout)
+    return rollout
+
+
+@torch.no_grad()
+def logprobs(actor: LlamaForCausalLM, rollout: Rollout) -> torch.Tensor:
+    return actor_logprobs(actor, take_rows(rollout, range(ROWS)), 1.0)[0]
+
+
+def update(actor: LlamaForCausalLM, rollout: Rollout, **more: object) -> dict[str, float]:
+    options = PPOOptions(rollout_batch_size=ROWS, micro_batch_size=1, advantage_estimator="rloo", **more)
+    models = SimpleNamespace(actor=actor, critic=None)
+    advantages = torch.randn(ROWS, WIDTH)
+    found = optimise(models, rollout, FirstPass(), advantages, None, options, 0.0, None, 1)
+    return {name: figure.value for name, figure in found.items() if name.startswith("policy/")}
+
+
+def test_the_last_update_counts(actor):
+    """With one minibatch and one epoch, too, where no forward pass of training comes after it."""
+    rollout = sampled(actor)
+    found = update(actor, rollout, ppo_epochs=1, global_batch_size=ROWS)
+    moved = 0.5 * (logprobs(actor, rollout) - rollout.logprobs[rollout.response_mask]) ** 2
+    assert found["policy/update_kl"] == pytest.approx(moved.sum().item() / ROWS, rel=1e-5)
+    assert found["policy/update_kl"] > 1e-4 and found["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert found["policy/ratio"] == pytest.approx(1) and actor.training
+
+
+@pytest.mark.parametrize(("size", "expected"), [(ROWS, 1), (2, 2)])
+def test_the_limit_acts_before_the_next_update(actor, size, expected):
+    """Where a minibatch is the rollout, after one; else after the first that sees what others have done."""
+    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, target_kl=1e-5)
+    assert found["policy/updates"] == expected and found["policy/update_kl"] > 1e-5
+    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, target_kl=1e5)
+    assert found["policy/updates"] == 3 * ROWS / size
