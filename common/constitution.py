@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import yaml
 
-from common.formatting import Message
+from common.conversation import Message
 from common.options import UserError, option
 from common.records import fraction
 from common.tokenization import SegmentEncoder, load_tokenizer

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from common.formatting import Message, Segment, demonstration_segments, until_last_reply
+from common.conversation import Message, Segment
+from common.formatting import demonstration_segments, plain_demonstration
 from common.options import UserError
 from common.tokenization import SegmentEncoder
 
@@ -64,7 +65,7 @@ def fit_demonstration(
     record: dict[str, Any], encoder: SegmentEncoder, max_length: int, overlong: str, keep_end: bool = False
 ) -> tuple[Fitted, bool]:
     """`fit` for a demonstration, whose last reply is the response."""
-    record = until_last_reply(record)
+    record = plain_demonstration(record)
     name = "messages" if "messages" in record else "prompt"
 
     def segments(prompt: Prompt) -> list[list[Segment]]:

@@ -43,9 +43,12 @@ REPORT_SECONDS = 10.0
 
 # The files that decide what a record becomes, beside the one that `convert` is in.
 CODE = (
+    "chat_template",
+    "conversation",
     "formatting",
     "overlong",
     "prepare",
+    "prompt_boundary",
     "records",
     "sentencepiece_tokenizer",
     "shapes",

@@ -27,6 +27,8 @@ class Prompt(NamedTuple):
 def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Prompt, bool]:
     """Tokenise a prompt; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
     source = find_prompt(record)
+    if isinstance(source, list) and not any(message["role"] == "user" for message in source):
+        raise ValueError("the prompt has no user message, so there is nothing to answer")
     eos = encoder.tokenizer.eos_token
     (row,), is_cut = fit(
         source, lambda part: [prompt_segments(part, encoder.render, eos)], encoder, max_length, overlong

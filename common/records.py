@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.conversation import Message
 from common.files import sha256
-from common.formatting import Message
 from common.options import UserError, reason
 from common.shapes import recognise
 

@@ -21,8 +21,13 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
+
+# Files beside a tokenizer.model that say more than it does.
+SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+SETTINGS += ["chat_template.jinja", "chat_template.json"]
 
 Piece = ModelProto.SentencePiece
 SPACE = "▁"
@@ -30,6 +35,40 @@ PROBES = ["", " ", "   ", "a", " a", "  a", "a ", "a  ", "a b", "a   b", "\n", "
 PROBES += ["a\r\nb\r", "Hello, world!", "12 dogs; 3.14 - 1000000?!", "(a) [b] {c} <d> #$%&*+/=@\\^_`|~"]
 PROBES += ["naïve CAFÉ", "½ ② ﬁ Ａ", "你好,世界 日 本", "привет мир", "a 😀😀 b👍🏽", "\u00a0a\u3000b\x01"]
 PROBES += ["\x01", SPACE, f"a{SPACE}", f"{SPACE}a b", "<0x0A>", "x <0xE2>"]
+
+
+def load_sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder with a `tokenizer.model` and no `tokenizer.json`.
+
+    Ids of text are SentencePiece's. Added tokens, BOS, special tokens and the chat template come from the
+    other files of the folder, where there are any. Raises ValueError as `load_sentencepiece_tokenizer`, and
+    when added tokens do not follow the model's pieces.
+    """
+    tokenizer = load_sentencepiece_tokenizer(folder / "tokenizer.model")
+    if not any((folder / name).exists() for name in SETTINGS):
+        return tokenizer
+    settings = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    backend = tokenizer.backend_tokenizer
+    for index, token in sorted(settings.added_tokens_decoder.items()):
+        add = backend.add_special_tokens if token.special else backend.add_tokens
+        add([token])
+        if backend.token_to_id(token.content) != index:
+            raise ValueError(
+                f"{folder}: added token {token.content!r} has id {index}, but tokenizer.model leaves"
+                f" {backend.token_to_id(token.content)}"
+            )
+    bos = settings.bos_token_id
+    if bos is not None and settings("a").input_ids[:1] == [bos]:
+        special = [(settings.bos_token, bos)]
+        backend.post_processor = TemplateProcessing(
+            single=f"{settings.bos_token} $A", pair=f"{settings.bos_token} $A $B", special_tokens=special
+        )
+    loaded = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings.special_tokens_map
+    )
+    loaded.chat_template = settings.chat_template
+    loaded.name_or_path = str(folder)
+    return loaded
 
 
 def load_sentencepiece_tokenizer(model_file: str | Path) -> PreTrainedTokenizerFast:

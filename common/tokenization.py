@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common.formatting import DEFAULT_CHAT_TEMPLATE, Message, Segment
+from common.chat_template import MARK, ChatTemplate
+from common.conversation import DEFAULT_CHAT_TEMPLATE, Message, Segment
 from common.options import UserError, reason
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -20,20 +20,20 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_i
 def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder or hub name, with a chat template and a pad token that is not EOS.
 
-    A folder with nothing but a SentencePiece `tokenizer.model` is converted, exactly or not at all.
+    A SentencePiece `tokenizer.model` without a `tokenizer.json` is converted, exactly or not at all.
     Raises UserError when there is no tokenizer, or it has no EOS.
     """
     folder = Path(path)
     try:
         if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-            from common.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+            from common.sentencepiece_tokenizer import load_sentencepiece_folder
 
-            tokenizer = load_sentencepiece_tokenizer(folder / "tokenizer.model")
+            tokenizer = load_sentencepiece_folder(folder)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - a damaged or unknown tokenizer raises anything
         raise UserError(f"{path}: no usable tokenizer: {reason(error)}") from None
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json), which Triptych needs")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
@@ -75,17 +75,17 @@ class SegmentEncoder:
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         self._begin = tokenizer.backend_tokenizer
-        special = (self.bos, self.eos_token_id, tokenizer.chat_template)
+        special = (self.bos, self.eos_token_id, tokenizer.chat_template, tokenizer.special_tokens_map)
         self.digest = hashlib.sha256(f"{self._begin.to_str()} {special}".encode()).hexdigest()
         self._continue = _without_prefix(self._begin)
+        self.chat_template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Ids of all segments in order, and for each whether it belongs to a response, EOS included."""
         ids: list[int] = []
         is_response: list[bool] = []
         for number, segment in enumerate(segments):
-            backend = self._continue if number else self._begin
-            part = backend.encode(segment.text, add_special_tokens=False).ids
+            part = self._ids(segment.text, self._continue if number else self._begin)
             if number == 0 and part[:1] != self.bos:
                 part = self.bos + part
             if segment.ends and part[-1:] != [self.eos_token_id]:
@@ -94,19 +94,23 @@ class SegmentEncoder:
             is_response += [segment.is_response] * len(part)
         return ids, is_response
 
+    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """A conversation under the chat template: see `ChatTemplate.render`."""
+        assert self.chat_template is not None
+        return self.chat_template.render(messages, add_generation_prompt)
+
+    def _ids(self, text: str, backend: Tokenizer) -> list[int]:
+        """Ids of a text. A control token that is broken by MARK becomes those of its parts."""
+        first, *others = text.split(MARK)
+        ids = backend.encode(first, add_special_tokens=False).ids
+        for part in others:
+            ids += self._continue.encode(part, add_special_tokens=False).ids
+        return ids
+
     def decode_response(self, prompt_ids: list[int], response_ids: list[int]) -> str:
         """The text that the response adds to the prompt, without special tokens, its leading space kept."""
         prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
         return self.tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)[len(prompt) :]
-
-    def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """A conversation under the chat template. Raises ValueError when the template refuses it."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from None
 
 
 def _without_prefix(backend: Tokenizer) -> Tokenizer:

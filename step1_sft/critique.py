@@ -26,10 +26,11 @@ from common.constitution import (
     read_constitution,
     read_template,
 )
+from common.conversation import Message
 from common.data import load_examples
 from common.distributed import init_distributed, log, rank
 from common.files import write_json, write_text
-from common.formatting import Message, find_prompt
+from common.formatting import find_prompt
 from common.generation import Answer, GenerationOptions, check_lengths, load_policy, sample_answers
 from common.intervals import share, share_in_words
 from common.models import load_config

@@ -19,6 +19,7 @@ from torch import nn
 from common.distributed import init_distributed, log, rank, sum_over_ranks
 from common.engine import gathered, make_frozen
 from common.files import write_json
+from common.formatting import plain_demonstration
 from common.models import load_causal_lm, load_config, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
 from common.overlong import convert_all
@@ -145,6 +146,7 @@ def as_markdown(answers: Sequence[Answer]) -> str:
 
 def response_bytes(record: Record) -> int:
     """UTF-8 bytes of the responses of a record, on which no tokenizer or chat template has an influence."""
+    record = plain_demonstration(record)
     turns = record["messages"] if "messages" in record else record["completion"]
     if isinstance(turns, str):
         return len(turns.encode())

@@ -5,8 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from common.conversation import Message
 from common.distributed import log
-from common.formatting import Comparison, Message, comparison, has_ended, preference_segments
+from common.formatting import Comparison, comparison, has_ended, preference_segments
 from common.options import UserError
 from common.records import Record, parse_object, read_records
 from common.shapes import recognise

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.conversation import Segment
 from common.data import pad_rows
 from common.distributed import device
-from common.formatting import Segment, comparison, has_ended, preference_segments
+from common.formatting import comparison, has_ended, preference_segments
 from common.overlong import Prompt, fit, fit_demonstration
 from common.records import Record
 from common.shapes import SURE

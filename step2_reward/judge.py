@@ -29,10 +29,11 @@ from common.constitution import (
     read_constitution,
     read_template,
 )
+from common.conversation import Message
 from common.data import deal, pad_rows
 from common.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
 from common.files import write_json, write_text
-from common.formatting import Message, comparison, dialogue_segments
+from common.formatting import comparison, dialogue_segments, prompt_segments
 from common.generation import load_policy
 from common.models import load_config, longest_input, response_logits
 from common.options import OptimiserOptions, UserError, option, parse_options, world_size
@@ -167,13 +168,14 @@ def letters_of(encoder: SegmentEncoder, path: str) -> list[list[int]]:
     Raises UserError for a tokenizer that does not tell them apart, and for a template that does not say.
     """
     found, question = [], [{"role": "user", "content": "A or B?"}]
+    eos = encoder.tokenizer.eos_token
     for letter in "AB":
         try:
-            *before, reply = dialogue_segments(question, letter, encoder.render, encoder.tokenizer.eos_token)
+            *before, reply = dialogue_segments(question, letter, encoder.render, eos)
+            if before != prompt_segments(question, encoder.render, eos):
+                raise ValueError("its chat template opens something else, such as <think>, before an answer")
         except ValueError as error:
-            raise UserError(
-                f"--model_name_or_path {path}: a letter cannot be told from the question before it: {error}"
-            ) from None
+            raise UserError(f"--model_name_or_path {path}: cannot be asked for a letter: {error}") from None
         segments = [*before, reply._replace(text=reply.text.rstrip(), ends=False)]
         ids = zip(*encoder.encode(segments), strict=True)
         found.append([token for token, is_reply in ids if is_reply])

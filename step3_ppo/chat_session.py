@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
+from common.conversation import Message
 from common.distributed import device, seed_everything
 from common.ensemble import EnsembleOptions, RewardModel, combine, member_scores
-from common.formatting import Message, dialogue_segments
+from common.formatting import dialogue_segments
 from common.options import UserError, option
 from common.prompts import prompt
 from common.tokenization import SegmentEncoder

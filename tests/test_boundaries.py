@@ -18,7 +18,8 @@ PYTHON = sorted(
 PURE = [
     path
     for path in PYTHON
-    if path.name in ("loss.py", "losses.py", "advantages.py", "rewards.py", "formatting.py", "tensor_ops.py")
+    if path.name in ("loss.py", "losses.py", "advantages.py", "rewards.py", "tensor_ops.py")
+    or path.name in ("formatting.py", "conversation.py", "prompt_boundary.py")
 ]
 SCRIPTS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "launch").rglob("*.sh"))
 
@@ -54,10 +55,19 @@ def test_no_module_reaches_into_a_stage_that_is_not_its_own(path):
 
 @pytest.mark.parametrize("path", PURE, ids=str)
 def test_formulas_are_pure(path):
-    standard = {"collections", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
+    standard = {
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "itertools",
+        "math",
+        "typing",
+        "unicodedata",
+    }
     assert roots(path) <= {"torch", "common"} | standard
     ours = {name for name in imports(path) if name.split(".")[0] == "common"}
-    assert ours <= {"common.tensor_ops"}
+    assert ours <= {"common.tensor_ops", "common.conversation", "common.prompt_boundary"}
     assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 

@@ -5,7 +5,8 @@ from itertools import accumulate, chain, combinations
 from operator import itemgetter
 from typing import NamedTuple
 
-from common.formatting import Segment, comparison, has_ended, preference_segments
+from common.conversation import Segment
+from common.formatting import comparison, has_ended, preference_segments
 from common.overlong import Dropped, Prompt, fit, fit_demonstration
 from common.records import Record
 from common.shapes import SURE

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import pytest
 from jinja2 import Environment
 
+from common.conversation import DEFAULT_CHAT_TEMPLATE, Segment
 from common.formatting import (
-    DEFAULT_CHAT_TEMPLATE,
-    Segment,
     comparison,
     demonstration_segments,
     dialogue_segments,
@@ -129,13 +128,35 @@ def test_only_the_last_reply_of_a_dialogue_is_the_response():
     assert [s.ends for s in segments] == [False, True, False, True]
 
 
-@pytest.mark.parametrize(
-    "text, contents",
-    [(COUNTING, "ab"), (LOSES_CONTEXT, "ab"), (FORGETS_REPLIES, "abcd"), (FORGETS_REPLIES, "abc")],
-)
-def test_a_template_that_rewrites_the_beginning_is_refused(text, contents):
-    with pytest.raises(ValueError, match="chat template does not render"):
-        prompt_segments(chat(*contents), template(text), EOS)
+@pytest.mark.parametrize("text", [COUNTING, LOSES_CONTEXT])
+def test_a_template_that_rewrites_the_beginning_is_refused(text):
+    with pytest.raises(ValueError, match="chat template renders a conversation differently"):
+        demonstration_segments({"messages": chat("a", "b")}, template(text), EOS)
+
+
+def test_an_earlier_reply_that_the_template_changes_is_context():
+    segments = demonstration_segments({"messages": chat(*"abcd")}, template(FORGETS_REPLIES), EOS)
+    assert segments == [
+        Segment("[user]a[assistant][user]c[assistant]"),
+        Segment("d", is_response=True, ends=True),
+    ]
+
+
+@pytest.mark.parametrize("text", [COUNTING, FORGETS_REPLIES, LOSES_CONTEXT])
+def test_any_template_renders_a_prompt(text):
+    render, messages = template(text), chat(*"abc")
+    assert text_of(prompt_segments(messages, render, EOS)) == render(messages, True)
+
+
+def test_eos_behind_a_finished_conversation_is_not_part_of_an_earlier_reply():
+    text = NO_EOS.replace("{% endfor %}", "{% if m['role'] == 'assistant' %}<|x|>{% endif %}{% endfor %}")
+    text += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    assert demonstration_segments({"messages": chat(*"abcd")}, template(text), EOS) == [
+        Segment("[user]a[assistant]"),
+        Segment("b<|x|>", is_response=True),
+        Segment("[user]c[assistant]"),
+        Segment("d<|x|>", is_response=True, ends=True),
+    ]
 
 
 def test_common_beginning_is_the_prompt(reference):
@@ -152,6 +173,71 @@ def test_common_beginning_of_messages():
     assert find_prompt(record) == chat("hi", "hello", "bye")
     explicit = {"prompt": chat("hi", "hello", "bye"), "chosen": "so long", "rejected": "go"}
     assert compare(record) == compare(explicit)
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, prompt",
+    [
+        ("Q\nA: Yes", "Q\nA: Yes and no", "Q\nA:"),
+        ("Q\nA: Nothing", "Q\nA: Never", "Q\nA:"),
+        ("Q\nA: 3.14", "Q\nA: 3.15", "Q\nA:"),
+        ("Q\nA: so it is", "Q\nA: so it was", "Q\nA: so it"),
+        ("Q\nA:\nfoo", "Q\nA:\nfab", "Q\nA:\n"),
+        ("Q: A ", "Q: A and", "Q:"),
+        ("问：来吗？答：是", "问：来吗？答：是的", "问：来吗？答："),
+        ("问：来吗？答：是", "问：来吗？答：不", "问：来吗？答："),
+    ],
+)
+def test_the_common_beginning_ends_between_words(chosen, rejected, prompt):
+    compared = comparison({"chosen": chosen, "rejected": rejected})
+    assert compared.prompt == prompt == find_prompt({"chosen": rejected, "rejected": chosen})
+    assert [*compared.responses.values()] == [chosen[len(prompt) :], rejected[len(prompt) :]]
+    assert all(text.strip() for text in compared.responses.values())
+
+
+def test_dialogues_that_part_at_a_question_share_the_question_before():
+    """A prompt is never a finished dialogue: an answer must begin there."""
+    record = {"chosen": chat("hi", "hello", "bye", "ciao"), "rejected": chat("hi", "hello", "who?", "me")}
+    compared = comparison(record)
+    assert compared.prompt == find_prompt(record) == chat("hi")
+    assert compared.responses["chosen"] == chat("hi", "hello", "bye", "ciao")[1:]
+    assert find_prompt({"prompt": chat("hi", "hello")}) == chat("hi")
+    longer = {"chosen": chat("hi", "hello"), "rejected": chat("hi", "hello", "bye", "ciao")}
+    assert comparison(longer).responses == {"chosen": chat("", "hello")[1:], "rejected": record["chosen"][1:]}
+
+
+def test_a_prompt_string_beside_whole_dialogues():
+    """The shape of UltraFeedback: the prompt is the question that both dialogues hold."""
+    dialogue = {"chosen": chat("hi", "hello"), "rejected": chat("hi", "go")}
+    replies = {"chosen": chat("", "hello")[1:], "rejected": chat("", "go")[1:]}
+    for record in (dialogue | {"prompt": "hi"}, dialogue | {"prompt": chat("hi")}, dialogue):
+        assert comparison(record).responses == replies
+        assert find_prompt(record) == comparison(record).prompt == chat("hi")
+    replies = {"chosen": chat("", "hello")[1:], "rejected": chat("", "go")[1:]}
+    assert (
+        comparison(replies | {"prompt": "hi"}).prompt == find_prompt(replies | {"prompt": "hi"}) == chat("hi")
+    )
+    ranked = {"prompt": "hi", "responses": [dialogue["chosen"], dialogue["rejected"]], "ranks": [1, 2]}
+    assert comparison(ranked).prompt == find_prompt(ranked) == chat("hi")
+
+
+def test_messages_come_before_a_prompt_string():
+    """The shape of UltraChat: steps that learn and steps that ask use the same conversation."""
+    record = {"prompt": "hi", "messages": chat("hi", "hello", "bye", "so long")}
+    assert find_prompt(record) == chat("hi", "hello", "bye")
+    assert text_of(demonstration_segments(record, DEFAULT, EOS)).startswith(
+        text_of(prompt_segments(find_prompt(record), DEFAULT, EOS))
+    )
+
+
+def test_content_parts_are_joined_and_empty_keys_left_out():
+    parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "it."}]
+    extra = {"tool_calls": [], "name": None, "refusal": ""}
+    messages = [{"role": "user", "content": parts, **extra}, {"role": "assistant", "content": "It.", **extra}]
+    assert find_prompt({"messages": messages}) == chat("Name it.")
+    assert demonstration_segments({"messages": messages}, DEFAULT, EOS) == demonstration_segments(
+        {"messages": chat("Name it.", "It.")}, DEFAULT, EOS
+    )
 
 
 def test_ranked_responses_are_dialogues_with_one_prompt():
@@ -182,7 +268,7 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (DEMONSTRATION, {"prompt": " \n", "completion": "a"}, "'prompt' is empty"),
         (DEMONSTRATION, {"prompt": "a", "completion": 3}, "'completion' is int"),
         (DEMONSTRATION, {"prompt": "a", "completion": None}, "'completion' is NoneType"),
-        (DEMONSTRATION, {"prompt": "a", "completion": chat("b")}, "'completion' is a list of messages"),
+        (DEMONSTRATION, {"prompt": "a", "completion": chat("b")}, "'prompt' is none of the user messages"),
         (DEMONSTRATION, {"prompt": SOME, "completion": chat("b")}, "'completion' must end with an assistant"),
         (DEMONSTRATION, {"messages": []}, "'messages' is empty"),
         (DEMONSTRATION, {"messages": "text"}, "'messages'"),
@@ -191,6 +277,15 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (DEMONSTRATION, {"messages": [*SOME, {"role": "user"}]}, "'messages': message 1 must be an object"),
         (DEMONSTRATION, {"messages": [{"role": "tool", "content": "a"}]}, "message 0 has role 'tool'"),
         (DEMONSTRATION, {"messages": chat("a", " ")}, "'messages': message 1 has no content"),
+        (DEMONSTRATION, {"messages": [{**SOME[0], "tool_calls": [{}]}]}, "message 0 has 'tool_calls'"),
+        (DEMONSTRATION, {"messages": [*SOME, {**SOME[0], "weight": 0}]}, "message 1 has 'weight'"),
+        (DEMONSTRATION, {"messages": [{**SOME[0], "name": "Ann"}]}, "message 0 has 'name'"),
+        (DEMONSTRATION, {"messages": [{"role": "user", "content": 3}]}, "message 0 has content of type int"),
+        (
+            DEMONSTRATION,
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+            "message 0 has a content part of type 'image'; only text",
+        ),
         (PREFERENCE, {"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
         (PREFERENCE, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         (PREFERENCE, {"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),
@@ -199,7 +294,22 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (PREFERENCE, {"chosen": "b", "rejected": SOME}, "'chosen' and 'rejected' must both be"),
         (PREFERENCE, {"chosen": "ab", "rejected": "cd"}, "'chosen' and 'rejected' have no common beginning"),
         (PREFERENCE, {"chosen": "ab", "rejected": "ab"}, "'chosen' and 'rejected' do not differ"),
-        (PREFERENCE, {"chosen": "ab", "rejected": "abc"}, "'chosen' and 'rejected' do not differ"),
+        (PREFERENCE, {"chosen": "ab", "rejected": "abc"}, "'chosen' and 'rejected' have no common beginning"),
+        (
+            PREFERENCE,
+            {"chosen": chat("q"), "rejected": chat("q", "a")},
+            "'chosen' must end with an assistant",
+        ),
+        (
+            PREFERENCE,
+            {"prompt": "x", "chosen": chat("q", "a"), "rejected": chat("q", "b")},
+            "'prompt' is none of the user messages in 'chosen' and 'rejected'",
+        ),
+        (
+            PREFERENCE,
+            {"prompt": chat("q", "a"), "chosen": "b", "rejected": "c"},
+            "so 'chosen' answers nothing",
+        ),
         (PREFERENCE, RANKING | {"prompt": ""}, "'prompt' is empty"),
         (PREFERENCE, {"responses": ["b", "c"], "ranks": [1, 2]}, "'prompt' is missing (a ranking has"),
         (PREFERENCE, {"prompt": "a", "responses": ["b", "c"]}, "'ranks' is missing"),

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from common.formatting import DEFAULT_CHAT_TEMPLATE, Segment, demonstration_segments, prompt_segments
+from common.conversation import DEFAULT_CHAT_TEMPLATE, Segment
+from common.formatting import demonstration_segments, prompt_segments
 from common.options import UserError
 from common.tokenization import SegmentEncoder, load_tokenizer
 from tests.conftest import SHARED

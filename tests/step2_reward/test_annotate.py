@@ -383,7 +383,7 @@ def test_two_tabs_undo_and_names(tmp_path: Path) -> None:
         ({**PAIR, "response_b": 3}, "'response_b' is int"),
         ({**PAIR, "response_b_ended": "no"}, "'response_b_ended' is 'no'"),
         ({**PAIR, "preference": "C"}, "preference is 'C'"),
-        ({**PAIR, "response_a": [{"role": "assistant", "content": "x"}]}, "both must be of one kind"),
+        ({**PAIR, "response_a": [{"role": "assistant", "content": "x"}]}, "make both one kind"),
         ({"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 2, 3]}, "has 3 responses"),
     ],
 )

@@ -21,7 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from common.formatting import DEFAULT_CHAT_TEMPLATE
+from common.conversation import DEFAULT_CHAT_TEMPLATE
 from common.prompts import prompt
 from common.records import parse_all
 from common.tokenization import SegmentEncoder, load_tokenizer
