@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data import pad_rows
 from common.distributed import device
 from common.engine import make_frozen
+from common.families import position_limit
 from common.models import (
     base_model,
     check_scalar_model,
@@ -163,7 +164,7 @@ def score_rows(model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad
 
     A row with more tokens than the model has positions loses its beginning.
     """
-    room = getattr(base_model(model).config, "max_position_embeddings", sys.maxsize)
+    room = position_limit(base_model(model).config) or sys.maxsize
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = torch.zeros(len(rows), device=device())
     for start in range(0, len(order), batch_size):

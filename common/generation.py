@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from common.distributed import device, gather_objects, rank
 from common.engine import gathered, make_frozen
+from common.families import check_sampling, position_limit
 from common.models import base_model, load_causal_lm
 from common.options import UserError, option, world_size
 from common.sampling import Responses, sample_responses, uniforms_for
@@ -64,9 +65,13 @@ def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.
     return model if frozen else Plain(model)
 
 
-def check_lengths(options: GenerationOptions, config: PretrainedConfig) -> None:
-    """Shorten --max_prompt_length to what the model's positions leave; UserError when they leave nothing."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+def check_generation(options: GenerationOptions, config: PretrainedConfig) -> None:
+    """Shorten --max_prompt_length to what the model's positions leave.
+
+    Raises UserError when they leave nothing, and when responses cannot be sampled from the model's family.
+    """
+    check_sampling(config)
+    positions = position_limit(config)
     if positions is None:
         return
     room = positions - options.max_response_length - 1  # a response cut off is scored with an EOS after it

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from common.distributed import log, rank
+from common.families import active_share, attention_widths
 from common.files import write_text
 from common.means import Figures, Mean, add_step, take_means
 from common.options import world_size
@@ -142,19 +143,21 @@ def peak_memory_gib() -> float:
 
 
 def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
-    """Floating-point operations of one forward and backward pass of a dense model over whole sequences.
+    """Floating-point operations of one forward and backward pass over whole sequences.
 
     lengths (B,) in tokens, without padding. Per token 6 for each parameter, of which 2 are for its gradient,
     which a frozen one has not; for attention 12 x layers x heads x head size per token and token of its
-    sequence, causal or not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings count as parameters;
-    recomputation counts nothing.
+    sequence, causal or not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings count as parameters, and of
+    experts those that a token goes through; recomputation counts nothing.
     """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
-    per_token = sum(size * (6 if is_trained else 4) for size, is_trained in sizes)
-    attention = 12 * config.num_hidden_layers * width * sum(length**2 for length in lengths)
+    share = active_share(model.config)
+    per_token = sum(
+        (6 if p.requires_grad else 4)
+        * getattr(p, "ds_numel", p.numel())
+        * (share if "experts." in name else 1)
+        for name, p in model.named_parameters()
+    )
+    attention = 12 * sum(attention_widths(model.config)) * sum(length**2 for length in lengths)
     return float(per_token * sum(lengths) + attention)
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from common.distributed import log
+from common.families import check_policy, check_scalar, position_limit
 from common.options import UserError, reason
 from common.zero import fill_bucket_sizes
 
@@ -34,7 +35,8 @@ class ScalarHead(nn.Linear):
 
 
 def load_config(path: str) -> PretrainedConfig:
-    """The model configuration with dropout off: in RLHF it only adds noise to ratios and scores.
+    """The model configuration without dropout or router jitter: in RLHF they only add noise to ratios and
+    scores.
 
     Raises UserError, naming the path, when it is neither a model folder nor a hub name that can be had.
     """
@@ -44,15 +46,24 @@ def load_config(path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model folder or hub name: {reason(error)}") from None
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or "pdrop" in name or name == "layerdrop") and isinstance(value, float):
-            setattr(config, name, 0.0)
+    _silence(config)
     return config
+
+
+def _silence(config: PretrainedConfig) -> None:
+    """Set what is random in training to 0, also in the configurations of parts."""
+    for name, value in config.to_dict().items():
+        is_noise = "dropout" in name or "pdrop" in name or "jitter" in name or name == "layerdrop"
+        if is_noise and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            _silence(part)
 
 
 def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
     """`wanted` tokens, or as many as the model has positions for, saying so when that is fewer."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or wanted
+    limit = position_limit(config) or wanted
     if wanted > limit:
         log(f"--{option} {wanted} is more than the model's {limit} positions: {limit} it is")
     return min(wanted, limit)
@@ -67,6 +78,7 @@ def check_scalar_model(path: str, option: str) -> None:
             f"--{option} {path}: not a reward model: {architecture} with {config.num_labels} outputs;"
             " it must be a ...ForSequenceClassification with one output, as step 2 writes it"
         )
+    check_scalar(config)
 
 
 def load_causal_lm(
@@ -78,6 +90,7 @@ def load_causal_lm(
     partitions the weights while they load; None for a plain module in fp32.
     """
     config = load_config(path)
+    check_policy(config)
     with _partitioned(zero, config):
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=_dtype(zero))
     return _prepare(model, tokenizer)
@@ -94,15 +107,12 @@ def load_scalar_model(
     config = load_config(path)
     has_head = is_scalar(config)
     config.num_labels = 1
+    check_scalar(config)
     with _partitioned(zero, config):
         model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=_dtype(zero))
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(
-            f"{path}: {type(model).__name__} has no linear `score` head, so it cannot be a reward model"
-        )
     model.score.__class__ = ScalarHead
     if not has_head:
-        initialise_head(model, std=(config.hidden_size + 1) ** -0.5, seed=seed)
+        initialise_head(model, std=(model.score.in_features + 1) ** -0.5, seed=seed)
     return _prepare(model, tokenizer)
 
 
@@ -194,17 +204,23 @@ def is_scalar(config: PretrainedConfig) -> bool:
 
 
 def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Grow the vocabulary to the tokenizer's and tell the configuration which id pads."""
-    rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
+    """Grow the vocabulary to the tokenizer's, note which ids pad and end a text, and leave all but the text
+    model of a multimodal one as it is.
+    """
+    text = model.config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the same new rows on every rank, and in actor and reference
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for config in (model.config, getattr(model, "generation_config", None)):
+    parts = (model.config, text, getattr(model, "generation_config", None))
+    for config in {id(part): part for part in parts}.values():
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id
-            if config.eos_token_id is None:
+            if getattr(config, "eos_token_id", None) is None:
                 config.eos_token_id = tokenizer.eos_token_id
+    if text is not model.config:
+        model.base_model.requires_grad_(False)  # vision and the like, which no gradient would reach
+        model.get_decoder().requires_grad_(True)
     return model
 
 

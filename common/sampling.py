@@ -19,7 +19,9 @@ from common.tensor_ops import scaled
 # The part of a batch that may be padding of prompts, or rows that have ended: to have less costs more calls
 # of the model, or copies of the cache.
 IDLE_SHARE = 1 / 8
-OF_ROWS = ("attention_mask", "position_ids", "token_type_ids")  # inputs with a line for each row
+# Inputs with a line for each row; the last dimensions are rows and columns.
+OF_ROWS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+CACHE_NAMES = ("past_key_values", "cache_params")  # of attention, and of Mamba
 
 
 class Responses(NamedTuple):
@@ -62,9 +64,14 @@ def draw(
 @torch.no_grad()
 def sample_responses(
     model: nn.Module, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, top_p: float,
-    eos_token_id: int, pad_token_id: int, synced: bool, top_k: int = 0,
+    eos_token_id: int | Sequence[int], pad_token_id: int, synced: bool, top_k: int = 0,
+    num_tokens: int | None = None,
 ) -> Responses:  # fmt: skip
-    """Responses of at most R tokens; uniforms (B, R). synced: a rank goes on for as long as any has to."""
+    """Responses of at most R tokens; uniforms (B, R). synced: a rank goes on for as long as any has to.
+
+    eos_token_id: what ends a response, one id or several. num_tokens: only ids below it are drawn, where the
+    model has more rows than the tokenizer has tokens.
+    """
     device, longest = uniforms.device, max(map(len, prompts))
     input_ids = torch.tensor(
         [[pad_token_id] * (longest - len(p)) + p for p in prompts], device=device
@@ -79,9 +86,13 @@ def sample_responses(
             input_ids,
             attention_mask=attention_mask.long(),
             generation_config=GenerationConfig(
-                max_new_tokens=uniforms.shape[1], eos_token_id=eos_token_id, pad_token_id=pad_token_id
+                max_new_tokens=uniforms.shape[1],
+                eos_token_id=eos_token_id if isinstance(eos_token_id, int) else [*eos_token_id],
+                pad_token_id=pad_token_id,
             ),
-            custom_generate=partial(_decode, uniforms=uniforms, choose=choose, synced=synced),
+            custom_generate=partial(
+                _decode, uniforms=uniforms, choose=choose, synced=synced, num_tokens=num_tokens
+            ),
         )
     finally:
         model.generation_config = defaults
@@ -89,59 +100,62 @@ def sample_responses(
 
 def _decode(
     model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, uniforms: Tensor,
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced: bool, **inputs: Any,
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced: bool, num_tokens: int | None, **inputs: Any,
 ) -> Responses:  # fmt: skip
     """The loop of `generate`, without rows that have ended: they would cost as much as those that go on."""
     (count, limit), device = uniforms.shape, uniforms.device
+    ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)
+    cache = next(name for name in CACHE_NAMES if name in inputs)
     rows = torch.arange(count, device=device)  # the b that are still in the batch
     is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
-    logits, computed = _read_prompts(model, input_ids, inputs, synced)  # (b, V), (B,)
+    logits, computed = _read_prompts(model, input_ids, inputs, cache, synced)  # (b, V), (B,)
     steps: list[tuple[Tensor, ...]] = []
     for step in range(limit):
-        drawn = choose(logits, uniforms[rows, step])
+        drawn = choose(logits[:, :num_tokens], uniforms[rows, step])
         steps.append(tuple(_placed(part, rows, count) for part in drawn))
-        is_open &= drawn[0] != generation_config.eos_token_id
+        is_open &= ~torch.isin(drawn[0], ends)
         num_open = int(is_open.sum())
         any_open = sum_tensor_over_ranks(is_open.any().long()) if synced else num_open
         if not any_open or step == limit - 1:
             break
         input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
-        if 0 < num_open <= (1 - IDLE_SHARE) * len(rows) and _is_plain(inputs["past_key_values"]):
+        if 0 < num_open <= (1 - IDLE_SHARE) * len(rows):
             kept = is_open.nonzero().squeeze(-1)
             rows, input_ids, is_open = rows[kept], input_ids[kept], is_open[kept]
-            inputs["past_key_values"].batch_select_indices(kept)
+            inputs[cache].reorder_cache(kept)  # which every kind of cache knows, for beam search
             inputs |= _rows_of(inputs, kept)
         computed[rows] += 1
-        outputs = model(**model.prepare_inputs_for_generation(input_ids, 1, **inputs), return_dict=True)
+        fed = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
+        outputs = model(**fed, return_dict=True)
         inputs = model._update_model_kwargs_for_generation(outputs, inputs)
         logits = outputs.logits[:, -1]
     ids, logprobs, supports = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
-    eos, padding = generation_config.eos_token_id, generation_config.pad_token_id
-    return _cut(ids, logprobs, supports, computed, limit, eos, padding)
+    return _cut(ids, logprobs, supports, computed, limit, ends, generation_config.pad_token_id)
 
 
 def _read_prompts(
-    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], synced: bool
+    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], cache: str, synced: bool
 ) -> tuple[Tensor, Tensor]:
     """Logits (B, V) after each prompt of input_ids (B, P), and the positions (B,) at which the model was run.
 
     Neighbours of like length are read together, without the padding that longer ones need. The cache in
-    `inputs` then is what it would be had all been padded to P.
+    `inputs`, under the name of `cache`, then is what it would be had all been padded to P. A cache with
+    recurrent states cannot be put together so: then all prompts are read at once.
     """
-    empty, mask = inputs["past_key_values"], inputs.get("attention_mask")
+    empty, mask = inputs[cache], inputs.get("attention_mask")
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
     groups = like_lengths(lengths) if _is_plain(empty) and not synced else [slice(0, len(lengths))]
     logits, caches, computed = [], [], []
     for group in groups:
         width = max(lengths[group])
-        part = inputs | _rows_of(inputs, group, width) | {"past_key_values": copy.deepcopy(empty)}
+        caches.append(copy.deepcopy(empty))
+        part = inputs | _rows_of(inputs, group, width) | {cache: caches[-1]}
         fed = model.prepare_inputs_for_generation(input_ids[group, -width:], is_first_iteration=True, **part)
         outputs = model(**fed, return_dict=True)
         logits.append(outputs.logits[:, -1])
-        caches.append(outputs.past_key_values)
         computed += [width] * len(outputs.logits)
     inputs |= model._update_model_kwargs_for_generation(outputs, inputs)
-    inputs["past_key_values"] = _joined(caches)
+    inputs[cache] = _joined(caches) if len(caches) > 1 else caches[0]
     return torch.cat(logits), torch.tensor(computed, device=input_ids.device)
 
 
@@ -159,7 +173,7 @@ def like_lengths(lengths: Sequence[int]) -> list[slice]:
 
 
 def _is_plain(cache: Cache) -> bool:
-    """Whether all that a model remembers are keys and values, with a line for each row."""
+    """Whether all that a model remembers are keys and values, which can be filled up on the left."""
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
@@ -177,7 +191,7 @@ def _joined(caches: list[Cache]) -> Cache:
 
 def _rows_of(inputs: dict[str, Any], rows: Tensor | slice, width: int = 0) -> dict[str, Tensor]:
     """The inputs of these rows, from the last `width` columns, or all of them."""
-    return {name: inputs[name][rows, -width:] for name in OF_ROWS if inputs.get(name) is not None}
+    return {name: inputs[name][..., rows, -width:] for name in OF_ROWS if inputs.get(name) is not None}
 
 
 def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -186,12 +200,12 @@ def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _cut(
-    sampled: Tensor, logprobs: Tensor, supports: Tensor, computed: Tensor, limit: int, eos_token_id: int,
+    sampled: Tensor, logprobs: Tensor, supports: Tensor, computed: Tensor, limit: int, ends: Tensor,
     pad_token_id: int,
 ) -> Responses:  # fmt: skip
-    """End each row at its first EOS and widen everything to `limit` columns."""
+    """End each row at its first EOS, of which `ends` (E,) are the ids, and widen everything to `limit`."""
     steps = sampled.shape[1]
-    is_eos = sampled == eos_token_id  # (B, steps)
+    is_eos = torch.isin(sampled, ends)  # (B, steps)
     ended = is_eos.any(1)
     lengths = torch.where(ended, is_eos.int().argmax(1) + 1, steps)
     mask = torch.arange(limit, device=sampled.device) < lengths[:, None]  # (B, R)

@@ -29,9 +29,10 @@ from common.constitution import (
 from common.conversation import Message
 from common.data import load_examples
 from common.distributed import init_distributed, log, rank
+from common.families import position_limit
 from common.files import write_json, write_text
 from common.formatting import find_prompt
-from common.generation import Answer, GenerationOptions, check_lengths, load_policy, sample_answers
+from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
 from common.intervals import share, share_in_words
 from common.models import load_config
 from common.options import DataOptions, OptimiserOptions, option, parse_options, world_size
@@ -75,7 +76,7 @@ def main() -> None:
         read_template("revision_template", options.revision_template, REVISION_PLACES),
     )
     config = load_config(options.model_name_or_path)
-    check_lengths(options, config)
+    check_generation(options, config)
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
     encoder = load_assistant(options)
@@ -85,7 +86,7 @@ def main() -> None:
 
     # 2. As many prompts at once as fill a batch of every rank; what an earlier run has done is kept.
     policy = load_policy(options.model_name_or_path, encoder, zero)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = position_limit(config) or math.inf
     model = Model(policy, encoder, options, positions - options.max_response_length - 1)
     work = partial(revise, model=model, principles=principles, templates=templates, options=options)
     size = options.generation_batch_size * world_size()

@@ -18,6 +18,7 @@ from torch import nn
 
 from common.distributed import init_distributed, log, rank, sum_over_ranks
 from common.engine import gathered, make_frozen
+from common.families import check_policy, position_limit
 from common.files import write_json
 from common.formatting import plain_demonstration
 from common.models import load_causal_lm, load_config, longest_input, response_logits
@@ -124,7 +125,7 @@ def sample_answers(
     answers = []
     is_engine = hasattr(model, "module")
     with gathered(model) if is_engine else contextlib.nullcontext(model) as whole_model:
-        limit = getattr(whole_model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        limit = position_limit(whole_model.config) or math.inf
         for row in rows:
             prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)
             whole = whole_model.generate(
@@ -155,7 +156,9 @@ def response_bytes(record: Record) -> int:
 
 
 def _tokenise(path: str, origins: Sequence[str], records: Sequence[Record], max_length: int) -> Entrant:
-    max_length = longest_input(load_config(path), max_length, "max_length")
+    config = load_config(path)
+    check_policy(config)
+    max_length = longest_input(config, max_length, "max_length")
     encoder = SegmentEncoder(load_tokenizer(path))
     # Whole records alone, so that all models are measured on the same text.
     convert = partial(

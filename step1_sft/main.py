@@ -15,6 +15,7 @@ from common.data import batch_order, check_best_metric, load_examples, steps_in_
 from common.distributed import init_distributed, log, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
+from common.families import check_policy
 from common.health import check_step
 from common.lora import add_adapters, check_adapters
 from common.means import Mean
@@ -38,6 +39,7 @@ def main() -> None:
     options = parse_options(SFTOptions, required=["model_name_or_path", "train_data"])
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = load_config(options.model_name_or_path)
+    check_policy(config)
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)

@@ -32,6 +32,7 @@ from common.constitution import (
 from common.conversation import Message
 from common.data import deal, pad_rows
 from common.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
+from common.families import check_policy
 from common.files import write_json, write_text
 from common.formatting import comparison, dialogue_segments, prompt_segments
 from common.generation import load_policy
@@ -77,6 +78,7 @@ def main() -> None:
     principles = read_constitution(options.constitution)
     template = read_template("judge_template", options.judge_template, PLACES)
     config = load_config(options.model_name_or_path)
+    check_policy(config)
     options.max_length = longest_input(config, options.max_length, "max_length")
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)

@@ -18,6 +18,7 @@ from common.data import batch_order, check_best_metric, deal, load_examples, ste
 from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
+from common.families import check_scalar
 from common.health import check_step
 from common.lora import add_adapters, check_adapters
 from common.means import Mean
@@ -49,6 +50,7 @@ def main() -> None:
     options = parse_options(RewardOptions, required=["model_name_or_path", "train_data"])
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = load_config(options.model_name_or_path)
+    check_scalar(config)
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     check_language_model(options)

@@ -16,7 +16,7 @@ from common.data import load_examples
 from common.distributed import gather_objects, init_distributed, log, rank
 from common.files import write_text
 from common.formatting import find_prompt
-from common.generation import Answer, GenerationOptions, check_lengths, load_policy, sample_answers
+from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
 from common.models import load_config
 from common.options import DataOptions, UserError, option, parse_options, world_size
 from common.overlong import convert_all
@@ -63,7 +63,7 @@ def main() -> None:
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     for path in paths:
-        check_lengths(options, load_config(path))
+        check_generation(options, load_config(path))
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     by_encoder = load_prompts(options, encoders)
     init_distributed()

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from common.distributed import on_cpu
 from common.engine import make_frozen
 from common.ensemble import load_encoders, load_members
+from common.families import check_policy, position_limit
 from common.models import load_causal_lm, load_config
 from common.options import UserError, parse_options
 from common.process import SIGNALS, run_main
@@ -61,7 +62,9 @@ def check_save_to(path: str) -> None:
 
 def prompt_room(path: str, encoder: SegmentEncoder, options: ChatOptions) -> int:
     """How many tokens of a prompt the model's positions leave; UserError when they leave none."""
-    positions = getattr(load_config(path).get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    config = load_config(path)
+    check_policy(config)
+    positions = position_limit(config) or sys.maxsize
     room = positions - options.max_response_length
     if room <= len(encoder.bos):
         raise UserError(

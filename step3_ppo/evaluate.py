@@ -16,7 +16,7 @@ from common.data import load_examples
 from common.distributed import init_distributed, log, rank
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
 from common.files import write_json
-from common.generation import check_lengths
+from common.generation import check_generation
 from common.models import check_scalar_model, load_config, longest_input
 from common.options import UserError, parse_options, world_size
 from common.prepare import Convert
@@ -44,7 +44,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
     for path in options.model_name_or_path:
         config = load_config(path)
-        check_lengths(options, config)
+        check_generation(options, config)
         options.max_length = longest_input(config, options.max_length, "max_length")
     encoder = load_encoder(options.model_name_or_path)
     judges = load_judges(options, encoder)

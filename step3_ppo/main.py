@@ -14,7 +14,8 @@ from common.data import batch_order, check_best_metric, load_examples, steps_in_
 from common.distributed import init_distributed, log, seed_everything
 from common.ensemble import load_encoders
 from common.export import export_best, export_model
-from common.generation import check_lengths
+from common.families import check_scalar
+from common.generation import check_generation
 from common.health import check_numbers
 from common.lora import check_adapters
 from common.means import step_values
@@ -58,11 +59,13 @@ def main() -> None:
         options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
     )
     config = load_config(options.actor_model_name_or_path)
-    check_lengths(options, config)
+    check_generation(options, config)
     check_adapters(options.actor_model_name_or_path, options)
     tokenizer = load_tokenizer(options.actor_model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     reward_encoders = load_encoders(options, encoder)
+    if options.has_critic and reward_encoders[:1] != [encoder]:
+        check_scalar(config)  # the critic will stand on the actor's model
     convert = partial(
         prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common.generation import check_lengths
+from common.generation import check_generation
 from common.lora import check_targets
 from common.models import load_config, longest_input
 from common.options import world_size
@@ -32,7 +32,7 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
     path, rewards = options.model_name_or_path, options.reward_model_name_or_path
     config = load_config(path)
     options.max_length = longest_input(config, options.max_length, "max_length")
-    check_lengths(options, config)
+    check_generation(options, config)
     check_targets(path, options)
     hidden, targets = config.get_text_config().hidden_size, tuple(options.lora_target_modules)
     zero = _zero(options.zero_config, options, options.learning_rate, hidden)

@@ -15,6 +15,7 @@ from common.data import batch_order, check_best_metric, load_examples, steps_in_
 from common.distributed import init_distributed, log, seed_everything
 from common.engine import make_engine
 from common.export import export_best, export_model
+from common.families import check_policy
 from common.health import check_step
 from common.lora import add_adapters, check_adapters
 from common.means import Mean
@@ -38,7 +39,9 @@ def main() -> None:
     complete(options)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     for path in filter(None, (options.model_name_or_path, options.reference_model_name_or_path)):
-        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+        config = load_config(path)
+        check_policy(config)
+        options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     check_reference(options, tokenizer)

@@ -52,9 +52,23 @@ def test_a_partitioned_parameter_counts_as_a_whole():
     parameter = torch.nn.Parameter(torch.empty(0))
     parameter.ds_numel = 1000
     part = SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: config), parameters=lambda: [parameter]
+        config=SimpleNamespace(get_text_config=lambda: config), named_parameters=lambda: [("", parameter)]
     )
     assert training_flops(part, [5]) == 6 * 1000 * 5 + 12 * 6 * 5**2
+
+
+def test_of_experts_those_that_a_token_goes_through_count():
+    """One layer attends and one is recurrent; 2 of 8 experts."""
+    config = SimpleNamespace(
+        num_attention_heads=2, hidden_size=6, num_hidden_layers=2, num_experts=8, num_experts_per_tok=2,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    sizes = {"mlp.experts.down": 800, "mlp.shared_expert.down": 100}
+    parameters = [(name, torch.nn.Parameter(torch.empty(size))) for name, size in sizes.items()]
+    mixture = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: config), named_parameters=lambda: parameters
+    )
+    assert training_flops(mixture, [5]) == 6 * 300 * 5 + 12 * 6 * 5**2
 
 
 @pytest.mark.parametrize(
