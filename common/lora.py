@@ -62,6 +62,7 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM",
         modules_to_save=["score"] if is_scalar else None,
+        exclude_modules=_beside_text(model),
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -69,6 +70,14 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.
 def is_adapted(module: nn.Module) -> bool:
     """Whether the model carries peft adapters."""
     return hasattr(module, "disable_adapter")
+
+
+def _beside_text(model: PreTrainedModel) -> str | None:
+    """A pattern of the modules of a multimodal model that a text does not go through, as vision."""
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder, parts = model.get_decoder(), model.base_model.named_children()
+    return rf".*\b({'|'.join(name for name, part in parts if part is not decoder)})\b.*"
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -150,13 +150,10 @@ def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
     sequence, causal or not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings count as parameters, and of
     experts those that a token goes through; recomputation counts nothing.
     """
-    share = active_share(model.config)
-    per_token = sum(
-        (6 if p.requires_grad else 4)
-        * getattr(p, "ds_numel", p.numel())
-        * (share if "experts." in name else 1)
-        for name, p in model.named_parameters()
-    )
+    share, per_token = active_share(model.config), 0.0
+    for name, p in model.named_parameters():
+        size = getattr(p, "ds_numel", p.numel()) * (share if "experts." in name else 1)
+        per_token += size * (6 if p.requires_grad else 4)
     attention = 12 * sum(attention_widths(model.config)) * sum(length**2 for length in lengths)
     return float(per_token * sum(lengths) + attention)
 
