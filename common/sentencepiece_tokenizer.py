@@ -15,6 +15,7 @@ Differences that remain:
 - `skip_special_tokens=True` drops the unknown symbol; otherwise it decodes to SentencePiece's surface for it.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -49,13 +50,14 @@ def load_sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
         return tokenizer
     settings = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     backend = tokenizer.backend_tokenizer
-    for index, token in sorted(settings.added_tokens_decoder.items()):
+    for _, token in sorted(settings.added_tokens_decoder.items()):
         add = backend.add_special_tokens if token.special else backend.add_tokens
         add([token])
-        if backend.token_to_id(token.content) != index:
+    for token, index in _declared_ids(folder).items():
+        if backend.token_to_id(token) != index:
             raise ValueError(
-                f"{folder}: added token {token.content!r} has id {index}, but tokenizer.model leaves"
-                f" {backend.token_to_id(token.content)}"
+                f"{folder}: added token {token!r} should have id {index}, but behind the pieces of"
+                f" tokenizer.model it has {backend.token_to_id(token)}"
             )
     bos = settings.bos_token_id
     if bos is not None and settings("a").input_ids[:1] == [bos]:
@@ -69,6 +71,15 @@ def load_sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
     loaded.chat_template = settings.chat_template
     loaded.name_or_path = str(folder)
     return loaded
+
+
+def _declared_ids(folder: Path) -> dict[str, int]:
+    """Added tokens and their ids, by the files of the folder."""
+    added, config = (
+        json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        for name in ("added_tokens.json", "tokenizer_config.json")
+    )
+    return added | {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
 
 
 def load_sentencepiece_tokenizer(model_file: str | Path) -> PreTrainedTokenizerFast:

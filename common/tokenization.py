@@ -16,6 +16,9 @@ from common.options import UserError, reason
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CUSTOM_CODE = "needs custom code, which is not run; convert it, or use a class that transformers has"
+
 
 def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """The tokenizer of a model folder or hub name, with a chat template and a pad token that is not EOS.
@@ -24,6 +27,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
     Raises UserError when there is no tokenizer, or it has no EOS.
     """
     folder = Path(path)
+    _check_files(folder)
     try:
         if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
             from common.sentencepiece_tokenizer import load_sentencepiece_folder
@@ -31,16 +35,33 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
             tokenizer = load_sentencepiece_folder(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("a")  # settings of a wrong type show at the first use
     except Exception as error:  # noqa: BLE001 - a damaged or unknown tokenizer raises anything
+        if "custom code" in str(error):
+            raise UserError(f"{path}: {CUSTOM_CODE}") from None
         raise UserError(f"{path}: no usable tokenizer: {reason(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json), which Triptych needs")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = default_template
+    if not isinstance(tokenizer.chat_template or "", str | dict):
+        raise UserError(f"{path}: chat_template is {tokenizer.chat_template!r}; it must be text")
+    tokenizer.chat_template = tokenizer.chat_template or default_template
     _ensure_pad_token(tokenizer)
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UserError, naming the file, for one of the tokenizer's files that is no JSON object."""
+    for name in JSON_FILES:
+        if not (folder / name).is_file():
+            continue
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{folder / name}: not readable as JSON: {reason(error)}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{folder / name}: must be a JSON object, not {type(content).__name__}")
 
 
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:

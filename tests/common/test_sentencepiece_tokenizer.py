@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoTokenizer
 
+from common.options import UserError
 from common.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from common.tokenization import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 SHARED_MODELS = ("tokenizers/sp-unigram-1k/tokenizer.model", "models/stories260K/tokenizer.model")
@@ -155,3 +158,38 @@ def test_unsupported_models_are_refused(tmp_path):
     (tmp_path / "unused.model").write_bytes(proto.SerializeToString())
     with pytest.raises(ValueError, match="unused.model: only BPE and unigram"):
         load_sentencepiece_tokenizer(tmp_path / "unused.model")
+
+
+@pytest.mark.parametrize("model", ["tokenizers/sp-unigram-1k", "models/stories260K"])
+def test_a_folder_keeps_what_stands_beside_its_tokenizer_model(shared, tmp_path, model):
+    """Added tokens, BOS, EOS, pad and chat template come from the folder; ids of text from SentencePiece."""
+    shutil.copy(shared / model / "tokenizer.model", tmp_path)
+    pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    size = pieces.vocab_size()
+    added = {"<|turn|>": size, "<|stop|>": size + 1, "<filler>": size + 2}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    template = "{% for m in messages %}<|turn|>{{ m.role }}:{{ m.content }}<|stop|>{% endfor %}"
+    config = {
+        "tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "bos_token": "<s>",
+        "eos_token": "<|stop|>", "pad_token": "<filler>", "unk_token": "<unk>", "chat_template": template,
+        "added_tokens_decoder": {str(i): {"content": t, "special": True} for t, i in added.items()},
+    }  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(tokenizer) == size + 3
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (size + 1, size + 2)
+    assert tokenizer.chat_template == template
+    for text in ("Once upon a time", "a  b\nc", "naïve ½"):
+        assert tokenizer(text).input_ids == [pieces.bos_id(), *pieces.encode(text)]
+    assert tokenizer.encode("<|turn|>", add_special_tokens=False) == [size]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved"))("Once upon").input_ids == tokenizer("Once upon").input_ids
+
+
+def test_added_tokens_must_follow_the_pieces(shared, tmp_path):
+    shutil.copy(shared / "models/stories260K/tokenizer.model", tmp_path)
+    decoder = {"600": {"content": "<|stop|>", "special": True}}
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|stop|>", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"'<\|stop\|>' should have id 600, but .* it has 512"):
+        load_tokenizer(str(tmp_path))

@@ -1,5 +1,6 @@
 """Ids of segments, on tokenizers of every common make: trained here, and real ones."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -201,6 +202,42 @@ def test_what_a_template_refuses_is_a_bad_record(tmp_path, roles, chat_template)
     messages = [{"role": role, "content": "a"} for role in roles]
     with pytest.raises(ValueError):
         demonstration_segments({"messages": messages}, SegmentEncoder(tokenizer).render, "</s>")
+
+
+BAD_FILES = {
+    "cut": ("tokenizer.json", '{"version": ', "tokenizer.json: not readable as JSON: Expecting"),
+    "binary": (
+        "tokenizer_config.json",
+        b"\xff\xfe{}",
+        "tokenizer_config.json: not readable as JSON: 'utf-8'",
+    ),
+    "a list": ("tokenizer.json", "[]", "tokenizer.json: must be a JSON object, not list"),
+    "EOS of a wrong type": ("tokenizer_config.json", {"eos_token": 5}, "no usable tokenizer: Special token"),
+    "length of a wrong type": ("tokenizer_config.json", {"model_max_length": "x"}, "no usable tokenizer: "),
+    "template of a wrong type": (
+        "tokenizer_config.json",
+        {"chat_template": 3},
+        "chat_template is 3; it must",
+    ),
+    "custom code": (
+        "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["code.T", None]}, "tokenizer_class": "T"},
+        "needs custom code, which is not run",
+    ),
+}
+
+
+@pytest.mark.parametrize("file, content, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_tokenizer_is_one_line(tmp_path, monkeypatch, file, content, message):
+    folder = make("byte_level", tmp_path)
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked a question"))
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load_tokenizer(str(folder))
+    assert message in str(error.value) and str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_no_tokenizer_and_no_eos_are_named(tmp_path):
