@@ -31,6 +31,7 @@ from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config
 from step3_ppo.best_of_n_files import Sample, select, whole_samples, write_samples
 from step3_ppo.best_of_n_options import BestOfNOptions, check_options
+from step3_ppo.best_of_n_report import describe
 from step3_ppo.functions import load_functions
 from step3_ppo.models import Scorer
 from step3_ppo.options import PPOOptions
@@ -60,7 +61,9 @@ def main() -> None:
     chunk = math.ceil(options.generation_batch_size * world_size() / size)
     file = Path(options.output_dir) / "samples.jsonl"
     done = on_first_rank(partial(whole_samples, file, chunk * size, total * size)) // size
-    log(f"{total} prompts, {size} responses to each, on {world_size()} ranks; {done} prompts are answered")
+    ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
+    start = f"; resuming: {done} of {total} prompts done" if done else ""
+    log(f"{total} prompts, {size} responses to each, on {ranks}{start}")
     if done < total:
         policy = load_policy(options.model_name_or_path, encoder, zero)
         scorer = Scorer(load_members(options, reward_encoders, zero), functions, options)
@@ -80,11 +83,7 @@ def main() -> None:
 
     # 3. What the other steps read.
     report = on_first_rank(partial(select, options))
-    log(
-        f"{report['demonstrations']} demonstrations with score {report['score_of_demonstrations']:.3f} of"
-        f" {report['samples']} responses with {report['score']['mean']:.3f}, {report['preferences']}"
-        f" preferences: {options.selection_dir or options.output_dir}"
-    )
+    log(f"{describe(report)}\nwrote {options.selection_dir or options.output_dir}")
 
 
 def load_prompts(options: BestOfNOptions, encoder: SegmentEncoder) -> Examples[Prompt]:
@@ -137,14 +136,14 @@ def answer(
     names = [f"reward_model_{number + 1}" for number in range(len(scorer.rewards))]
     names += [function.name for function in scorer.functions]
     return [
-        describe(rollout, place, numbers[place] // size, asked[place], encoder)
+        to_sample(rollout, place, numbers[place] // size, asked[place], encoder)
         | {"score": round(scores[place].item(), 6)}
         | ({"scores": dict(zip(names, said, strict=True))} if len(names) > 1 else {})
         for place, said in zip(range(len(rows)), parts.tolist(), strict=False)
     ]
 
 
-def describe(
+def to_sample(
     rollout: Rollout, place: int, group: int, asked: Prompt, encoder: SegmentEncoder
 ) -> dict[str, Any]:
     """A response as a demonstration, with the number of its prompt, its tokens, and whether it ended."""

@@ -14,7 +14,8 @@ import numpy as np
 from common.files import flush_folder, write_json
 from common.options import UserError
 from step3_ppo.best_of_n_options import BestOfNOptions
-from step3_ppo.best_of_n_select import at_least, best, usable_responses, worse
+from step3_ppo.best_of_n_report import advise, describe_unused
+from step3_ppo.best_of_n_select import CUT, EMPTY, REPEATED, USABLE, at_least, best, sort_out, worse
 
 PAIR_STREAM = 4  # apart from the random numbers that order data and draw responses
 DEMONSTRATION = ("prompt", "completion", "ended", "score")  # fields of a sample
@@ -54,17 +55,19 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
     samples = Path(options.output_dir) / "samples.jsonl"
     folder = Path(options.selection_dir or options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    columns: dict[str, list[list[Any]]] = {name: [] for name in ("score", "ended", "length", "usable")}
+    columns: dict[str, list[list[Any]]] = {name: [] for name in ("score", "ended", "length", "verdict")}
     distinct = 0
     for group in _groups(samples, size):
         for name in ("score", "ended", "length"):
             columns[name].append([sample[name] for sample in group])
         texts = [sample["completion"] for sample in group]
-        columns["usable"].append(usable_responses(texts, columns["ended"][-1], options.keep_truncated))
+        columns["verdict"].append(sort_out(texts, columns["ended"][-1], options.keep_truncated))
         distinct += len(set(texts))
-    scores, ended, lengths, usable = (np.array(column) for column in columns.values())  # (P, n) each
+    scores, ended, lengths, verdicts = (np.array(column) for column in columns.values())  # (P, n) each
+    usable = verdicts == USABLE
+    unused = {name: int((verdicts == name).sum()) for name in (CUT, EMPTY, REPEATED)}
 
-    kept, threshold = _keep(scores, usable, ended, options)
+    kept, threshold = _keep(scores, usable, unused, options)
     top = best(scores, usable)
     lower = worse(scores, usable, options.pairs, (options.seed, PAIR_STREAM, options.round))
     with _whole(folder / "demonstrations.jsonl") as one, _whole(folder / "preferences.jsonl") as two:
@@ -81,7 +84,9 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
         "response_tokens": int(lengths.sum()),
         "score": {"mean": scores.mean(), "std": scores.std(), "best": scores[top].mean()},
         "ended": ended.mean(),
+        "max_response_length": options.max_response_length,
         "distinct": distinct / scores.size,
+        "unused": unused,
         "threshold": threshold,
         "demonstrations": int(kept.sum()),
         "prompts_with_demonstrations": int(kept.any(1).sum()),
@@ -94,14 +99,13 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
 
 
 def _keep(
-    scores: np.ndarray, usable: np.ndarray, ended: np.ndarray, options: BestOfNOptions
+    scores: np.ndarray, usable: np.ndarray, unused: dict[str, int], options: BestOfNOptions
 ) -> tuple[np.ndarray, float | None]:
     """The demonstrations (P, n) bool, and the threshold if there is one. Raises UserError for none."""
     if not usable.any():
-        way = "" if options.keep_truncated else "; --keep_truncated takes those too"
         raise UserError(
-            f"{options.output_dir}/samples.jsonl: no response can be learnt from: {(~ended).sum()} of"
-            f" {ended.size} were cut by --max_response_length {options.max_response_length}{way}"
+            f"{options.output_dir}/samples.jsonl: nothing to keep of {usable.size} responses;"
+            f" {describe_unused(unused, options.max_response_length)}{advise(unused, usable.size)}"
         )
     if options.keep == "best":
         return best(scores, usable), None
@@ -111,8 +115,8 @@ def _keep(
     if not kept.any():
         median, highest = np.quantile(scores[usable], (0.5, 1))
         raise UserError(
-            f"--threshold {threshold:g}: no response scores as much: the median is {median:.3f}, the best has"
-            f" {highest:.3f}"
+            f"--threshold {threshold:g}: no response scores as much: of the usable ones the median is"
+            f" {median:.3f}, the best has {highest:.3f}"
         )
     return kept, threshold
 

@@ -9,17 +9,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
+USABLE, EMPTY, CUT, REPEATED = "usable", "empty", "cut", "repeated"
 
-def usable_responses(texts: Sequence[str], ended: Sequence[bool], keep_truncated: bool) -> list[bool]:
-    """Which of n responses to one prompt can be learnt from: those that are not empty, nor the same as an
-    earlier one, nor, unless keep_truncated, cut by the length limit, that is, not ended.
+
+def sort_out(texts: Sequence[str], ended: Sequence[bool], keep_truncated: bool) -> list[str]:
+    """Which of n responses to one prompt are usable, and why the others are not: empty, cut by the length
+    limit (usable if keep_truncated), or the same as an earlier usable one.
     """
-    usable: list[bool] = []
+    verdicts: list[str] = []
     seen: set[str] = set()
     for text, has_ended in zip(texts, ended, strict=True):
-        usable.append(bool(text.strip()) and (has_ended or keep_truncated) and text not in seen)
-        seen |= {text} if usable[-1] else set()
-    return usable
+        if not text.strip():
+            verdicts.append(EMPTY)
+        elif not has_ended and not keep_truncated:
+            verdicts.append(CUT)
+        else:
+            verdicts.append(REPEATED if text in seen else USABLE)
+            seen.add(text)
+    return verdicts
 
 
 def best(scores: np.ndarray, usable: np.ndarray) -> np.ndarray:

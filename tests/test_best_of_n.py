@@ -145,7 +145,7 @@ def test_a_finished_round_is_selected_from_again(world: Path, run: Path, done: P
     choice = ["--selection_dir", str(tmp_path / "choice"), "--keep", "quantile", "--quantile", "0.75"]
     result = run_stage(MODULE, options(world, run, done, *choice, "--pairs", "none"), tmp_path)
     assert (
-        result.codes == [0] and "25 prompts are answered" in result.output and "tokens/s" not in result.output
+        result.codes == [0] and "25 of 25 prompts done" in result.output and "tokens/s" not in result.output
     )
     samples = [one for one in records(done / FILES[0]) if one["completion"]]
     limit = sorted(one["score"] for one in samples)[int(0.75 * len(samples)) - 1]
@@ -190,7 +190,11 @@ def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Pat
         (options(world, run, done, "--keep", "threshold", "--threshold", "1000"), ["--threshold 1000"]),
         (
             [*without, "--output_dir", str(tmp_path / "short"), "--max_response_length", "1"],
-            ["samples.jsonl", "--max_response_length 1", "--keep_truncated"],
+            [
+                "samples.jsonl: nothing to keep of 75 responses",
+                "cut at 1 tokens",
+                "raise --max_response_length or pass --keep_truncated",
+            ],
         ),
     ):
         result = run_stage(MODULE, [*words, *choice], tmp_path)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from step3_ppo.best_of_n_select import at_least, best, usable_responses, worse
+from step3_ppo.best_of_n_report import describe
+from step3_ppo.best_of_n_select import at_least, best, sort_out, worse
 
 DRAW = np.random.default_rng(0)
 SCORES = DRAW.integers(0, 4, (300, 5)).astype(float)  # many are equal
@@ -24,8 +25,37 @@ def numbers(mask: np.ndarray) -> list[list[int]]:
 
 def test_what_can_be_learnt_from():
     texts, ended = ["a", " ", "a", "b", "b", "c"], [True, True, True, False, True, False]
-    assert usable_responses(texts, ended, False) == [True, False, False, False, True, False]
-    assert usable_responses(texts, ended, True) == [True, False, False, True, False, True]
+    assert sort_out(texts, ended, False) == ["usable", "empty", "repeated", "cut", "usable", "cut"]
+    assert sort_out(texts, ended, True) == ["usable", "empty", "repeated", "usable", "repeated", "usable"]
+
+
+def report(kept: int, pairs: int, prompts: int, **unused: int) -> dict:
+    return {
+        "demonstrations": kept, "samples": 148, "score_of_demonstrations": -1.259, "preferences": pairs,
+        "score": {"mean": -2.656}, "selection": {"pairs": "worst"}, "max_response_length": 48,
+        "prompts": 37, "prompts_with_demonstrations": prompts,
+        "unused": {"cut": 0, "empty": 0, "repeated": 0} | unused,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("figures", "text"),
+    [
+        (report(1, 0, 1, cut=147),
+         "kept 1 of 148 responses (mean score -1.259; all: -2.656), 0 pairs (no prompt has two usable"
+         " responses of different scores); 147 cut at 48 tokens: raise --max_response_length or pass"
+         " --keep_truncated"),
+        (report(37, 37, 37), "kept 37 of 148 responses (mean score -1.259; all: -2.656), 37 pairs"),
+        (report(36, 35, 36, cut=9, repeated=2),
+         "kept 36 of 148 responses (mean score -1.259; all: -2.656), 35 pairs; 9 cut at 48 tokens,"
+         " 2 the same as another response to their prompt"),
+        (report(10, 1, 10, empty=30, repeated=100),
+         "kept 10 of 148 responses (mean score -1.259; all: -2.656), 1 pairs; 30 empty, 100 the same as"
+         " another response to their prompt: raise --temperature"),
+    ],
+)  # fmt: skip
+def test_the_report_says_why_little_is_kept(figures, text):
+    assert describe(figures) == text
 
 
 def test_best_and_enough():

@@ -1,0 +1,45 @@
+"""The report of rejection sampling in words: what was kept, and why the rest was not. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+LEAST_KEPT = 0.5  # share of the prompts with a demonstration, below which the report says what to change
+MANY = 0.25  # share of the responses that are unusable for one reason
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """One line: demonstrations and pairs, their scores, and what could not be used."""
+    line = (
+        f"kept {report['demonstrations']} of {report['samples']} responses (mean score"
+        f" {report['score_of_demonstrations']:.3f}; all: {report['score']['mean']:.3f}),"
+        f" {report['preferences']} pairs"
+    )
+    if not report["preferences"] and report["selection"]["pairs"] != "none":
+        line += " (no prompt has two usable responses of different scores)"
+    unused = report["unused"]
+    if losses := describe_unused(unused, report["max_response_length"]):
+        line += f"; {losses}"
+    if report["prompts_with_demonstrations"] < LEAST_KEPT * report["prompts"]:
+        line += advise(unused, report["samples"])
+    return line
+
+
+def describe_unused(unused: Mapping[str, int], max_response_length: int) -> str:
+    """How many responses could not be used, by their reason; empty when all could."""
+    texts = {
+        "cut": f"cut at {max_response_length} tokens",
+        "empty": "empty",
+        "repeated": "the same as another response to their prompt",
+    }
+    return ", ".join(f"{unused[name]} {text}" for name, text in texts.items() if unused[name])
+
+
+def advise(unused: Mapping[str, int], total: int) -> str:
+    """What to change, after a colon; empty where no reason is frequent."""
+    advice = {
+        "cut": "raise --max_response_length or pass --keep_truncated",
+        "empty": "use a policy that answers these prompts",
+        "repeated": "raise --temperature",
+    }
+    chosen = [text for name, text in advice.items() if unused[name] > MANY * total]
+    return f": {'; '.join(chosen)}" if chosen else ""
