@@ -2,11 +2,14 @@
 
 import fnmatch
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.options import reason
 from launch.report.read import Line, columns
 from launch.report.trends import peak
 
@@ -67,13 +70,18 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "Time and memory": {
         "Seconds per step": ("time/*",),
         "Tokens per second": ("*tokens_per_second",),
-        "Share of padding": ("train/padding_share",),
+        "Share of padding; share of positions that count in sampling": (
+            "train/padding_share",
+            "rollout/useful_share",
+        ),
         "Share of the peak FLOP/s": ("train/mfu",),
         "Most memory, GiB": ("memory/*",),
     },
 }
 BAND = ["reward/p10", "reward/p90"]
 TRADE = "Score and gold over distance"
+GROUPS = {TRADE, *PANELS}
+MOST_PANELS = 100
 COLOURS = ("#1b4f8a", "#e08a1e", "#3a8f6b", "#b3446c", "#6b7280")  # apart also for the colour-blind
 DPI = 130
 FEW = 25  # points, up to which each is marked
@@ -86,17 +94,33 @@ class Picture(NamedTuple):
     alt: str
 
 
-def draw_all(lines: Sequence[Line], folder: Path) -> dict[str, list[Picture]]:
-    """Draw what the lines hold into a folder: the pictures of each group."""
+def draw_all(lines: Sequence[Line], folder: Path) -> tuple[dict[str, list[Picture]], list[str]]:
+    """Draw the metrics of the lines into a folder: the pictures of each group, and sentences about metrics
+    that cannot be drawn.
+    """
     names = dict.fromkeys(name for line in lines for name in line if name != "step")
     logged = [name for name in names if columns(lines, name)[0]]
-    made: dict[str, list[Picture]] = {}
+    wanted: list[tuple[str, str, Callable[[], tuple[Any, str]]]] = []
     if columns(lines, "eval/kl", "eval/score", "eval/gold")[0]:
-        made[TRADE] = [_save(*draw_trade(lines), folder / "score_and_gold.png")]
-    for group, title, shown in panels(logged):
-        path = folder / f"{re.sub('[^a-z0-9]+', '_', title.lower())}.png"
-        made.setdefault(group, []).append(_save(*draw_panel(title, shown, lines), path))
-    return made
+        wanted.append((TRADE, "score_and_gold", partial(draw_trade, lines)))
+    wanted += [(group, title, partial(draw_panel, title, shown, lines))
+               for group, title, shown in panels(logged)]  # fmt: skip
+    made: dict[str, list[Picture]] = {}
+    problems = []
+    for number, (group, title, draw) in enumerate(wanted[:MOST_PANELS]):
+        slug = re.sub("[^a-z0-9]+", "_", title.lower())
+        path = folder / f"{slug if group in GROUPS else f'other_{number}'}.png"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # signs that the font does not have
+                made.setdefault(group, []).append(_save(*draw(), path))
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Matplotlib raises anything for odd names and numbers
+            problems.append(f"{title}: cannot be drawn: {reason(error)}.")
+    if len(wanted) > MOST_PANELS:
+        problems.append(f"{len(wanted) - MOST_PANELS} more metrics are not drawn.")
+    return {group: pictures for group, pictures in made.items() if pictures}, problems
 
 
 def panels(names: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
@@ -114,7 +138,7 @@ def panels(names: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
 def draw_panel(title: str, names: Sequence[str], lines: Sequence[Line]) -> tuple[Any, str]:
     """Metrics over the steps, held-out ones dashed, percentiles as a band; and the same in words."""
     figure, (axes,) = _figure(title, (4.8, 3.1), 1)
-    said = []
+    spoken = []
     steps, low, high = columns(lines, "step", *BAND)
     if steps and set(BAND) <= set(names):
         axes.fill_between(steps, low, high, color=COLOURS[0], alpha=0.15, linewidth=0, label="p10 to p90")
@@ -124,11 +148,13 @@ def draw_panel(title: str, names: Sequence[str], lines: Sequence[Line]) -> tuple
         style = "--" if name.startswith("eval/") else "-"
         marker = "o" if len(steps) <= FEW else ""
         axes.plot(steps, values, style, marker=marker, markersize=3.5, color=colour, label=name)
-        said.append(f"{name} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}")
+        spoken.append(
+            f"{name} from {values[0]:.4g} at step {steps[0]} to {values[-1]:.4g} at step {steps[-1]}"
+        )
     axes.set_xlabel("step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return figure, f"{title}: {'; '.join(said)}."
+    return figure, f"{title}: {'; '.join(spoken)}."
 
 
 def draw_trade(lines: Sequence[Line]) -> tuple[Any, str]:

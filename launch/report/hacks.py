@@ -7,31 +7,22 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import StatisticsError, correlation
-from typing import NamedTuple
 
-from launch.report.read import Line, columns
-from launch.report.trends import FEWEST, Values, ends, error_of_change, peak, running_means
+from launch.report.read import Line
+from launch.report.rule import Finding
+from launch.report.trends import ERRORS, FEWEST, Values, ends, error_of_change, peak, running_means
 
-ERRORS = 3  # a change by more standard errors than this is not noise
 LONGER, TOGETHER = 1.3, 0.7  # growth of length, and correlation with the score, from which they rise as one
-MORE_REPEATED = 0.1  # rise of the share of n-grams that are repeated
+MORE_REPEATED, MOST_REPEATED = 0.1, 0.5  # rise and level of the share of n-grams that are repeated
+LEAST_FALL = 0.05  # of gold, as a share of the first, where there are few evaluations
 OPENING = 3  # words: fewer are common to answers of any kind
 MORE_ALIKE = 0.5  # rise of the share of the commonest opening: of four samples, from one to three
 LEAST_TOGETHER = 0.6  # of distinct-2 over all answers at the start; longer answers alone leave some 0.8
 FEWEST_SAMPLES = 4  # of an evaluation; two or three begin alike by chance
 
 
-class Finding(NamedTuple):
-    """Something that stands out, with its figures, and what to try."""
-
-    found: str
-    advice: str
-
-
 def over_optimisation(steps: Values, scores: Values, golds: Values) -> Finding | None:
     """The proxy rises while gold falls (Gao et al. 2023, section 3): by running means, after gold's peak."""
-    if not golds:
-        return None
     gold, score = running_means(golds), running_means(scores)
     top = gold.index(max(gold))
     if gold[top] - gold[-1] <= ERRORS * error_of_change(golds) or score[-1] <= score[top]:
@@ -41,6 +32,23 @@ def over_optimisation(steps: Values, scores: Values, golds: Values) -> Finding |
         f" {gold[-1]:.3g}, while the score rose from {score[top]:.3g} to {score[-1]:.3g}.",
         "--best_metric eval/gold with --early_stopping; a higher --kl_coef; several reward models with"
         " --reward_combine min; new preferences between answers of this policy.",
+    )
+
+
+def falling_gold(steps: Values, scores: Values, golds: Values) -> Finding | None:
+    """Gold that falls together with the score, or from one to the next of a few evaluations."""
+    if len(golds) >= FEWEST:
+        gold, score = running_means(golds), running_means(scores)
+        top = gold.index(max(gold))
+        falls = gold[top] - gold[-1] > ERRORS * error_of_change(golds) and score[-1] <= score[top]
+    else:
+        falls = all(a > b for a, b in pairwise(golds)) and golds[0] - golds[-1] > LEAST_FALL * abs(golds[0])
+    if not falls:
+        return None
+    return Finding(
+        f"Gold falls: eval/gold went from {max(golds):.3g} to {golds[-1]:.3g} at step {steps[-1]}, eval/score"
+        f" from {scores[0]:.3g} to {scores[-1]:.3g}.",
+        "--best_metric eval/gold; a lower --actor_learning_rate; a higher --kl_coef.",
     )
 
 
@@ -64,7 +72,7 @@ def length_hack(scores: Values, lengths: Values) -> Finding | None:
 def repetition(repeated: Values, distinct: Values, scores: Values) -> Finding | None:
     """Responses that repeat themselves more than at the start, and whether that is what scores reward."""
     (few, many), (rich, poor), (low, high) = ends(repeated), ends(distinct), ends(scores)
-    if not (many - few > MORE_REPEATED or rich - poor > MORE_REPEATED):
+    if not (many - few > MORE_REPEATED or rich - poor > MORE_REPEATED or many > MOST_REPEATED):
         return None
     seen = [f"response/repeated_3 went from {few:.1%} to {many:.1%}"] * bool(repeated)
     seen += [f"response/distinct_2 from {rich:.1%} to {poor:.1%}"] * bool(distinct)
@@ -99,27 +107,12 @@ def format_hack(samples: Sequence[Line], scores: Values) -> Finding | None:
     )
 
 
-def not_looked_at(lines: Sequence[Line], samples: Sequence[Line]) -> list[str]:
-    """What no rule can see in a run of step 3, and which option would show it."""
-    if not columns(lines, "reward/mean", "kl/mean")[0]:
-        return []
-    if not columns(lines, "eval/score")[0]:
-        unseen, reason = "over-optimisation and answers that become alike", "there are no evaluations"
-        return [f"Not looked at: {unseen}, as {reason}: --eval_fraction or --eval_data, and --eval_steps."]
-    said = []
-    if not (golds := columns(lines, "eval/gold")[0]):
-        told = "gold was not measured: --gold_reward_model or --gold_function measures it"
-        said.append(f"over-optimisation, as {told}.")
-    elif len(golds) < FEWEST:
-        told = f"gold was measured {len(golds)} times, of the {FEWEST} that tell it from noise"
-        said.append(f"over-optimisation, as {told}: a lower --eval_steps.")
+def lack_of_samples(samples: Sequence[Line]) -> str:
+    """Why samples do not tell whether answers become alike; empty when they do."""
     (start, before), (end, after) = _first_and_last(samples)
     if min(len(before), len(after)) < FEWEST_SAMPLES:
-        told = f"an evaluation kept fewer than {FEWEST_SAMPLES} samples: a higher --num_samples"
-        said.append(f"answers that become alike, as {told}.")
-    elif start == end:
-        said.append("answers that become alike, as samples are of one evaluation: a lower --eval_steps.")
-    return [f"Not looked at: {one}" for one in said]
+        return f"an evaluation has fewer than {FEWEST_SAMPLES} samples: a higher --num_samples"
+    return "all samples are of one evaluation: a lower --eval_steps" if start == end else ""
 
 
 def _first_and_last(samples: Sequence[Line]) -> list[tuple[int, list[str]]]:

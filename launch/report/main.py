@@ -1,8 +1,8 @@
-"""A run, or all runs of a pipeline, as one page that needs nothing else: OUT/report.html.
+"""Training runs and evaluations below a folder as one page that needs nothing else: OUT/report.html.
 
     bash launch/report.sh OUT
 
-OUT is the output folder of a step, or one that holds such folders. The pictures are in OUT/report/ too.
+OUT is the output folder of a command, or one that holds such folders. The pictures are in OUT/report/ too.
 """
 
 import argparse
@@ -11,34 +11,47 @@ from pathlib import Path
 
 from common.options import UserError
 from launch.report.curves import draw_all
-from launch.report.findings import findings
-from launch.report.page import page
-from launch.report.read import find_runs
+from launch.report.findings import judge
+from launch.report.page import Chapter, page
+from launch.report.read import Run
+from launch.report.scan import scan
+from launch.report.state import state_of
 
 REFUSED = 2  # exit code after a mistake of the user, as in training
 
 
-def write_report(folder: Path) -> Path:
-    """Write the page and its pictures, and return where the page is.
+def write_report(root: Path) -> Path:
+    """Write the page and its pictures, and return the path of the page.
 
-    Raises UserError when there is no run in the folder, and when a file of a run cannot be read.
+    Raises UserError when there is nothing to show, and when the page cannot be written.
     """
-    runs = find_runs(folder)
-    pictures = folder / "report"
-    chapters = []
-    for run in runs:
-        drawn = draw_all(run.lines, pictures / run.folder.relative_to(folder))
-        chapters.append((run, findings(run.lines, run.samples), drawn))
-    (folder / "report.html").write_text(page(folder.resolve().name, chapters), encoding="utf-8")
-    return folder / "report.html"
+    seen = scan(root)
+    try:
+        chapters = {run.folder: [_chapter(run, root)] for run in seen.runs}
+        for evaluation in seen.evaluations:
+            chapters.setdefault(evaluation.folder, []).append(evaluation)
+        in_order = [one for folder in seen.folders for one in chapters.get(folder, [])]
+        text = page(root, in_order, seen.others, seen.problems)
+        (root / "report.html").write_bytes(text.encode(errors="replace"))  # half a surrogate pair
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
+    return root / "report.html"
+
+
+def _chapter(run: Run, root: Path) -> Chapter:
+    pictures, undrawn = draw_all(run.lines, root / "report" / run.folder.relative_to(root))
+    judgement = judge(run.lines, run.samples, run.stage, run.valid_options)
+    return Chapter(run._replace(problems=[*run.problems, *undrawn]), state_of(run), judgement, pictures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(usage="bash launch/report.sh OUT", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", metavar="OUT", type=Path, help="output folder of a step or of a pipeline")
+    parser.add_argument(
+        "folder", metavar="OUT", type=Path, help="output folder of a command or of a pipeline"
+    )
     try:
         print(f"report: {write_report(parser.parse_args().folder)}")
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(REFUSED)
 

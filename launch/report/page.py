@@ -5,13 +5,16 @@ import json
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from common.options import reason
 from launch.report.curves import TRADE, Picture
-from launch.report.hacks import Finding, not_looked_at
+from launch.report.evaluations import TITLES, describe, pictures_of
+from launch.report.findings import Judgement
 from launch.report.read import Line, Run, columns
-
-Chapter = tuple[Run, list[Finding], dict[str, list[Picture]]]
+from launch.report.rule import Finding
+from launch.report.scan import Evaluation
+from launch.report.state import State
 
 # Figures of the first table, what they are, and which value is the best one, if any is.
 FIGURES: dict[str, tuple[str, Callable[[list[float]], float] | None]] = {
@@ -41,19 +44,45 @@ STYLE = Path(__file__).with_name("style.css")
 SHOWN_PROMPTS = 10
 
 
-def page(name: str, chapters: Sequence[Chapter]) -> str:
-    """The whole report on the runs of a folder."""
+class Chapter(NamedTuple):
+    """A training run, whether it has finished, what the rules found, and its pictures by their group."""
+
+    run: Run
+    state: State
+    judgement: Judgement
+    pictures: dict[str, list[Picture]]
+
+
+def page(
+    root: Path, chapters: Sequence[Chapter | Evaluation], others: Sequence[str], problems: Sequence[str]
+) -> str:
+    """The report on what is below a folder.
+
+    others: names of folders that are not shown. problems: sentences about files that no chapter shows.
+    """
+    name = root.resolve().name
     contents, bodies = [], []
-    for number, (run, found, pictures) in enumerate(chapters, start=1):
-        title = f"{escape(run.title)} <small>({escape(run.folder.resolve().name)})</small>"
+    for number, chapter in enumerate(chapters, start=1):
+        is_run = isinstance(chapter, Chapter)
+        folder = chapter.run.folder if is_run else chapter.folder
+        heading = chapter.run.title if is_run else TITLES[chapter.kind]
+        place = folder.relative_to(root) if folder != root else name
+        title = f"{escape(heading)} <small>({escape(str(place))})</small>"
         links, sections = [], []
-        for place, (heading, section) in enumerate(_sections(run, found, pictures).items()):
-            if section:
-                here = f"run{number}-{place}"
+        of_chapter = _sections(chapter) if is_run else {"": _evaluation(chapter)}
+        for part, (heading, section) in enumerate(of_chapter.items()):
+            if section and heading:
+                here = f"run{number}-{part}"
                 links.append(f'<li><a href="#{here}">{escape(heading)}</a></li>')
                 sections.append(f'<section id="{here}">\n<h3>{escape(heading)}</h3>\n{section}\n</section>')
-        contents.append(f'<li><a href="#run{number}">{title}</a><ul>{"".join(links)}</ul></li>')
-        bodies += [f'<h2 id="run{number}">{title}</h2>\n<p class="soft">{_extent(run)}</p>', *sections]
+            elif section:
+                sections.append(section)
+        status = f' <small class="soft">{escape(_status(chapter))}</small>' if is_run else ""
+        below = f"<ul>{''.join(links)}</ul>" if links else ""
+        contents.append(f'<li><a href="#run{number}">{title}</a>{status}{below}</li>')
+        extent = f'\n<p class="soft">{_extent(chapter.run)}</p>' if is_run else ""
+        bodies += [f'<h2 id="run{number}">{title}</h2>{extent}', *sections]
+    rest = f'<p class="soft">Not shown: {escape(", ".join(others))}.</p>' if others else ""
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -61,19 +90,18 @@ def page(name: str, chapters: Sequence[Chapter]) -> str:
             f"<title>Report: {escape(name)}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n<body>",
             f"<h1>Report: {escape(name)}</h1>",
             f'<nav aria-label="Contents"><ul>{"".join(contents)}</ul></nav>',
-            *["<main>", *bodies, "</main>\n</body>\n</html>\n"],
+            *[rest, _cards(problems, "absent"), "<main>", *bodies, "</main>\n</body>\n</html>\n"],
         ]
     )
 
 
-def _sections(run: Run, found: Sequence[Finding], pictures: dict[str, list[Picture]]) -> dict[str, str]:
-    """Headings and what stands below them; nothing, where a run has nothing to say of it."""
+def _sections(chapter: Chapter) -> dict[str, str]:
+    """Headings and the HTML below them; empty for what the run does not have."""
+    run = chapter.run
     return {
-        "Findings": _absences(run.absent)
-        + (_findings(found) if run.lines else "")
-        + _absences(not_looked_at(run.lines, run.samples)),
+        "Findings": _cards(run.problems, "absent") + _verdict(chapter),
         "Figures": _figures(run),
-        **{group: _gallery(shown, is_wide=group == TRADE) for group, shown in pictures.items()},
+        **{group: _gallery(shown, is_wide=group == TRADE) for group, shown in chapter.pictures.items()},
         "Samples": _samples(run.samples),
         "Golden pairs": _golden(run) if run.golden else "",
         "Options": _options(run) if run.options else "",
@@ -85,19 +113,52 @@ def _extent(run: Run) -> str:
     return f"Logged from step {min(steps)} to {max(steps)}." if steps else "No step has been logged."
 
 
-def _absences(texts: Sequence[str]) -> str:
-    return "".join(f'<div class="finding absent"><p>{escape(text)}</p></div>\n' for text in texts)
+def _status(chapter: Chapter) -> str:
+    """The verdict in a few words."""
+    judgement, count = chapter.judgement, len(chapter.judgement.findings)
+    words = [] if chapter.state.is_finished else ["not finished"]
+    words += [f"{count} finding{'s' * (count > 1)}"] if count else []
+    words += ["too short to judge"] if judgement.is_short else []
+    return ", ".join(words or ["no problems detected"])
 
 
-def _findings(found: Sequence[Finding]) -> str:
-    if not found:
-        return (
-            '<div class="finding well"><p>Nothing stands out: where there was something to look at, no rule'
-            " found over-optimisation, overfitting, a reward hack, a collapse, or too much or too little"
-            " change.</p></div>\n"
-        )
-    cards = [f"<p>{escape(one.found)}</p><p><b>Try:</b> {escape(one.advice)}</p>" for one in found]
-    return "\n".join(f'<div class="finding">{card}</div>' for card in cards)
+def _verdict(chapter: Chapter) -> str:
+    """The findings; or that there are none, in green only for a finished run that is long enough to judge."""
+    state, judgement = chapter.state, chapter.judgement
+    cards = _cards([state.text], "" if not state.is_finished else "absent") if state.text else ""
+    if not chapter.run.lines:
+        return cards
+    cards += _findings(judgement.findings)
+    extent = f"{judgement.steps} steps ({judgement.logged} logged, {judgement.evaluations} evaluations)"
+    if judgement.is_short:
+        cards += _cards([f"Too short to judge: trends cannot be seen in {extent}."], "absent")
+    elif not judgement.findings:
+        kind = "well" if state.is_finished else "absent"
+        cards += _cards([f"No problems detected in {extent}."], kind)
+    reasons = [f"{', '.join(names)} ({reason})" for reason, names in judgement.unchecked.items()]
+    return cards + (_cards([f"Not checked: {'; '.join(reasons)}."], "absent") if reasons else "")
+
+
+def _cards(texts: Sequence[str], kind: str) -> str:
+    return "".join(f'<div class="finding {kind}"><p>{escape(text)}</p></div>\n' for text in texts)
+
+
+def _findings(findings: Sequence[Finding]) -> str:
+    cards = [f"<p>{escape(one.found)}</p><p><b>Try:</b> {escape(one.advice)}</p>" for one in findings]
+    return "".join(f'<div class="finding">{card}</div>\n' for card in cards)
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    """The table of an evaluation as its command prints it, and its pictures."""
+    text, findings, problems = describe(evaluation)
+    pictures = pictures_of(evaluation)
+    return "\n".join(
+        [
+            _cards(problems, "absent") + _findings(findings),
+            f'<div class="scroll"><pre>{escape(text)}</pre></div>' if text else "",
+            _gallery(pictures, is_wide=True) if pictures else "",
+        ]
+    )
 
 
 def _figures(run: Run) -> str:
@@ -112,7 +173,7 @@ def _figures(run: Run) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _gallery(pictures: Sequence[Picture], is_wide: bool = False) -> str:
@@ -145,14 +206,22 @@ def _samples(samples: Sequence[Line]) -> str:
 
 def _answer(sample: Line) -> str:
     facts = [f"step {sample['step']}"]
-    facts += [f"{name} {sample[name]:.3g}" for name in ("score", "gold") if sample.get(name) is not None]
+    facts += [f"{name} {sample[name]:.3g}" for name in ("score", "gold") if name in sample]
     facts += [f"{sample['length']} tokens", *["cut off"] * (not sample["ended"])]
     label = f'<p class="label">{escape(" · ".join(facts))}</p>'
     return f'<div>{label}<p class="text">{escape(sample["response"].strip())}</p></div>'
 
 
 def _golden(run: Run) -> str:
-    """Accuracy of a reward model on the pairs that every run is judged on, and what step 2 said of it."""
+    """Accuracy of a reward model on the pairs that every run is judged on, and the verdicts of step 2."""
+    try:
+        return _golden_parts(run)
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        path = run.folder / "golden/report.json"
+        return _cards([f"{path}: not a report of step 2: {reason(error)}."], "absent")
+
+
+def _golden_parts(run: Run) -> str:
     groups = [("pairs", "all", run.golden["accuracy"])]
     for kind, members in run.golden["accuracy_by"].items():
         groups += [(f"by {kind}", name, one) for name, one in members.items()]
@@ -160,11 +229,11 @@ def _golden(run: Run) -> str:
         [kind, name, str(one["pairs"]), f"{one['accuracy']:.1%}", f"{one['low']:.1%} to {one['high']:.1%}"]
         for kind, name, one in groups
     ]
-    said = [Finding(one["found"], one["advice"]) for one in run.golden["verdicts"]]
+    findings = [Finding(one["found"], one["advice"]) for one in run.golden["verdicts"]]
     paths = sorted((run.folder / "golden").glob("*.png"))
     pictures = [Picture(path, f"Golden pairs: {path.stem} of the reward model") for path in paths]
     parts = [
-        _findings(said) if said else "",
+        _findings(findings),
         _table(["", "", "pairs", "accuracy", "95% interval"], rows, "numbers"),
     ]
     return "\n".join([*parts, _gallery(pictures) if pictures else ""])

@@ -1,13 +1,17 @@
-"""What a run left in its folder: metrics, options, samples, and step 2's report on golden pairs."""
+"""Read the folder of a training run: metrics, options, samples, and the report of step 2 on golden pairs.
 
-import dataclasses
+Files may be damaged: what can be read is returned, and `problems` names what was skipped.
+"""
+
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.options import UserError
+from common.damaged import in_words, read_lines
+from common.options import reason
+from launch.report.stages import Known, Stage
 
 Line = dict[str, Any]
 USES = {
@@ -16,101 +20,120 @@ USES = {
     "samples.jsonl": "no samples",
     "golden/report.json": "no accuracy on --golden_data",
 }
+SAMPLE_FIELDS = {"step": int, "prompt": str, "response": str, "length": int, "ended": bool}
 
 
 class Run(NamedTuple):
-    """One output folder of a step; what is not there is empty."""
+    """The output folder of a training step. Absent files give empty fields."""
 
     folder: Path
     title: str
-    lines: list[Line]  # metrics.jsonl
+    stage: str  # sft, reward, direct, ppo; empty where it is not known
+    lines: list[Line]  # metrics.jsonl, by step; values are floats, or None where they were not finite
     options: dict[str, Any]
-    known: dict[str, tuple[Any, str]]  # the default and the help of every option of the step
+    known: Known
     samples: list[Line]
     golden: dict[str, Any]
-    absent: list[str]  # in words
+    problems: list[str]  # sentences: absent files, skipped lines and values
+
+    @property
+    def valid_options(self) -> dict[str, Any]:
+        """Options of the type that the stage declares; options.json may be damaged."""
+        return {
+            name: value
+            for name, value in self.options.items()
+            if name in self.known and type(value) is type(self.known[name][0])
+        }
 
 
-def find_runs(folder: Path) -> list[Run]:
-    """The run in a folder, or else those in the folders that it holds, by name. Raises UserError."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    inside = sorted(path for path in folder.iterdir() if path.is_dir())
-    if found := [folder] if _is_run(folder) else [path for path in inside if _is_run(path)]:
-        stages = known_options()
-        return [_read_run(path, stages) for path in found]
-    raise UserError(
-        f"{folder}: no run here, nor in a folder right below: metrics.jsonl or options.json would tell"
+def read_run(folder: Path, stage: Stage | None, options: dict[str, Any], problems: list[str]) -> Run:
+    """The run in a folder whose options.json was read already. Raises OSError."""
+    is_ppo = stage is not None and stage.name == "ppo"
+    expected = ["metrics.jsonl", "options.json", *["samples.jsonl"] * is_ppo]
+    expected += ["golden/report.json"] * bool(options.get("golden_data"))
+    absent = [f"{name} is absent: {USES[name]}." for name in expected if not (folder / name).exists()]
+    lines, of_metrics = read_metrics(folder / "metrics.jsonl")
+    samples, of_samples = read_samples(folder / "samples.jsonl") if stage is None or is_ppo else ([], [])
+    golden, of_golden = read_json(folder / "golden/report.json")
+    return Run(
+        folder=folder,
+        title=stage.title if stage else "Run",
+        stage=stage.name if stage else "",
+        lines=lines,
+        options=options,
+        known=stage.known if stage else {},
+        samples=samples,
+        golden=golden,
+        problems=[*absent, *problems, *of_metrics, *of_samples, *of_golden],
     )
 
 
 def columns(lines: Sequence[Line], *names: str) -> list[list[float]]:
     """Values of some metrics, a list for each, from the lines that hold all of them as finite numbers."""
     rows = [[line.get(name) for name in names] for line in lines]
-    whole = [row for row in rows if all(value is not None and math.isfinite(value) for value in row)]
-    return [[row[place] for row in whole] for place in range(len(names))]
+    complete = [row for row in rows if all(value is not None and math.isfinite(value) for value in row)]
+    return [[row[i] for row in complete] for i in range(len(names))]
 
 
-def known_options() -> dict[str, dict[str, tuple[Any, str]]]:
-    """The default and the help of every option, by step."""
-    from step1_sft.options import SFTOptions
-    from step2_reward.direct.options import DirectOptions
-    from step2_reward.options import RewardOptions
-    from step3_ppo.options import PPOOptions
-
-    classes = {
-        "Step 1: supervised fine-tuning": SFTOptions,
-        "Step 2: reward model": RewardOptions,
-        "Step 2: direct preference optimisation": DirectOptions,
-        "Step 3: PPO": PPOOptions,
-    }
-    return {step: _defaults(options()) for step, options in classes.items()}
-
-
-def _defaults(options: Any) -> dict[str, tuple[Any, str]]:
-    fields = dataclasses.fields(options)
-    return {field.name: (getattr(options, field.name), field.metadata["help"]) for field in fields}
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or (folder / "options.json").is_file()
+def read_metrics(path: Path) -> tuple[list[Line], list[str]]:
+    """The lines of metrics.jsonl in the order of their steps, and sentences about what was skipped."""
+    records, damaged = read_lines(path)
+    lines, without_step, bad_values = [], [], []
+    for number, record in records:
+        if not _is_step(record.get("step")):
+            without_step.append(number)
+            continue
+        line: Line = {"step": record.pop("step")}
+        for name, value in record.items():
+            if value is None or _is_number(value):
+                line[name] = float(value) if value is not None and math.isfinite(value) else None
+            else:
+                bad_values.append(f"{name} in line {number}")
+        lines.append(line)
+    problems = in_words(path, damaged, "without a JSON object")
+    problems += in_words(path, without_step, "without a step")
+    if bad_values:
+        problems.append(f"{path}: skipped {len(bad_values)} values that are not numbers ({bad_values[0]}).")
+    return sorted(lines, key=lambda line: line["step"]), problems
 
 
-def _read_run(folder: Path, stages: dict[str, dict[str, tuple[Any, str]]]) -> Run:
-    options = _read_json(folder / "options.json")
-    # The step is the one that has these options; the nearest one, as a run may be of another version.
-    title = min(stages, key=lambda step: len(stages[step].keys() ^ options.keys())) if options else "Run"
-    expected = ["metrics.jsonl", "options.json"]
-    expected += ["samples.jsonl"] * title.startswith("Step 3")
-    expected += ["golden/report.json"] * bool(options.get("golden_data"))
-    return Run(
-        folder=folder,
-        title=title,
-        lines=_read_lines(folder / "metrics.jsonl"),
-        options=options,
-        known=stages.get(title, {}),
-        samples=_read_lines(folder / "samples.jsonl"),
-        golden=_read_json(folder / "golden/report.json"),
-        absent=[f"{name} is absent: {USES[name]}." for name in expected if not (folder / name).exists()],
-    )
+def read_samples(path: Path) -> tuple[list[Line], list[str]]:
+    """Held-out responses with their steps, and sentences about what was skipped."""
+    records, damaged = read_lines(path)
+    samples, other = [], []
+    for number, record in records:
+        if all(isinstance(record.get(name), kind) for name, kind in SAMPLE_FIELDS.items()):
+            samples.append({name: value for name, value in record.items() if _is_shown(name, value)})
+        else:
+            other.append(number)
+    problems = in_words(path, damaged, "without a JSON object")
+    return samples, problems + in_words(path, other, "without the fields of a sample")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """An object from a JSON file, empty when there is none; and a sentence when it cannot be read."""
+    if not path.is_file():
+        return {}, []
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(content, dict):
+            raise ValueError(f"must be a JSON object, not {type(content).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        return {}, [f"{path}: skipped: {reason(error)}."]
+    return content, []
 
 
-def _read_lines(path: Path) -> list[Line]:
-    """Records of a JSONL file; the last line may still be in the making."""
-    # Not `splitlines`: texts may hold other characters that it takes for the end of a line.
-    texts = path.read_text(encoding="utf-8").rstrip("\n").split("\n") if path.exists() else []
-    lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            if number < len(texts):
-                raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
-    return lines
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _is_number(value: Any) -> bool:
+    """A number that a float can hold."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and float(value) is not None
+    except OverflowError:
+        return False
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return name in SAMPLE_FIELDS or (name in ("score", "gold") and _is_number(value))

@@ -8,6 +8,7 @@ Values = Sequence[float]
 
 PARTS = 5  # beginnings and ends are a fifth of a curve, so that no single value decides
 FEWEST = 5  # values from which noise can be told
+ERRORS = 3  # a change by more standard errors than this is not noise
 
 
 def running_means(values: Values) -> list[float]:

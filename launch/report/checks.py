@@ -1,0 +1,206 @@
+"""Problems of training that any stage may have, and those of steps 1 and 2. Pure.
+
+Rules that judge a change compare the mean over the first fifth of a curve with that over the last; rules that
+judge a level look at the latter. Thresholds are rules of thumb: a finding is a reason to look, not a proof.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+
+from launch.report.read import Line
+from launch.report.rule import Finding
+from launch.report.trends import ERRORS, Values, ends, error_of_change
+
+COIN_TOSS = math.log(2)  # loss of a preference model that knows nothing, nats per pair
+LEAST_ACCURACY = 0.55  # of pairs; 0.5 is a coin toss
+KNOWN_BY_HEART, LARGEST_GAP = 0.95, 0.15  # accuracy in training, and how far the held-out one is below it
+LARGEST_LOSS = math.log(1000)  # nats per token after training, a perplexity of 1000
+LARGEST_RISE = 0.05  # of the evaluation loss, relative to its lowest
+LEAST_RISE = 0.01  # above the value at step 0, of the evaluation loss and of the NLL of chosen responses
+LEAST_FALL = 0.005  # of the evaluation loss from step 0, below which nothing was learnt
+LARGEST_NORM, EXPLOSION = 100.0, 10.0  # of gradients: a level, and a growth
+MOST_SKIPPED = 0.005  # share of the steps
+LEAST_SPREAD = 0.01  # of the scores of a reward model
+FURTHEST = 50.0  # nats per response of the data
+MOST_NAMES = 3
+
+
+def not_finite(lines: Sequence[Line]) -> Finding | None:
+    """Metrics that were NaN or infinite, which metrics.jsonl holds as null."""
+    bad = [(name, line["step"]) for line in lines for name, value in line.items() if value is None]
+    if not bad:
+        return None
+    names = [*dict.fromkeys(name for name, _ in bad)]
+    more = f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+    return Finding(
+        f"Values that are not finite: {', '.join(names[:MOST_NAMES])}{more}, in"
+        f" {len({step for _, step in bad})} of {len(lines)} logged steps, first at step {bad[0][1]}.",
+        "a lower learning rate; a longer --warmup_ratio; bf16 instead of fp16; the records of that step.",
+    )
+
+
+def skipped_updates(steps: Values, skipped: Values) -> Finding | None:
+    """Updates left out because of gradients that were not finite."""
+    if skipped[-1] <= MOST_SKIPPED * max(steps[-1], 1):
+        return None
+    return Finding(
+        f"Skipped updates: {skipped[-1]:.0f} in {steps[-1]:.0f} steps, as gradients were not finite.",
+        "a lower learning rate; bf16 instead of fp16, which skips some while it looks for its loss scale.",
+    )
+
+
+def large_gradients(name: str, norms: Values) -> Finding | None:
+    """Norms that are huge, or have grown without end."""
+    start, end = ends(norms)
+    if end <= EXPLOSION or (end <= LARGEST_NORM and end <= EXPLOSION * start):
+        return None
+    return Finding(
+        f"Large gradients: {name} went from {start:.3g} to {end:.3g}; clipping leaves little of them.",
+        "a lower learning rate; a longer --warmup_ratio; the records of the steps where the norm jumps.",
+    )
+
+
+def zero_rate(rates: Values) -> Finding | None:
+    """A learning rate that is 0 in every line."""
+    if any(rates):
+        return None
+    return Finding("The learning rate is 0 in all logged steps.", "a shorter --warmup_ratio; more steps.")
+
+
+def rising_loss(losses: Values) -> Finding | None:
+    """A training loss that does not fall."""
+    start, end = ends(losses)
+    if end < start:
+        return None
+    if end - start > ERRORS * error_of_change(losses):
+        return Finding(
+            f"Diverged: train/loss rose from {start:.4g} to {end:.4g}.",
+            "a lower learning rate; a longer --warmup_ratio; the records of the steps where it jumps.",
+        )
+    return Finding(
+        f"Nothing is learnt: train/loss went from {start:.4g} to {end:.4g}.",
+        "a higher learning rate (LoRA takes 10 to 100 times that of full training); more steps.",
+    )
+
+
+def high_loss(losses: Values) -> Finding | None:
+    """A language model that does not fit its data at all."""
+    if (end := ends(losses)[1]) <= LARGEST_LOSS:
+        return None
+    return Finding(
+        f"The model does not fit the data: the loss is {end:.3g} nats per token at the end, a perplexity of"
+        f" {math.exp(min(end, 700)):.3g}.",
+        "the samples; tokenizer and chat template; a higher learning rate; more steps.",
+    )
+
+
+def overfitting(
+    eval_steps: Values, eval_losses: Values, train_steps: Values, train_losses: Values
+) -> Finding | None:
+    """A held-out loss above its lowest, while that in training fell, over as many lines before as after; or
+    one that rose, or stayed, from step 0 on.
+    """
+    lowest, best = min(zip(eval_losses, eval_steps, strict=True))
+    after = [loss for step, loss in zip(train_steps, train_losses, strict=True) if step > best]
+    before = list(train_losses[: len(train_losses) - len(after)])[-len(after) :]
+    first, last = eval_losses[0], eval_losses[-1]
+    is_higher = last > lowest + LARGEST_RISE * abs(lowest)
+    if is_higher and before and after and fmean(after) < fmean(before):
+        return Finding(
+            f"Overfitting: eval/loss rose from {lowest:.3g} at step {best:.0f} to {last:.3g}, while"
+            f" train/loss fell from {fmean(before):.3g} to {fmean(after):.3g}.",
+            "--best_metric eval/loss; fewer --num_train_epochs; a lower --learning_rate; more data.",
+        )
+    if is_higher or (eval_steps[0] == 0 and last > first + LEAST_RISE * abs(first)):
+        return Finding(
+            f"Held-out loss rises: eval/loss went from {lowest:.4g} at step {best:.0f} to {last:.4g}.",
+            "a lower --learning_rate; --best_metric eval/loss; training data of the held-out kind.",
+        )
+    if eval_steps[0] == 0 and last >= first - LEAST_FALL * abs(first):
+        return Finding(
+            f"Nothing is learnt: eval/loss was {first:.4g} at step 0 and is {last:.4g} at step"
+            f" {eval_steps[-1]:.0f}.",
+            "a higher --learning_rate (LoRA takes 10 to 100 times that of full training); more steps.",
+        )
+    return None
+
+
+def coin_toss(losses: Values, use_margin: bool = False, loss: str = "dpo") -> Finding | None:
+    """A loss of preferences that a model without any knowledge would have too."""
+    end = ends(losses)[1]
+    if use_margin or loss not in ("dpo", "robust") or end < COIN_TOSS:
+        return None
+    return Finding(
+        f"No better than a coin toss: the loss on held-out pairs is {end:.4g} at the end, and that of a"
+        f" model that prefers neither is ln 2 = {COIN_TOSS:.4g}.",
+        "with a high accuracy, the model is too sure: a lower --learning_rate, --label_smoothing; else a"
+        " higher --learning_rate, more steps, better labels.",
+    )
+
+
+def low_accuracy(accuracies: Values) -> Finding | None:
+    """Held-out pairs ranked about as a coin would, or worse."""
+    end = ends(accuracies)[1]
+    if end > LEAST_ACCURACY:
+        return None
+    level = "below chance" if end < 0.5 else "near chance"
+    swapped = "look whether labels are swapped; " if end < 0.5 else ""
+    return Finding(
+        f"Accuracy {level}: {end:.1%} of the held-out pairs are ranked as labelled.",
+        f"{swapped}a higher --learning_rate; more steps; better labels.",
+    )
+
+
+def accuracy_gap(held_out: Values, trained: Values) -> Finding | None:
+    """Training pairs known by heart, and held-out ones not."""
+    (_, known), (_, new) = ends(trained), ends(held_out)
+    if known < KNOWN_BY_HEART or known - new < LARGEST_GAP:
+        return None
+    return Finding(
+        f"Overfitting: accuracy is {known:.1%} in training and {new:.1%} on held-out pairs.",
+        "fewer --num_train_epochs; a lower --learning_rate; --best_metric eval/accuracy; more data.",
+    )
+
+
+def equal_scores(spreads: Values) -> Finding | None:
+    """A reward model that gives all responses the same score."""
+    if (end := ends(spreads)[1]) >= LEAST_SPREAD:
+        return None
+    return Finding(
+        f"Collapsed scores: those of held-out chosen responses have a standard deviation of {end:.2g}.",
+        "a higher --learning_rate; a lower --centre_coef.",
+    )
+
+
+def unlearning(nlls: Values) -> Finding | None:
+    """Chosen responses that become less likely, as the rejected ones do: by their NLL, nats per token."""
+    start, end = nlls[0], ends(nlls)[1]
+    if not end > start + LEAST_RISE * abs(start):
+        return None
+    return Finding(
+        f"The chosen responses are unlearnt too: eval/nll_chosen rose from {start:.3g} to {end:.3g} nats per"
+        " token.",
+        "a higher --beta; a lower --learning_rate; --loss cpo; an earlier checkpoint.",
+    )
+
+
+def wrong_side(margins: Values) -> Finding | None:
+    """Rejected responses with the higher rewards."""
+    if (end := ends(margins)[1]) > 0:
+        return None
+    return Finding(
+        f"The margin is {end:.3g} at the end: rejected responses have the higher reward.",
+        "look whether labels are swapped; a higher --learning_rate; more steps.",
+    )
+
+
+def far_on_data(log_ratios: Values) -> Finding | None:
+    """A policy that gives the responses of the data another probability altogether."""
+    end = ends(log_ratios)[1]
+    if abs(end) <= FURTHEST:
+        return None
+    return Finding(
+        f"Far from the reference: logratio/mean is {end:.3g} nats per response at the end.",
+        "a higher --beta; a lower --learning_rate; fewer --num_train_epochs.",
+    )

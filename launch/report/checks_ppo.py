@@ -1,0 +1,261 @@
+"""Problems of step 3: policy, critic, KL, scores and responses. Pure. See checks.py for how rules judge."""
+
+from itertools import accumulate
+from statistics import median
+
+from launch.report.rule import Finding
+from launch.report.trends import ERRORS, FEWEST, Values, ends, error_of_change, peak, running_means
+from step3_ppo.advice import FAR, IDLE, JUMP, MOST_RISE
+
+LEAST_ENTROPY, LEAST_VARIETY = 0.1, 0.5  # of what it was at the start
+NO_ENTROPY, RANDOM = 0.05, 2.0  # nats per token; growth from which a policy becomes noise
+LEAST_DISTINCT, MOST_REPEATED = 0.3, 0.5  # shares of pairs and of trigrams within a response
+MOST_CUT, NO_EOS, SOME_EOS = 0.25, 0.01, 0.1  # shares of responses
+MOST_CLIPPED = 0.3  # share of tokens, in a quarter of the steps or more
+MOST_CLIPPED_SCORES = 0.2
+LARGEST_UPDATE = 0.1  # KL of the updates of a rollout, nats per token
+WORST_CRITIC = -1.0  # explained variance from which a few values tell enough
+RATIO_ERROR = 0.02
+LEAST_SPREAD = 1e-3  # of scores
+SHORT = 0.3  # of the length at the start
+MOVED = 1.0  # nats per response, for which a score should have risen
+FALL = 0.25  # of the spread of scores, from which a few evaluations tell a fall
+FALL_WITHOUT_SPREAD = 0.05  # of the score, where its spread is not known
+FORGOTTEN = 0.05  # rise of the loss on --ptx_data
+
+
+def entropy_collapse(entropies: Values) -> Finding | None:
+    """A policy that no longer explores, or one that becomes noise."""
+    start, end = ends(entropies)
+    if end > RANDOM * start and end > start + 1:
+        return Finding(
+            f"Rising entropy: policy/entropy went from {start:.3g} to {end:.3g} nats per token.",
+            "a lower --entropy_coef; a higher --kl_coef; a lower --actor_learning_rate.",
+        )
+    if not (end < LEAST_ENTROPY * start or end < NO_ENTROPY):
+        return None
+    return Finding(
+        f"Collapsed entropy: policy/entropy went from {start:.3g} to {end:.3g} nats per token.",
+        "--entropy_coef; a higher --kl_coef; a lower --actor_learning_rate.",
+    )
+
+
+def variety_collapse(distinct: Values) -> Finding | None:
+    """Held-out responses that repeat their pairs of tokens."""
+    start, end = ends(distinct)
+    if not (end < LEAST_VARIETY * start or end < LEAST_DISTINCT):
+        return None
+    return Finding(
+        f"Collapsed variety: eval/distinct_2 went from {start:.1%} to {end:.1%}.",
+        "look at the samples; a higher --kl_coef; a lower --actor_learning_rate; an earlier checkpoint.",
+    )
+
+
+def truncation(rates: Values) -> Finding | None:
+    """Responses that do not end, but are cut at --max_response_length."""
+    start, end = ends(rates)
+    if end >= 1 - MOST_CUT:
+        return None
+    if start > SOME_EOS and end < NO_EOS:
+        text = f"Responses do not end any more: response/eos_rate fell from {start:.1%} to {end:.1%}."
+    else:
+        text = f"Responses are cut: response/eos_rate is {end:.1%} at the end ({start:.1%} at the start)."
+    return Finding(
+        text,
+        "a longer --max_response_length; a higher --missing_eos_penalty; --length_penalty; demonstrations"
+        " that end in EOS. If the limit is meant to cut, --missing_eos_penalty 0.",
+    )
+
+
+def near_limit(lengths: Values, max_response_length: float = 0) -> Finding | None:
+    """Responses that fill nearly all the room there is."""
+    end = ends(lengths)[1]
+    if not max_response_length or end < 0.95 * max_response_length:
+        return None
+    return Finding(
+        f"Length at the limit: response/length is {end:.0f} tokens at the end, of --max_response_length"
+        f" {max_response_length}.",
+        "a longer --max_response_length; --length_penalty; a higher --missing_eos_penalty.",
+    )
+
+
+def short_responses(lengths: Values) -> Finding | None:
+    """Responses that shrink."""
+    start, end = ends(lengths)
+    if end >= SHORT * start:
+        return None
+    return Finding(
+        f"Responses shrink: response/length went from {start:.0f} to {end:.0f} tokens.",
+        "look at the samples; a lower --length_penalty or --missing_eos_penalty; a higher --kl_coef.",
+    )
+
+
+def large_penalties(penalties: Values, spreads: Values, normalise_scores: bool = False) -> Finding | None:
+    """Penalties that weigh as much as all that the scores differ by."""
+    (_, penalty), (_, spread) = ends(penalties), ends(spreads)
+    spread = 1.0 if normalise_scores else spread
+    if penalty <= 0 or penalty < spread:
+        return None
+    return Finding(
+        f"Penalties dominate: reward/penalty is {penalty:.3g} at the end, and scores have a standard"
+        f" deviation of {spread:.3g}.",
+        "a longer --max_response_length; a lower --missing_eos_penalty, --length_penalty or"
+        " --repetition_penalty; --normalise_scores.",
+    )
+
+
+def clipped_scores(shares: Values) -> Finding | None:
+    """Scores beyond --score_clip."""
+    if (end := ends(shares)[1]) <= MOST_CLIPPED_SCORES:
+        return None
+    return Finding(
+        f"Clipped scores: {end:.0%} of them are beyond --score_clip at the end.",
+        "a higher --score_clip; --normalise_scores.",
+    )
+
+
+def equal_scores(spreads: Values) -> Finding | None:
+    """Scores without differences."""
+    if (end := ends(spreads)[1]) >= LEAST_SPREAD:
+        return None
+    return Finding(
+        f"Scores do not differ: reward/std is {end:.2g} at the end, so that nothing can be learnt from them.",
+        "look at the samples; a reward that tells them apart; a higher --temperature.",
+    )
+
+
+def kl_too_small(kls: Values, rewards: Values) -> Finding | None:
+    """A policy that stays where it was, and gains nothing there."""
+    (low, high), (_, kl) = ends(rewards), ends(kls)
+    if kl >= IDLE or abs(high - low) > ERRORS * error_of_change(rewards):
+        return None
+    return Finding(
+        f"Nothing is learnt: kl/mean is {kl:.2g} nats at the end, and reward/mean went from {low:.3g} to"
+        f" {high:.3g}, which is noise.",
+        "a lower --kl_coef; a higher --actor_learning_rate; more steps.",
+    )
+
+
+def moved_for_nothing(kls: Values, scores: Values) -> Finding | None:
+    """A policy that moves away, and does not score higher for it."""
+    (low, high), (_, kl) = ends(scores), ends(kls)
+    if kl < MOVED or abs(high - low) > ERRORS * error_of_change(scores):
+        return None
+    return Finding(
+        f"Moved for nothing: eval/kl is {kl:.3g} nats at the end, and eval/score went from {low:.3g} to"
+        f" {high:.3g}.",
+        "a lower --actor_learning_rate; larger rollouts; launch/evaluate_reward.sh shows whether scores mean"
+        " anything.",
+    )
+
+
+def falling_score(steps: Values, scores: Values, spreads: Values) -> Finding | None:
+    """Held-out scores below their peak: beyond noise, or, of a few evaluations, by part of their spread."""
+    means = running_means(scores)
+    top, last = max(means), means[-1]
+    if len(scores) >= FEWEST:
+        noise = ERRORS * error_of_change(scores)
+    else:
+        noise = FALL * max(spreads) if spreads else FALL_WITHOUT_SPREAD * abs(top)
+    if top - last <= noise:
+        return None
+    step = steps[peak(scores)]
+    return Finding(
+        f"The score falls: eval/score was {top:.3g} around step {step:.0f} and is {last:.3g} at the end.",
+        "--best_metric eval/score; a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs.",
+    )
+
+
+def falling_reward(rewards: Values) -> Finding | None:
+    """Scores in training below what they were."""
+    start, end = ends(rewards)
+    if start - end <= ERRORS * error_of_change(rewards):
+        return None
+    return Finding(
+        f"The score falls: reward/mean went from {start:.3g} to {end:.3g}.",
+        "a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs; smaller penalties.",
+    )
+
+
+def kl_jump(steps: Values, kls: Values) -> Finding | None:
+    """A policy that moves too fast: above all that was before, as a curve may swing around its level."""
+    highest = list(accumulate(kls, max))
+    near = [
+        (kls[later] - highest[first], first, later)
+        for first in range(len(kls))
+        for later in range(first + 1, min(first + 1 + JUMP, len(kls)))
+        if steps[later] - steps[first] <= JUMP
+    ]
+    jump, first, later = max(near, default=(0.0, 0, 0))
+    if jump <= MOST_RISE:
+        return None
+    return Finding(
+        f"A jump of KL: kl/mean went from {max(kls[first], 0):.2f} to {kls[later]:.2f} nats between steps"
+        f" {steps[first]} and {steps[later]}.",
+        "a higher --kl_coef, or --kl_controller adaptive with a low --target_kl; a lower"
+        " --actor_learning_rate, or a longer --warmup_ratio to it.",
+    )
+
+
+def kl_too_large(steps: Values, kls: Values) -> Finding | None:
+    """A policy that has left the reference behind."""
+    above = [step for step, kl in zip(steps, kls, strict=True) if kl > FAR]
+    if not above:
+        return None
+    return Finding(
+        f"Drifted far: kl/mean exceeds {FAR:.0f} nats from step {above[0]} and ends at {kls[-1]:.3g}.",
+        "a higher --kl_coef, or --kl_controller adaptive with a --target_kl; the samples before that step.",
+    )
+
+
+def blind_critic(explained: Values) -> Finding | None:
+    """A critic that predicts worse than a constant, by the median over the second half."""
+    later = median(explained[len(explained) // 2 :])
+    if later >= (0 if len(explained) >= FEWEST else WORST_CRITIC):
+        return None
+    return Finding(
+        f"The critic does not learn: value/explained_var has a median of {later:.2f} in the second half;"
+        " below 0 it predicts worse than a constant.",
+        "a higher --critic_learning_rate; --critic_warmup_steps; --normalise_scores; larger rollouts.",
+    )
+
+
+def clipped_updates(fractions: Values) -> Finding | None:
+    """Updates of which the clip cuts much off."""
+    if (often := sorted(fractions)[len(fractions) * 3 // 4]) <= MOST_CLIPPED:
+        return None
+    return Finding(
+        f"Updates too large: policy/clip_fraction is {often:.2f} or more in a quarter of the steps.",
+        "a lower --actor_learning_rate; fewer --ppo_epochs; a larger --global_batch_size.",
+    )
+
+
+def large_updates(kls: Values) -> Finding | None:
+    """A policy far from the one that drew the responses."""
+    if (often := median(kls)) <= LARGEST_UPDATE:
+        return None
+    return Finding(
+        f"Updates too large: policy/approx_kl has a median of {often:.2g} nats per token.",
+        "a lower --actor_learning_rate; fewer --ppo_epochs; a lower --target_kl, which ends epochs earlier.",
+    )
+
+
+def wrong_ratio(ratios: Values) -> Finding | None:
+    """Sampling and training that disagree about the policy."""
+    if (error := median(abs(ratio - 1) for ratio in ratios)) <= RATIO_ERROR:
+        return None
+    return Finding(
+        f"Sampling and training disagree: policy/ratio is off 1 by {error:.2g} at the first minibatch.",
+        "fp32 or bf16 for both; a model without dropout or other noise; a supported family.",
+    )
+
+
+def forgetting(losses: Values) -> Finding | None:
+    """Demonstrations that are forgotten although they are learnt beside PPO."""
+    start, end = ends(losses)
+    if end <= start + FORGOTTEN * abs(start):
+        return None
+    return Finding(
+        f"Demonstrations are forgotten: ptx/loss rose from {start:.3g} to {end:.3g}.",
+        "a higher --ptx_coef; a lower --actor_learning_rate; a higher --kl_coef.",
+    )

@@ -1,0 +1,124 @@
+"""Find what the commands of this suite wrote below a folder: training runs, reports, and the rest."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.options import UserError
+from common.records import CLICKS, KINDS
+from launch.report.read import Run, read_json, read_run
+from launch.report.stages import Stage, stage_of
+
+DEEPEST = 4  # folders below the given one: OUT/raft/round_1/samples
+MOST_FOLDERS = 2000  # looked at; a whole disk is not an output folder
+PARTS_OF_RUNS = {
+    "checkpoints", "tensorboard", "final", "best", "final_ema", "final_critic", "golden",
+}  # fmt: skip
+# Keys of report.json that only one command writes.
+REPORTS = {
+    "compare": {"policies", "best_of", "prompts"},
+    "reward": {"accuracy", "accuracy_by", "prediction"},
+    "judge": {"judged", "position", "agreement"},
+    "best_of_n": {"samples", "demonstrations", "preferences"},
+    "quickstart": {"gold_sft", "gold_ppo", "gold_win_rate"},
+}
+
+
+class Evaluation(NamedTuple):
+    """The folder of a command that measures: its report.json."""
+
+    folder: Path
+    kind: str  # of REPORTS
+    figures: dict[str, Any]
+
+
+class Seen(NamedTuple):
+    """What is below a folder, in the order of the paths."""
+
+    runs: list[Run]
+    evaluations: list[Evaluation]
+    others: list[str]  # path and kind of folders that the page does not show
+    problems: list[str]
+    folders: list[Path]  # all that were looked at, in order
+
+
+def scan(root: Path) -> Seen:
+    """Everything below a folder. Raises UserError when there is nothing that a report can show."""
+    if not root.is_dir():
+        raise UserError(f"{root}: {'is a file, not an output folder' if root.exists() else 'no such folder'}")
+    folders, is_cut = _folders(root)
+    seen = Seen([], [], [], [], folders)
+    try:
+        for folder in folders:
+            _look(folder, root, seen)
+    except OSError as error:
+        raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
+    if is_cut:
+        seen.problems.append(f"{root}: has more than {MOST_FOLDERS} folders; the others were not looked at.")
+    if not seen.runs and not seen.evaluations:
+        others = f"; it holds {_listed(seen.others)}" if seen.others else ""
+        raise UserError(
+            f"{root}: no training run and no evaluation of this suite here or below{others};"
+            " give the --output_dir of a command, or a folder of such folders"
+        )
+    return seen
+
+
+def _look(folder: Path, root: Path, seen: Seen) -> None:
+    """Add what one folder holds."""
+    options, of_options = read_json(folder / "options.json")
+    stage = stage_of(options) if options else None
+    figures, of_report = read_json(folder / "report.json")
+    kind = next((kind for kind, keys in REPORTS.items() if keys <= figures.keys()), "")
+    is_run = stage.trains if stage else (folder / "metrics.jsonl").is_file()
+    if is_run:
+        seen.runs.append(read_run(folder, stage, options, of_options))
+    else:
+        seen.problems.extend(of_options)
+    if kind:
+        seen.evaluations.append(Evaluation(folder, kind, figures))
+    seen.problems.extend(of_report)
+    if not is_run and not kind and (what := _other_kind(folder, stage)):
+        name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
+        seen.others.append(f"{name} ({what})")
+
+
+def _other_kind(folder: Path, stage: Stage | None) -> str:
+    """What a folder without run and report holds, in a word; empty for one that holds only folders."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    if stage is not None:
+        return stage.title
+    if "config.json" in names:
+        return "model"
+    if any(name.endswith(CLICKS) for name in names):
+        return "annotations"
+    return "data" if any(name.endswith(KINDS) for name in names) else ""
+
+
+def _folders(root: Path) -> tuple[list[Path], bool]:
+    """The folder and those below it, without the parts of runs; and whether there are too many."""
+    found, queue = [], [root]
+    while queue and len(found) < MOST_FOLDERS:
+        folder = queue.pop(0)
+        found.append(folder)
+        if len(folder.relative_to(root).parts) < DEEPEST:
+            try:
+                below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+            except PermissionError:
+                continue
+            queue += [p for p in below if p.name not in PARTS_OF_RUNS and not p.name.startswith(".")]
+    return sorted(found, key=lambda path: _natural(path.relative_to(root))), bool(queue)
+
+
+def _natural(path: Path) -> list[list[tuple[int, str]]]:
+    """round_2 before round_10."""
+    return [
+        [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+        for name in path.parts
+    ]
+
+
+def _listed(others: list[str], most: int = 12) -> str:
+    """Names in one line."""
+    more = f" and {len(others) - most} more" if len(others) > most else ""
+    return ", ".join(others[:most]) + more
