@@ -1,11 +1,9 @@
-"""Problems of step 3: policy, critic, KL, scores and responses. Pure. See checks.py for how rules judge."""
+"""Problems of step 3: policy, critic, scores and responses. Pure. See checks.py for how rules judge."""
 
-from itertools import accumulate
 from statistics import median
 
 from launch.report.rule import Finding
 from launch.report.trends import ERRORS, FEWEST, Values, ends, error_of_change, peak, running_means
-from step3_ppo.advice import FAR, IDLE, JUMP, MOST_RISE
 
 LEAST_ENTROPY, LEAST_VARIETY = 0.1, 0.5  # of what it was at the start
 NO_ENTROPY, RANDOM = 0.05, 2.0  # nats per token; growth from which a policy becomes noise
@@ -13,12 +11,9 @@ LEAST_DISTINCT, MOST_REPEATED = 0.3, 0.5  # shares of pairs and of trigrams with
 MOST_CUT, NO_EOS, SOME_EOS = 0.25, 0.01, 0.1  # shares of responses
 MOST_CLIPPED = 0.3  # share of tokens, in a quarter of the steps or more
 MOST_CLIPPED_SCORES = 0.2
-LARGEST_UPDATE = 0.1  # KL of the updates of a rollout, nats per token
 WORST_CRITIC = -1.0  # explained variance from which a few values tell enough
-RATIO_ERROR = 0.02
 LEAST_SPREAD = 1e-3  # of scores
 SHORT = 0.3  # of the length at the start
-MOVED = 1.0  # nats per response, for which a score should have risen
 FALL = 0.25  # of the spread of scores, from which a few evaluations tell a fall
 FALL_WITHOUT_SPREAD = 0.05  # of the score, where its spread is not known
 FORGOTTEN = 0.05  # rise of the loss on --ptx_data
@@ -124,31 +119,6 @@ def equal_scores(spreads: Values) -> Finding | None:
     )
 
 
-def kl_too_small(kls: Values, rewards: Values) -> Finding | None:
-    """A policy that stays where it was, and gains nothing there."""
-    (low, high), (_, kl) = ends(rewards), ends(kls)
-    if kl >= IDLE or abs(high - low) > ERRORS * error_of_change(rewards):
-        return None
-    return Finding(
-        f"Nothing is learnt: kl/mean is {kl:.2g} nats at the end, and reward/mean went from {low:.3g} to"
-        f" {high:.3g}, which is noise.",
-        "a lower --kl_coef; a higher --actor_learning_rate; more steps.",
-    )
-
-
-def moved_for_nothing(kls: Values, scores: Values) -> Finding | None:
-    """A policy that moves away, and does not score higher for it."""
-    (low, high), (_, kl) = ends(scores), ends(kls)
-    if kl < MOVED or abs(high - low) > ERRORS * error_of_change(scores):
-        return None
-    return Finding(
-        f"Moved for nothing: eval/kl is {kl:.3g} nats at the end, and eval/score went from {low:.3g} to"
-        f" {high:.3g}.",
-        "a lower --actor_learning_rate; larger rollouts; launch/evaluate_reward.sh shows whether scores mean"
-        " anything.",
-    )
-
-
 def falling_score(steps: Values, scores: Values, spreads: Values) -> Finding | None:
     """Held-out scores below their peak: beyond noise, or, of a few evaluations, by part of their spread."""
     means = running_means(scores)
@@ -177,37 +147,6 @@ def falling_reward(rewards: Values) -> Finding | None:
     )
 
 
-def kl_jump(steps: Values, kls: Values) -> Finding | None:
-    """A policy that moves too fast: above all that was before, as a curve may swing around its level."""
-    highest = list(accumulate(kls, max))
-    near = [
-        (kls[later] - highest[first], first, later)
-        for first in range(len(kls))
-        for later in range(first + 1, min(first + 1 + JUMP, len(kls)))
-        if steps[later] - steps[first] <= JUMP
-    ]
-    jump, first, later = max(near, default=(0.0, 0, 0))
-    if jump <= MOST_RISE:
-        return None
-    return Finding(
-        f"A jump of KL: kl/mean went from {max(kls[first], 0):.2f} to {kls[later]:.2f} nats between steps"
-        f" {steps[first]} and {steps[later]}.",
-        "a higher --kl_coef, or --kl_controller adaptive with a low --target_kl; a lower"
-        " --actor_learning_rate, or a longer --warmup_ratio to it.",
-    )
-
-
-def kl_too_large(steps: Values, kls: Values) -> Finding | None:
-    """A policy that has left the reference behind."""
-    above = [step for step, kl in zip(steps, kls, strict=True) if kl > FAR]
-    if not above:
-        return None
-    return Finding(
-        f"Drifted far: kl/mean exceeds {FAR:.0f} nats from step {above[0]} and ends at {kls[-1]:.3g}.",
-        "a higher --kl_coef, or --kl_controller adaptive with a --target_kl; the samples before that step.",
-    )
-
-
 def blind_critic(explained: Values) -> Finding | None:
     """A critic that predicts worse than a constant, by the median over the second half."""
     later = median(explained[len(explained) // 2 :])
@@ -227,26 +166,6 @@ def clipped_updates(fractions: Values) -> Finding | None:
     return Finding(
         f"Updates too large: policy/clip_fraction is {often:.2f} or more in a quarter of the steps.",
         "a lower --actor_learning_rate; fewer --ppo_epochs; a larger --global_batch_size.",
-    )
-
-
-def large_updates(kls: Values) -> Finding | None:
-    """A policy far from the one that drew the responses."""
-    if (often := median(kls)) <= LARGEST_UPDATE:
-        return None
-    return Finding(
-        f"Updates too large: policy/approx_kl has a median of {often:.2g} nats per token.",
-        "a lower --actor_learning_rate; fewer --ppo_epochs; a lower --target_kl, which ends epochs earlier.",
-    )
-
-
-def wrong_ratio(ratios: Values) -> Finding | None:
-    """Sampling and training that disagree about the policy."""
-    if (error := median(abs(ratio - 1) for ratio in ratios)) <= RATIO_ERROR:
-        return None
-    return Finding(
-        f"Sampling and training disagree: policy/ratio is off 1 by {error:.2g} at the first minibatch.",
-        "fp32 or bf16 for both; a model without dropout or other noise; a supported family.",
     )
 
 

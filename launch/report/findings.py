@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from launch.report import checks, checks_ppo, hacks
+from launch.report import checks, checks_kl, checks_ppo, hacks
 from launch.report.read import Line, columns
 from launch.report.rule import Finding, Rule
 from launch.report.trends import FEWEST
@@ -39,7 +39,7 @@ RULES = [
     Rule("fall of gold", hacks.falling_gold, (("step", "eval/score", "eval/gold"),), "ppo", 2, optional=True),
     Rule("fall of the held-out score", checks_ppo.falling_score,
          (("step", "eval/score"), ("eval/score_std",)), "ppo", 2),
-    Rule("gain for the KL", checks_ppo.moved_for_nothing, (("eval/kl", "eval/score"),), "ppo", FEWEST),
+    Rule("gain for the KL", checks_kl.moved_for_nothing, (("eval/kl", "eval/score"),), "ppo", FEWEST),
     Rule("fall of reward/mean", checks_ppo.falling_reward, (("reward/mean",),), "ppo", FEWEST),
     Rule("length hack", hacks.length_hack, (("reward/mean", "response/length"),), "ppo", 2),
     Rule("repetition", hacks.repetition,
@@ -54,13 +54,13 @@ RULES = [
          options=("normalise_scores",)),
     Rule("clipped scores", checks_ppo.clipped_scores, (("reward/clipped",),), "ppo"),
     Rule("spread of scores", checks_ppo.equal_scores, (("reward/std",),), "ppo"),
-    Rule("learning at all", checks_ppo.kl_too_small, (("kl/mean", "reward/mean"),), "ppo", FEWEST),
-    Rule("jumps of KL", checks_ppo.kl_jump, (("step", "kl/mean"),), "ppo", 2),
-    Rule("level of KL", checks_ppo.kl_too_large, (("step", "kl/mean"),), "ppo"),
+    Rule("learning at all", checks_kl.kl_too_small, (("kl/mean", "reward/mean"),), "ppo", FEWEST),
+    Rule("jumps of KL", checks_kl.kl_jump, (("step", "kl/mean"),), "ppo", 2),
+    Rule("level of KL", checks_kl.kl_too_large, (("step", "kl/mean"),), "ppo"),
     Rule("critic", checks_ppo.blind_critic, (("value/explained_var",),), "ppo", optional=True),
     Rule("clipped updates", checks_ppo.clipped_updates, (("policy/clip_fraction",),), "ppo"),
-    Rule("size of updates", checks_ppo.large_updates, (("policy/approx_kl",),), "ppo", optional=True),
-    Rule("ratio at the first minibatch", checks_ppo.wrong_ratio, (("policy/ratio",),), "ppo", optional=True),
+    Rule("size of updates", checks_kl.large_updates, (("policy/approx_kl",),), "ppo", optional=True),
+    Rule("ratio at the first minibatch", checks_kl.wrong_ratio, (("policy/ratio",),), "ppo", optional=True),
     Rule("forgetting", checks_ppo.forgetting, (("ptx/loss",),), "ppo", FEWEST, optional=True),
 ]  # fmt: skip
 ALIKE = "answers that become alike"
