@@ -9,7 +9,6 @@
 A checkpoint is written beside its place, flushed to disk and renamed into it.
 """
 
-import dataclasses
 import json
 import shutil
 import time
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from common.distributed import barrier, gather_objects, log, rank
 from common.engine import is_partial, trained_state_dict
 from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
+from common.option_checks import resolved
 from common.options import RunOptions, UserError, reason, world_size
 from common.process import Stopped, stop_requested
 from common.train_state import TrainState
@@ -186,7 +186,7 @@ def _complete(
 ) -> str:
     """Write what rank 0 knows, and give the folder its name; the problem, if there is one."""
     try:
-        write_json(temporary / "options.json", dataclasses.asdict(options))
+        write_json(temporary / "options.json", resolved(options))
         manifest["files"]["options.json"] = _entry(temporary / "options.json")
         if state.average:
             save_file(state.average, temporary / AVERAGE)

@@ -12,10 +12,21 @@ from common.distributed import device, gather_objects, rank
 from common.engine import gathered, make_frozen
 from common.families import check_sampling, position_limit
 from common.models import base_model, load_causal_lm
-from common.options import UserError, option, world_size
+from common.options import DataOptions, Overlong, UserError, option, world_size
 from common.sampling import Responses, sample_responses, uniforms_for
 from common.tokenization import SegmentEncoder
 from common.zero import frozen_config, unpartitioned
+
+
+@dataclass
+class PromptDataOptions(DataOptions):
+    """`DataOptions` of commands that read prompts."""
+
+    overlong: Overlong = option(
+        "truncate_prompt",
+        "Prompts longer than --max_prompt_length. truncate_prompt: take the oldest messages, then the"
+        " beginning, away; drop or truncate_response: leave them out; error: stop.",
+    )
 
 
 @dataclass

@@ -5,6 +5,7 @@ A stage's options are one dataclass that inherits the groups it needs. Ranges st
 (`at_least`, `above`, `at_most`), and `parse_options` checks them all before anything else happens.
 """
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -43,6 +44,11 @@ def option(default: Any, help: str, **limits: float) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+Overlong = Literal["truncate_prompt", "truncate_response", "drop", "error"]
+BEST_METRIC = "Keep the model with the best value of this in best/, and its checkpoint."
+_given: frozenset[str] = frozenset()  # what stands on the command line
+
+
 @dataclass
 class RunOptions:
     """How long to run, what to write and when."""
@@ -68,9 +74,8 @@ class RunOptions:
         False, "Take weights and position from the checkpoint, and start the optimiser anew."
     )
     export_only: bool = option(False, "Write final/ from the newest checkpoint, and train no more.")
-    best_metric: Literal["none", "eval/loss", "eval/accuracy", "eval/score", "eval/gold"] = option(
-        "none", "Keep the model with the best value of this in best/, and its checkpoint."
-    )
+    # Each stage declares which figures it measures.
+    best_metric: str = option("none", BEST_METRIC)
     max_skipped_steps: int = option(
         20, "Stop after this many steps in a row whose numbers were not finite.", at_least=1
     )
@@ -100,10 +105,11 @@ class DataOptions:
     skip_bad_records: bool = option(
         False, "Count and skip malformed records instead of stopping at the first."
     )
-    overlong: Literal["truncate_prompt", "truncate_response", "drop", "error"] = option(
+    overlong: Overlong = option(
         "truncate_prompt",
-        "Records longer than --max_length: take the oldest messages, then the prompt's beginning, away; cut "
-        "the response; leave them out; or stop. One whose response does not fit is left out.",
+        "Records longer than --max_length. truncate_prompt: take the oldest messages, then the prompt's"
+        " beginning, away; truncate_response: cut the response; drop: leave them out; error: stop. A record"
+        " whose response does not fit is left out.",
     )
     cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.")
     preprocessing_workers: int = option(0, "Processes that tokenise; 0: one per core.", at_least=0)
@@ -172,8 +178,14 @@ def parse_options(
         def error(self, message: str) -> NoReturn:
             raise UserError(message.removeprefix("argument "))
 
+        def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+            if names[0].startswith("--no_") and settings.get("action") == "store_false":
+                settings |= {"help": f"Turn --{settings['dest']} off.", "default": argparse.SUPPRESS}
+            return super().add_argument(*names, **settings)
+
     title = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
     parser = Parser(options_class, allow_abbrev=False, usage="[--option value ...]", description=title)
+    global _given
     (options, unknown) = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options)}")
@@ -182,7 +194,16 @@ def parse_options(
             raise UserError(f"--{name} is required")
     for field in dataclasses.fields(options):
         _check_limits(field.name, getattr(options, field.name), field.metadata["help"].limits)
+    unset = object()
+    parser.set_defaults(**{field.name: unset for field in dataclasses.fields(options)})
+    values = vars(parser.parse_known_args(argv)[0])
+    _given = frozenset(name for name, value in values.items() if value is not unset)
     return options
+
+
+def given_options() -> frozenset[str]:
+    """Names of the options that stand on the command line, as of the last `parse_options`."""
+    return _given
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:

@@ -18,13 +18,15 @@ from common.options import RunOptions, UserError, world_size
 from common.train_state import TrainState
 
 
-def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any]) -> TrainState:
-    """Load a checkpoint into the engines; a fresh state when there is none.
+def resume(
+    checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any], total_steps: int
+) -> TrainState:
+    """Load a checkpoint into the engines, for a run of so many steps; a fresh state when there is none.
 
     Raises UserError when the optimiser state does not fit the engines and --resume_weights_only is not given.
     """
     if checkpoint is None:
-        return TrainState()
+        return TrainState(total_steps=total_steps)
     if options.resume_weights_only:
         for name, engine in engines.items():
             _load_weights(checkpoint, name, engine)
@@ -32,7 +34,7 @@ def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str
         log(
             f"resumed weights from {checkpoint.folder} at step {checkpoint.state.step}; optimisers start anew"
         )
-        return checkpoint.state
+        return _continued(checkpoint.state, options, total_steps)
     for name, engine in engines.items():
         _check_fit(checkpoint, name, engine)
     for name, engine in engines.items():
@@ -44,7 +46,18 @@ def resume(checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str
             )
         _follow_schedule(engine)
     log(f"resumed from {checkpoint.folder} at step {checkpoint.state.step}")
-    return checkpoint.state
+    return _continued(checkpoint.state, options, total_steps)
+
+
+def _continued(state: TrainState, options: RunOptions, total_steps: int) -> TrainState:
+    """The state in a run of so many steps; logs a change of their number."""
+    if state.total_steps not in (0, total_steps) and not options.export_only:
+        log(
+            f"the run ends at step {total_steps} now, planned were {state.total_steps}: from step"
+            f" {state.step + 1} on the learning rate follows a schedule of {total_steps} steps"
+        )
+    state.total_steps = total_steps
+    return state
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:

@@ -1,16 +1,18 @@
 """The output directory of a run: one run at a time, and always the same one."""
 
-import dataclasses
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from common.checkpoint import Checkpoint, find_checkpoint
 from common.distributed import gather_objects, log, rank
 from common.files import lock_folder, sha256, write_json
+from common.option_checks import changed_defaults, changed_options, default_values, resolved
 from common.options import RunOptions, UserError
 from common.records import parse_source
 
@@ -33,7 +35,7 @@ FREE_OPTIONS = {
     "actor_gradient_checkpointing", "critic_gradient_checkpointing", "offload_frozen",
     "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
     "max_eval_samples", "num_samples", "sample_length", "cache_dir", "preprocessing_workers",
-    "packing", "share_prompts", "golden_data", "early_stopping",
+    "packing", "share_prompts", "golden_data", "max_centre_samples", "early_stopping",
 }  # fmt: skip
 
 ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
@@ -41,21 +43,51 @@ ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that ar
 _locks: list[Any] = []  # open for as long as the process lives
 
 
+def check_folder(options: RunOptions) -> None:
+    """Raise UserError when the output directory holds another run, as far as the options tell.
+
+    Called before data is read; `open_run` and `prepare_output` look again, with the data.
+    """
+    folder, named = Path(options.output_dir), options.resume_from_checkpoint
+    if named == "none" and (folder / "options.json").exists():
+        raise UserError(f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'")
+    if named not in ("none", "latest") and not Path(named).is_dir():
+        raise UserError(f"--resume_from_checkpoint {named}: no such folder")
+    _compare_options("--output_dir", folder, options)
+    _compare_options("--resume_from_checkpoint", Path(named), options)
+
+
+def open_run(
+    options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast], total_steps: int
+) -> Checkpoint | None:
+    """Claim the output directory for a training run; the checkpoint from which it continues, if there is one.
+
+    As `prepare_output`. Raises UserError too when the run has taken more than `total_steps` already.
+    """
+    files = _on_first_rank(_claim, options, tokenizers)
+    checkpoint = find_checkpoint(options)
+    if checkpoint and checkpoint.state.step > total_steps and not options.export_only:
+        limit = f"--max_steps {options.max_steps}"
+        if not options.max_steps:
+            limit = f"--num_train_epochs {options.num_train_epochs:g} ({total_steps} steps)"
+        step = checkpoint.state.step
+        raise UserError(
+            f"{limit}: the run in {options.output_dir} is at step {step} already; allowed: {step} or more,"
+            " or --export_only, which writes final/ from its checkpoint"
+        )
+    if not options.export_only:
+        _on_first_rank(_write, options, files)
+    return checkpoint
+
+
 def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     """Claim the output directory for this run; every rank must call it.
 
     Writes options.json, and fingerprint.json of data, tokenizers and templates. Raises UserError on every
     rank, naming what differs, when the directory holds a different run, when another process uses it, and
-    when it holds any run although --resume_from_checkpoint is 'none'.
+    when it holds any run although --resume_from_checkpoint is 'none'. Nothing is written then.
     """
-    problem = ""
-    if rank() == 0:
-        try:
-            _claim(options, tokenizers)
-        except (UserError, OSError) as error:
-            problem = str(error)
-    if problem := gather_objects(problem)[0]:
-        raise UserError(problem)
+    _on_first_rank(_write, options, _on_first_rank(_claim, options, tokenizers))
 
 
 def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
@@ -82,35 +114,54 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
     return found
 
 
-def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, on rank 0; its UserError or OSError is a UserError on every rank."""
+    problem, result = "", None
+    if rank() == 0:
+        try:
+            result = work(*arguments)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    if problem := gather_objects(problem)[0]:
+        raise UserError(problem)
+    return result
+
+
+def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
+    """Lock the folder and compare what it holds; returns the files to write there."""
     folder = Path(options.output_dir)
     lock = lock_folder(folder)
-    current = json.loads(json.dumps(dataclasses.asdict(options)))
     found = fingerprint(options, tokenizers)
-    if (folder / "options.json").exists() and options.resume_from_checkpoint == "none":
-        raise UserError(f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'")
-    _compare_options("--output_dir", folder, current)
-    _compare_options("--resume_from_checkpoint", Path(options.resume_from_checkpoint), current)
+    check_folder(options)
     if (folder / "fingerprint.json").exists():
         _compare_data(options, json.loads((folder / "fingerprint.json").read_text()), found)
     _locks.append(lock)
+    return {"fingerprint.json": found, "options.json": resolved(options)}
+
+
+def _write(options: RunOptions, files: dict[str, Any]) -> None:
+    folder = Path(options.output_dir)
     for left_over in (folder / "checkpoints").glob("*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
-    write_json(folder / "fingerprint.json", found)
-    write_json(folder / "options.json", current)
+    for name, content in files.items():
+        write_json(folder / name, content)
 
 
-def _compare_options(name: str, folder: Path, current: dict[str, Any]) -> None:
+def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
+    """Raise UserError for options that differ from those of the run in a folder."""
     if not (folder / "options.json").exists():
         return
     earlier = json.loads((folder / "options.json").read_text())
-    keys = sorted(k for k in current.keys() | earlier.keys() if current.get(k) != earlier.get(k))
-    changes = [f"--{k} {earlier.get(k)} -> {current.get(k)}" for k in keys if k not in FREE_OPTIONS]
-    if changes:
+    current = resolved(options)
+    if changes := changed_options(earlier, current, default_values(options), FREE_OPTIONS):
         free = " ".join(f"--{option}" for option in sorted(FREE_OPTIONS & current.keys()))
         raise UserError(
             f"{name} {folder}: holds a different run ({', '.join(changes)}); choose another folder."
             f" These may differ: {free}"
+        )
+    if renewed := changed_defaults(earlier, current, FREE_OPTIONS):
+        raise UserError(
+            f"{name} {folder}: its run began with other defaults; to continue it, add {' '.join(renewed)}"
         )
 
 

@@ -17,6 +17,7 @@ class TrainState:
     """
 
     step: int = 0
+    total_steps: int = 0  # of the run, as planned when it was started the last time
     epoch: float = 0.0
     samples: int = 0
     controllers: dict[str, float] = field(default_factory=dict)

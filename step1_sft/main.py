@@ -10,7 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import find_checkpoint, save_if_due
+from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
@@ -21,10 +21,11 @@ from common.lora import add_adapters, check_adapters
 from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
 from common.models import load_causal_lm, load_config, longest_input, response_logits
+from common.option_checks import check_held_out
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.resume import resume
-from common.run_folder import prepare_output
+from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step1_sft.data import Demonstration, collate, demonstration
@@ -37,11 +38,13 @@ from step1_sft.packing import check_packing, micro_batches
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(SFTOptions, required=["model_name_or_path", "train_data"])
+    check_held_out(options)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = load_config(options.model_name_or_path)
     check_policy(config)
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
+    check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     convert = partial(
@@ -49,23 +52,22 @@ def main() -> None:
         loss_on=options.loss_on,
     )  # fmt: skip
     train, held_out = load_examples(options.train_data, options, Demonstration, convert)
-    check_best_metric(options, held_out, "eval/loss")
+    check_best_metric(options, held_out)
     init_distributed(options.timeout_minutes)
-    prepare_output(options, {"tokenizer": tokenizer})
-    checkpoint = find_checkpoint(options)
-
-    # 2. The model, and where the run stands.
-    lengths = train.notes("length")
     total_steps = options.max_steps or steps_in_epochs(
         len(train), options.global_batch_size, options.num_train_epochs
     )
+    checkpoint = open_run(options, {"tokenizer": tokenizer}, total_steps)
+
+    # 2. The model, and where the run stands.
+    lengths = train.notes("length")
     seed_everything(options.seed, step=0)
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     if options.packing:
         check_packing(engine, options.max_length)
     engines = {"policy": engine}
-    state = resume(checkpoint, options, engines)
+    state = resume(checkpoint, options, engines, total_steps)
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.options import TrainOptions, option
+from common.options import BEST_METRIC, TrainOptions, option
 
 
 @dataclass
@@ -19,6 +19,7 @@ class SFTOptions(TrainOptions, SampleOptions):
     """Supervised fine-tuning on demonstrations: `prompt` + `completion`, or `messages`."""
 
     output_dir: str = option("output/step1_sft", "Folder for logs, checkpoints and the final model.")
+    best_metric: Literal["none", "eval/loss"] = option("none", BEST_METRIC)
     loss_on: Literal["response", "prompt_and_response"] = option(
         "response", "Learn from every assistant turn only, or from all tokens."
     )

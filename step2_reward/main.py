@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoint import find_checkpoint, save_if_due
+from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, deal, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
@@ -24,10 +24,11 @@ from common.lora import add_adapters, check_adapters
 from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_config, load_scalar_model, longest_input
+from common.option_checks import check_held_out
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.resume import resume
-from common.run_folder import prepare_output
+from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step2_reward.data import Layout, Preference, Response, collate, preference, scored_response
@@ -48,12 +49,14 @@ from step2_reward.shared_prompt import choose_layout, pair_scores_and_states
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(RewardOptions, required=["model_name_or_path", "train_data"])
+    check_held_out(options)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = load_config(options.model_name_or_path)
     check_scalar(config)
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     check_language_model(options)
+    check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     convert = partial(
@@ -63,16 +66,15 @@ def main() -> None:
     train, held_out = load_examples(options.train_data, options, Preference, convert)
     centre_rows = load_centre_rows(options, encoder, train)
     golden = load_pairs(options.golden_data, [encoder], options.max_length) if options.golden_data else None
-    check_best_metric(options, held_out, "eval/loss", "eval/accuracy")
+    check_best_metric(options, held_out)
     init_distributed(options.timeout_minutes)
-    prepare_output(options, {"tokenizer": tokenizer})
-    checkpoint = find_checkpoint(options)
-
-    # 2. The model, and where the run stands.
-    lengths = train.notes("length")
     total_steps = options.max_steps or steps_in_epochs(
         len(train), options.global_batch_size, options.num_train_epochs
     )
+    checkpoint = open_run(options, {"tokenizer": tokenizer}, total_steps)
+
+    # 2. The model, and where the run stands.
+    lengths = train.notes("length")
     seed_everything(options.seed, step=0)
     model = load_scalar_model(options.model_name_or_path, tokenizer, zero, options.seed)
     set_centre(model, 0.0, 1.0)  # raw scores, until the end centres them
@@ -81,7 +83,7 @@ def main() -> None:
     engines = {"reward": engine}
     language_head = load_language_head(options, tokenizer, zero)
     layout = choose_layout(engine, train, options, tokenizer.pad_token_id)
-    state = resume(checkpoint, options, engines)
+    state = resume(checkpoint, options, engines, total_steps)
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))

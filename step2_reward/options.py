@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.ensemble import EnsembleOptions
-from common.options import TrainOptions, option
+from common.options import BEST_METRIC, TrainOptions, option
 
 
 @dataclass
@@ -14,6 +14,7 @@ class RewardOptions(TrainOptions):
     stage: ClassVar[int] = 2
     output_dir: str = option("output/step2_reward", "Folder for logs, checkpoints and the final model.")
     learning_rate: float = option(9e-6, "Highest learning rate.", above=0)
+    best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
     use_margin: bool = option(False, "Let the `margin` of a record enter the loss.")
     label_smoothing: float = option(
         0.0, "Probability that a rater chose the wrong response.", at_least=0, at_most=0.49

@@ -4,12 +4,12 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from common.ensemble import EnsembleOptions
-from common.generation import GenerationOptions
-from common.options import DataOptions, UserError, option
+from common.generation import GenerationOptions, PromptDataOptions
+from common.options import UserError, option
 
 
 @dataclass
-class SampleOptions(DataOptions, EnsembleOptions, GenerationOptions):
+class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
     """All that decides what samples.jsonl holds; a folder with other samples is refused."""
 
     stage: ClassVar[int] = 3

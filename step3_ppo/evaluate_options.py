@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.ensemble import EnsembleOptions
-from common.generation import GenerationOptions
-from common.options import DataOptions, UserError, option
+from common.generation import GenerationOptions, PromptDataOptions
+from common.options import UserError, option
 
 
 @dataclass
-class EvaluateOptions(DataOptions, EnsembleOptions, GenerationOptions):
+class EvaluateOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
     """Policies compared on the same held-out prompts."""
 
     stage: ClassVar[int] = 3

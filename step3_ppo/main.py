@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from common.averaging import update_average
-from common.checkpoint import find_checkpoint, save_checkpoint, save_if_due
+from common.checkpoint import save_checkpoint, save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything
 from common.ensemble import load_encoders
@@ -25,7 +25,7 @@ from common.options import parse_options, world_size
 from common.process import run_main
 from common.prompts import Prompt, prompt
 from common.resume import resume
-from common.run_folder import prepare_output
+from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step3_ppo.advice import advise
@@ -61,6 +61,7 @@ def main() -> None:
     config = load_config(options.actor_model_name_or_path)
     check_generation(options, config)
     check_adapters(options.actor_model_name_or_path, options)
+    check_folder(options)
     tokenizer = load_tokenizer(options.actor_model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     reward_encoders = load_encoders(options, encoder)
@@ -71,23 +72,22 @@ def main() -> None:
     )
     train, held_out = load_examples(options.prompt_data, options, Prompt, convert)
     texts = load_texts(options, encoder)
-    check_best_metric(options, held_out, "eval/score", "eval/gold")
+    check_best_metric(options, held_out)
     init_distributed(options.timeout_minutes)
     tokenizers = {
         f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(reward_encoders, start=1)
     }
-    prepare_output(options, {"tokenizer": tokenizer, **tokenizers})
-    checkpoint = find_checkpoint(options)
-
-    # 2. The models, and where the run stands.
     prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
     total_steps = options.max_steps or steps_in_epochs(len(train), prompts_per_step, options.num_train_epochs)
+    checkpoint = open_run(options, {"tokenizer": tokenizer, **tokenizers}, total_steps)
+
+    # 2. The models, and where the run stands.
     seed_everything(options.seed, step=0)
     models = build_models(
         options, encoder, reward_encoders, functions, gold_function, actor_zero, critic_zero, total_steps
     )  # fmt: skip
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
-    state = resume(checkpoint, options, engines)
+    state = resume(checkpoint, options, engines, total_steps)
     horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
     controllers = state.controllers
     kl = KLController(controllers.setdefault("kl_coef", options.kl_coef), options.target_kl, horizon)

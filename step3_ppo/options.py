@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.ensemble import EnsembleOptions
-from common.generation import GenerationOptions
+from common.generation import GenerationOptions, PromptDataOptions
+from common.option_checks import check_held_out
 from common.options import (
-    DataOptions,
+    BEST_METRIC,
     LoraOptions,
     OptimiserOptions,
     RunOptions,
@@ -55,10 +56,13 @@ class KLOptions:
 
     kl_coef: float = option(0.05, "Weight of the KL penalty; the first one, if adaptive.", at_least=0)
     kl_penalty: Literal["reward", "k2", "k3"] = option(
-        "reward", "Where it stands: the k1 estimate in the reward, or k2 or k3 as a term of the loss."
+        "reward",
+        "reward: the k1 estimate, taken from the reward of each token; k2: half the squared log-ratio, a term"
+        " of the loss, with the gradient of the KL divergence; k3: a term of the loss with less variance,"
+        " whose gradient is not that of the KL divergence (as in GRPO).",
     )
     kl_controller: Literal["fixed", "adaptive"] = option(
-        "fixed", "Keep --kl_coef, or steer KL to --target_kl."
+        "fixed", "fixed: keep --kl_coef; adaptive: steer KL to --target_kl."
     )
     target_kl: float = option(
         6.0,
@@ -75,11 +79,12 @@ class AlgorithmOptions:
 
     advantage_estimator: Literal["gae", "reinforce", "rloo", "group", "reinforce_pp"] = option(
         "gae",
-        "With a critic: gae. Without: reinforce, less a baseline; rloo and group, by the other responses to"
-        " the prompt; reinforce_pp, whitened over the rollout.",
+        "gae: by a critic (PPO); reinforce: the return less --reinforce_baseline; rloo: less the mean of the"
+        " other responses to the prompt; group: less the mean of all responses to the prompt (GRPO);"
+        " reinforce_pp: whitened over the rollout (REINFORCE++).",
     )
     reinforce_baseline: Literal["batch", "moving"] = option(
-        "batch", "What reinforce compares with: the mean return of the rollout, or a moving average of it."
+        "batch", "batch: the mean return of the rollout; moving: a moving average of it."
     )
     group_std: bool = option(True, "Divide by the standard deviation of the group (GRPO; without: Dr. GRPO).")
     ppo_epochs: int = option(4, "Passes over each rollout; --target_kl may end them earlier.", at_least=1)
@@ -113,7 +118,7 @@ class AlgorithmOptions:
 
 @dataclass
 class PPOOptions(
-    RunOptions, DataOptions, OptimiserOptions, LoraOptions, RewardOptions, SamplingOptions, KLOptions,
+    RunOptions, PromptDataOptions, OptimiserOptions, LoraOptions, RewardOptions, SamplingOptions, KLOptions,
     AlgorithmOptions,
 ):  # fmt: skip
     """PPO of a policy against a reward model."""
@@ -121,6 +126,7 @@ class PPOOptions(
     stage: ClassVar[int] = 3
 
     output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
+    best_metric: Literal["none", "eval/score", "eval/gold"] = option("none", BEST_METRIC)
     actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
     actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
     critic_zero_config: str = option("", "DeepSpeed JSON of the critic. Default: --zero_config.")
@@ -161,6 +167,7 @@ def check_options(options: PPOOptions) -> None:
     """
     if not options.reward_model_name_or_path and not options.reward_function:
         raise UserError("--reward_model_name_or_path or --reward_function is required")
+    check_held_out(options)
     rows, ranks = options.rollout_batch_size, world_size()
     estimator = options.advantage_estimator
     if estimator in ("rloo", "group") and options.samples_per_prompt < 2:

@@ -244,7 +244,7 @@ MISTAKES = {
     "needless": (["--loss", "orpo", REFERENCE, "x"], [REFERENCE, "--loss orpo does not take it", "to dpo"]),
     "smoothing": (["--loss", "ipo", "--label_smoothing", "0.1"], ["--label_smoothing 0.1", "ipo", "robust"]),
     "loss": (["--loss", "ppo"], ["--loss", "'ppo'", "orpo"]),
-    "metric": (["--best_metric", "eval/score"], ["--best_metric eval/score", "eval/accuracy"]),
+    "metric": (["--best_metric", "eval/score"], ["--best_metric", "'eval/score'", "eval/accuracy"]),
     "ties": (["--best_metric", "eval/accuracy", "--eval_data", "FOLDER/ties.jsonl"], ["are all ties"]),
 }  # fmt: skip
 

@@ -333,3 +333,33 @@ def test_export_only(world: Path, tmp_path: Path) -> None:  # noqa: F811
     succeed("step1_sft.main", [*options, "--export_only"], tmp_path)
     assert (tmp_path / "out/final/model.safetensors").read_bytes() == expected
     assert (tmp_path / "out/metrics.jsonl").read_text() == before
+
+
+def test_fewer_steps_than_taken_are_refused_and_other_ones_are_logged(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Nothing is written then; an export is made all the same."""
+
+    def options(*steps: str) -> list[str]:
+        return [*sft(world, tmp_path / "out", 4), "--save_steps", "3", *steps]
+
+    def content() -> dict[Path, bytes]:
+        files = [f for f in (tmp_path / "out").rglob("*") if f.is_file() and f.name != "run.lock"]
+        return {file: file.read_bytes() for file in files}
+
+    succeed("step1_sft.main", options(), tmp_path)
+    before = content()
+    refused = run_stage("step1_sft.main", options("--max_steps", "3"), tmp_path)
+    assert refused.codes == [2], refused.output
+    assert f"--max_steps 3: the run in {tmp_path}/out is at step 4 already" in refused.output
+    refused = run_stage(
+        "step1_sft.main", options("--max_steps", "0", "--num_train_epochs", "0.0029"), tmp_path
+    )
+    assert refused.codes == [2] and "--num_train_epochs 0.0029 (2 steps)" in refused.output, refused.output
+    assert content() == before
+    succeed("step1_sft.main", options("--max_steps", "3", "--export_only"), tmp_path)
+    assert content() == before
+    result = run_stage("step1_sft.main", options("--max_steps", "6"), tmp_path)
+    assert result.codes == [0] and result.output.count("schedule of 6 steps") == 1, result.output
+    assert "planned were 4: from step 5 on" in result.output
+    rates = metrics(tmp_path / "out", "train/lr")
+    expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in (4, 5)]
+    assert rates[4:] == pytest.approx(expected, rel=1e-6)

@@ -67,6 +67,7 @@ def scan(root: Path) -> Seen:
 def _look(folder: Path, root: Path, seen: Seen) -> None:
     """Add what one folder holds."""
     options, of_options = read_json(folder / "options.json")
+    options.pop("given", None)  # no option: the names of those on the command line
     stage = stage_of(options) if options else None
     figures, of_report = read_json(folder / "report.json")
     kind = next((kind for kind, keys in REPORTS.items() if keys <= figures.keys()), "")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import find_checkpoint, save_if_due
+from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything
 from common.engine import make_engine
@@ -24,7 +24,7 @@ from common.models import load_causal_lm, load_config, longest_input
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.resume import resume
-from common.run_folder import prepare_output
+from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
 from step2_reward.direct.data import Choice, paired, unpaired
@@ -43,6 +43,7 @@ def main() -> None:
         check_policy(config)
         options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
+    check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     check_reference(options, tokenizer)
     convert = partial(
@@ -50,18 +51,17 @@ def main() -> None:
         max_length=options.max_length, overlong=options.overlong,
     )  # fmt: skip
     data = load_examples(options.train_data, options, Choice, convert)
-    check_best_metric(options, data[1], "eval/loss", "eval/accuracy")
+    check_best_metric(options, data[1])
     check_accuracy(options, data[1])
     init_distributed(options.timeout_minutes)
-    prepare_output(options, {"tokenizer": tokenizer})
-    checkpoint = find_checkpoint(options)
-
-    # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
-    #    before training, or another one, which has left by the time that the model comes. Exports need none.
     lengths, origin = data[0].notes("length"), data[0].origin
     total_steps = options.max_steps or steps_in_epochs(
         len(lengths), options.global_batch_size, options.num_train_epochs
     )
+    checkpoint = open_run(options, {"tokenizer": tokenizer}, total_steps)
+
+    # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
+    #    before training, or another one, which has left by the time that the model comes. Exports need none.
     seed_everything(options.seed, step=0)
     read = partial(with_reference, data, options, zero, tokenizer.pad_token_id)
     is_over = options.export_only or (checkpoint is not None and checkpoint.state.step >= total_steps)
@@ -72,7 +72,7 @@ def main() -> None:
     engine = make_engine(model, zero, options, options.learning_rate, total_steps)
     train, held_out = judged or read(lambda: engine)
     engines = {"policy": engine}
-    state = resume(checkpoint, options, engines)
+    state = resume(checkpoint, options, engines, total_steps)
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))

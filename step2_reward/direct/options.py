@@ -1,9 +1,10 @@
 """Options of direct preference optimisation, and what each loss is by its authors."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from common.options import TrainOptions, UserError, option
+from common.option_checks import check_held_out, default_values
+from common.options import BEST_METRIC, TrainOptions, UserError, option
 
 
 class Kind(NamedTuple):
@@ -51,6 +52,7 @@ class DirectOptions(TrainOptions):
         " ten times as much and more.",
         above=0,
     )
+    best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
     loss: Literal["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"] = option(
         "dpo", "What is learnt from a pair or, kto, from single responses with a label."
     )
@@ -86,8 +88,9 @@ class DirectOptions(TrainOptions):
 
 
 def complete(options: DirectOptions) -> None:
-    """Fill in beta, if it is left to the loss. Raises UserError for an option that the loss does not take."""
-    defaults = {field.name: field.default for field in fields(options)}
+    """Fill in beta, if it is left to the loss. Raises UserError for options that contradict each other."""
+    check_held_out(options)
+    defaults = default_values(options)
     for name, losses in BELONGS.items():
         value = getattr(options, name)
         if value != defaults[name] and options.loss not in losses:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from common.options import TrainOptions, UserError, accumulation_steps, parse_options, reason
+from common.options import (
+    TrainOptions,
+    UserError,
+    accumulation_steps,
+    given_options,
+    parse_options,
+    reason,
+)
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.options import PPOOptions, check_options
@@ -112,3 +119,16 @@ def test_defaults_are_within_their_limits_and_lists_are_not_shared(options_class
 )  # fmt: skip
 def test_the_reason_of_an_error_is_one_line_and_never_empty(error, line):
     assert reason(error) == line
+
+
+def test_the_help_of_a_switch_for_off_says_off(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(PPOOptions, [], ["--help"])
+    assert "Turn --whiten_advantages off." in " ".join(capsys.readouterr().out.split())
+    options = parse_options(PPOOptions, [], ["--no_whiten_advantages"])
+    assert not options.whiten_advantages and options.group_std
+
+
+def test_what_stands_on_the_command_line_is_known():
+    parse("--seed=0", "--packing", "false")
+    assert given_options() == {"model_name_or_path", "train_data", "seed", "packing"}
