@@ -1,6 +1,7 @@
 """JSON Lines files that may be damaged: the records that can be read, and the lines that cannot."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,3 +40,37 @@ def in_words(path: Path, skipped: list[int], what: str) -> list[str]:
         return []
     lines = "1 line" if len(skipped) == 1 else f"{len(skipped)} lines"
     return [f"{path}: skipped {lines} {what} (first: line {skipped[0]})."]
+
+
+def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
+    """The lines of metrics.jsonl in the order of their steps, and sentences about what was skipped."""
+    records, damaged = read_lines(path)
+    lines, without_step, bad_values = [], [], []
+    for number, record in records:
+        if not _is_step(record.get("step")):
+            without_step.append(number)
+            continue
+        line: Record = {"step": record.pop("step")}
+        for name, value in record.items():
+            if value is None or is_number(value):
+                line[name] = float(value) if value is not None and math.isfinite(value) else None
+            else:
+                bad_values.append(f"{name} in line {number}")
+        lines.append(line)
+    problems = in_words(path, damaged, "without a JSON object")
+    problems += in_words(path, without_step, "without a step")
+    if bad_values:
+        problems.append(f"{path}: skipped {len(bad_values)} values that are not numbers ({bad_values[0]}).")
+    return sorted(lines, key=lambda line: line["step"]), problems
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def is_number(value: Any) -> bool:
+    """A number that a float can hold."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and float(value) is not None
+    except OverflowError:
+        return False

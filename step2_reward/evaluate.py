@@ -5,7 +5,6 @@ A part of step 2, and a command that judges a reward model, or several as one, o
     bash launch/evaluate_reward.sh --reward_model_name_or_path OUT2/final --eval_data F.jsonl --output_dir DIR
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.damaged import read_metrics
 from common.data import deal, pad_rows
 from common.distributed import (
     device,
@@ -121,13 +121,15 @@ def write_report(judged: Judged, reward_std: float, history: Path | None, folder
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    lines = history.read_text().splitlines() if history and history.exists() else []
+    lines, problems = read_metrics(history) if history else ([], [])
+    for problem in problems:
+        log(problem)
     try:
         figures = measure(judged, reward_std)
     except ValueError as error:
         raise UserError(f"no report in {folder}: {error}") from None
-    found = verdicts(figures, [json.loads(line) for line in lines])
-    log(f"\n{table(figures)}\n\n{in_words(found)}")
+    found = verdicts(figures, lines)
+    log(f"\n{table(figures)}\n\n{in_words(found, figures, lines)}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", figures | {"verdicts": [verdict._asdict() for verdict in found]})
     with SummaryWriter(str(folder / "tensorboard")) as board:

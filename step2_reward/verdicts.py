@@ -1,11 +1,13 @@
 """What the figures of a reward model, and the curves of its training, say in words. Pure."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from step2_reward.report import SATURATED
 
+COIN_TOSS = math.log(2)  # nats per pair
 LOWEST_ACCURACY, HIGHEST_ACCURACY = 0.65, 0.9  # raters agree in 73 to 77 % of pairs: Ouyang et al. 2022, 3.4
 WIDEST_INTERVAL = 0.1  # from end to end; that of some 350 pairs
 LEAST_CONFIDENCE = 0.51  # on average: below it every prediction is close to a coin toss
@@ -25,6 +27,7 @@ class Verdict(NamedTuple):
 def verdicts(figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()) -> list[Verdict]:
     """What is wrong by the figures of `report.measure`, and by lines of metrics.jsonl if there are any."""
     accuracy, confidence = figures["accuracy"], figures["prediction"]["confidence"]
+    log_loss = figures["prediction"]["log_loss"]
     right, interval = accuracy["accuracy"], f"95% interval {accuracy['low']:.1%} to {accuracy['high']:.1%}"
     saturation, agreement = figures["prediction"]["saturation"], figures["agreement"]["mean"]
     raters = "" if agreement is None else f"; raters agree with their majority in {agreement:.1%}"
@@ -42,6 +45,11 @@ def verdicts(figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()) ->
         (confidence < LEAST_CONFIDENCE,
          f"Collapsed scores: mean confidence is {confidence:.2%}, and a coin toss has 50%.",
          "a higher --learning_rate or --num_train_epochs; a lower --centre_coef or --label_smoothing."),
+        (log_loss >= COIN_TOSS,
+         f"No better than a coin toss: the log-loss is {log_loss:.3f} nats per pair, and that of a model that"
+         f" prefers neither response is ln 2 = {COIN_TOSS:.3f}.",
+         "with a high accuracy, the model is too sure: --label_smoothing, a lower --learning_rate, fewer"
+         " --num_train_epochs; else a higher --learning_rate or better labels."),
         (saturation > MOST_SATURATED,
          f"Saturated scores: {saturation:.1%} of pairs have a confidence above {SATURATED:.1%}.",
          "--label_smoothing, the share of wrong labels; a lower --learning_rate or --num_train_epochs."),
@@ -51,10 +59,22 @@ def verdicts(figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()) ->
     return [Verdict(found, advice) for is_wrong, found, advice in checks if is_wrong]
 
 
-def in_words(found: Sequence[Verdict]) -> str:
-    """Two lines for each verdict, or one that says that there is none."""
+def in_words(
+    found: Sequence[Verdict], figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()
+) -> str:
+    """Two lines for each verdict, or one when there is none; and what could not be checked."""
     lines = [f"- {verdict.found}\n  Try: {verdict.advice}" for verdict in found]
-    return "\n".join(lines) or "Nothing wrong found: accuracy, confidence and length are as they should be."
+    unchecked = []
+    if not any(line.get("eval/loss") is not None for line in history):
+        unchecked.append("overfitting (no evaluations in metrics.jsonl beside the model)")
+    if figures["length"]["prefers_longer"] is None:
+        unchecked.append("preference for longer responses (all pairs are of equal lengths)")
+    if figures["agreement"]["mean"] is None:
+        unchecked.append("agreement of raters (no votes)")
+    rest = f"not checked: {', '.join(unchecked)}." if unchecked else ""
+    if lines:
+        return "\n".join([*lines, *[rest.capitalize()] * bool(rest)])
+    return f"No problems detected in {figures['pairs']} pairs{f'; {rest}' if rest else '.'}"
 
 
 def _by_length(length: dict[str, Any]) -> str:

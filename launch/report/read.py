@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.damaged import in_words, read_lines
+from common.damaged import in_words, is_number, read_lines, read_metrics
 from common.options import reason
 from launch.report.stages import Known, Stage
 
@@ -75,28 +75,6 @@ def columns(lines: Sequence[Line], *names: str) -> list[list[float]]:
     return [[row[i] for row in complete] for i in range(len(names))]
 
 
-def read_metrics(path: Path) -> tuple[list[Line], list[str]]:
-    """The lines of metrics.jsonl in the order of their steps, and sentences about what was skipped."""
-    records, damaged = read_lines(path)
-    lines, without_step, bad_values = [], [], []
-    for number, record in records:
-        if not _is_step(record.get("step")):
-            without_step.append(number)
-            continue
-        line: Line = {"step": record.pop("step")}
-        for name, value in record.items():
-            if value is None or _is_number(value):
-                line[name] = float(value) if value is not None and math.isfinite(value) else None
-            else:
-                bad_values.append(f"{name} in line {number}")
-        lines.append(line)
-    problems = in_words(path, damaged, "without a JSON object")
-    problems += in_words(path, without_step, "without a step")
-    if bad_values:
-        problems.append(f"{path}: skipped {len(bad_values)} values that are not numbers ({bad_values[0]}).")
-    return sorted(lines, key=lambda line: line["step"]), problems
-
-
 def read_samples(path: Path) -> tuple[list[Line], list[str]]:
     """Held-out responses with their steps, and sentences about what was skipped."""
     records, damaged = read_lines(path)
@@ -123,17 +101,5 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
     return content, []
 
 
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-
-
-def _is_number(value: Any) -> bool:
-    """A number that a float can hold."""
-    try:
-        return not isinstance(value, bool) and isinstance(value, int | float) and float(value) is not None
-    except OverflowError:
-        return False
-
-
 def _is_shown(name: str, value: Any) -> bool:
-    return name in SAMPLE_FIELDS or (name in ("score", "gold") and _is_number(value))
+    return name in SAMPLE_FIELDS or (name in ("score", "gold") and is_number(value))

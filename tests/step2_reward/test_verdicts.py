@@ -35,7 +35,11 @@ CALM = history((0.5, 0.7), (0.6, 0.65), (0.7, 0.6), (0.72, 0.62))
 
 def test_a_healthy_model_gets_one_line():
     assert verdicts(figures(**HEALTHY)) == verdicts(figures(**HEALTHY), CALM) == []
-    assert in_words([]).startswith("Nothing wrong") and "\n" not in in_words([])
+    assert in_words([], figures(**HEALTHY, agreement=0.9), CALM) == "No problems detected in 2000 pairs."
+    assert in_words([], figures(**HEALTHY)) == (
+        "No problems detected in 2000 pairs; not checked: overfitting (no evaluations in metrics.jsonl beside"
+        " the model), agreement of raters (no votes)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,11 +49,14 @@ def test_a_healthy_model_gets_one_line():
             {"right": 0.64},
             "Low accuracy, noisy labels or not converged: 64.0% (95% interval 61.9% to 66.1%).",
         ),
-        ({"right": 0.6, "agreement": 0.7}, "raters agree with their majority in 70.0%"),
+        ({"right": 0.6, "confidence": 0.6, "agreement": 0.7}, "raters agree with their majority in 70.0%"),
         ({"right": 0.91}, "Accuracy too good for preferences, a trivial signal or a leak: 91.0%"),
         ({"pairs": 100}, "Accuracy is known only roughly: 100 pairs, 95% interval 65.7% to 82.5%."),
         ({"confidence": 0.505}, "Collapsed scores: mean confidence is 50.50%"),
-        ({"confidence": 0.9995}, "Saturated scores: 100.0% of pairs"),
+        (
+            {"right": 0.7, "confidence": 0.93},
+            "No better than a coin toss: the log-loss is 0.849 nats",
+        ),
         ({"per_token": 0.02}, ""),
     ],
 )
@@ -58,21 +65,31 @@ def test_one_trouble_one_verdict(change, found):
     assert len(said) == bool(found)
     if found:
         assert found in said[0].found and said[0].advice.endswith(".")
-        assert in_words(said) == f"- {said[0].found}\n  Try: {said[0].advice}"
+        text = in_words(said, figures(**HEALTHY | change))
+        assert text.startswith(f"- {said[0].found}\n  Try: {said[0].advice}\nNot checked: overfitting")
+
+
+def test_saturated_scores_of_wrong_pairs_are_no_better_than_a_coin_too():
+    said = verdicts(figures(**HEALTHY | {"confidence": 0.9995}), CALM)
+    assert [one.found.split(":")[0] for one in said] == ["No better than a coin toss", "Saturated scores"]
+    assert "Saturated scores: 100.0% of pairs" in said[1].found
 
 
 @pytest.mark.parametrize("per_token", [0.1, -0.1])
 def test_scores_that_follow_length(per_token):
     """The rank correlation shows it too, when there is no pair of different lengths."""
     by_length = figures(**HEALTHY | {"confidence": 0.55, "per_token": per_token})
-    text = in_words(verdicts(by_length))
+    text = in_words(verdicts(by_length), by_length)
     assert f"the longer wins {by_length['length']['prefers_longer']['accuracy']:.1%}, by the labels" in text
     by_length["length"]["prefers_longer"] = None
-    assert f"rank correlation is {by_length['length']['spearman']:+.2f}" in in_words(verdicts(by_length))
+    assert f"rank correlation is {by_length['length']['spearman']:+.2f}" in in_words(
+        verdicts(by_length), by_length
+    )
 
 
 def test_few_pairs_say_nothing_of_length():
-    text = in_words(verdicts(figures(10, 0.8, 0.6, per_token=0.05)))
+    few = figures(10, 0.8, 0.6, per_token=0.05)
+    text = in_words(verdicts(few), few)
     assert "known only roughly" in text and "the longer wins" not in text
 
 
