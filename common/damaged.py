@@ -47,7 +47,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
     records, damaged = read_lines(path)
     lines, without_step, bad_values = [], [], []
     for number, record in records:
-        if not _is_step(record.get("step")):
+        if not is_step(record.get("step")):
             without_step.append(number)
             continue
         line: Record = {"step": record.pop("step")}
@@ -64,7 +64,7 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
     return sorted(lines, key=lambda line: line["step"]), problems
 
 
-def _is_step(value: Any) -> bool:
+def is_step(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.damaged import is_step, read_lines
 from common.distributed import log, rank
 from common.families import active_share, attention_widths
 from common.files import write_text
@@ -127,12 +128,17 @@ class _Lines:
             self._pending = ""
 
     def _forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run is about to repeat, and one that was cut off."""
-        # Texts may hold characters that `splitlines` takes for the end of a line.
-        lines = list(filter(None, self._path.read_text().split("\n"))) if self._path.exists() else []
-        kept = [line for line in lines if step and line.endswith("}") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
+        """Drop lines of steps that a resumed run is about to repeat, and damaged ones."""
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content.split(b"\n")
+        earlier = [
+            lines[number - 1].decode()
+            for number, record in read_lines(self._path).records
+            if step and is_step(record.get("step")) and record["step"] <= step
+        ]
+        text = "".join(f"{line}\n" for line in earlier)
+        if text.encode() != content:
+            write_text(self._path, text)
 
 
 def peak_memory_gib() -> float:

@@ -90,13 +90,16 @@ def _by_length(length: dict[str, Any]) -> str:
 def _overfitting(history: Sequence[dict[str, Any]]) -> str:
     """How far eval/loss rose above its lowest while train/accuracy did not fall; empty if it did not.
 
-    Accuracy in training, on a batch a line, is compared over as many lines before the lowest loss as after.
+    Accuracy in training is compared over as many lines before the lowest loss as after; where that is at
+    step 0, over the two halves of the run.
     """
     losses = [(line["eval/loss"], line["step"]) for line in history if line.get("eval/loss") is not None]
     best, step = min(losses, default=(0.0, 0))
     trained = [line for line in history if line.get("train/accuracy") is not None]
     after = [line["train/accuracy"] for line in trained if line["step"] > step]
     before = [line["train/accuracy"] for line in trained if line["step"] <= step][-len(after) :]
+    if not before:
+        before, after = after[: len(after) // 2], after[len(after) // 2 :]
     if not (losses and before and after) or losses[-1][0] <= best * (1 + LARGEST_RISE):
         return ""
     rise = f"eval/loss rose from {best:.3f} to {losses[-1][0]:.3f} after step {step}"

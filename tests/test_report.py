@@ -244,7 +244,7 @@ def preferences(curves: dict[str, list[float]], start: int = 0) -> list[dict]:
         ("reward", {"eval/chosen_std": [0.5, 0.001]}, {}, ["Collapsed scores"]),
         ("direct", {"eval/loss": [0.6931, 0.6925]}, {}, ["Nothing is learnt: eval/loss was 0.6931"]),
         ("direct", {"eval/loss": [0.6931, 0.75]}, {"loss": "dpo"},
-         ["Held-out loss rises", "No better than a coin"]),
+         ["Overfitting: eval/loss rose from 0.693 at step 0", "No better than a coin"]),
         ("direct", {"eval/loss": [2.5, 2.0]}, {"loss": "ipo"}, []),
         ("direct", {"eval/loss": [1.0, 0.8]}, {"loss": "hinge"}, []),
         ("direct", {"eval/nll_chosen": [2.0, 2.04]}, {}, ["The chosen responses are unlearnt"]),

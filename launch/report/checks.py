@@ -98,12 +98,14 @@ def high_loss(losses: Values) -> Finding | None:
 def overfitting(
     eval_steps: Values, eval_losses: Values, train_steps: Values, train_losses: Values
 ) -> Finding | None:
-    """A held-out loss above its lowest, while that in training fell, over as many lines before as after; or
-    one that rose, or stayed, from step 0 on.
+    """A held-out loss above its lowest, while that in training fell: over as many lines before as after, or
+    over the two halves of a run whose lowest is at step 0. Or one that rose, or stayed, from step 0 on.
     """
     lowest, best = min(zip(eval_losses, eval_steps, strict=True))
     after = [loss for step, loss in zip(train_steps, train_losses, strict=True) if step > best]
     before = list(train_losses[: len(train_losses) - len(after)])[-len(after) :]
+    if not before:
+        before, after = after[: len(after) // 2], after[len(after) // 2 :]
     first, last = eval_losses[0], eval_losses[-1]
     is_higher = last > lowest + LARGEST_RISE * abs(lowest)
     if is_higher and before and after and fmean(after) < fmean(before):
