@@ -64,6 +64,17 @@ def _is_causal(config: PretrainedConfig) -> bool:
     return not config.is_encoder_decoder and not is_encoder
 
 
+def remove_noise(config: PretrainedConfig) -> None:
+    """Set dropout and router jitter to 0, also in the configurations of parts."""
+    for name, value in config.to_dict().items():
+        is_noise = "dropout" in name or "pdrop" in name or "jitter" in name or name == "layerdrop"
+        if is_noise and isinstance(value, float):
+            setattr(config, name, 0.0)
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            remove_noise(part)
+
+
 def attention_widths(config: PretrainedConfig) -> list[int]:
     """Heads x head size of each layer with attention; recurrent layers have none."""
     text = config.get_text_config()

@@ -63,10 +63,10 @@ class Plain(nn.Module):
 
 
 class Answer(NamedTuple):
-    """A response as text, without EOS."""
+    """A response as text, without the token that ended it."""
 
     text: str
-    ended: bool  # by EOS rather than by the length limit
+    ended: bool  # by an end token rather than by the length limit
 
 
 def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.Module:
@@ -123,10 +123,11 @@ def generate(
                     uniforms.to(device()),
                     options.temperature,
                     options.top_p,
-                    tokenizer.eos_token_id,
+                    base_model(module).end_ids,
                     tokenizer.pad_token_id,
                     synced=policy.zero_optimization_stage() == 3 and not options.gather_for_generation,
                     top_k=options.top_k,
+                    num_tokens=base_model(module).num_tokens,
                 )
             )
     return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
@@ -144,7 +145,7 @@ def sample_answers(
     drawn = generate(policy, encoder, prompts, mine, options, step)
     parts = (mine, *(part.tolist() for part in (drawn.ids, drawn.lengths, drawn.ended)))
     found = {
-        number: Answer(encoder.decode_response(prompts[number], ids[:length]), ended)
+        number: Answer(encoder.decode_response(prompts[number], ids[: length - ended]), ended)
         for number, ids, length, ended in zip(*parts, strict=True)
     }
     return {number: answer for part in gather_objects(found) for number, answer in part.items()}

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from common.distributed import log
-from common.families import check_policy, check_scalar, position_limit
+from common.families import check_policy, check_scalar, position_limit, remove_noise
 from common.options import UserError, reason
+from common.vocabulary import fit_to_tokenizer
 from common.zero import fill_bucket_sizes
 
 # Loading speaks through our own log: no bars, and no report of the scalar head that is new by intention.
@@ -46,19 +47,8 @@ def load_config(path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no model folder or hub name: {reason(error)}") from None
-    _silence(config)
+    remove_noise(config)
     return config
-
-
-def _silence(config: PretrainedConfig) -> None:
-    """Set what is random in training to 0, also in the configurations of parts."""
-    for name, value in config.to_dict().items():
-        is_noise = "dropout" in name or "pdrop" in name or "jitter" in name or name == "layerdrop"
-        if is_noise and isinstance(value, float):
-            setattr(config, name, 0.0)
-    for name in config.sub_configs:
-        if isinstance(part := getattr(config, name, None), PretrainedConfig):
-            _silence(part)
 
 
 def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
@@ -93,7 +83,7 @@ def load_causal_lm(
     check_policy(config)
     with _partitioned(zero, config):
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=_dtype(zero))
-    return _prepare(model, tokenizer)
+    return fit_to_tokenizer(model, tokenizer)
 
 
 def load_scalar_model(
@@ -113,7 +103,7 @@ def load_scalar_model(
     model.score.__class__ = ScalarHead
     if not has_head:
         initialise_head(model, std=(model.score.in_features + 1) ** -0.5, seed=seed)
-    return _prepare(model, tokenizer)
+    return fit_to_tokenizer(model, tokenizer)
 
 
 def initialise_head(model: PreTrainedModel, std: float, seed: int = 0) -> None:
@@ -201,27 +191,6 @@ def is_scalar(config: PretrainedConfig) -> bool:
     """Whether a configuration is that of a sequence classifier with one output."""
     architecture = (config.architectures or [""])[0]
     return architecture.endswith("ForSequenceClassification") and config.num_labels == 1
-
-
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Grow the vocabulary to the tokenizer's, note which ids pad and end a text, and leave all but the text
-    model of a multimodal one as it is.
-    """
-    text = model.config.get_text_config()
-    if len(tokenizer) > text.vocab_size:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # the same new rows on every rank, and in actor and reference
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    parts = (model.config, text, getattr(model, "generation_config", None))
-    for config in {id(part): part for part in parts}.values():
-        if config is not None:
-            config.pad_token_id = tokenizer.pad_token_id
-            if getattr(config, "eos_token_id", None) is None:
-                config.eos_token_id = tokenizer.eos_token_id
-    if text is not model.config:
-        model.base_model.requires_grad_(False)  # vision and the like, which no gradient would reach
-        model.get_decoder().requires_grad_(True)
-    return model
 
 
 def _dtype(zero: dict[str, Any] | None) -> torch.dtype:

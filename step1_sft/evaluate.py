@@ -21,12 +21,13 @@ from common.engine import gathered, make_frozen
 from common.families import check_policy, position_limit
 from common.files import write_json
 from common.formatting import plain_demonstration
-from common.models import load_causal_lm, load_config, longest_input, response_logits
+from common.models import base_model, load_causal_lm, load_config, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
 from common.overlong import convert_all
 from common.process import run_main
 from common.records import Record, parse_all
 from common.tokenization import SegmentEncoder, load_tokenizer
+from common.vocabulary import spare_ids
 from common.zero import frozen_config, load_zero_config
 from step1_sft.data import Demonstration, collate, demonstration
 from step1_sft.loss import sft_loss
@@ -133,9 +134,12 @@ def sample_answers(
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=min(max_new_tokens, limit - len(row.prompt_ids)),
                 do_sample=False,
+                suppress_tokens=spare_ids(base_model(whole_model)) or None,
                 synced_gpus=False,
             )
-            answer = encoder.decode_response(row.prompt_ids, whole[0, prompt.shape[1] :].tolist())
+            ids = whole[0, prompt.shape[1] :].tolist()
+            has_ended = ids[-1] in base_model(whole_model).end_ids
+            answer = encoder.decode_response(row.prompt_ids, ids[: -1 if has_ended else None])
             answers.append(Answer(encoder.tokenizer.decode(row.prompt_ids, skip_special_tokens=True), answer))
     model.train()
     return answers

@@ -147,14 +147,14 @@ def to_sample(
     rollout: Rollout, place: int, group: int, asked: Prompt, encoder: SegmentEncoder
 ) -> dict[str, Any]:
     """A response as a demonstration, with the number of its prompt, its tokens, and whether it ended."""
-    response, source = rollout.response(place), find_prompt(asked.record)
-    text = encoder.decode_response(rollout.prompt(place), response)
+    source = find_prompt(asked.record)
+    text = encoder.decode_response(rollout.prompt(place), rollout.reply(place))
     return {
         "group": group,
         "prompt": source,
         # The chat template decides about the space before a message.
         "completion": text if isinstance(source, str) else text.strip(),
-        "length": len(response),
+        "length": int(rollout.response_lengths[place]),
         "ended": bool(rollout.ended[place]),
     }
 

@@ -16,6 +16,7 @@ from common.formatting import dialogue_segments
 from common.options import UserError, option
 from common.prompts import prompt
 from common.tokenization import SegmentEncoder
+from common.vocabulary import spare_ids
 
 HELP = """\
 /regenerate        answer the last message again
@@ -59,14 +60,19 @@ class Answer(NamedTuple):
 
 
 class Printer(TextStreamer):
-    """Prints tokens as they come, and keeps them, also those of an answer that is stopped."""
+    """Prints tokens as they come, and keeps them, also those of an answer that is stopped; not its end."""
 
-    def __init__(self, encoder: SegmentEncoder) -> None:
+    def __init__(self, encoder: SegmentEncoder, end_ids: Sequence[int]) -> None:
         super().__init__(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.ids: list[int] = []
+        self.has_ended = False
+        self._end_ids = end_ids
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
+            self.has_ended = value.item() in self._end_ids
+            if self.has_ended:
+                return
             self.ids += value.tolist()
         super().put(value)
 
@@ -139,16 +145,17 @@ class Chat:
         settings = GenerationConfig(
             max_new_tokens=options.max_response_length, do_sample=options.temperature > 0,
             temperature=options.temperature or 1.0, top_k=0, top_p=options.top_p,
-            eos_token_id=encoder.eos_token_id, pad_token_id=encoder.tokenizer.pad_token_id,
+            eos_token_id=model.end_ids, pad_token_id=encoder.tokenizer.pad_token_id,
+            suppress_tokens=spare_ids(model) or None,
         )  # fmt: skip
         seed_everything(options.seed, self._drawn)
         self._drawn += 1
-        printer, flaws = Printer(encoder), []
+        printer, flaws = Printer(encoder, model.end_ids), []
         try:
             input_ids = torch.tensor([row.ids], device=device())  # (1, P)
             mask = torch.ones_like(input_ids)
             model.generate(input_ids, attention_mask=mask, generation_config=settings, streamer=printer)
-            if printer.ids[-1] != encoder.eos_token_id:
+            if not printer.has_ended:
                 flaws.append(f"cut off after {options.max_response_length} tokens")
         except KeyboardInterrupt:
             printer.end()

@@ -137,13 +137,13 @@ def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -
     """The first responses with what is known of them; gold (B,)."""
     found = []
     for row in range(min(count, len(rollout.scores))):
-        prompt, response = rollout.prompt(row), rollout.response(row)
+        prompt = rollout.prompt(row)
         found.append({
             "prompt": models.encoder.tokenizer.decode(prompt),
-            "response": models.encoder.decode_response(prompt, response),
+            "response": models.encoder.decode_response(prompt, rollout.reply(row)),
             "score": rollout.scores[row].item(),
             **({} if gold is None else {"gold": gold[row].item()}),
-            "length": len(response),
+            "length": int(rollout.response_lengths[row]),
             "ended": rollout.ended[row].item(),
         })  # fmt: skip
     return found

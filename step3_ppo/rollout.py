@@ -10,7 +10,7 @@ from torch import Tensor
 from common.data import pad_rows
 from common.distributed import device, share_rows
 from common.generation import GenerationOptions, generate, my_prompts
-from common.models import response_logits
+from common.models import base_model, response_logits
 from common.prompts import Prompt
 from common.sampling import Responses
 from common.support import restrict
@@ -30,7 +30,7 @@ class Rollout:
     input_ids: Tensor  # (B, P + R) prompt and response without a gap, padded on the right
     prompt_lengths: Tensor  # (B,)
     response_lengths: Tensor  # (B,) at least 1; EOS counts
-    ended: Tensor  # (B,) bool: the response has an EOS
+    ended: Tensor  # (B,) bool: an end token is its last
     logprobs: Tensor  # (B, R) under the actor
     ref_logprobs: Tensor  # (B, R) under the reference
     values: Tensor  # (B, R) of the critic; 0 without one
@@ -58,6 +58,10 @@ class Rollout:
     def response(self, row: int) -> list[int]:
         start = int(self.prompt_lengths[row])
         return self.input_ids[row, start : start + int(self.response_lengths[row])].tolist()
+
+    def reply(self, row: int) -> list[int]:
+        """The response without the token that ended it."""
+        return self.response(row)[: -1 if self.ended[row] else None]
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,10 @@ def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: 
 
 def actor_logprobs(model: torch.nn.Module, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the response tokens of some rows, (N,), among what could be drawn in their place;
-    and the logits (N, V) behind them.
+    and the logits (N, V) behind them, of the V tokens that the tokenizer has.
     """
-    logits = restrict(response_logits(model, rows.input_ids, rows.positions), rows.support)
+    logits = response_logits(model, rows.input_ids, rows.positions)[:, : base_model(model).num_tokens]
+    logits = restrict(logits, rows.support)
     return label_logprobs(logits, rows.labels, temperature), logits
 
 

@@ -3,12 +3,15 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.checkpoint import save_checkpoint
+from common.conversation import PROBE, Segment
 from common.data import deal
 from common.distributed import device, rank, share_rows, sum_tensor_over_ranks
 from common.ensemble import combine, member_scores
@@ -183,7 +186,7 @@ def _function_scores(
     """What each of F functions of the user says of this rank's b rows: (F, b)."""
     if not scorer.functions:
         return torch.zeros(0)
-    texts = [encoder.decode_response(rollout.prompt(row), rollout.response(row)) for row in mine]
+    texts = [encoder.decode_response(rollout.prompt(row), rollout.reply(row)) for row in mine]
     records = [prompts[row].record for row in mine]
     said = function_scores(scorer.functions, [find_prompt(record) for record in records], texts, records)
     return torch.tensor(said, device=device())
@@ -204,14 +207,39 @@ def _member_scores(
 def _scored_ids(
     encoder: SegmentEncoder, of_policy: SegmentEncoder, prompt: Prompt, rollout: Rollout, row: int
 ) -> list[int]:
-    """One prompt and response in a reward model's own tokens; read at an EOS: one is added to a response that
-    has none, for scoring only, because the reward model has never learnt what to say elsewhere.
+    """One prompt and response in a reward model's own tokens, with the end that replies have in its training
+    data, up to EOS, where the score is read. A response that was cut off gets that end too, for scoring only:
+    the reward model has never learnt to score elsewhere.
     """
-    ids, response = rollout.prompt(row), rollout.response(row)
+    ids, source = rollout.prompt(row), find_prompt(prompt.record)
     if encoder is of_policy:
-        return ids + response + ([] if rollout.ended[row] else [encoder.eos_token_id])
-    text, source = of_policy.decode_response(ids, response), find_prompt(prompt.record)
+        closing = closing_ids(encoder, is_conversation=not isinstance(source, str))
+        return ids + close(rollout.response(row), bool(rollout.ended[row]), closing)
+    text = of_policy.decode_response(ids, rollout.reply(row))
     if not isinstance(source, str):
         text = text.strip()  # its own template decides about the space before a message
     segments = dialogue_segments(source, text, encoder.render, encoder.tokenizer.eos_token)
     return encoder.encode(segments)[0]
+
+
+@cache
+def closing_ids(encoder: SegmentEncoder, is_conversation: bool) -> list[int]:
+    """What follows a reply in training data: EOS, in a conversation after what the chat template writes."""
+    closing = Segment("", is_response=True, ends=True)
+    if is_conversation:
+        question = [{"role": "user", "content": PROBE}]
+        with contextlib.suppress(ValueError):  # of a template that wants more than a question and a reply
+            reply = dialogue_segments(question, PROBE, encoder.render, encoder.tokenizer.eos_token)[-1]
+            closing = reply._replace(text=reply.text.partition(PROBE)[2])
+    ids, is_closing = encoder.encode([Segment(""), closing])
+    return [*compress(ids, is_closing)]
+
+
+def close(response: list[int], has_ended: bool, closing: list[int]) -> list[int]:
+    """The response with `closing` at its end. What it has of that already is not repeated; another token that
+    ended it gives way.
+    """
+    for size in range(len(closing), 0, -1):
+        if response[-size:] == closing[:size]:
+            return response + closing[size:]
+    return (response[:-1] if has_ended else response) + closing

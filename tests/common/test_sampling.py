@@ -3,10 +3,15 @@
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen3NextConfig,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -89,26 +94,26 @@ def model() -> LlamaForCausalLM:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.num_tokens = VOCABULARY
+    return model
 
 
-def sample(model, rows: list[int], length: int = 10, uniforms=None, top_p=1.0, top_k=0) -> Responses:
+def sample(
+    model, rows: list[int], length: int = 10, uniforms=None, top_p=1.0, top_k=0, ends=EOS, num_tokens=None
+) -> Responses:
     uniforms = uniforms_for(0, 1, rows, length) if uniforms is None else uniforms
     prompts = [PROMPTS[row] for row in rows]
-    return sample_responses(model, prompts, uniforms, TEMPERATURE, top_p, EOS, PAD, False, top_k)
+    return sample_responses(model, prompts, uniforms, TEMPERATURE, top_p, ends, PAD, False, top_k, num_tokens)
 
 
-@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.7, 9)])
-def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
-    """Generation pads on the left and caches; the update pads on the right and does not. What top_p and top_k
-    leave is what transformers leaves, but for a token that it takes in when shares reach top_p exactly.
-    """
-    responses = sample(model, [0, 1, 2, 3], top_p=top_p, top_k=top_k)
+def as_rollout(responses: Responses) -> Rollout:
+    """Responses to all prompts, padded on the right."""
     lengths = responses.lengths.tolist()
     rows = [p + ids[:n].tolist() for p, ids, n in zip(PROMPTS, responses.ids, lengths, strict=True)]
     width = max(map(len, rows))
     empty = torch.zeros_like(responses.logprobs)
-    rollout = Rollout(
+    return Rollout(
         input_ids=torch.tensor([row + [PAD] * (width - len(row)) for row in rows]),
         prompt_lengths=torch.tensor([len(p) for p in PROMPTS]),
         response_lengths=responses.lengths,
@@ -122,6 +127,17 @@ def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
         support=responses.support,
         computed=responses.computed,
     )
+
+
+@pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.7, 9)])
+def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
+    """Generation pads on the left and caches; the update pads on the right and does not. What top_p and top_k
+    leave is what transformers leaves, but for a token that it takes in when shares reach top_p exactly.
+    """
+    responses = sample(model, [0, 1, 2, 3], top_p=top_p, top_k=top_k)
+    lengths = responses.lengths.tolist()
+    rollout = as_rollout(responses)
+    rows = [rollout.prompt(row) + rollout.response(row) for row in range(4)]
     with torch.no_grad():
         trained, _ = actor_logprobs(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
         alone = [model(torch.tensor([row])).logits[0] for row in rows]
@@ -160,6 +176,86 @@ def test_eos_ends_a_response_and_counts(model):
     assert found.ids[2].tolist() == [EOS] + [PAD] * 5
     mask = torch.arange(6) < found.lengths[:, None]
     assert (found.logprobs[mask] < 0).all() and not found.logprobs[~mask].any()
+
+
+def test_each_of_several_end_tokens_ends_a_response(model):
+    """The first id is drawn by the number 0, the last one by a number near 1."""
+    uniforms = torch.full((3, 6), 0.5)
+    uniforms[1, 2], uniforms[2, 4] = 0.0, 1 - 2**-24
+    found = sample(model, [0, 1, 2], uniforms=uniforms, ends=[EOS, 37], num_tokens=38)
+    lengths, ended = found.lengths.tolist(), found.ended.tolist()
+    assert (lengths[1:], ended[1:]) == ([3, 5], [True, True])
+    assert (found.ids[1, 2], found.ids[2, 4]) == (EOS, 37)
+    assert sample(model, [2], uniforms=uniforms[2:], num_tokens=38).lengths.tolist() == [6]
+    assert found.computed.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths, strict=False)]
+
+
+def test_rows_beyond_the_tokenizer_are_never_drawn(model):
+    """They have the largest logits of all; what is measured is the distribution over the others."""
+    count, weight = 30, model.lm_head.weight
+    original = weight.detach().clone()
+    with torch.no_grad():
+        weight[count:] = 4 * weight[1:2]  # in the direction of a token that is often drawn
+        weight[count + 1 :] *= -1
+    try:
+        model.num_tokens = count
+        for cut in ({}, {"top_p": 0.7}, {"top_k": 35}):
+            found = sample(model, [0, 1, 2, 3], num_tokens=count, **cut)
+            rollout = as_rollout(found)
+            assert (found.ids[rollout.response_mask] < count).all()
+            with torch.no_grad():
+                trained, logits = actor_logprobs(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
+            assert logits.shape[1] == count
+            drawn = found.logprobs[rollout.response_mask]
+            torch.testing.assert_close(trained, drawn, rtol=1e-5, atol=1e-5)
+        unlimited = sample(model, [0, 1, 2, 3])
+        assert (unlimited.ids[as_rollout(unlimited).response_mask] >= count).any()
+    finally:
+        model.num_tokens = VOCABULARY
+        weight.data.copy_(original)
+
+
+FAMILIES: dict[str, PretrainedConfig] = {
+    "phi3": Phi3Config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=PAD,
+        initializer_range=0.4,
+    ),
+    "mamba": MambaConfig(
+        hidden_size=32, state_size=8, num_hidden_layers=2, time_step_rank=4, initializer_range=0.4
+    ),
+    "qwen3_next": Qwen3NextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_value_heads=4, linear_num_key_heads=2,
+        linear_key_head_dim=8, linear_value_head_dim=8, initializer_range=0.2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_of_other_families_know_nothing_of_each_other(name):
+    """Their caches hold recurrent states, and they are asked for their inputs in other ways. Two rows end
+    early, so that the states of the others must stay theirs.
+    """
+    config = FAMILIES[name]
+    config.vocab_size = VOCABULARY
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.num_tokens = VOCABULARY
+    uniforms = uniforms_for(0, 1, range(4), 8).clamp(min=0.05)
+    uniforms[1, 1] = uniforms[2, 2] = 0.0
+    together = sample(model, [0, 1, 2, 3], uniforms=uniforms)
+    assert together.lengths.tolist()[1:3] == [2, 3]
+    for row in range(4):
+        alone = sample(model, [row], uniforms=uniforms[row : row + 1])
+        assert torch.equal(alone.ids[0], together.ids[row])
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], rtol=0, atol=1e-5)
+    rollout = as_rollout(together)
+    with torch.no_grad():
+        trained, _ = actor_logprobs(model.train(), take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
+    drawn = together.logprobs[rollout.response_mask]
+    torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-5)
 
 
 def test_all_rows_ending_early_still_fill_the_limit(model):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from common.tokenization import SegmentEncoder
+from common.vocabulary import fit_to_tokenizer
 from step1_sft.data import Demonstration
 from step1_sft.evaluate import response_bytes, sample_answers
 from tests.ranks import succeed
@@ -123,7 +124,7 @@ def test_bytes_are_those_of_the_replies_alone():
 def test_answers_end_where_the_positions_do(world: Path) -> None:  # noqa: F811
     encoder = SegmentEncoder(AutoTokenizer.from_pretrained(world / "model"))
     config = GPT2Config(vocab_size=len(encoder.tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=20)
-    model = AutoModelForCausalLM.from_config(config)
+    model = fit_to_tokenizer(AutoModelForCausalLM.from_config(config), encoder.tokenizer)
     row = Demonstration(list(range(5, 24)), [False] * 18 + [True])
     assert len(sample_answers(model, [row], encoder, max_new_tokens=64)) == 1
 

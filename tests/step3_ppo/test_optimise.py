@@ -23,6 +23,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    model.num_tokens = config.vocab_size
     model.lr_scheduler = SimpleNamespace(step=lambda: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 

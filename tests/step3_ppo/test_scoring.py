@@ -1,12 +1,20 @@
 """What the critic says of responses, against the plain model, one row at a time."""
 
+import json
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from common.prompts import Prompt, prompt
+from common.tokenization import SegmentEncoder
+from step2_reward.data import scored_response
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout
-from step3_ppo.scoring import _value_pass
+from step3_ppo.scoring import _scored_ids, _value_pass, close
 
 PROMPTS = [3, 1, 4]
 RESPONSES = [2, 5, 3]
@@ -39,3 +47,53 @@ def test_values_before_each_token_and_after_a_response_that_was_cut_off(bootstra
     torch.testing.assert_close(values, torch.cat(before), rtol=0, atol=1e-6)
     after = [a[-1] * (bootstrap and not ENDED[row]) for row, a in zip(order, alone, strict=True)]
     torch.testing.assert_close(last, torch.stack(after), rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SegmentEncoder:
+    """Bytes, and a template whose turns end in a token that is not EOS; EOS follows the last turn (Phi-3)."""
+    vocabulary = ["<pad>", "</s>", *sorted(ByteLevel.alphabet())]
+    backend = Tokenizer(BPE({token: number for number, token in enumerate(vocabulary)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+    )
+    return SegmentEncoder(tokenizer)
+
+
+@pytest.mark.parametrize("ending", ["turn", "eos", "both", "none"])
+@pytest.mark.parametrize("is_conversation", [True, False])
+def test_a_reward_model_reads_what_it_has_learnt_from(encoder, ending, is_conversation):
+    """However the policy ended, or was cut, the ids are those that step 2 makes of the dialogue."""
+    question = [{"role": "user", "content": "What is this?"}] if is_conversation else "What is this?"
+    record = {"prompt": question, "completion": "A tree"}
+    learnt, _ = scored_response(record, encoder, max_length=99, overlong="error")
+    (row, _), end = prompt(record, encoder, 99, "error"), encoder.tokenizer.convert_tokens_to_ids("<|end|>")
+    reply = encoder._continue.encode("A tree").ids
+    newline = encoder._continue.encode("\n").ids
+    eos = encoder.eos_token_id
+    endings = {"turn": [end], "eos": [eos], "both": [end, *newline, eos], "none": []}
+    if not is_conversation:
+        endings["both"] = [eos]
+    response = torch.tensor([row.ids + reply + endings[ending]])
+    length = torch.tensor([response.shape[1] - len(row.ids)])
+    rows = torch.zeros(1, int(length))
+    rollout = Rollout(
+        response, torch.tensor([len(row.ids)]), length, torch.tensor([ending != "none"]), logprobs=rows,
+        ref_logprobs=rows, values=rows, last_values=rows[:, 0], scores=rows[:, 0], score_parts=rows[:, :0],
+        support=torch.zeros(1, 5, 0, dtype=torch.uint8), computed=torch.zeros(1),
+    )  # fmt: skip
+    found = _scored_ids(encoder, encoder, Prompt(row.ids, json.dumps(record)), rollout, 0)
+    assert found == learnt.ids
+
+
+def test_what_a_response_has_of_the_closing_is_not_repeated():
+    assert close([7, 1], True, [1, 2, 3]) == [7, 1, 2, 3]
+    assert close([7, 1, 2, 3], True, [1, 2, 3]) == [7, 1, 2, 3]
+    assert close([7, 3], True, [1, 2, 3]) == [7, 1, 2, 3]
+    assert close([7, 9], True, [1, 2, 3]) == [7, 1, 2, 3], "another end token"
+    assert close([7, 9], False, [1, 2, 3]) == [7, 9, 1, 2, 3], "cut off"
+    assert close([3], True, [3]) == [3]
