@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.data_report import describe_data
+from common.data_report import describe_data, warn_of_few, why_empty
 from common.distributed import log
 from common.options import DataOptions, RunOptions, TrainOptions, UserError, world_size
 from common.prepare import Convert, Prepared, prepare
-from common.records import files_of, parse_source
+from common.sources import copies, files_to_read, parse_source
 from common.table import Row
 
 # Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough
@@ -42,7 +42,13 @@ class Examples(Sequence[Row]):
 
     def notes(self, name: str) -> np.ndarray:
         """A field of `prepare.Note` of every example, (N,)."""
-        columns = [source.notes.column(name) for source in self._sources]
+        return self._gather([source.notes.column(name) for source in self._sources])
+
+    def column(self, name: str) -> np.ndarray:
+        """A field of every row that is a single number, (N,)."""
+        return self._gather([source.rows.column(name) for source in self._sources])
+
+    def _gather(self, columns: Sequence[np.ndarray]) -> np.ndarray:
         found = np.empty(len(self), columns[0].dtype)
         for number, column in enumerate(columns):
             found[self._source == number] = column[self._row[self._source == number]]
@@ -75,17 +81,23 @@ def load_examples(
     and line for a bad record (unless --skip_bad_records), and when no rows are left.
     """
     begin, end = _stage_share(options)
-    train, prepared = _load(sources, options, row_class, convert)
-    train = train.take((train.notes("stage") >= begin) & (train.notes("stage") < end))
+    read, prepared = _load(sources, options, row_class, convert)
+    ours = read.take((read.notes("stage") >= begin) & (read.notes("stage") < end))
     if options.eval_data:
-        held_out, prepared_too = _load(options.eval_data, options, row_class, convert)
-        prepared = prepared + prepared_too
+        train = ours
+        held_out, prepared_too = _load(options.eval_data, options, row_class, convert, is_training=False)
     else:
-        is_held_out = train.notes("held_out") < options.eval_fraction
-        train, held_out = train.take(~is_held_out), train.take(is_held_out)
+        is_held_out = ours.notes("held_out") < options.eval_fraction
+        train, held_out, prepared_too = ours.take(~is_held_out), ours.take(is_held_out), []
     if not len(train):
-        raise UserError(f"{' '.join(sources)}: no rows left")
-    describe_data(prepared, train, held_out)
+        elsewhere = {
+            "held out by --eval_fraction": 0 if options.eval_data else ours.distinct_rows(),
+            "in the parts of other steps by --data_split": read.distinct_rows() - ours.distinct_rows(),
+        }
+        raise UserError(f"{' '.join(sources)}: no rows left: {why_empty(prepared, elsewhere)}")
+    describe_data(prepared + prepared_too, train, held_out)
+    if options.eval_data or options.eval_fraction:
+        warn_of_few(held_out, options.max_eval_samples)
     if isinstance(options, TrainOptions):
         log(f"{padding_share(train.notes('length'), options):.1%} padding in batches of like length")
     return train, list(held_out.take(slice(options.max_eval_samples or None)))
@@ -170,17 +182,16 @@ def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
 
 
 def _load(
-    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert
-) -> tuple[Examples[Row], list[Prepared]]:
+    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert,
+    is_training: bool = True,
+) -> tuple[Examples[Row], list[Prepared]]:  # fmt: skip
     """Every row of the sources, as often as the source's weight says."""
     prepared: list[Prepared] = []
     rows = []
     for source in map(parse_source, sources):
-        copies, rest = divmod(source.weight, 1)
-        for name in files_of(source.name):
+        for name in files_to_read(source, is_training):
             prepared.append(prepare(name, options, row_class, convert))
-            notes = prepared[-1].notes
-            repeats = int(copies) + (notes.column("weight") < rest)
+            repeats = copies(source.weight, prepared[-1].notes.column("weight"))
             rows.append(np.repeat(np.arange(len(repeats)), repeats))
     numbers = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
     return Examples(prepared, numbers, np.concatenate(rows)), prepared

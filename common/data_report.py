@@ -1,17 +1,20 @@
 """The table of what was found in the data, printed at the start of a run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.distributed import log
 from common.prepare import Prepared
+from common.readers import origin
 
 if TYPE_CHECKING:
     from common.data import Examples
 
+LARGE_SHARE = 0.2  # of the records left out, or of the rows cut
+FEW_PROMPTS = 32
 COLUMNS = ("data", "rows", "tokens 5 %", "median", "95 %", "longest", "truncated", "duplicates")
 
 
@@ -24,20 +27,49 @@ def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Exa
     for line in lines:
         log("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
-    dropped = sum((Counter(source.dropped) for source in sources), Counter())
-    bad = sum(source.bad for source in sources)
-    reasons = [f"{count:,} {reason}" for reason, count in sorted(dropped.items())]
-    if bad:
-        reasons.append(f"{bad:,} bad")
-    read, left_out = sum(source.read for source in sources), sum(dropped.values()) + bad
-    log(f"{read:,} records read, {left_out:,} left out{': ' * bool(reasons)}{', '.join(reasons)}")
-
+    read, count, reasons = left_out(sources)
+    log(f"{read:,} records read, {count:,} left out{': ' * bool(reasons)}{', '.join(reasons)}")
+    if count > LARGE_SHARE * read:
+        log(f"warning: {count / read:.0%} of the records are left out")
+    is_cut = train.notes("is_cut")
+    if is_cut.mean() > LARGE_SHARE:
+        log(f"warning: {is_cut.mean():.0%} of the training rows are cut to the length limit")
     shared = np.isin(held_out.notes("held_out"), train.notes("held_out")).sum() if len(held_out) else 0
     if shared:
         log(
             f"warning: {shared:,} of {len(held_out):,} held-out prompts are in the training data too:"
             " what is measured on them is memory"
         )
+
+
+def warn_of_few(held_out: "Examples", at_most: int) -> None:
+    """Warn where evaluations are on so few prompts that they say little; at_most: 0, or the limit on rows."""
+    prompts = len(np.unique(held_out.take(slice(at_most or None)).notes("held_out")))
+    if prompts < FEW_PROMPTS:
+        log(
+            f"warning: {prompts} prompts are held out; on fewer than {FEW_PROMPTS}, evaluations are mostly"
+            " noise"
+        )
+
+
+def why_empty(sources: Sequence[Prepared], elsewhere: Mapping[str, int]) -> str:
+    """Where all records are: left out for a reason, or elsewhere, by the name of the place."""
+    read, count, reasons = left_out(sources)
+    by_weight = read - count - sum(elsewhere.values())
+    placed = {**elsewhere, "left out by the weight of their source": by_weight}
+    reasons += [f"{count:,} {place}" for place, count in placed.items() if count]
+    return f"{read:,} records read{': ' * bool(reasons)}{', '.join(reasons)}"
+
+
+def left_out(sources: Sequence[Prepared]) -> tuple[int, int, list[str]]:
+    """Records read and left out, and the reasons, each with its number of records."""
+    dropped = sum((Counter(source.dropped) for source in sources), Counter())
+    bad = sum(source.bad for source in sources)
+    reasons = [f"{count:,} {reason}" for reason, count in sorted(dropped.items())]
+    if bad:
+        name, (number, what) = next((s.name, s.first_bad) for s in sources if s.first_bad)
+        reasons.append(f"{bad:,} bad, the first at {origin(name, number)}: {what}")
+    return sum(source.read for source in sources), sum(dropped.values()) + bad, reasons
 
 
 def _describe(name: str, examples: "Examples") -> tuple[str, ...]:

@@ -5,10 +5,10 @@ template. Both become a list of segments: stretches of context and of response, 
 segment by segment, so the boundary between prompt and response tokens is the same in all of them.
 """
 
-import math
 from typing import Any, NamedTuple
 
 from common.conversation import Message, Render, Segment, conversation_segments, without_last_replies
+from common.fields import as_number, flag, shown
 from common.prompt_boundary import Text, split_responses, text_field, with_dialogues
 
 
@@ -80,10 +80,7 @@ def plain_demonstration(record: dict[str, Any]) -> dict[str, Any]:
 
 def has_ended(record: dict[str, Any], name: str) -> bool:
     """The flag of a response: false when it was cut, so that EOS is not its next token. Default: true."""
-    ended = record.get(name, True)
-    if not isinstance(ended, bool):
-        raise ValueError(f"field {name!r} is {ended!r}; it must be true or false")
-    return ended
+    return flag(record, name, True)
 
 
 def comparison(record: dict[str, Any]) -> Comparison:
@@ -101,7 +98,7 @@ def comparison(record: dict[str, Any]) -> Comparison:
                 " or 'prompt' + 'responses' + 'ranks')"
             )
     prompt, responses = split_responses(record, ["chosen", "rejected"])
-    return Comparison(prompt, responses, [0.0, 0.0 if record.get("tie") else 1.0])
+    return Comparison(prompt, responses, [0.0, 0.0 if flag(record, "tie", False) else 1.0])
 
 
 def preference_segments(compared: Comparison, render: Render, eos: str) -> list[list[Segment]]:
@@ -139,8 +136,9 @@ def _ranking(record: dict[str, Any]) -> Comparison:
     if not isinstance(ranks, list) or len(ranks) != len(responses):
         raise ValueError(f"field 'ranks' must be a list of {len(responses)} numbers, one per response")
     for rank in ranks:
-        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
-            raise ValueError(f"field 'ranks': {rank!r} is not a number (the lowest is the best)")
+        if isinstance(rank, str) or as_number(rank) is None:
+            raise ValueError(f"field 'ranks': {shown(rank)} is not a number (the lowest is the best)")
+    ranks = [as_number(rank) for rank in ranks]
     if len(set(ranks)) == 1:
         raise ValueError("field 'ranks': all are equal, so no response is better than another")
     by_name = {f"responses[{number}]": response for number, response in enumerate(responses)}

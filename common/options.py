@@ -85,8 +85,19 @@ class RunOptions:
 
 
 @dataclass
-class DataOptions:
-    """Where held-out data comes from, and what to do with bad records."""
+class CacheOptions:
+    """How data is tokenised, and what to do with bad records."""
+
+    skip_bad_records: bool = option(
+        False, "Count and skip malformed records instead of stopping at the first."
+    )
+    cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.")
+    preprocessing_workers: int = option(0, "Processes that tokenise; 0: one per core.", at_least=0)
+
+
+@dataclass
+class DataOptions(CacheOptions):
+    """Where held-out data comes from, and what to do with records that are too long."""
 
     stage: ClassVar[int] = 1
     eval_data: list[str] = option(
@@ -102,17 +113,12 @@ class DataOptions:
         "", "Parts of the data for steps 1, 2 and 3, as in 2,4,4: each takes its own, by prompt."
     )
     max_eval_samples: int = option(256, "Use at most this many held-out records; 0 uses all.", at_least=0)
-    skip_bad_records: bool = option(
-        False, "Count and skip malformed records instead of stopping at the first."
-    )
     overlong: Overlong = option(
         "truncate_prompt",
         "Records longer than --max_length. truncate_prompt: take the oldest messages, then the prompt's"
         " beginning, away; truncate_response: cut the response; drop: leave them out; error: stop. A record"
         " whose response does not fit is left out.",
     )
-    cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.")
-    preprocessing_workers: int = option(0, "Processes that tokenise; 0: one per core.", at_least=0)
 
 
 @dataclass

@@ -1,15 +1,13 @@
 """What happens to a record that is longer than the model may read. Pure, but for the encoder it is given."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from common.conversation import Message, Segment
 from common.formatting import demonstration_segments, plain_demonstration
-from common.options import UserError
 from common.tokenization import SegmentEncoder
 
 Prompt = str | list[Message]
-Row = TypeVar("Row")
 
 
 class Dropped(Exception):
@@ -74,22 +72,6 @@ def fit_demonstration(
 
     (row,), is_cut = fit(record.get(name, ""), segments, encoder, max_length, overlong, keep_end)
     return row, is_cut
-
-
-def convert_all(
-    origins: Sequence[str], records: Sequence[dict[str, Any]],
-    convert: Callable[[dict[str, Any]], tuple[Row, bool]],
-) -> list[Row | None]:  # fmt: skip
-    """The row of each record, None for one that the policy leaves out. Raises UserError for a bad record."""
-    rows: list[Row | None] = []
-    for origin, record in zip(origins, records, strict=True):
-        try:
-            rows.append(convert(record)[0])
-        except Dropped:
-            rows.append(None)
-        except ValueError as error:
-            raise UserError(f"{origin}: {error}") from None
-    return rows
 
 
 def _cut_response(row: Fitted, max_length: int, keep_end: bool) -> Fitted:

@@ -29,10 +29,12 @@ from typing import Any, NamedTuple
 from common.distributed import log
 from common.files import UMASK, flush_folder, write_json
 from common.formatting import find_prompt
-from common.options import DataOptions, UserError
+from common.options import CacheOptions, UserError
 from common.overlong import Dropped
 from common.process import SIGNALS, stop_before_training
-from common.records import Record, content_of, fraction, origin, parse_record, read_source
+from common.progress import ReadingProgress
+from common.readers import content_of, origin, read_source
+from common.records import BadRecords, Record, fraction, parse_record
 from common.table import Row, Table, TableWriter, to_columns
 
 Convert = Callable[[Record], tuple[Row, bool]]  # record -> row, and whether the length policy has cut it
@@ -43,18 +45,9 @@ REPORT_SECONDS = 10.0
 
 # The files that decide what a record becomes, beside the one that `convert` is in.
 CODE = (
-    "chat_template",
-    "conversation",
-    "formatting",
-    "overlong",
-    "prepare",
-    "prompt_boundary",
-    "records",
-    "sentencepiece_tokenizer",
-    "shapes",
-    "table",
-    "tokenization",
-)
+    "chat_template", "conversation", "fields", "formatting", "overlong", "prepare", "prompt_boundary",
+    "readers", "records", "sentencepiece_tokenizer", "shapes", "sources", "table", "tokenization",
+)  # fmt: skip
 
 
 class Note(NamedTuple):
@@ -77,6 +70,7 @@ class Prepared(NamedTuple):
     notes: Table
     read: int  # records
     bad: int  # skipped by --skip_bad_records
+    first_bad: tuple[int, str] | None  # the number of the first of these, and what is wrong with it
     dropped: dict[str, int]  # how many records by reason
     key: str  # of all that decides the rows
 
@@ -85,7 +79,7 @@ class Prepared(NamedTuple):
         return origin(self.name, int(self.notes.column("number")[row]))
 
 
-def prepare(name: str, options: DataOptions, row_class: type[Row], convert: Convert) -> Prepared:
+def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> Prepared:
     """The rows of a file or hub dataset, from the cache if they are there.
 
     convert: a `partial` of a function at the top of a module, whose arguments are all that its result depends
@@ -111,7 +105,7 @@ def prepare(name: str, options: DataOptions, row_class: type[Row], convert: Conv
     return Prepared(name, *tables, **found, key=folder.name)
 
 
-def cache_folder(options: DataOptions) -> Path:
+def cache_folder(options: CacheOptions) -> Path:
     """Where tokenised data is kept, and what is made of it."""
     named = options.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "triptych")
     return Path(named).expanduser()
@@ -144,7 +138,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         yield
 
 
-def _build(folder: Path, name: str, options: DataOptions, row_class: type[Row], convert: Convert) -> None:
+def _build(folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> None:
     for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
         shutil.rmtree(left_over, ignore_errors=True)
     beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
@@ -160,7 +154,7 @@ def _build(folder: Path, name: str, options: DataOptions, row_class: type[Row], 
 
 
 def _write(
-    beside: Path, name: str, options: DataOptions, row_class: type[Row], convert: Convert
+    beside: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert
 ) -> dict[str, Any]:
     """Convert all records into the columns of a new folder; what is counted on the way."""
     (beside / "rows").mkdir()
@@ -171,20 +165,19 @@ def _write(
     )
     read = bad = 0
     dropped: Counter[str] = Counter()
-    start = shown = time.monotonic()
+    first_bad: tuple[int, str] | None = None
+    progress = ReadingProgress(f"{name}: tokenising", partial(print, flush=True))  # off rank 0, too
     for columns, count, share in _results(read_source(name), options.preprocessing_workers, work):
         stop_before_training()
         for writer, part in zip(writers, columns, strict=True):
             writer.append(part)
         read, bad = read + count["read"], bad + count["bad"]
+        first_bad = first_bad or count["first_bad"]
         dropped.update(count["dropped"])
-        if time.monotonic() > shown + REPORT_SECONDS:
-            shown = time.monotonic()
-            left = (shown - start) * (1 / share - 1)
-            print(f"{name}: {read:,} records tokenised, {share:.0%}, {left:.0f} s left", flush=True)
+        progress.update(read, share)
     for writer in writers:
         writer.close()
-    return {"read": read, "bad": bad, "dropped": dict(dropped)}
+    return {"read": read, "bad": bad, "first_bad": first_bad, "dropped": dict(dropped)}
 
 
 def _results(records: Iterator[Any], workers: int, work: Callable[[Any], Any]) -> Iterator[Any]:
@@ -210,22 +203,20 @@ def _convert_chunk(
     chunk: list[tuple[int, float, Any]], name: str, skip: bool, row_class: type[Row], convert: Convert
 ) -> tuple[Any, dict[str, Any], float]:
     rows, notes = [], []
-    bad, dropped = 0, Counter()
+    bad, dropped = BadRecords(skip), Counter()
     for number, _, unparsed in chunk:
-        try:
+        with bad.at(name, number):
             record = parse_record(unparsed)
-            (row, is_cut), prompt = convert(record), find_prompt(record)
-        except Dropped as reason:
-            dropped[str(reason)] += 1
-        except ValueError as error:
-            if not skip:
-                raise UserError(f"{origin(name, number)}: {error}") from None
-            bad += 1
-        else:
-            rows.append(row)
+            try:
+                row, is_cut = convert(record)
+            except Dropped as why:
+                dropped[str(why)] += 1
+                continue
+            prompt = find_prompt(record)
             fractions = (fraction(prompt, purpose) for purpose in ("", "stage", "weight"))
             notes.append(Note(number, row.length, is_cut, *fractions, fraction(record, "")))
-    count = {"read": len(chunk), "bad": bad, "dropped": dropped}
+            rows.append(row)
+    count = {"read": len(chunk), "bad": bad.count, "first_bad": bad.first, "dropped": dropped}
     return (to_columns(rows, row_class), to_columns(notes, Note)), count, chunk[-1][1]
 
 

@@ -1,7 +1,7 @@
 """Progress lines of long passes outside training: how far, how fast, how long still."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from common.distributed import log
@@ -47,6 +47,23 @@ def track(title: str, batches: Sequence[Batch], total: int) -> Iterator[Batch]:
     for number, batch in enumerate(batches, start=1):
         yield batch
         progress.update(total * number // len(batches))
+
+
+class ReadingProgress:
+    """The same for records that are read, of which only the share is known that is done."""
+
+    def __init__(self, title: str, log: Callable[[str], None] = log) -> None:
+        self._title, self._log, self._start = title, log, time.monotonic()
+        self._next = self._start + FIRST_LINE
+
+    def update(self, count: int, share: float) -> None:
+        """Count the records and the share, above 0, of the file that are done."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next, seconds = now + NEXT_LINES, now - self._start
+        left = clock(seconds * (1 / share - 1))
+        self._log(f"{self._title}: {count} records ({share:.0%}) | {count / seconds:.3g}/s | ETA {left}")
 
 
 def clock(seconds: float) -> str:

@@ -14,7 +14,7 @@ from common.distributed import gather_objects, log, rank
 from common.files import lock_folder, sha256, write_json
 from common.option_checks import changed_defaults, changed_options, default_values, resolved
 from common.options import RunOptions, UserError
-from common.records import parse_source
+from common.sources import files_of, parse_source
 
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
 # steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
@@ -96,7 +96,7 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
     for name in DATA_OPTIONS:
         value = getattr(options, name, [])
         for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
-            found[f"--{name} {number}"] = _content(source)
+            found[f"--{name} {number}"] = _content(source, is_training=name != "eval_data")
     for name in MODEL_OPTIONS:
         value = getattr(options, name, [])
         for number, path in enumerate([value] if isinstance(value, str) else value, start=1):
@@ -184,12 +184,13 @@ def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[st
         log(f"{name}: its file has changed since; scores before and after differ")
 
 
-def _content(source: str) -> str:
+def _content(text: str, is_training: bool) -> str:
     """Checksum of a file or folder of data with its weight; of a hub dataset its name has to do."""
-    name, weight = parse_source(source)
-    path = Path(name)
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return _digest(f"{weight} {[sha256(file) for file in files if file.is_file()] or name}")
+    source = parse_source(text)
+    path = Path(source.name)
+    files = files_of(source, is_training) if path.is_dir() else [source.name] if path.is_file() else []
+    name = ":".join(filter(None, (source.name, source.config, source.split)))
+    return _digest(f"{source.weight} {[sha256(Path(file)) for file in files] or name}")
 
 
 def _weights(path: str) -> str:

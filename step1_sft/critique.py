@@ -9,7 +9,7 @@ section 3: a draft, then rounds of critique and revision, each by a principle dr
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from common.formatting import find_prompt
 from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
 from common.intervals import share, share_in_words
 from common.models import load_config
-from common.options import DataOptions, OptimiserOptions, option, parse_options, world_size
+from common.options import CacheOptions, DataOptions, OptimiserOptions, option, parse_options, world_size
 from common.overlong import Dropped
 from common.process import run_main
 from common.prompts import Prompt, prompt
@@ -50,7 +50,7 @@ REVISION_PLACES = (*CRITIQUE_PLACES, "critique")
 
 
 @dataclass
-class CritiqueOptions(ConstitutionOptions, GenerationOptions):
+class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
     """Answers that a model has criticised and revised by a constitution, as demonstrations."""
 
     prompt_data: list[str] = option([], "Red-team or ordinary prompts: files or hub names. Required.")
@@ -99,7 +99,8 @@ def main() -> None:
 
 def load_prompts(options: CritiqueOptions, encoder: SegmentEncoder) -> list[Prompt]:
     """All prompts; one that is too long for a draft loses its beginning. Raises UserError."""
-    how = DataOptions(eval_fraction=0.0, skip_bad_records=options.skip_bad_records)
+    given = {field.name: getattr(options, field.name) for field in fields(CacheOptions)}
+    how = DataOptions(eval_fraction=0.0, **given)
     convert = partial(
         prompt, encoder=encoder, max_length=options.max_prompt_length, overlong="truncate_prompt"
     )

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from common.alike import load_alike
 from common.distributed import init_distributed, log, rank, sum_over_ranks
 from common.engine import gathered, make_frozen
 from common.families import check_policy, position_limit
@@ -23,9 +24,8 @@ from common.files import write_json
 from common.formatting import plain_demonstration
 from common.models import base_model, load_causal_lm, load_config, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
-from common.overlong import convert_all
 from common.process import run_main
-from common.records import Record, parse_all
+from common.records import Record
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.vocabulary import spare_ids
 from common.zero import frozen_config, load_zero_config
@@ -42,7 +42,7 @@ class Entrant(NamedTuple):
 
     path: str
     encoder: SegmentEncoder
-    rows: list[Demonstration | None]  # one per record; None: it does not fit
+    rows: list[Demonstration]
 
 
 class Answer(NamedTuple):
@@ -62,20 +62,26 @@ def main() -> None:
         global_batch_size=options.micro_batch_size * world_size(),
     )  # fmt: skip
     load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
-    origins, records = parse_all(options.eval_data)
-    entrants = [_tokenise(path, origins, records, options.max_length) for path in options.model_name_or_path]
-    kept = [i for i in range(len(records)) if all(entrant.rows[i] for entrant in entrants)]
-    log(f"{len(kept)} of {len(records)} records fit the models and --max_length {options.max_length}")
-    if not kept:
-        raise UserError(f"{' '.join(options.eval_data)}: no rows left to evaluate on")
+    paths = options.model_name_or_path
+    configs = [load_config(path) for path in paths]
+    for config in configs:
+        check_policy(config)
+    lengths = [longest_input(config, options.max_length, "max_length") for config in configs]
+    encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
+    # Whole records alone, so that all models are measured on the same text.
+    convert = partial(demonstration, overlong="drop", loss_on="response")
+    converts = [
+        partial(convert, encoder=encoder, max_length=length)
+        for encoder, length in zip(encoders, lengths, strict=True)
+    ]
+    data = load_alike(options.eval_data, options, Demonstration, converts, options.max_eval_samples)
     init_distributed()
 
     # 2. One model after the other.
-    num_bytes = sum(response_bytes(records[i]) for i in kept)
+    num_bytes = sum(map(response_bytes, data.records))
     found = []
-    for entrant in entrants:
-        rows = [entrant.rows[i] for i in kept]
-        found.append(_measure_entrant(entrant, rows, num_bytes, options, as_trained))
+    for entrant in map(Entrant, paths, encoders, data.rows):
+        found.append(_measure_entrant(entrant, num_bytes, options, as_trained))
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -159,24 +165,11 @@ def response_bytes(record: Record) -> int:
     return sum(len(reply.encode()) for reply in (replies if "messages" in record else replies[-1:]))
 
 
-def _tokenise(path: str, origins: Sequence[str], records: Sequence[Record], max_length: int) -> Entrant:
-    config = load_config(path)
-    check_policy(config)
-    max_length = longest_input(config, max_length, "max_length")
-    encoder = SegmentEncoder(load_tokenizer(path))
-    # Whole records alone, so that all models are measured on the same text.
-    convert = partial(
-        demonstration, encoder=encoder, max_length=max_length, overlong="drop", loss_on="response"
-    )
-    return Entrant(path, encoder, convert_all(origins, records, convert))
-
-
 def _measure_entrant(
-    entrant: Entrant, rows: Sequence[Demonstration], num_bytes: int, options: EvaluateOptions,
-    as_trained: SFTOptions,
-) -> dict[str, Any]:  # fmt: skip
+    entrant: Entrant, num_bytes: int, options: EvaluateOptions, as_trained: SFTOptions
+) -> dict[str, Any]:
     """Figures and answers of one model, by the names of COLUMNS; bits per byte count EOS as no byte."""
-    path, encoder, _ = entrant
+    path, encoder, rows = entrant
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), frozen_config(zero))
     nats, tokens = negative_log_likelihood(model, rows, as_trained, encoder.tokenizer.pad_token_id)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.options import BEST_METRIC, TrainOptions, option
+from common.options import BEST_METRIC, CacheOptions, TrainOptions, option
 
 
 @dataclass
@@ -29,11 +29,12 @@ class SFTOptions(TrainOptions, SampleOptions):
 
 
 @dataclass
-class EvaluateOptions(SampleOptions):
+class EvaluateOptions(CacheOptions, SampleOptions):
     """Language models compared on demonstrations."""
 
     model_name_or_path: list[str] = option([], "Folders or hub names of the models to compare. Required.")
     eval_data: list[str] = option([], "Demonstrations: files or hub names. Required.")
+    max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0)
     max_length: int = option(
         1024, "Longest record in tokens; one that is longer for any model is left out.", at_least=8
     )

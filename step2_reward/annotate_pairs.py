@@ -9,7 +9,7 @@ from common.conversation import Message
 from common.distributed import log
 from common.formatting import Comparison, comparison, has_ended, preference_segments
 from common.options import UserError
-from common.records import Record, parse_object, read_records
+from common.records import Record, read_all
 from common.shapes import recognise
 
 Text = str | list[Message]
@@ -43,17 +43,10 @@ def read_pairs(sources: Sequence[str], golden: Sequence[str], skip_bad_records: 
     """
     found: dict[str, Pair] = {}
     bad = same = 0
-    for is_golden, names in ((True, golden), (False, sources)):
-        for _, place, unparsed in read_records(names):
-            try:
-                pair = to_pair(parse_object(unparsed))
-                if is_golden and not pair.answer:
-                    raise ValueError("a golden question needs its answer, as 'preference'")
-            except ValueError as error:
-                if not skip_bad_records:
-                    raise UserError(f"{place}: {error}") from None
-                bad += 1
-                continue
+    for parse, names in ((_golden_pair, golden), (to_pair, sources)):
+        pairs, bad_ones = read_all(names, parse, skip_bad_records, is_training=names is sources)
+        bad += bad_ones
+        for pair in pairs:
             same += pair.id in found
             if pair.answer or pair.id not in found:
                 found[pair.id] = pair
@@ -65,6 +58,13 @@ def read_pairs(sources: Sequence[str], golden: Sequence[str], skip_bad_records: 
         why = f"all {len(pairs)} have an answer, so they are golden questions" if pairs else "no records"
         raise UserError(f"{' '.join(sources)}: no pairs to compare ({why})")
     return pairs
+
+
+def _golden_pair(record: Record) -> Pair:
+    pair = to_pair(record)
+    if not pair.answer:
+        raise ValueError("a golden question needs its answer, as 'preference'")
+    return pair
 
 
 def to_pair(record: Record) -> Pair:
@@ -112,12 +112,16 @@ def turns(text: Text) -> list[tuple[str, str]]:
 
 def _sides(record: Record) -> Comparison:
     """`response_a` and `response_b`, in this order, with the ranks of their answer if there is one."""
-    for name in ("prompt", *SIDES):
-        if name not in record:
-            raise ValueError(f"field {name!r} is missing (a pair has 'prompt' + 'response_a' + 'response_b')")
-    found, (first, second) = recognise({"preference": "A", **record}), (record[name] for name in SIDES)
+    missing = [name for name in SIDES if name not in record]
+    found = {} if missing else recognise({"preference": "A", **record})
+    missing += [] if missing or "prompt" in found else ["prompt"]
+    if missing:
+        raise ValueError(
+            f"field {missing[0]!r} is missing (a pair has 'prompt' + 'response_a' + 'response_b')"
+        )
+    first, second = (found[name] for name in SIDES)
     try:
-        compared = comparison({"prompt": record["prompt"], "chosen": first, "rejected": second})
+        compared = comparison({"prompt": found["prompt"], "chosen": first, "rejected": second})
     except ValueError as error:
         said = str(error).replace("'chosen'", repr(SIDES[0])).replace("'rejected'", repr(SIDES[1]))
         raise ValueError(said) from None

@@ -17,7 +17,8 @@ from typing import BinaryIO, NamedTuple
 from common.distributed import log
 from common.files import write_text
 from common.options import UserError
-from common.records import CLICKS, Record
+from common.records import Record
+from common.sources import CLICKS
 from step2_reward.annotate_pairs import ANSWERS, Pair
 
 CHOICES = ("A", "B", "tie", "skip", "undo")

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from common.conversation import Segment
-from common.data import pad_rows
-from common.distributed import device
+from common.data import Examples, pad_rows
+from common.distributed import device, log
+from common.fields import number
 from common.formatting import comparison, has_ended, preference_segments
+from common.options import UserError
 from common.overlong import Prompt, fit, fit_demonstration
 from common.records import Record
 from common.shapes import SURE
 from common.tokenization import SegmentEncoder
+from step2_reward.options import RewardOptions
 
 
 class Preference(NamedTuple):
@@ -111,9 +114,7 @@ def preference(
 
     A response that did not end (`chosen_ended`, `rejected_ended`) gets an EOS too, as step 3 scores it so.
     """
-    margin = record.get("margin", 0.0) if use_margin else 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise ValueError(f"field 'margin' is {margin!r}; it must be a number")
+    margin = number(record, "margin") if use_margin else 0.0
     if margin and "ranks" in record:
         raise ValueError("field 'margin' belongs to a pair; a record with 'ranks' cannot have one")
     compared = comparison(record)
@@ -129,8 +130,28 @@ def preference(
     responses = [side.ids[len(prompt) :] for _, side in by_rank]
     ranks = [float(rank) for rank, _ in by_rank]
     best = min(zip(compared.ranks, compared.responses, strict=True), key=itemgetter(0))[1]
-    facts = float(margin), record.get(SURE, 1.0), has_ended(record, f"{best}_ended")
+    facts = margin, record.get(SURE, 1.0), has_ended(record, f"{best}_ended")
     return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), is_cut
+
+
+def check_margins(
+    options: RewardOptions, train: Examples[Preference], held_out: Sequence[Preference]
+) -> None:
+    """Raise UserError where --use_margin finds no margin to use; warn where some records have none."""
+    if not options.use_margin:
+        return
+    have = int((train.column("margin") != 0).sum())
+    if not have:
+        raise UserError(
+            f"--use_margin: no record of {' '.join(options.train_data)} has a 'margin' other than 0; add the"
+            " field, or turn the option off"
+        )
+    for name, count, total in (
+        ("training", have, len(train)),
+        ("held-out", sum(row.margin != 0 for row in held_out), len(held_out)),
+    ):
+        if count < total:
+            log(f"warning: --use_margin: {total - count} of {total} {name} records have no 'margin', or 0")
 
 
 def scored_response(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.alike import load_alike
 from common.damaged import read_metrics
 from common.data import deal, pad_rows
 from common.distributed import (
@@ -28,10 +29,9 @@ from common.distributed import (
 from common.ensemble import combine, load_encoders, load_members
 from common.files import write_json
 from common.models import base_model, last_positions, load_config, longest_input, token_scores
-from common.options import UserError, parse_options, world_size
-from common.overlong import convert_all
+from common.options import CacheOptions, UserError, parse_options, world_size
 from common.process import run_main
-from common.records import Record, parse_all
+from common.records import Record
 from common.shapes import agreement
 from common.tokenization import SegmentEncoder
 from common.zero import load_zero_config
@@ -61,7 +61,7 @@ def main() -> None:
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
-    data = load_pairs(options.eval_data, encoders, options.max_length)
+    data = load_pairs(options.eval_data, encoders, options, options.max_length, options.max_eval_samples)
     init_distributed()
 
     # 2. One model after the other.
@@ -81,23 +81,20 @@ def main() -> None:
     write_report(judged, reward_std if alone else 1.0, history if alone else None, Path(options.output_dir))
 
 
-def load_pairs(sources: Sequence[str], encoders: Sequence[SegmentEncoder], max_length: int) -> Pairs:
+def load_pairs(
+    sources: Sequence[str], encoders: Sequence[SegmentEncoder], options: CacheOptions, max_length: int,
+    at_most: int = 0,
+) -> Pairs:  # fmt: skip
     """Preferences of at most `max_length` tokens to every encoder, so that all models are judged on the same.
 
-    Raises UserError naming file and line of a bad record, and when no record is left.
+    at_most: take the first so many; 0: all. Raises UserError naming file and line of a bad record, and when
+    no record is left.
     """
-    origins, records = parse_all(sources)
     convert = partial(preference, max_length=max_length, overlong="drop", use_margin=True)
-    rows = {
-        encoder: convert_all(origins, records, partial(convert, encoder=encoder))
-        for encoder in dict.fromkeys(encoders)
-    }
-    kept = [i for i in range(len(records)) if all(of_one[i] for of_one in rows.values())]
-    log(f"{' '.join(sources)}: {len(kept)} of {len(records)} records have at most {max_length} tokens")
-    if not kept:
-        raise UserError(f"{' '.join(sources)}: no rows left to judge on")
-    fitting = {encoder: [of_one[i] for i in kept] for encoder, of_one in rows.items()}
-    return Pairs([origins[i] for i in kept], [records[i] for i in kept], fitting)
+    different = [*dict.fromkeys(encoders)]
+    converts = [partial(convert, encoder=encoder) for encoder in different]
+    found = load_alike(sources, options, Preference, converts, at_most)
+    return Pairs(found.origins, found.records, dict(zip(different, found.rows, strict=True)))
 
 
 def judge(data: Pairs, rows: Sequence[Preference], better: Tensor, worse: Tensor) -> Judged:

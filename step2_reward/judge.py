@@ -41,8 +41,9 @@ from common.options import OptimiserOptions, UserError, option, parse_options, w
 from common.overlong import Dropped
 from common.process import run_main
 from common.prompts import prompt
-from common.records import Record, parse_object, read_records
+from common.records import Record, read_all
 from common.run_folder import prepare_output
+from common.shapes import recognise
 from common.tokenization import SegmentEncoder
 from common.windows import to_lines, work_through
 from common.zero import load_zero_config
@@ -61,6 +62,7 @@ class JudgeOptions(ConstitutionOptions):
         [],
         "Pairs or rankings as step 2 reads them, with or without `preference`: files or hub names. Required.",
     )
+    max_eval_samples: int = option(0, "Judge at most this many pairs; 0: all.", at_least=0)
     output_dir: str = option("output/judge", "Folder for preferences.jsonl and report.json.")
     max_length: int = option(
         4096, "Longest question in tokens; a pair with a longer one is left out.", at_least=8
@@ -85,6 +87,7 @@ def main() -> None:
     encoder = load_assistant(options)
     letters = letters_of(encoder, options.model_name_or_path)
     pairs = read_pairs(options.preference_data, options.skip_bad_records)
+    pairs = pairs[: options.max_eval_samples or None]
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
@@ -104,14 +107,10 @@ def main() -> None:
 
 def read_pairs(sources: Sequence[str], skip_bad_records: bool) -> list[Pair]:
     """All pairs, those of rankings too. Raises UserError naming file and line of a bad record."""
-    found, bad = [], 0
-    for _, place, unparsed in read_records(sources):
-        try:
-            found += map(to_pair, two_by_two(parse_object(unparsed)))
-        except ValueError as error:
-            if not skip_bad_records:
-                raise UserError(f"{place}: {error}") from None
-            bad += 1
+    by_record, bad = read_all(
+        sources, lambda record: [to_pair(pair) for pair in two_by_two(record)], skip_bad_records
+    )
+    found = [*chain(*by_record)]
     log(f"{' '.join(sources)}: {len(found)} pairs; left out {bad} bad records")
     if not found:
         raise UserError(f"{' '.join(sources)}: no pairs to judge")
@@ -122,7 +121,7 @@ def two_by_two(record: Record) -> list[Record]:
     """A ranking as pairs, the better one chosen; anything else as it is."""
     if "responses" not in record:
         return [record]
-    asked, responses, ranks = comparison(record)
+    asked, responses, ranks = comparison(recognise(record))
     found = []
     for one, other in combinations(zip(ranks, responses.values(), strict=True), 2):
         (rank_chosen, chosen), (rank_rejected, rejected) = sorted([one, other], key=lambda ranked: ranked[0])

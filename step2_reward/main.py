@@ -31,7 +31,15 @@ from common.resume import resume
 from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
-from step2_reward.data import Layout, Preference, Response, collate, preference, scored_response
+from step2_reward.data import (
+    Layout,
+    Preference,
+    Response,
+    check_margins,
+    collate,
+    preference,
+    scored_response,
+)
 from step2_reward.evaluate import (
     evaluate,
     judge,
@@ -64,8 +72,11 @@ def main() -> None:
         use_margin=options.use_margin,
     )  # fmt: skip
     train, held_out = load_examples(options.train_data, options, Preference, convert)
+    check_margins(options, train, held_out)
     centre_rows = load_centre_rows(options, encoder, train)
-    golden = load_pairs(options.golden_data, [encoder], options.max_length) if options.golden_data else None
+    golden = None
+    if options.golden_data:
+        golden = load_pairs(options.golden_data, [encoder], options, options.max_length)
     check_best_metric(options, held_out)
     init_distributed(options.timeout_minutes)
     total_steps = options.max_steps or steps_in_epochs(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.ensemble import EnsembleOptions
-from common.options import BEST_METRIC, TrainOptions, option
+from common.options import BEST_METRIC, CacheOptions, TrainOptions, option
 
 
 @dataclass
@@ -43,10 +43,11 @@ class RewardOptions(TrainOptions):
 
 
 @dataclass
-class EvaluateOptions(EnsembleOptions):
+class EvaluateOptions(CacheOptions, EnsembleOptions):
     """A reward model, or several as one, judged on preferences."""
 
     eval_data: list[str] = option([], "Preferences: files or hub names. Required.")
+    max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0)
     output_dir: str = option("output/evaluate_reward", "Folder for report.json, pictures and TensorBoard.")
     max_length: int = option(1024, "Longest record in tokens; a longer one is left out.", at_least=8)
     micro_batch_size: int = option(16, "Records that one rank puts through a model at once.", at_least=1)

@@ -12,14 +12,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common.data import load_examples
+from common.alike import load_alike
 from common.distributed import gather_objects, init_distributed, log, rank
 from common.files import write_text
 from common.formatting import find_prompt
 from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
 from common.models import load_config
-from common.options import DataOptions, UserError, option, parse_options, world_size
-from common.overlong import convert_all
+from common.options import CacheOptions, UserError, option, parse_options, world_size
 from common.process import run_main
 from common.prompts import Prompt, prompt
 from common.records import Record
@@ -31,7 +30,7 @@ from step2_reward.options import RewardOptions
 
 
 @dataclass
-class SamplePairsOptions(GenerationOptions):
+class SamplePairsOptions(CacheOptions, GenerationOptions):
     """Responses of one policy or two to the same prompts, in pairs."""
 
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
@@ -44,7 +43,6 @@ class SamplePairsOptions(GenerationOptions):
     )
     max_prompt_length: int = option(256, "Longest prompt in tokens; a longer one is left out.", at_least=1)
     seed: int = option(0, "Seed of sampling.", at_least=0)
-    skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
     zero_config: str = option(
         "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
     )
@@ -97,14 +95,8 @@ def main() -> None:
 def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
     """The prompts as each encoder reads them, without those too long for one. Raises UserError."""
     convert = partial(prompt, max_length=options.max_prompt_length, overlong="drop")
-    how = DataOptions(eval_fraction=0.0, overlong="drop", skip_bad_records=options.skip_bad_records)
-    rows, _ = load_examples(options.prompt_data, how, Prompt, partial(convert, encoder=encoders[0]))
-    origins, records = [rows.origin(place) for place in range(len(rows))], [row.record for row in rows]
-    others = [convert_all(origins, records, partial(convert, encoder=encoder)) for encoder in encoders[1:]]
-    kept = [read for read in zip(rows, *others, strict=True) if all(read)]
-    if not kept:
-        raise UserError(f"{' '.join(options.prompt_data)}: no prompt is short enough for both policies")
-    return [list(of_one) for of_one in zip(*kept, strict=True)]
+    converts = [partial(convert, encoder=encoder) for encoder in encoders]
+    return load_alike(options.prompt_data, options, Prompt, converts, is_training=True).rows
 
 
 def responses(

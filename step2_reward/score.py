@@ -19,9 +19,11 @@ from common.distributed import log, on_cpu
 from common.ensemble import EnsembleOptions, RewardModel, combine, load_encoders, load_members, member_scores
 from common.models import load_config, longest_input
 from common.options import UserError, option, parse_options
-from common.overlong import Dropped, fit_demonstration
+from common.overlong import fit_demonstration
 from common.process import Stopped, run_main, stop_requested
-from common.records import Record, origin, parse_record, read_source
+from common.readers import read_source
+from common.records import BadRecords, Record, load_object, parse_record
+from common.sources import files_to_read, parse_source
 from common.tokenization import SegmentEncoder
 
 WINDOW = 4096  # records that are read, sorted by length, scored and written together
@@ -44,6 +46,8 @@ class ScoreOptions(EnsembleOptions):
 def main() -> None:
     # 1. What can be wrong with the options and the first records is found before a model is loaded.
     options = parse_options(ScoreOptions, required=["reward_model_name_or_path", "input", "output"])
+    if parse_source(options.input).weight != 1:
+        raise UserError(f"--input {options.input}: every record is scored once; leave the weight out")
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
@@ -89,24 +93,23 @@ def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
 
 def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], done: int) -> Iterator[Example]:
     """The records after the first `done` good ones. Raises UserError naming file and line of a bad one."""
-    records = read_source(options.input)
+    files = files_to_read(parse_source(options.input), is_training=False)
+    records = chain.from_iterable(((name, *row) for row in read_source(name)) for name in files)
     if not options.skip_bad_records:  # then all are good, and those done need not be looked at
         records, done = islice(records, done, None), 0
-    bad = 0
-    for number, _, unparsed in records:
-        try:
-            ids = {e: token_ids(parse_record(unparsed), e, options.max_length) for e in encoders}
-        except (ValueError, Dropped) as error:
-            if not options.skip_bad_records:
-                raise UserError(f"{origin(options.input, number)}: {error}") from None
-            bad += 1
-            continue
-        if done:
+    bad = BadRecords(options.skip_bad_records)
+    for name, number, _, unparsed in records:
+        example = None
+        with bad.at(name, number):
+            whole = load_object(unparsed)
+            record = parse_record(whole)
+            example = whole, {e: token_ids(record, e, options.max_length) for e in encoders}
+        if example and done:
             done -= 1
-        else:
-            yield unparsed if isinstance(unparsed, dict) else json.loads(unparsed), ids
-    if bad:
-        log(f"{options.input}: left out {bad} bad records")
+        elif example:
+            yield example
+    if bad.count:
+        log(f"{options.input}: left out {bad.count} bad records")
 
 
 def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> list[int]:

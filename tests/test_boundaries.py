@@ -19,7 +19,7 @@ PURE = [
     path
     for path in PYTHON
     if path.name in ("loss.py", "losses.py", "advantages.py", "rewards.py", "tensor_ops.py")
-    or path.name in ("formatting.py", "conversation.py", "prompt_boundary.py")
+    or path.name in ("formatting.py", "conversation.py", "fields.py", "prompt_boundary.py")
 ]
 SCRIPTS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "launch").rglob("*.sh"))
 
@@ -55,19 +55,11 @@ def test_no_module_reaches_into_a_stage_that_is_not_its_own(path):
 
 @pytest.mark.parametrize("path", PURE, ids=str)
 def test_formulas_are_pure(path):
-    standard = {
-        "collections",
-        "dataclasses",
-        "enum",
-        "functools",
-        "itertools",
-        "math",
-        "typing",
-        "unicodedata",
-    }
+    standard = {"collections", "contextlib", "dataclasses", "decimal", "enum", "functools", "itertools"}
+    standard |= {"json", "math", "typing", "unicodedata"}
     assert roots(path) <= {"torch", "common"} | standard
     ours = {name for name in imports(path) if name.split(".")[0] == "common"}
-    assert ours <= {"common.tensor_ops", "common.conversation", "common.prompt_boundary"}
+    assert ours <= {"common.tensor_ops", "common.conversation", "common.fields", "common.prompt_boundary"}
     assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 

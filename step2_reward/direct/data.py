@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from common.conversation import Segment
+from common.fields import flag
 from common.formatting import comparison, has_ended, preference_segments
 from common.overlong import Dropped, Prompt, fit, fit_demonstration
 from common.records import Record
@@ -125,10 +126,8 @@ def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong:
             "field 'label' is missing (--loss kto takes 'prompt' + 'completion' + 'label', or a preference,"
             " which it splits)"
         )
-    if not isinstance(record["label"], bool):
-        raise ValueError(f"field 'label' is {record['label']!r}; it must be true or false")
     row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
-    return _choice([Dialogue(row.ids, row.start)], [float(not record["label"])]), is_cut
+    return _choice([Dialogue(row.ids, row.start)], [float(not flag(record, "label"))]), is_cut
 
 
 def _choice(dialogues: Sequence[Dialogue], ranks: list[float]) -> Choice:

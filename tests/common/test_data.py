@@ -16,7 +16,7 @@ from common.data import batch_order, deal, load_examples, pad_rows, padding_shar
 from common.formatting import demonstration_segments, find_prompt
 from common.options import DataOptions, UserError
 from common.overlong import Dropped
-from common.records import read_records
+from common.records import read_all
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step1_sft.data import Demonstration, demonstration
 from step1_sft.options import SFTOptions
@@ -155,13 +155,13 @@ def test_a_wrong_split_is_named(tmp_path, split):
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet"])
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}: No such file"):
-        list(read_records([str(tmp_path / name)]))
+        read_all([str(tmp_path / name)], dict)
 
 
 def test_an_unknown_kind_of_file_is_named_with_what_is_allowed(tmp_path):
     (tmp_path / "data.txt").write_text("hello")
     with pytest.raises(UserError, match=r"data.txt: unknown kind .* \.jsonl \.json \.csv \.parquet"):
-        list(read_records([str(tmp_path / "data.txt")]))
+        read_all([str(tmp_path / "data.txt")], dict)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"prompt": "a"}\n\xc3('])
@@ -265,12 +265,13 @@ def test_the_start_tells_what_was_found(tmp_path, capsys):
     data = write(tmp_path / "data.jsonl", [*records, *records[:7]])
     held_out = write(tmp_path / "eval.jsonl", [*records[:3], {"prompt": "new", "completion": "c"}])
     load([f"{data}:2"], DataOptions(eval_data=[held_out]))
-    head, train, ours, left_out, leak = capsys.readouterr().out.splitlines()
+    head, train, ours, left_out, leak, few = capsys.readouterr().out.splitlines()
     assert "".join(head.split()) == "datarowstokens5%median95%longesttruncatedduplicates"
     assert train.split() == ["training", "214", "3", "47", "95", "100", "0.0%", "7"]
     assert ours.split() == ["held", "out", "4", "1", "1", "2", "3", "0.0%", "0"]
     assert left_out == "111 records read, 0 left out"
     assert leak.startswith("warning: 3 of 4 held-out prompts are in the training data too")
+    assert few.startswith("warning: 4 prompts are held out; on fewer than 32")
 
 
 # Order

@@ -20,7 +20,8 @@ import pytest
 from flask.testing import FlaskClient
 
 from common.options import UserError
-from common.records import parse_all
+from common.records import read_all
+from common.shapes import recognise
 from step2_reward.annotate_pairs import read_pairs, to_pair
 from step2_reward.annotate_store import Store, preferences, read_clicks, standing
 from step2_reward.annotate_web import is_own_host, make_app
@@ -180,7 +181,7 @@ def test_what_is_written_is_data_for_step_2(tmp_path: Path) -> None:
             store.add(f"{rater} {name}", rater, name, choice, strength, "A")
     assert store.undo("undo", "eve").choice == "A"  # her answer to the last pair
     store.write_preferences()
-    _, parsed = parse_all([str(tmp_path / "out.jsonl")])
+    parsed, _ = read_all([str(tmp_path / "out.jsonl")], recognise)
     assert [record["id"] for record in parsed] == list(range(6))
     assert [record["votes"] for record in parsed] == [
         ["A", "A", "B"], ["B", "B", "tie"], ["A", "B", "tie"], ["B"], ["A", "A", "A"], ["tie", "tie"],
@@ -204,7 +205,7 @@ def test_a_cut_response_stays_marked(tmp_path: Path) -> None:
     for vote, names in (("A", ["chosen", "rejected"]), ("B", ["rejected", "chosen"])):
         store.add(vote, "ada", pair["id"], vote, None, "A")
         store.write_preferences()
-        _, (record,) = parse_all([str(tmp_path / "out.jsonl")])
+        (record,), _ = read_all([str(tmp_path / "out.jsonl")], recognise)
         assert record["response_a_ended"] is False and record["response_b_ended"] is True
         assert [record[f"{name}_ended"] for name in names] == [False, True]
         row, _ = paired(record, WordEncoder(), 64, "error")

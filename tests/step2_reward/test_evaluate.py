@@ -132,7 +132,10 @@ def test_mistakes_are_one_line(world: Path, run: Path, tmp_path: Path) -> None: 
         ([model, "--eval_data", str(bad)], ["bad.jsonl:3", "'rejected' is missing"]),
         ([model, "--eval_data", str(tmp_path / "no.jsonl")], ["no.jsonl: No such file"]),
         ([policy, "--eval_data", str(data)], [policy, "not a reward model"]),
-        ([model, "--eval_data", str(data), "--max_length", "8"], ["pairs.jsonl: no rows left to judge on"]),
+        (
+            [model, "--eval_data", str(data), "--max_length", "8"],
+            ["pairs.jsonl: no rows left: 2 records read: 2 too long"],
+        ),
         ([model, "--eval_data", str(data), "--reward_weights", "1", "2"], ["--reward_weights 1 2"]),
     ):
         output = tmp_path / "out"

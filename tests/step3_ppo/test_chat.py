@@ -23,7 +23,7 @@ from transformers import (
 
 from common.conversation import DEFAULT_CHAT_TEMPLATE
 from common.prompts import prompt
-from common.records import parse_all
+from common.records import read_all
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step2_reward.data import preference
 from step3_ppo import chat
@@ -119,7 +119,7 @@ def test_a_model_reads_what_it_reads_in_training(
     lines = ["Hello!", "And you?", "/regenerate", "/save old", "/regenerate", "/save NEW"]
     file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))  # by hand, no end of line
     found = talk(lines, [model], "--save_to", str(file), ends=True)
-    encoder, (_, records) = SegmentEncoder(load_tokenizer(str(model))), parse_all([str(file)])
+    encoder, (records, _) = SegmentEncoder(load_tokenizer(str(model))), read_all([str(file)], dict)
     first, second, third = (answer(found.replies[i]) for i in (1, 2, 4))
     turns = [user("Hello!"), assistant(answer(found.replies[0])), user("And you?")]
     assert records.pop(0)["chosen"] == "b"
