@@ -63,9 +63,9 @@ def read_all(
                 with bad.at(name, number):
                     record = parse_object(unparsed)
                     one, times = parse(record), source.weight
-                    if times != 1:
-                        place = fraction(find_prompt(recognise(record)), "weight")
-                        times = copies(source.weight, place)
+                    if times != 1:  # a pair may not have its answer yet
+                        prompt = find_prompt(recognise({"preference": "tie", **record}))
+                        times = copies(source.weight, fraction(prompt, "weight"))
                     found += [one] * int(times)
                 progress.update(count, share)
     return found, bad.count

@@ -29,7 +29,7 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 # Fields that other tools put into what a model reads. Dropping them would teach something else.
 UNSUPPORTED = ("tools", "functions", "chat_template_kwargs", "images", "videos", "audios")
-NOTHING = (None, "", [], {}, "[]", "{}")  # a field that is there for the sake of other records
+NOTHING = (None, "", [], {}, "[]", "{}")
 SYSTEM = ("system", "system_prompt")  # a system message beside the dialogue
 PAIR = ("chosen", "rejected")
 DIALOGUES = ("messages", "conversations", "prompt", "completion", *PAIR, "response_a", "response_b")
@@ -48,7 +48,7 @@ def recognise(record: Record) -> Record:
     if SURE in record:
         record = {name: value for name, value in record.items() if name != SURE}
     for name in UNSUPPORTED:
-        if record.get(name) not in NOTHING:
+        if not _is_nothing(record.get(name)):
             raise ValueError(f"field {name!r} changes what a model reads, and is not supported; leave it out")
     record = _as_messages(with_lists(record))
     if "conversations" in record and "messages" not in record:
@@ -70,6 +70,11 @@ def agreement(record: Record) -> float:
     """Share of the raters of a pair who say what most of them say; NaN for a record without votes."""
     votes = [str(vote).lower() for vote in record.get("votes", [])]
     return max(Counter(votes).values()) / len(votes) if votes else math.nan
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a field is there only for the sake of other records of the file."""
+    return (value.strip() if isinstance(value, str) else value) in NOTHING
 
 
 def _as_messages(record: Record) -> Record:
@@ -120,7 +125,7 @@ def _is_answer(side: Any) -> bool:
 
 def _with_system(record: Record) -> Record:
     """The record with the text of `system` as its first message. Raises ValueError where it has no place."""
-    name = next((name for name in SYSTEM if record.get(name) not in NOTHING), "")
+    name = next((name for name in SYSTEM if not _is_nothing(record.get(name))), "")
     if not name:
         return record
     text = record[name]

@@ -130,8 +130,11 @@ def _as_number(text: str) -> float | None:
 def _files_in(source: Source, is_training: bool) -> list[str]:
     path = Path(source.name)
     by_split: dict[str, list[str]] = {}
-    for file in _data_files(path):
-        by_split.setdefault(_split_of(file.relative_to(path)), []).append(str(file))
+    try:
+        for file in _data_files(path):
+            by_split.setdefault(_split_of(file.relative_to(path)), []).append(str(file))
+    except OSError as error:
+        raise UserError(f"{source.name}: {error.strerror}") from None
     if not by_split:
         raise UserError(f"{source.name}: a folder without data files; allowed: {' '.join(KINDS)}")
     if source.config:
@@ -145,17 +148,19 @@ def _files_in(source: Source, is_training: bool) -> list[str]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The data files of a folder; where it has none, of the folders in it, as in a copy of a hub dataset."""
-    for pattern in ("*", "*/*"):
-        files = [
-            file
-            for file in folder.glob(pattern)
-            if kind_of(file.name) in KINDS and not file.name.endswith(CLICKS) and file.is_file()
-            if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        ]
+    """The data files of a folder; where it has none, of its `data`, `train`, `test` ..., as on the hub."""
+    parts = {"data", *SPLIT_WORDS}
+    inner = [path for path in folder.iterdir() if path.name.lower() in parts and path.is_dir()]
+    for folders in ([folder], inner):
+        files = [file for place in folders for file in place.iterdir() if _is_data(file)]
         if files:
             return sorted(files)
     return []
+
+
+def _is_data(file: Path) -> bool:
+    is_named = kind_of(file.name) in KINDS and not file.name.startswith(".")
+    return is_named and not file.name.endswith(CLICKS) and file.is_file()
 
 
 def _split_of(file: Path) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from common.alike import load_alike
 from common.data import batch_order, deal, load_examples, pad_rows, padding_share, steps_in_epochs
 from common.formatting import demonstration_segments, find_prompt
 from common.options import DataOptions, UserError
@@ -212,12 +213,119 @@ def test_a_record_that_converts_but_has_no_prompt_is_bad_too(tmp_path, capsys):
     assert "2 records read, 1 left out: 1 bad" in capsys.readouterr().out
 
 
-def test_no_rows_left_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "error", [TypeError("must be str"), RecursionError("too deep"), IndexError(), OverflowError("x\ny")]
+)
+def test_whatever_a_library_raises_on_a_record_makes_it_a_bad_one(tmp_path, capsys, error):
+    def fail_at_2(record: dict) -> tuple[Pair, bool]:
+        if record["completion"] == "answer 2":
+            raise error
+        return convert(record)
+
+    path = write(tmp_path / "data.jsonl", RECORDS[:5])
+    said = ": ".join(filter(None, [type(error).__name__, str(error).partition("\n")[0]]))
+    with pytest.raises(UserError, match=f"data.jsonl:3: {said}$"):
+        load([path], ALL, convert=fail_at_2)
+    skipping = DataOptions(eval_fraction=0.0, skip_bad_records=True)
+    assert len(load([path], skipping, convert=fail_at_2)[0]) == 4
+    assert f"5 records read, 1 left out: 1 bad, the first at {path}:3: {said}" in capsys.readouterr().out
+
+
+def test_no_rows_left_says_where_the_records_are(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="empty.jsonl: no rows left"):
+    with pytest.raises(UserError, match="empty.jsonl: no rows left: 0 records read$"):
         load([str(tmp_path / "empty.jsonl")], DataOptions())
-    with pytest.raises(UserError, match="no rows left"):
-        load([write(tmp_path / "short.jsonl", RECORDS)], DataOptions(), convert=drop)
+    path = write(tmp_path / "short.jsonl", RECORDS[:3])
+    with pytest.raises(UserError, match="short.jsonl: no rows left: 3 records read: 3 too dull$"):
+        load([path], DataOptions(), convert=drop)
+    with pytest.raises(UserError, match="3 records read: 3 left out by the weight of their source$"):
+        load([f"{path}:0.000001"], ALL)
+    with pytest.raises(UserError, match="1 records read: 1 held out by --eval_fraction$"):
+        load([write(tmp_path / "one.jsonl", RECORDS[1:2])], DataOptions(eval_fraction=0.9))
+    with pytest.raises(UserError, match="3 records read: 3 in the parts of other steps by --data_split$"):
+        load([path], SFTOptions(data_split="0.000001,1,1"))
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a"}, *RECORDS[:1]])
+    with pytest.raises(
+        UserError, match=r"2 records read: 1 bad, the first at .*bad.jsonl:1: .*, 1 left out by"
+    ):
+        load([f"{bad}:0.000001"], DataOptions(skip_bad_records=True))
+
+
+def test_a_large_share_of_records_left_out_or_cut_is_a_warning(tmp_path, capsys):
+    path = write(tmp_path / "data.jsonl", RECORDS)
+
+    def warnings(share: float) -> list[str]:
+        def some(record: dict) -> tuple[Pair, bool]:
+            number = int(record["completion"].split()[1])
+            if number < share * len(RECORDS):
+                raise Dropped("too long")
+            return convert(record)[0], number >= (1 - share * (1 - share)) * len(RECORDS)
+
+        (tmp_path / "data.jsonl").write_text(Path(path).read_text() + "\n" * int(100 * share))  # no cache
+        load([path], ALL, convert=some)
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+
+    assert warnings(0.1) == []
+    left_out, cut = "30% of the records are left out", "30% of the training rows are cut to the length limit"
+    assert warnings(0.3) == [f"warning: {left_out}", f"warning: {cut}"]
+
+
+def test_few_held_out_prompts_are_a_warning(tmp_path, capsys):
+    """Prompts, not rows; of those that are evaluated on; and not where nothing is to be evaluated."""
+    few, many = ([{"prompt": f"q{i % n}", "completion": f"a{i}"} for i in range(100)] for n in (31, 32))
+    train = write(tmp_path / "train.jsonl", RECORDS)
+    for records, at_most, count in ((few, 0, "31"), (many, 0, ""), (many, 20, "20")):
+        held_out = write(tmp_path / "eval.jsonl", records)
+        load([train], DataOptions(eval_data=[held_out], max_eval_samples=at_most))
+        warned = "are held out; on fewer than 32" in (out := capsys.readouterr().out)
+        assert warned == bool(count) and (not count or f"warning: {count} prompts" in out)
+    load([train], ALL)
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_a_weight_means_the_same_in_every_command(tmp_path):
+    """Training, what reads records as they are, and evaluation take the same ones, as often."""
+    records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(300)]
+    path = write(tmp_path / "data.jsonl", records)
+    for weight in ("0.4", "1", "2.3"):
+        source = [f"{path}:{weight}"]
+        rows, (read, _) = load(source, ALL)[0], read_all(source, dict)
+        assert [row.completion for row in rows] == [record["completion"] for record in read]
+        alike = load_alike(source, ALL, Pair, [convert])
+        assert [record["completion"] for record in alike.records] == [row.completion for row in rows]
+        assert alike.rows == [list(rows)]
+
+
+def test_records_for_several_models_are_those_that_all_keep(tmp_path, capsys):
+    path = write(tmp_path / "data.jsonl", RECORDS[:30])
+    converts = [partial(unless_divisible, by=by) for by in (2, 3)]
+    found = load_alike([path], ALL, Pair, converts)
+    numbers = [i for i in range(30) if i % 2 and i % 3]
+    assert found.origins == [f"{path}:{i + 1}" for i in numbers]
+    assert found.records == [RECORDS[i] for i in numbers]
+    assert [[row.completion for row in rows] for rows in found.rows] == [[f"answer {i}" for i in numbers]] * 2
+    assert f"{path}: 10 rows of 30 records; left out: 15 divisible" in capsys.readouterr().out
+    assert load_alike([path], ALL, Pair, converts, at_most=3).origins == found.origins[:3]
+    with pytest.raises(
+        UserError, match="no rows left: 30 records read: 15 divisible, 15 left out for another"
+    ):
+        load_alike([path], ALL, Pair, [converts[0], drop])
+
+
+def unless_divisible(record: dict, by: int) -> tuple[Pair, bool]:
+    if int(record["completion"].split()[1]) % by == 0:
+        raise Dropped("divisible")
+    return convert(record)
+
+
+def test_a_folder_with_train_and_test_files_trains_on_the_first_alone(tmp_path, capsys):
+    write(tmp_path / "train-00000-of-00001.jsonl", RECORDS[:50])
+    write(tmp_path / "test-00000-of-00001.jsonl", RECORDS[50:100])
+    train, held_out = load([str(tmp_path)], DataOptions(eval_data=[f"{tmp_path}:test"]))
+    assert [row.completion for row in train] == [record["completion"] for record in RECORDS[:50]]
+    assert [row.completion for row in held_out] == [record["completion"] for record in RECORDS[50:100]]
+    out = capsys.readouterr().out
+    assert f"{tmp_path}: reading train-00000-of-00001.jsonl; not reading test-00000-of-00001.jsonl" in out
 
 
 # Held-out split

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from common import prepare as module
+from common import progress
 from common.options import DataOptions, UserError
 from common.overlong import Dropped
 from common.prepare import prepare
@@ -165,3 +166,16 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"--cache_dir .*cache: (File exists|Not a directory)"):
         prepare(write(tmp_path / "data.jsonl", [1]), options(tmp_path), Everything, everything)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_is_shown_while_data_is_tokenised(tmp_path, monkeypatch, capsys, workers):
+    """Whichever rank does it."""
+    monkeypatch.setattr(progress, "FIRST_LINE", -1.0)
+    monkeypatch.setattr(progress, "NEXT_LINES", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    path = write(tmp_path / "data.jsonl", [*range(8, 4008)])
+    prepare(path, options(tmp_path, preprocessing_workers=workers), Everything, everything)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{path}: tokenising: 500 records (1") and "/s | ETA 0:00:0" in first
+    assert last.startswith(f"{path}: tokenising: 4000 records (100%)")

@@ -58,3 +58,16 @@ def test_batches_of_all_ranks_add_up(clock: list[float], capsys) -> None:
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == "scoring: 7/37 (19%) | 2.33/s | ETA 0:00:12"
     assert last == "scoring: 37/37 (100%) | 2.47/s | took 0:00:15"
+
+
+def test_records_of_a_file_go_by_the_share_that_is_read(clock: list[float], capsys) -> None:
+    reading = progress.ReadingProgress("data.jsonl: tokenising")
+    for count, share in ((100, 0.01), (1000, 0.1), (5000, 0.5)):
+        clock[0] += 1.5
+        reading.update(count, share)
+    clock[0] += 10
+    reading.update(9000, 0.9)
+    assert capsys.readouterr().out.splitlines() == [
+        "data.jsonl: tokenising: 1000 records (10%) | 333/s | ETA 0:00:27",
+        "data.jsonl: tokenising: 9000 records (90%) | 621/s | ETA 0:00:01",
+    ]

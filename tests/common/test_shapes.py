@@ -1,16 +1,22 @@
 """Popular shapes of records become the documented ones, and near misses are named."""
 
+import json
+
 import pytest
 
 from common.formatting import comparison, demonstration_segments, find_prompt
-from common.shapes import recognise
+from common.shapes import agreement, recognise
 from tests.common.test_formatting import DEFAULT, EOS
 
 ASK = {"role": "user", "content": "Hi?"}
 
 
+def message(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def reply(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
+    return message("assistant", text)
 
 
 def test_documented_shapes_stay_as_they_are():
@@ -97,6 +103,104 @@ def test_a_field_of_ours_in_a_record_is_not_taken_for_it():
     assert recognise({**sides, "chosen_probability": 7})["chosen_probability"] == 0.8
 
 
+def test_alpaca_with_history_and_system_is_a_dialogue():
+    """Its earlier replies are learnt too, as those of any dialogue."""
+    given = {
+        "instruction": "And 3?",
+        "input": "",
+        "output": "4",
+        "history": [["And 1?", "2"], ["And 2?", "3"]],
+    }
+    turns = [
+        message("user", "And 1?"),
+        reply("2"),
+        message("user", "And 2?"),
+        reply("3"),
+        message("user", "And 3?"),
+    ]
+    assert recognise(given)["messages"] == [*turns, reply("4")]
+    record = recognise({**given, "system": "Add one."})
+    assert record["messages"] == [message("system", "Add one."), *turns, reply("4")]
+    assert find_prompt(record) == record["messages"][:-1]
+    pair = {"instruction": "And 3?", "history": [["And 1?", "2"]], "chosen": "4", "rejected": "5"}
+    compared = comparison(recognise({**pair, "system": "Add one."}))
+    assert compared.prompt == [message("system", "Add one."), *turns[:2], turns[-1]]
+    assert compared.responses == {"chosen": "4", "rejected": "5"}
+    for nothing in ({}, {"history": []}, {"history": "[]"}, {"system": ""}, {"system": " "}):
+        assert "messages" not in recognise({"instruction": "And 3?", "output": "4", **nothing})
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_a_system_text_becomes_the_first_message(name):
+    system, given = message("system", "Be kind."), {name: "Be kind."}
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "b"}]
+    assert recognise({"conversations": turns, **given})["messages"] == [system, ASK, reply("b")]
+    assert recognise({"messages": [ASK, reply("b")], **given})["messages"] == [system, ASK, reply("b")]
+    assert recognise({"prompt": [ASK], "completion": "b", **given})["prompt"] == [system, ASK]
+    sides = recognise({"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], **given})
+    assert [sides["chosen"], sides["rejected"]] == [[system, ASK, reply("b")], [system, ASK, reply("c")]]
+    hh = recognise(
+        {"chosen": "\n\nHuman: Hi?\n\nAssistant: b", "rejected": "\n\nHuman: Hi?\n\nAssistant: c", **given}
+    )
+    assert hh["chosen"] == [system, ASK, reply("b")]
+    arena = recognise({"prompt": [ASK], "response_a": "x", "response_b": "y", "preference": "A", **given})
+    assert arena["prompt"] == [system, ASK]
+    again = recognise({"messages": [system, ASK, reply("b")], **given})
+    assert again["messages"] == [system, ASK, reply("b")] == recognise(again)["messages"]
+
+
+def test_sharegpt_before_two_responses_is_their_prompt():
+    turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi?"}]
+    prompt = [message("system", "Be kind."), ASK]
+    for wrap in (
+        lambda text: {"from": "gpt", "value": text},
+        lambda text: [{"from": "gpt", "value": text}],
+        reply,
+    ):
+        record = recognise({"conversations": turns, "chosen": wrap("b"), "rejected": wrap("c")})
+        compared = comparison(record)
+        assert compared.prompt == prompt == find_prompt(record)
+        assert compared.responses == {"chosen": [reply("b")], "rejected": [reply("c")]}
+    whole = {"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], "messages": [ASK, reply("b")]}
+    assert "prompt" not in recognise(whole)  # the responses are dialogues, and have it themselves
+
+
+def test_messages_under_the_name_of_sharegpt_and_the_other_way_round():
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "b", "weight": 0}]
+    assert recognise({"messages": turns})["messages"] == [ASK, {**reply("b"), "weight": 0}]
+    assert recognise({"conversations": [ASK, reply("b")]})["messages"] == [ASK, reply("b")]
+
+
+def test_kto_tags_are_labels():
+    assert recognise({"instruction": "Hi?", "output": "b", "kto_tag": True})["label"] is True
+    assert recognise({"prompt": "Hi?", "completion": "b", "kto_tag": "false"})["label"] == "false"
+
+
+def test_lists_may_be_json_text_as_in_csv():
+    messages = [ASK, reply("b")]
+    assert recognise({"messages": json.dumps(messages)})["messages"] == messages
+    pair = {"prompt": "p", "response_a": "x", "response_b": "y", "votes": '["A", "A", "tie"]'}
+    assert (recognise(pair)["chosen"], agreement(recognise(pair))) == ("x", 2 / 3)
+    assert recognise({"prompt": "[1, 2]"}) == {"prompt": "[1, 2]"}  # text is text
+    assert recognise({"messages": "[broken"}) == {"messages": "[broken"}
+
+
+@pytest.mark.parametrize(("text", "sure"), [("0.8", 0.8), ("1", 1.0), ("a", 1.0), ("0.5", 0.5)])
+def test_a_preference_may_be_the_text_of_a_probability(text, sure):
+    record = recognise({"prompt": "p", "response_a": "x", "response_b": "y", "preference": text})
+    assert (record["chosen"], record["chosen_probability"]) == ("x", sure)
+
+
+@pytest.mark.parametrize("name", ["tools", "functions", "chat_template_kwargs", "images", "videos", "audios"])
+def test_a_field_that_would_be_lost_is_refused_by_name(name):
+    for record in ({"messages": [ASK, reply("b")]}, {"prompt": "a", "completion": "b"}, {"instruction": "a"}):
+        for value in ([{"name": "look_up"}], {"enable_thinking": False}, "[{}]"):
+            with pytest.raises(ValueError, match=f"field '{name}' changes what a model reads"):
+                recognise({**record, name: value})
+        for value in (None, "", [], {}, "[]"):
+            assert recognise({**record, name: value})[name] == value
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -104,6 +208,21 @@ def test_a_field_of_ours_in_a_record_is_not_taken_for_it():
         ({"conversations": [{"role": "user"}]}, "turn 0 must have 'from' and 'value'"),
         ({"conversations": [{"from": "cat", "value": "miaow"}]}, "from 'cat'; allowed: human"),
         ({"instruction": ["Sum."], "output": "3"}, "'instruction' and 'input' must be strings"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must be a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": [["c", 1]]}, "'history' must be a list of pairs"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "'history' must be a list of pairs"),
+        (
+            {"prompt": "a", "completion": "b", "system": "c"},
+            "'system' has no place before a prompt that is a",
+        ),
+        ({"chosen": "a b", "rejected": "a c", "system": "d"}, "'system' has no place"),
+        ({"prompt": [ASK], "completion": "b", "system": ["c"]}, "'system' is list; it must be a string"),
+        ({"messages": [message("system", "a"), ASK], "system": "b"}, "two different system messages"),
+        ({"conversations": [{"from": "observation", "value": "a"}]}, "turn 0 is from 'observation'; allowed"),
+        (
+            {"prompt": [ASK], "chosen": {"from": "gpt"}, "rejected": "b"},
+            "'chosen': turn 0 must have 'from' and",
+        ),
         ({"prompt": "p", "response_a": "x", "preference": "A"}, "'response_b' is missing"),
         ({"prompt": "p", "response_a": "x", "response_b": "y"}, "preference is None; allowed: A B tie"),
         ({"prompt": "p", "response_a": "x", "response_b": "y", "votes": []}, "'votes' must be a list"),

@@ -1,9 +1,16 @@
 """What a preference becomes, and where its parts stand in a batch."""
 
+import json
+from functools import partial
+from pathlib import Path
+
 import pytest
 
+from common.data import load_examples
+from common.options import UserError
 from common.shapes import recognise
-from step2_reward.data import Layout, Preference, collate, preference
+from step2_reward.data import Layout, Preference, check_margins, collate, preference
+from step2_reward.options import RewardOptions
 from tests.conftest import assert_close
 from tests.word_encoder import EOS, PAD, WordEncoder
 
@@ -105,3 +112,50 @@ def test_pairs_of_a_batch(share_prompts):
     soft = collate([convert(recognise(SOFT)), ROWS[0]], Layout(PAD, share_prompts))
     assert_close(soft.targets.tolist(), [0.7, 1.0])
     assert tied.is_tie.item() and tied.margins.item() == 0.0, "no side of a tie is better by anything"
+
+
+@pytest.mark.parametrize("text", ["0.5", " 0.5", "5e-1"])
+def test_numbers_flags_and_lists_may_be_text_as_in_csv(text: str) -> None:
+    assert convert(PAIR | {"margin": text}, use_margin=True) == convert(
+        PAIR | {"margin": 0.5}, use_margin=True
+    )
+    assert convert(PAIR | {"tie": "False"}) == convert(PAIR)
+    assert convert(PAIR | {"tie": "true"}).ranks == [0.0, 0.0]
+    assert convert(PAIR | {"chosen_ended": "false"}) == convert(PAIR | {"chosen_ended": False})
+    assert convert(recognise(SOFT | {"preference": "0.3"})) == convert(recognise(SOFT))
+    lists = {name: json.dumps(RANKING[name]) for name in ("responses", "ranks")}
+    assert convert(recognise(RANKING | lists)) == convert(RANKING)
+
+
+def load(folder: Path, name: str, margins: list[float | None], options: RewardOptions) -> tuple:
+    """Training data with these margins, and the rows of it."""
+    path = folder / f"{name}.jsonl"
+    records = [
+        PAIR | {"prompt": f"{n}"} | ({} if m is None else {"margin": m}) for n, m in enumerate(margins)
+    ]
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    options.train_data = [str(path)]
+    convert = partial(
+        preference, encoder=WordEncoder(), max_length=64, overlong="drop", use_margin=options.use_margin
+    )
+    return load_examples(options.train_data, options, Preference, convert)
+
+
+def test_margins_that_are_not_there_are_an_error_or_a_warning(tmp_path, capsys):
+    options = RewardOptions(use_margin=True, eval_fraction=0.0, cache_dir=str(tmp_path / "cache"))
+    train, _ = load(tmp_path, "none", [None] * 3, options)
+    with pytest.raises(
+        UserError, match="--use_margin: no record of .*none.jsonl has a 'margin' other than 0"
+    ):
+        check_margins(options, train, [])
+    some, _ = load(tmp_path, "some", [None, 0.5, 2], options)
+    capsys.readouterr()
+    check_margins(options, some, list(train))
+    assert capsys.readouterr().out.splitlines() == [
+        "warning: --use_margin: 1 of 3 training records have no 'margin', or 0",
+        "warning: --use_margin: 3 of 3 held-out records have no 'margin', or 0",
+    ]
+    check_margins(options, load(tmp_path, "all", [1, 0.5, 2], options)[0], [])
+    assert "margin" not in capsys.readouterr().out
+    off = RewardOptions(eval_fraction=0.0, cache_dir=str(tmp_path / "cache"))
+    check_margins(off, load(tmp_path, "off", [None], off)[0], [])

@@ -112,3 +112,15 @@ def test_a_preference_is_split_into_its_best_and_its_worst():
 def test_what_cannot_be_used_is_refused(convert, record, message):
     with pytest.raises(ValueError, match=message):
         convert(record, **WAY)
+
+
+def test_labels_and_flags_may_be_text_as_in_csv():
+    single = {"prompt": "a b", "completion": "c"}
+    for text, label in (("true", True), ("False", False)):
+        assert unpaired(single | {"label": text}, **WAY) == unpaired(single | {"label": label}, **WAY)
+    with pytest.raises(ValueError, match="field 'label' is 'yes'; it must be true or false"):
+        unpaired(single | {"label": "yes"}, **WAY)
+    pair = {"prompt": "a b", "chosen": "c", "rejected": "d"}
+    assert paired(pair | {"rejected_ended": "false"}, **WAY) == paired(
+        pair | {"rejected_ended": False}, **WAY
+    )
