@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.options import UserError
-from common.records import CLICKS, KINDS
+from common.sources import CLICKS, KINDS
 from launch.report.read import Run, read_json, read_run
 from launch.report.stages import Stage, stage_of
 
