@@ -8,7 +8,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from common.conversation import Message
+from common.conversation import DEFAULT_CHAT_TEMPLATE, Message, conversation_segments
 from common.options import UserError, reason
 
 # Some templates write today's date (Llama 3.2, gpt-oss, SmolLM3). Data must not depend on the day of a run,
@@ -40,8 +40,22 @@ class ChatTemplate:
             self._control = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
     @property
+    def is_default(self) -> bool:
+        """Whether it is the template of this suite, for tokenizers that bring none."""
+        return self.source == DEFAULT_CHAT_TEMPLATE
+
+    @property
     def has_date(self) -> bool:
         return "strftime_now" in self.source
+
+    def changes_replies(self, eos: str) -> bool:
+        """Whether earlier replies of a conversation are context: see `conversation_segments`."""
+        messages = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+        try:
+            segments = conversation_segments(messages, self.render, eos)
+        except ValueError:
+            return False
+        return sum(segment.is_response for segment in segments) < 2
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """The conversation as text, in which control tokens of the content are broken by MARK.

@@ -169,6 +169,7 @@ def test_demonstrations(family, system):
         is_learnt = habits.earlier and (habits.learns_with_system or not system)
         earlier = [habits.earlier] * (len(messages) > 3) if is_learnt else []
         assert replies(segments, habits.eos) == [*earlier, habits.reply + habits.eos]
+    assert encoder.chat_template.changes_replies(habits.eos) == (habits.earlier is None)
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."], ids=["", "system"])
