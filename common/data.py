@@ -15,6 +15,7 @@ from common.data_report import describe_data, warn_of_few, why_empty
 from common.distributed import log
 from common.options import DataOptions, RunOptions, TrainOptions, UserError, world_size
 from common.prepare import Convert, Prepared, prepare
+from common.rendering_report import describe_rendering
 from common.sources import copies, files_to_read, parse_source
 from common.table import Row
 
@@ -96,6 +97,8 @@ def load_examples(
         }
         raise UserError(f"{' '.join(sources)}: no rows left: {why_empty(prepared, elsewhere)}")
     describe_data(prepared + prepared_too, train, held_out)
+    if encoder := getattr(convert, "keywords", {}).get("encoder"):
+        describe_rendering(prepared + prepared_too, encoder, learns_replies=options.stage == 1)
     if options.eval_data or options.eval_fraction:
         warn_of_few(held_out, options.max_eval_samples)
     if isinstance(options, TrainOptions):

@@ -56,6 +56,7 @@ class Note(NamedTuple):
     number: int  # line of the file, or row of the dataset, from 1
     length: int  # tokens
     is_cut: bool  # lost a part to the length policy
+    is_string: bool  # its prompt is a string, used verbatim, not messages
     held_out: float  # the fraction of the prompt that decides between training and evaluation
     stage: float  # the one that --data_split goes by
     weight: float  # the one that a source's weight goes by
@@ -214,7 +215,9 @@ def _convert_chunk(
                 continue
             prompt = find_prompt(record)
             fractions = (fraction(prompt, purpose) for purpose in ("", "stage", "weight"))
-            notes.append(Note(number, row.length, is_cut, *fractions, fraction(record, "")))
+            notes.append(
+                Note(number, row.length, is_cut, isinstance(prompt, str), *fractions, fraction(record, ""))
+            )
             rows.append(row)
     count = {"read": len(chunk), "bad": bad.count, "first_bad": bad.first, "dropped": dropped}
     return (to_columns(rows, row_class), to_columns(notes, Note)), count, chunk[-1][1]

@@ -1,0 +1,58 @@
+"""The lines that say how prompts became text."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from common.conversation import DEFAULT_CHAT_TEMPLATE
+from common.data import load_examples
+from common.options import DataOptions
+from common.tokenization import SegmentEncoder
+from step1_sft.data import Demonstration, demonstration
+from tests.common.test_chat_templates import CHATML, make_encoder
+
+QWEN3 = CHATML.replace(
+    "\n{{ m.content }}", "\n{{ '<think></think>' if loop.last and m.role != 'user' }}{{ m.content }}"
+)
+
+
+def lines(tmp_path: Path, capsys: pytest.CaptureFixture, encoder: SegmentEncoder, prompts: list) -> str:
+    records = [{"prompt": prompt, "completion": "A plum."} for prompt in prompts]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    convert = partial(
+        demonstration, encoder=encoder, max_length=512, overlong="truncate_prompt", loss_on="response"
+    )
+    options = DataOptions(eval_fraction=0, cache_dir=str(tmp_path / "cache"))
+    load_examples([str(file)], options, Demonstration, convert)
+    return capsys.readouterr().out
+
+
+def test_counts_example_and_warning(tmp_path, capsys):
+    encoder = make_encoder(CHATML, "<|im_end|>")
+    encoder.tokenizer.name_or_path = "some/model"
+    text = lines(
+        tmp_path, capsys, SegmentEncoder(encoder.tokenizer), [[{"role": "user", "content": "q"}], "Q:"]
+    )
+    assert "d.jsonl: 1 prompts rendered with the chat template of some/model, 1 prompts used verbatim" in text
+    assert r"the first row: '<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nA plum.<|im_end|>'" in text
+    assert (
+        "warning: " in text
+        and "1 prompts are strings, so the chat template of some/model is not used" in text
+    )
+
+
+def test_strings_are_at_home_under_the_default_template(tmp_path, capsys):
+    text = lines(tmp_path, capsys, make_encoder(DEFAULT_CHAT_TEMPLATE, "</s>"), ["Q:", "R:"])
+    assert "d.jsonl: 2 prompts used verbatim; the first row: 'Q:A plum.</s>'" in text
+    assert "chat template" not in text
+
+
+def test_habits_of_a_template_are_named(tmp_path, capsys):
+    encoder = make_encoder("{{ strftime_now('%Y') }}" + QWEN3, "<|im_end|>")
+    text = lines(tmp_path, capsys, encoder, [[{"role": "user", "content": "q" * 300}]])
+    assert "writes today's date: in every run it is 26 Jul 2024" in text
+    assert "changes earlier replies of a conversation: only its last reply is learnt" in text
+    assert "qqq ... qqq" in text
