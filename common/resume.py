@@ -4,17 +4,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
 
-from common.checkpoint import Checkpoint, describe
+from common.checkpoint import Checkpoint, describe, save_checkpoint
 from common.distributed import barrier, gather_objects, log, rank
 from common.engine import is_partial
 from common.files import flush_folder
 from common.models import is_partitioned
 from common.options import RunOptions, UserError, world_size
+from common.process import Stopped
 from common.train_state import TrainState
 
 
@@ -58,6 +59,14 @@ def _continued(state: TrainState, options: RunOptions, total_steps: int) -> Trai
         )
     state.total_steps = total_steps
     return state
+
+
+def stop_after_training(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> NoReturn:
+    """Stop between the last step and the exports: with a checkpoint, the same command makes them."""
+    folder = Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
+    if any(gather_objects(folder.exists())) or save_checkpoint(options, state, engines):
+        raise Stopped(f"Stopped after the last step; checkpoint {folder}. Run the same command to finish.")
+    raise Stopped("Stopped after the last step; its checkpoint was NOT saved.")
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:

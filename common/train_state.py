@@ -27,6 +27,7 @@ class TrainState:
     best: float | None = None  # of --best_metric
     best_step: int | None = None
     evaluations_since_best: int = 0
+    best_unwritten: bool = False  # a stop came before best/ of this step was written
     unevaluated: bool = False  # the evaluation after this step is still to be made
     window: Sums = field(default_factory=dict)  # figures since the last logged line
     recent: dict[str, list[float]] = field(default_factory=dict)  # metrics of the last steps, for advice

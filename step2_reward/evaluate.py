@@ -30,7 +30,8 @@ from common.ensemble import combine, load_encoders, load_members
 from common.files import write_json
 from common.models import base_model, last_positions, load_config, longest_input, token_scores
 from common.options import CacheOptions, UserError, parse_options, world_size
-from common.process import run_main
+from common.process import run_main, stop_requested
+from common.progress import track
 from common.records import Record
 from common.shapes import agreement
 from common.tokenization import SegmentEncoder
@@ -184,18 +185,26 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: 
 
 @torch.no_grad()
 def score_statistics(
-    engine: Any, rows: Sequence[list[int]], micro_batch: int, pad_token_id: int
-) -> tuple[float, float]:
-    """Mean and standard deviation of the raw scores of token rows that end in EOS."""
+    engine: Any, rows: Sequence[list[int]], micro_batch: int, pad_token_id: int, output_dir: str
+) -> tuple[float, float] | None:
+    """Mean and standard deviation of the raw scores of token rows that end in EOS.
+
+    None when the run in `output_dir` was asked to stop before the last micro-batch.
+    """
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
-    for picked in deal(range(len(rows)), [len(row) for row in rows], micro_batch, rank(), world_size()):
+    batches = deal(range(len(rows)), [len(row) for row in rows], micro_batch, rank(), world_size())
+    for picked in track("scoring demonstrations", batches, len(rows)):
+        if stop_requested(output_dir):
+            engine.train()
+            return None
         ids = [rows[i] for i in picked] or [rows[0]]
         input_ids = pad_rows(ids, pad_token_id).to(device())
         lengths = torch.tensor([len(row) for row in ids], device=device())
         scores = token_scores(engine, input_ids, last_positions(lengths, input_ids.shape[1])).double().cpu()
         if picked:
             sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
+    engine.train()
     count, total, squares = sum_over_ranks(*sums)
     return total / count, _std(total, squares, count)
 

@@ -26,8 +26,8 @@ from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_config, load_scalar_model, longest_input
 from common.option_checks import check_held_out
 from common.options import parse_options, world_size
-from common.process import run_main
-from common.resume import resume
+from common.process import Stopped, run_main
+from common.resume import resume, stop_after_training
 from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
@@ -104,14 +104,22 @@ def main() -> None:
         found = evaluate(engine, held_out, options.micro_batch_size, layout)
         metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
         if is_best := state.is_best(options.best_metric, found):
-            centre(engine, centre_rows, options, tokenizer.pad_token_id)
+            write_best()
+        return is_best
+
+    def write_best() -> None:
+        state.best_unwritten = not centre(engine, centre_rows, options, tokenizer.pad_token_id)
+        if not state.best_unwritten:
             export_best(engine, tokenizer, output / "best", load_base)
             set_centre(engine.module, 0.0, 1.0)
-        return is_best
 
     # 3. Train.
     if held_out and state.step == 0:
         evaluate_and_log()
+        if state.best_unwritten:
+            raise Stopped("Stopped before the first step; the same command starts again")
+    elif state.best_unwritten and not options.export_only:
+        write_best()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
@@ -126,7 +134,8 @@ def main() -> None:
         save_if_due(options, state, engines, is_best, is_last)
 
     # 4. A preference fixes scores up to a constant: choose it such that demonstrations score 0 on average.
-    centre(engine, centre_rows, options, tokenizer.pad_token_id)
+    if not centre(engine, centre_rows, options, tokenizer.pad_token_id):
+        stop_after_training(options, state, engines)
     export_model(engine, tokenizer, output / "final", load_base)
 
     # 5. What it says of pairs that every run is judged on.
@@ -178,11 +187,18 @@ def train_step(
     }
 
 
-def centre(engine, rows: list[list[int]], options: RewardOptions, pad_token_id: int) -> None:
-    """From here on scores are read such that these rows have mean 0 and standard deviation 1."""
-    mean, std = score_statistics(engine, rows, options.micro_batch_size, pad_token_id)
+def centre(engine, rows: list[list[int]], options: RewardOptions, pad_token_id: int) -> bool:
+    """Have scores read from here on such that these rows have mean 0 and standard deviation 1.
+
+    False when the run was asked to stop first.
+    """
+    found = score_statistics(engine, rows, options.micro_batch_size, pad_token_id, options.output_dir)
+    if found is None:
+        return False
+    mean, std = found
     set_centre(engine.module, mean, std)
     log(f"scores of {len(rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
+    return True
 
 
 def set_centre(model: nn.Module, mean: float, std: float) -> None:
