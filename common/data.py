@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,13 @@ def batch_order(
         np.random.default_rng((seed, 1, begin)).shuffle(batches)
         yield from batches[number - begin :]
         number = begin + window
+
+
+def examples_of_steps(lengths: Sequence[int], batch_size: int, seed: int, steps: int) -> list[int]:
+    """Which examples the first steps use, in order of their numbers; batches are grouped by length."""
+    if steps * batch_size >= len(lengths):
+        return list(range(len(lengths)))
+    return sorted(chain(*islice(batch_order(lengths, batch_size, seed, 0, grouped=True), steps)))
 
 
 def deal(

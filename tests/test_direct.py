@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common import progress
 from step2_reward.direct import reference
 from tests.ranks import run_stage, start_stage, succeed
 from tests.test_bad_input import check_refusal
@@ -190,19 +191,20 @@ def test_what_the_reference_has_read_survives_a_kill(
 ) -> None:  # fmt: skip
     """Also where other ranks go on; how much is left is said from the first part on."""
     monkeypatch.setattr(reference, "ROUNDS", 2)
-    monkeypatch.setattr(reference, "REPORT_SECONDS", -1)
+    for name in ("FIRST_LINE", "NEXT_LINES"):
+        monkeypatch.setattr(progress, name, -1)
     keep = reference._keep
     words = [*direct(small / "rankings", run / "sft/final", tmp_path / "out"), "--cache_dir"]
     succeed(MAIN, [*words, str(tmp_path / "whole"), "--output_dir", str(tmp_path / "once")], tmp_path)
 
     def keep_and_die(file: Path, logprobs: torch.Tensor) -> None:
         keep(file, logprobs)
-        if len(logprobs) == 12:
+        if (~logprobs.isnan().any(1)).sum() == 12 and len(logprobs) == 32:
             os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(reference, "_keep", keep_and_die)
     killed = run_stage(MAIN, [*words, str(tmp_path / "cache")], tmp_path)
-    assert killed.codes == [-signal.SIGKILL] and "38%" in killed.output, killed.output
+    assert killed.codes == [-signal.SIGKILL] and "12/32 (38%)" in killed.output, killed.output
     monkeypatch.setattr(reference, "_keep", keep)
     result = run_stage(MAIN, [*words, str(tmp_path / "cache")], tmp_path, ranks=2)
     assert result.codes == [0, 0] and "20 records read with the reference" in result.output, result.output
@@ -210,6 +212,25 @@ def test_what_the_reference_has_read_survives_a_kill(
     assert [file.name for file in parts] == [file.name for file in whole] and len(whole) == 2
     for one, other in zip(whole, parts, strict=True):
         assert np.load(other) == pytest.approx(np.load(one), **CLOSE)
+
+
+def test_the_reference_reads_what_the_steps_use(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """And the rest when there are more steps, from which the run learns as if it had read all at once."""
+    whole, parts = (
+        [*direct(small, run / "sft/final", tmp_path / name), "--cache_dir", str(tmp_path / f"{name}.cache")]
+        for name in ("whole", "parts")
+    )
+    constant = ["--lr_scheduler_type", "constant", "--save_steps", "1", "--max_steps"]
+    result = run_stage(MAIN, [*parts, *constant, "1"], tmp_path)
+    assert result.codes == [0] and "\n8 records read with the reference" in result.output, result.output
+    assert "\n12 records read with the reference" in result.output, "the held-out ones"
+    result = run_stage(MAIN, [*parts, *constant, "3"], tmp_path)
+    assert result.codes == [0] and "16 records read with the reference" in result.output, result.output
+    assert "8 of 24 records: the reference's" in result.output and "12 of 12 records" in result.output
+    succeed(MAIN, [*whole, *constant, "3"], tmp_path)
+    for name in ("train/loss", "train/grad_norm", "reward/margin"):
+        found, expected = (metrics(tmp_path / folder, name) for folder in ("parts", "whole"))
+        assert found == pytest.approx(expected, **CLOSE), name
 
 
 def test_an_export_needs_no_reference(small: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from common.checkpoint import save_if_due
-from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
+from common.data import batch_order, check_best_metric, examples_of_steps, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything
 from common.engine import make_engine
 from common.export import export_best, export_model
@@ -63,7 +63,9 @@ def main() -> None:
     # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
     #    before training, or another one, which has left by the time that the model comes. Exports need none.
     seed_everything(options.seed, step=0)
-    read = partial(with_reference, data, options, zero, tokenizer.pad_token_id)
+    used = examples_of_steps(lengths, options.global_batch_size, options.seed, total_steps)
+    needed = used, range(len(data[1]))
+    read = partial(with_reference, data, needed, options, zero, tokenizer.pad_token_id)
     is_over = options.export_only or (checkpoint is not None and checkpoint.state.step >= total_steps)
     judged = data if is_over else None
     if options.reference_model_name_or_path and not is_over:

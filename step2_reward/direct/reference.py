@@ -6,6 +6,7 @@ import gc
 import hashlib
 import inspect
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +25,9 @@ from common.engine import make_frozen
 from common.files import flush_folder, sha256
 from common.models import load_causal_lm, load_config
 from common.options import UserError, world_size
-from common.prepare import REPORT_SECONDS, cache_folder
+from common.prepare import cache_folder
 from common.process import Stopped, stop_requested
+from common.progress import Progress
 from common.tokenization import load_tokenizer
 from common.zero import frozen_config, unpartitioned
 from step2_reward.direct.data import Choice, Dialogue
@@ -100,65 +102,65 @@ def load_reference(
 
 
 def with_reference(
-    parts: Sequence[Sequence[Choice]], options: DirectOptions, zero: dict[str, Any], pad_token_id: int,
-    load: Callable[[], nn.Module],
+    parts: Sequence[Sequence[Choice]], needed: Sequence[Sequence[int]], options: DirectOptions,
+    zero: dict[str, Any], pad_token_id: int, load: Callable[[], nn.Module],
 ) -> list[Referenced]:  # fmt: skip
     """Each of some sets of records with the reference's log-probabilities, from the cache if they are there.
 
-    load: gives the reference, and is called only when something has to be read. Every rank must call this.
+    needed: of each set, the numbers of the records that the run uses; NaN stands for the others until a
+    longer run reads them. load: gives the reference, and is called only when something has to be read. Every
+    rank must call this.
     """
     sets, model = [Referenced(rows, options) for rows in parts], None
-    for rows, examples in zip(parts, sets, strict=True):
+    for rows, examples, numbers in zip(parts, sets, needed, strict=True):
         if not options.kind.has_reference or not len(rows):
             continue
         file = cache_folder(options) / f"reference_{_key(rows, options, zero)}.npy" if rank() == 0 else None
-        if (known := _load(file)) is not None:
-            log(f"{len(rows)} records: the reference's log-probabilities are in the cache")
-        else:
+        logprobs = _load(file)
+        if logprobs is None:
+            widest = max(len(row.ranks) for row in rows) + (not options.is_paired)
+            logprobs = torch.full((len(rows), widest), math.nan, device=device())
+        missing = [
+            i for i, is_missing in zip(numbers, logprobs[numbers].isnan().any(1), strict=True) if is_missing
+        ]
+        if len(missing) < len(numbers):
+            kept = len(numbers) - len(missing)
+            log(f"{kept} of {len(numbers)} records: the reference's log-probabilities are in the cache")
+        if missing:
             model = model or load()
-            part = file and file.with_suffix(".part")
-            known = _read(model, examples, options, pad_token_id, part)
-            _keep(file, known)
-            if part:
-                part.unlink(missing_ok=True)
-        examples.logprobs = known.cpu().numpy()
+            _read(model, examples, missing, logprobs, options, pad_token_id, file)
+        examples.logprobs = logprobs.cpu().numpy()
     del model
     gc.collect()  # an engine refers to itself
     return sets
 
 
 def _read(
-    model: nn.Module, examples: Referenced, options: DirectOptions, pad_token_id: int, file: Path | None
-) -> Tensor:
-    """Log-probabilities (records, most responses) of all responses, and behind them of the unrelated one.
+    model: nn.Module, examples: Referenced, missing: Sequence[int], logprobs: Tensor, options: DirectOptions,
+    pad_token_id: int, file: Path | None,
+) -> None:  # fmt: skip
+    """Fill in the log-probabilities (records, most responses) of the missing records: of all responses, and
+    behind them of the unrelated one.
 
-    Records are read by length. What is known of the first of them is kept in `file`, from where the same
-    command goes on, on any ranks.
+    Records are read by length. What is known is kept in `file` every few seconds, so that the same command
+    resumes from there, on any number of ranks.
     """
     model.eval()
-    shapes = [(max(row.lengths), len(row.ranks) + (not options.is_paired)) for row in examples.rows]
-    order = sorted(range(len(shapes)), key=lambda i: shapes[i][0])
-    whole = torch.zeros(len(shapes), max(count for _, count in shapes), device=device())
-    known = _load(file)
-    done = first = 0 if known is None else len(known)
-    whole[:done] = whole[:0] if known is None else known
-    start = shown = time.monotonic()
-    while done < len(order):
+    order = sorted(missing, key=lambda i: max(examples.rows[i].lengths))
+    progress, start = Progress("reading with the reference", len(order)), time.monotonic()
+    size = ROUNDS * options.micro_batch_size * world_size()
+    for begin in range(0, len(order), size):
         if stop_requested(options.output_dir):
-            _keep(file, whole[:done])
+            _keep(file, logprobs)
             raise Stopped("stopped before the first step, as asked; the same command goes on from there")
-        end = min(done + ROUNDS * options.micro_batch_size * world_size(), len(order))
-        part = [examples[i] for i in order[done:end]]
-        whole[done:end] = _read_part(model, part, whole.shape[1], options, pad_token_id)
-        done = end
-        if time.monotonic() > shown + REPORT_SECONDS:
-            shown = time.monotonic()
-            left = (shown - start) * (len(order) - done) / (done - first)
-            log(f"reading with the reference: {done / len(order):.0%}, {left:.0f} s left")
-            _keep(file, whole[:done])
+        chosen = order[begin : begin + size]
+        part = [examples[i] for i in chosen]
+        logprobs[chosen] = _read_part(model, part, logprobs.shape[1], options, pad_token_id)
+        if progress.update(begin + len(chosen)):
+            _keep(file, logprobs)
     model.train()
-    log(f"{len(order) - first} records read with the reference in {time.monotonic() - start:.1f} s")
-    return whole[torch.tensor(order).argsort()]
+    _keep(file, logprobs)
+    log(f"{len(order)} records read with the reference in {time.monotonic() - start:.1f} s")
 
 
 @torch.no_grad()

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from common.alike import load_alike
-from common.data import batch_order, deal, load_examples, pad_rows, padding_share, steps_in_epochs
+from common.data import (
+    batch_order,
+    deal,
+    examples_of_steps,
+    load_examples,
+    pad_rows,
+    padding_share,
+    steps_in_epochs,
+)
 from common.formatting import demonstration_segments, find_prompt
 from common.options import DataOptions, UserError
 from common.overlong import Dropped
@@ -473,3 +481,10 @@ def test_padding_share_counts_what_fills_up_a_micro_batch():
 def test_pad_rows():
     assert pad_rows([[1, 2], [], [3, 4, 5]], 9).tolist() == [[1, 2, 9], [9, 9, 9], [3, 4, 5]]
     assert pad_rows([[True], [False, True]], False).tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 24, 25, 60])
+def test_the_examples_of_the_first_steps_are_those_of_their_batches(steps):
+    lengths = np.random.default_rng(0).integers(1, 50, size=100).tolist()
+    batches = islice(batch_order(lengths, 4, 7, 0, grouped=True), steps)
+    assert examples_of_steps(lengths, 4, 7, steps) == sorted({i for batch in batches for i in batch})
