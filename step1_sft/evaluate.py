@@ -78,10 +78,9 @@ def main() -> None:
     init_distributed()
 
     # 2. One model after the other.
-    num_bytes = sum(map(response_bytes, data.records))
     found = []
     for entrant in map(Entrant, paths, encoders, data.rows):
-        found.append(_measure_entrant(entrant, num_bytes, options, as_trained))
+        found.append(_measure_entrant(entrant, data.records, options, as_trained))
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -155,18 +154,20 @@ def as_markdown(answers: Sequence[Answer]) -> str:
     return "\n\n---\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in answers)
 
 
-def response_bytes(record: Record) -> int:
-    """UTF-8 bytes of the responses of a record, on which no tokenizer or chat template has an influence."""
+def response_bytes(record: Record, last_only: bool = False) -> int:
+    """UTF-8 bytes of the responses of a record, or of its last one, without what a chat template adds."""
     record = plain_demonstration(record)
     turns = record["messages"] if "messages" in record else record["completion"]
     if isinstance(turns, str):
         return len(turns.encode())
     replies = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    return sum(len(reply.encode()) for reply in (replies if "messages" in record else replies[-1:]))
+    if last_only or "messages" not in record:
+        replies = replies[-1:]
+    return sum(len(reply.encode()) for reply in replies)
 
 
 def _measure_entrant(
-    entrant: Entrant, num_bytes: int, options: EvaluateOptions, as_trained: SFTOptions
+    entrant: Entrant, records: Sequence[Record], options: EvaluateOptions, as_trained: SFTOptions
 ) -> dict[str, Any]:
     """Figures and answers of one model, by the names of COLUMNS; bits per byte count EOS as no byte."""
     path, encoder, rows = entrant
@@ -174,6 +175,8 @@ def _measure_entrant(
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), frozen_config(zero))
     nats, tokens = negative_log_likelihood(model, rows, as_trained, encoder.tokenizer.pad_token_id)
     answers = sample_answers(model, rows[: options.num_samples], encoder, options.sample_length)
+    last_only = encoder.chat_template.changes_replies(encoder.tokenizer.eos_token)
+    num_bytes = sum(response_bytes(record, last_only) for record in records)
     figures = (nats / tokens, _perplexity(nats / tokens), nats / math.log(2) / num_bytes)
     found = dict(zip(COLUMNS, (path, len(rows), int(tokens), *figures), strict=True))
     return found | {"samples": [answer._asdict() for answer in answers]}

@@ -117,6 +117,7 @@ def test_all_models_are_measured_on_what_fits_them_all(
 
 def test_bytes_are_those_of_the_replies_alone():
     assert response_bytes({"messages": TURNS}) == 7 + 2
+    assert response_bytes({"messages": TURNS}, last_only=True) == 2
     assert response_bytes({"prompt": TURNS[:1], "completion": TURNS[1:]}) == 2
     assert response_bytes({"prompt": "Hello", "completion": " Größe"}) == 8
 
