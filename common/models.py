@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.balance import balance_loss, has_balance_loss
 from common.distributed import log
 from common.families import check_policy, check_scalar, position_limit, remove_noise
 from common.options import UserError, reason
@@ -136,13 +137,26 @@ def response_logits(
     what follows it, and without a mask attention takes its fastest path. The output head sees the N chosen
     hidden states, so that no logits are made for prompts and padding.
     """
-    head = base_model(model).get_output_embeddings()
+    return logits_and_balance(model, input_ids, positions, position_ids)[0]
+
+
+def logits_and_balance(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`response_logits`, and what a mixture of experts adds to the loss in training: see `balance_loss`; else
+    0.
+    """
+    base = base_model(model)
+    head = base.get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
     packed = {} if position_ids is None else {"position_ids": position_ids}
     try:
-        return model(input_ids=input_ids, use_cache=False, **packed).logits  # (N, V)
+        outputs = model(input_ids=input_ids, use_cache=False, **packed)
     finally:
         choose.remove()
+    if base.training and has_balance_loss(base):
+        return outputs.logits, balance_loss(base, outputs, positions)
+    return outputs.logits, torch.zeros((), device=input_ids.device)
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:

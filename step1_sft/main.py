@@ -10,6 +10,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from common.balance import has_balance_loss
 from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
 from common.distributed import init_distributed, log, seed_everything, sum_over_ranks
@@ -20,7 +21,7 @@ from common.health import check_step
 from common.lora import add_adapters, check_adapters
 from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
-from common.models import load_causal_lm, load_config, longest_input, response_logits
+from common.models import base_model, load_causal_lm, load_config, logits_and_balance, longest_input
 from common.option_checks import check_held_out
 from common.options import parse_options, world_size
 from common.process import run_main
@@ -110,18 +111,21 @@ def train_step(
     lengths = [len(row.ids) for row in batch]
     num_tokens = sum(sum(row.is_trained) for row in batch)
     mine = micro_batches(lengths, options)
-    total = padded = 0.0
+    total = balance = padded = 0.0
     for number, rows in enumerate(mine, start=1):
         # A rank may be left without rows in a round. It takes part for nothing: ZeRO needs every rank.
         micro = collate([[batch[i] for i in row] for row in rows or [[0]]], pad_token_id)
-        logits = response_logits(engine, micro.input_ids, micro.positions, micro.position_ids)
-        loss = sft_loss(logits, micro.labels, num_tokens) * bool(rows)
+        logits, balancing = logits_and_balance(engine, micro.input_ids, micro.positions, micro.position_ids)
+        balancing = balancing * bool(rows) / sum(lengths)
+        loss = sft_loss(logits, micro.labels, num_tokens) * bool(rows) + balancing
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
-        total, padded = total + loss.detach(), padded + micro.input_ids.numel()
-    total, padded = sum_over_ranks(total, padded)
+        total, balance = total + loss.detach(), balance + balancing.detach()
+        padded += micro.input_ids.numel()
+    total, balance, padded = sum_over_ranks(total, balance, padded)
     seconds = time.perf_counter() - start
     return {
         "train/loss": Mean(total * num_tokens, num_tokens),
+        **({"train/aux_loss": Mean(balance)} if has_balance_loss(base_model(engine)) else {}),
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(sum(lengths), seconds),

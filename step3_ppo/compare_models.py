@@ -22,7 +22,7 @@ from step3_ppo.figures import EVALUATION_STEP
 from step3_ppo.functions import RewardFunction
 from step3_ppo.models import Scorer
 from step3_ppo.pretraining import Text, demonstration_logprobs
-from step3_ppo.rollout import Rollout, actor_logprobs, sample_rollout, take_rows
+from step3_ppo.rollout import Rollout, policy_pass, sample_rollout, take_rows
 from step3_ppo.scoring import score_responses
 
 
@@ -92,7 +92,7 @@ def response_logprobs(model: nn.Module, rollout: Rollout, options: EvaluateOptio
     totals: list[Tensor] = []
     for start in range(0, len(mine), size):
         batch = mine[start : start + size]
-        logprobs, _ = actor_logprobs(model, take_rows(rollout, batch), options.temperature)  # (N,)
+        logprobs = policy_pass(model, take_rows(rollout, batch), options.temperature).logprobs  # (N,)
         lengths = rollout.response_lengths[batch].tolist()
         totals += [part.sum() for part in logprobs.double().split(lengths)]
     return share_rows(torch.stack(totals), mine, len(rollout.scores))

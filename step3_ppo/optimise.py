@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.balance import has_balance_loss
 from common.data import deal
 from common.distributed import rank, sum_over_ranks
 from common.engine import backward_and_step
 from common.means import Mean
-from common.models import token_scores
+from common.models import base_model, token_scores
 from common.options import world_size
 from common.tensor_ops import entropy
 from step3_ppo.data import minibatches
@@ -20,7 +21,7 @@ from step3_ppo.losses import kl_loss, policy_loss, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.pretraining import PretrainingMix
-from step3_ppo.rollout import Rollout, Rows, actor_logprobs, take_rows
+from step3_ppo.rollout import Rollout, Rows, policy_pass, take_rows
 from step3_ppo.scoring import FirstPass
 
 Sums = Counter[str]  # sums over tokens, turned into means at the end
@@ -35,7 +36,8 @@ class MicroBatch(NamedTuple):
     advantages: Tensor  # (N,)
     values: Tensor | None  # (N,) where there is a critic
     returns: Tensor | None  # (N,) where there is a critic
-    tokens: int  # of the whole minibatch, over all ranks
+    tokens: int  # of the responses of the whole minibatch, over all ranks
+    tokens_read: int  # of the prompts too
     is_last: bool  # of this rank's in the minibatch
 
 
@@ -104,7 +106,7 @@ def _distance(actor: Any, rollout: Rollout, batch: list[int], options: PPOOption
     actor.eval()
     total = 0.0
     for chunk in deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size()):
-        logprobs, _ = actor_logprobs(actor, take_rows(rollout, chunk), options.temperature)
+        logprobs = policy_pass(actor, take_rows(rollout, chunk), options.temperature).logprobs
         total += _squares(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
     actor.train()
     return sum_over_ranks(total)[0] / len(batch)
@@ -119,7 +121,7 @@ def _micro_batches(
     rollout: Rollout, batch: list[int], advantages: Tensor, returns: Tensor | None, options: PPOOptions
 ) -> Iterator[MicroBatch]:
     """This rank's part of a minibatch, which is these rows of the rollout."""
-    tokens = int(rollout.response_lengths[batch].sum())
+    tokens, tokens_read = int(rollout.response_lengths[batch].sum()), int(rollout.lengths[batch].sum())
     mine = deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size())
     for number, chunk in enumerate(mine, start=1):
         mask = rollout.response_mask[chunk]  # (b, R)
@@ -131,6 +133,7 @@ def _micro_batches(
             None if returns is None else rollout.values[chunk][mask],
             None if returns is None else returns[chunk][mask],
             tokens,
+            tokens_read,
             is_last=number == len(mine),
         )
 
@@ -157,15 +160,19 @@ def _update_actor(
     actor: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl_coef: float, sums: Sums
 ) -> float | None:
     """One micro-batch of the clipped policy loss, and of what stands beside it."""
-    logprobs, logits = done.take_policy() or actor_logprobs(actor, batch.rows, options.temperature)
+    found = done.take_policy() or policy_pass(actor, batch.rows, options.temperature)
+    logprobs, logits, balance = found
     result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
     loss = result.loss  # (N,)
     if options.kl_penalty != "reward":
         loss = loss + kl_coef * kl_loss(logprobs, batch.ref_logprobs, options.kl_penalty)
     if options.entropy_coef:
         loss = loss - options.entropy_coef * entropy(logits, options.temperature)
-    norm = backward_and_step(actor, loss.sum() / batch.tokens, world_size(), batch.is_last)
+    loss = loss.sum() / batch.tokens + balance / batch.tokens_read
+    norm = backward_and_step(actor, loss, world_size(), batch.is_last)
     with torch.no_grad():
+        if has_balance_loss(base_model(actor)):  # `_means` divides by the tokens of responses
+            sums["train/aux_loss"] += balance * batch.tokens / batch.tokens_read
         sums["policy/loss"] += result.loss.sum()
         sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()

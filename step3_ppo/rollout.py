@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from common.data import pad_rows
 from common.distributed import device, share_rows
 from common.generation import GenerationOptions, generate, my_prompts
-from common.models import base_model, response_logits
+from common.models import base_model, logits_and_balance
 from common.prompts import Prompt
 from common.sampling import Responses
 from common.support import restrict
@@ -92,13 +92,19 @@ def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: 
     return (column >= first) & (column < first + response_lengths[:, None])
 
 
-def actor_logprobs(model: torch.nn.Module, rows: Rows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the response tokens of some rows, (N,), among what could be drawn in their place;
-    and the logits (N, V) behind them, of the V tokens that the tokenizer has.
-    """
-    logits = response_logits(model, rows.input_ids, rows.positions)[:, : base_model(model).num_tokens]
-    logits = restrict(logits, rows.support)
-    return label_logprobs(logits, rows.labels, temperature), logits
+class PolicyPass(NamedTuple):
+    """What a policy says of the N response tokens of some rows."""
+
+    logprobs: Tensor  # (N,) among what could be drawn in their place
+    logits: Tensor  # (N, V) behind them, of the V tokens that the tokenizer has
+    balance: Tensor  # () what a mixture of experts adds to the loss, times the tokens of the rows; else 0
+
+
+def policy_pass(model: torch.nn.Module, rows: Rows, temperature: float) -> PolicyPass:
+    """A forward pass of an actor or a reference."""
+    logits, balance = logits_and_balance(model, rows.input_ids, rows.positions)
+    logits = restrict(logits[:, : base_model(model).num_tokens], rows.support)
+    return PolicyPass(label_logprobs(logits, rows.labels, temperature), logits, balance)
 
 
 @torch.no_grad()

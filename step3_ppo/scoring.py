@@ -25,7 +25,7 @@ from step3_ppo.data import minibatches
 from step3_ppo.functions import FunctionError, function_scores
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import Rollout, actor_logprobs, take_rows
+from step3_ppo.rollout import PolicyPass, Rollout, policy_pass, take_rows
 
 
 @dataclass
@@ -37,10 +37,10 @@ class FirstPass:
     its memory is free as soon as its gradients are known.
     """
 
-    policy: tuple[Tensor, Tensor] | None = None  # log-probabilities (N,) and logits (N, V) of the actor
+    policy: PolicyPass | None = None  # of the actor
     values: Tensor | None = None  # (N,) of the critic
 
-    def take_policy(self) -> tuple[Tensor, Tensor] | None:
+    def take_policy(self) -> PolicyPass | None:
         taken, self.policy = self.policy, None
         return taken
 
@@ -64,11 +64,11 @@ def score_rollout(
     batches = [*rest, first] if first else rest
     first_pass = FirstPass()
 
-    def policy_pass(model: nn.Module, batch: list[int]) -> tuple[Tensor, Tensor]:
-        return actor_logprobs(model, take_rows(rollout, batch), options.temperature)
+    def read(model: nn.Module, batch: list[int]) -> PolicyPass:
+        return policy_pass(model, take_rows(rollout, batch), options.temperature)
 
     with models.reference_model() as reference:
-        parts = [policy_pass(reference, batch)[0] for batch in batches]
+        parts = [read(reference, batch).logprobs for batch in batches]
         found = {"ref_logprobs": _placed(rollout, batches, parts)}
     mine = sum(batches, [])
     size = options.generation_batch_size
@@ -79,11 +79,11 @@ def score_rollout(
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
         # update does.
         is_kept = bool(first) and step > options.critic_warmup_steps
-        parts = [policy_pass(models.actor, batch)[0] for batch in (rest if is_kept else batches)]
+        parts = [read(models.actor, batch).logprobs for batch in (rest if is_kept else batches)]
         if is_kept:
             with _as_in_update(models.actor):
-                first_pass.policy = policy_pass(models.actor, first)
-            parts.append(first_pass.policy[0].detach())
+                first_pass.policy = read(models.actor, first)
+            parts.append(first_pass.policy.logprobs.detach())
         found["logprobs"] = _placed(rollout, batches, parts)
     if first and models.critic:
         passes = [_value_pass(models.critic, rollout, batch, options) for batch in rest]

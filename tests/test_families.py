@@ -67,7 +67,9 @@ COMPLETE: dict[str, PretrainedConfig] = {
         layer_types=["linear_attention", "full_attention"],
     ),
     "mistral": MistralConfig(**HEADS, sliding_window=8),
-    "mixtral": MixtralConfig(**GROUPED, num_local_experts=4, router_jitter_noise=0.5),
+    "mixtral": MixtralConfig(
+        **GROUPED, num_local_experts=4, router_jitter_noise=0.5, output_router_logits=True
+    ),
     "gemma": GemmaConfig(**HEADS),
     "gemma2": Gemma2Config(**HEADS, final_logit_softcapping=3.0),
     "gemma3_text": Gemma3TextConfig(**HEADS, sliding_window=8),
@@ -130,6 +132,8 @@ def test_a_family_goes_through_all_stages(world: Path, tmp_path: Path, name: str
     adapters = LORA if name in ("gpt2", "opt", "gemma3") else []
     succeed("step3_ppo.main", [*ppo(tmp_path, *start, tmp_path / "ppo", steps=1), *adapters], tmp_path)
     check_first_step(tmp_path / "ppo")
+    if name == "mixtral":  # its configuration asks for the load-balancing loss
+        assert all(metrics(tmp_path / stage, "train/aux_loss")[0] > 0 for stage in ("sft", "ppo"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "ppo/final").config.model_type == config.model_type
     for folder in (start[1], tmp_path / "ppo/final_critic"):
         assert AutoModelForSequenceClassification.from_pretrained(folder).num_labels == 1

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.balance import has_balance_loss
 from common.data import deal
 from common.distributed import device, rank, sum_over_ranks
 from common.engine import backward_and_step
 from common.means import Mean
+from common.models import base_model
 from common.options import UserError, world_size
 from step2_reward.direct.data import Choice
 from step2_reward.direct.logprobs import response_logprobs
@@ -30,7 +32,7 @@ from step2_reward.direct.reference import Example
 COUNTED = {
     "loss": "losses", "accuracy": "decided", "nll_chosen": "chosen tokens", "reward/chosen": "chosen",
     "reward/rejected": "rejected", "logprobs/chosen": "chosen", "logprobs/rejected": "rejected",
-    "logratio/mean": "responses",
+    "logratio/mean": "responses", "aux_loss": "tokens",
 }  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def share(
     dialogues = [dialogue for example in micro for dialogue in example.row.dialogues]
     sides = [side for example in micro for side in example.row.sides(options.is_paired)]
     is_whole = [kind.nll_has_prompt and chosen > 0 for chosen, _ in sides]
-    logprobs, read = response_logprobs(engine, dialogues, pad_token_id, is_whole)  # (N,) each
+    logprobs, read, balance = response_logprobs(engine, dialogues, pad_token_id, is_whole)  # (N,), (N,), ()
     chosen, rejected = _tensor(sides).unbind(1)  # (N,) each
     log_ratios = logprobs - _tensor([value for example in micro for value in example.logprobs])
     compared = log_ratios / _tensor([d.count for d in dialogues]) if kind.is_averaged else log_ratios
@@ -120,6 +122,7 @@ def share(
     loss = losses.sum() / totals["losses"]
     if kind.has_nll:
         loss = loss - options.nll_coef * (chosen * read).sum() / totals["read"]
+    loss = loss + balance / totals["tokens"]
     figures = {
         "accuracy": right.sum(),
         "nll_chosen": -(chosen * logprobs).sum(),
@@ -128,6 +131,8 @@ def share(
         "logprobs/chosen": (chosen * logprobs).sum(),
         "logprobs/rejected": (rejected * logprobs).sum(),
     }
+    if engine.training and has_balance_loss(base_model(engine)):
+        figures["aux_loss"] = balance
     if kind.has_reference:
         figures["logratio/mean"] = ((chosen + rejected) * log_ratios).sum()
     counted = {name: value for name, value in figures.items() if totals[COUNTED[name]]}
@@ -165,7 +170,7 @@ def reference_point(
     total = 0.0
     for picked in micro_batches(examples, options):
         micro = [examples[i] for i in picked or [0]]
-        logprobs, _ = response_logprobs(engine, [example.unrelated for example in micro], pad_token_id)
+        logprobs, *_ = response_logprobs(engine, [example.unrelated for example in micro], pad_token_id)
         log_ratios = logprobs - _tensor([example.unrelated_logprob for example in micro])  # (B,)
         total = total + log_ratios.sum() * bool(picked)
     engine.train(was_training)
@@ -180,6 +185,7 @@ def count(examples: Sequence[Example], options: DirectOptions) -> dict[str, floa
             totals["chosen"] += chosen
             totals["rejected"] += rejected
             totals["responses"] += chosen + rejected
+            totals["tokens"] += len(dialogue.ids)
             totals["chosen tokens"] += chosen * dialogue.count
             whole = len(dialogue.ids) - 1 if options.kind.nll_has_prompt else dialogue.count
             totals["read"] += chosen * whole

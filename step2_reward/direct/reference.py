@@ -173,7 +173,7 @@ def _read_part(
     for picked in deal(range(len(part)), lengths, options.micro_batch_size, rank(), world_size()):
         # A rank without records in the last round takes part in it: at ZeRO-3 a forward needs every rank.
         texts = [_dialogues(part[i]) for i in picked or [0]]
-        sums, _ = response_logprobs(model, sum(texts, []), pad_token_id)
+        sums, *_ = response_logprobs(model, sum(texts, []), pad_token_id)
         for i, logprobs in zip(picked, sums.split([*map(len, texts)]), strict=False):
             found[i, : len(logprobs)] = logprobs
     return sum_tensor_over_ranks(found)

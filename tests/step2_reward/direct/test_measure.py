@@ -62,7 +62,7 @@ def choice(seed: int, ranks: list[float]) -> Choice:
 def test_log_probabilities_match_the_authors(reference):
     case = reference("logps.authors.get_batch_logps")
     dialogues = [Dialogue([0, 3, 5, 1, 6, 2], 2), Dialogue([0, 3, 3, 2, 1], 3)]
-    sums, _ = response_logprobs(Says(case.inputs.logits), dialogues, pad_token_id=0)
+    sums, *_ = response_logprobs(Says(case.inputs.logits), dialogues, pad_token_id=0)
     assert_close(sums, case.outputs.sum)
     assert_close(sums / torch.tensor([d.count for d in dialogues]), case.outputs.average)
 

@@ -1,0 +1,34 @@
+"""The load-balancing loss of mixtures of experts, which keeps the router from using a few of them only."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def has_balance_loss(model: PreTrainedModel) -> bool:
+    """Whether the configuration asks for the loss, by `output_router_logits` as in transformers."""
+    if not hasattr(inspect.getmodule(type(model)), "load_balancing_loss_func"):
+        return False
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def balance_loss(model: PreTrainedModel, outputs: Any, positions: Tensor) -> Tensor:
+    """The model's own loss times `router_aux_loss_coef`, times the number of tokens that were read: ().
+
+    outputs: of a forward pass with router logits. positions (B, T) bool: what was predicted; the tokens after
+    the last of a row are padding, which does not count. Divided by the tokens of a global batch, the sum over
+    its micro-batches is their mean weighted by tokens.
+
+    How often a model uses each expert is counted in each forward pass by itself. So, unlike every other loss
+    here, the value depends a little on the split into micro-batches. Source: Fedus et al. 2021 (Switch
+    Transformer), eq. 4 to 6, on all layers together.
+    """
+    config, logits = model.config.get_text_config(), outputs.router_logits
+    states = positions.long().flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last one that predicts
+    is_read = states | states.roll(1, dims=1)  # and the token that it predicts
+    loss = inspect.getmodule(type(model)).load_balancing_loss_func(
+        logits, logits[0].shape[-1], config.num_experts_per_tok, is_read.long()
+    )
+    return config.router_aux_loss_coef * loss * is_read.sum()
