@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 def has_balance_loss(model: PreTrainedModel) -> bool:
     """Whether the configuration asks for the loss, by `output_router_logits` as in transformers."""
-    if not hasattr(inspect.getmodule(type(model)), "load_balancing_loss_func"):
+    needed = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+    if not all(hasattr(model, name) for name in needed):
         return False
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
 
@@ -25,10 +26,9 @@ def balance_loss(model: PreTrainedModel, outputs: Any, positions: Tensor) -> Ten
     here, the value depends a little on the split into micro-batches. Source: Fedus et al. 2021 (Switch
     Transformer), eq. 4 to 6, on all layers together.
     """
-    config, logits = model.config.get_text_config(), outputs.router_logits
     states = positions.long().flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last one that predicts
     is_read = states | states.roll(1, dims=1)  # and the token that it predicts
     loss = inspect.getmodule(type(model)).load_balancing_loss_func(
-        logits, logits[0].shape[-1], config.num_experts_per_tok, is_read.long()
+        outputs.router_logits, model.num_experts, model.num_experts_per_tok, is_read.long()
     )
-    return config.router_aux_loss_coef * loss * is_read.sum()
+    return model.router_aux_loss_coef * loss * is_read.sum()

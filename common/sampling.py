@@ -108,6 +108,8 @@ def _decode(
     cache = next(name for name in CACHE_NAMES if name in inputs)
     rows = torch.arange(count, device=device)  # the b that are still in the batch
     is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        inputs["output_router_logits"] = False  # nothing is learnt here
     logits, computed = _read_prompts(model, input_ids, inputs, cache, synced)  # (b, V), (B,)
     steps: list[tuple[Tensor, ...]] = []
     for step in range(limit):

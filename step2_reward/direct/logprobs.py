@@ -16,8 +16,8 @@ def response_logprobs(
     model: nn.Module, dialogues: Sequence[Dialogue], pad_token_id: int, is_whole: Sequence[bool] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each response, summed over its tokens, and of all tokens that were read, (N,) each,
-    fp32: of the prompt too where `is_whole`. Then what a mixture of experts adds to the loss, times the tokens:
-    ().
+    fp32: of the prompt too where `is_whole`. Then what a mixture of experts adds to the loss, times
+    tokens: ().
 
     Only these tokens take part in the output layer, in one forward pass.
     """
