@@ -19,14 +19,16 @@ from transformers import (
 
 from common.lora import add_adapters
 from common.models import load_config
-from common.options import LoraOptions
+from common.options import LoraOptions, parse_options
 from common.support import pack
+from common.zero import CONFIG_FOLDER
 from launch.plan import memory
-from launch.plan.main import CARDS, REMEDIES, USABLE, remedy
+from launch.plan.main import CARDS, USABLE, verdicts
 from launch.plan.memory import Model, Parts, Shape, Zero, total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Sizes, step3
 from launch.plan.predict import GIB, predict
+from launch.plan.remedies import cached, remedies, ways
 from launch.plan.shapes import read_shape
 from step3_ppo.options import PPOOptions
 from tests.conftest import REPOSITORY
@@ -232,20 +234,65 @@ def test_what_could_be_drawn_is_remembered_of_a_whole_rollout(big: PlanOptions):
     assert total(cut) - total(whole) == pack(torch.ones(64, 16, 32000, dtype=torch.bool)).nbytes
 
 
-def test_a_remedy_makes_it_fit(big: PlanOptions):
-    room = CARDS["40 GB"] * USABLE
-    for step, phase in predict(big).items():
-        assert total(phase.parts) / GIB > room
-        advice = remedy(big, step, room)
-        named = [changes for name, changes in REMEDIES.items() if f" {name}" in advice]
-        together = {} if " or " in advice else {k: v for changes in named for k, v in changes.items()}
-        for changes in [together] if together else named:
-            assert total(predict(replace(big, **changes))[step].parts) / GIB <= room
-    together = remedy(big, "step 1", 17.0).removeprefix("it does with ").split(" and ")
-    for left_out in [None, *together]:
-        changes = {k: v for name in together if name != left_out for k, v in REMEDIES[name].items()}
-        assert (total(predict(replace(big, **changes))["step 1"].parts) / GIB <= 17.0) == (not left_out)
-    assert remedy(big, "step 3", 5.0).startswith("nor with all")
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 8, "advantage_estimator": "rloo"}], ids=str)
+def test_pasted_options_make_a_step_fit(big: PlanOptions, monkeypatch: pytest.MonkeyPatch, changes: dict):
+    """With the peak that is printed; without any one of the remedies it does not fit."""
+    options = replace(big, **changes)
+    room, predictor = CARDS["40 GB"] * USABLE, cached(options)
+    given = ["--num_gpus", "8", "--model_name_or_path", big.model_name_or_path]
+    given += [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+
+    def peak(words: list[str], step: str) -> float:
+        ours = [word for word in words if word not in ("--samples_per_prompt", "4")]
+        monkeypatch.setattr("sys.argv", ["plan", *given, *ours])
+        return total(predict(parse_options(PlanOptions, required=[]))[step].parts) / GIB
+
+    for step, phase in predict(options).items():
+        if total(phase.parts) / GIB <= room:
+            continue
+        found = ways(options, step, room, predictor)
+        assert found and len({way.options for way in found}) == len(found)
+        for way in found[:2] + found[-1:]:
+            words = way.options.split()
+            assert peak(words, step) == pytest.approx(way.peak) and way.peak <= room
+            starts = [place for place, word in enumerate(words) if word.startswith("--")]
+            starts = [place for place in starts if words[place] != "--samples_per_prompt"]
+            for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+                assert peak(words[:start] + words[end:], step) > room, (
+                    f"{way.options}: has more than it takes"
+                )
+            assert not any(f"--{name} " in f"{way.options} " for name in changes), "it is on already"
+        notes = [bool(way.notes) for way in found]
+        assert notes == sorted(notes), "first what changes nothing but speed and memory"
+
+
+def test_the_mildest_level_is_named(big: PlanOptions):
+    """The largest micro-batch that fits, and the largest generation batch."""
+    options = replace(big, num_gpus=8, micro_batch_size=4, max_length=512)
+    predictor = cached(options)
+    peaks = {size: total(predictor({"micro_batch_size": size})["step 2"].parts) / GIB for size in (4, 2, 1)}
+    for size in (2, 1):
+        found = ways(options, "step 2", peaks[size] + 0.01, predictor)
+        assert found[0].options == f"--micro_batch_size {size}" and found[0].peak == peaks[size]
+
+
+def test_zero_configs_go_where_the_user_has_them(big: PlanOptions):
+    own = replace(big, actor_zero_config=str(CONFIG_FOLDER / "zero1.json"))
+    found = ways(own, "step 3", CARDS["80 GB"] * USABLE, cached(own))
+    with_zero = [way.options for way in found if "zero" in way.options.replace("--", "")]
+    assert with_zero and all("--actor_zero_config" in o and "--critic_zero_config" in o for o in with_zero)
+    assert not any(" --zero_config" in f" {options}" for options in with_zero)
+
+
+def test_what_never_fits_names_the_least(big: PlanOptions):
+    (line,) = [line for line in verdicts(big, predict(big), 3.0, cached(big)) if "step 3" in line]
+    assert "nor with any options: the least is" in line and "zero3_offload.json" in line
+
+
+def test_every_option_of_a_remedy_belongs_to_the_steps():
+    known = set(PPOOptions.__dataclass_fields__)
+    for remedy in remedies(PlanOptions()):
+        assert all(level.keys() <= known for level in remedy.levels)
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -257,11 +304,18 @@ def test_the_command_prints_a_table_and_what_fits(big: PlanOptions):
     done = run("--model_name_or_path", big.model_name_or_path, "--num_gpus", "8", "--gradient_checkpointing")
     assert done.returncode == 0 and done.stderr == ""
     found = predict(replace(big, gradient_checkpointing=True))
-    cells = {line[:16].strip(): line[16:].split() for line in done.stdout.split("\n\n")[0].splitlines()}
+    head, printed, *_ = done.stdout.split("\n\n")
+    assert (
+        "policy 6.74 B parameters, reward model 6.61 B; ZeRO-2, 16-bit weights, 8 GPUs; micro-batch 4" in head
+    )
+    assert "rows of 1024 tokens; step 3: prompts of 256 and responses of 128 tokens" in head
+    cells = {line[:16].strip(): line[16:].split() for line in printed.splitlines()}
+    assert cells["token masks"] == ["0.00"] * 3 and cells["CUDA context"] == ["1.00"] * 3
+    assert " ".join(cells["peak phase"]) == "optimiser step recomputation optimiser step"
     assert cells["total"] == [f"{total(phase.parts) / GIB:.2f}" for phase in found.values()]
     assert cells["optimiser"][0] == f"{12 * PARAMETERS_OF_LLAMA_2_7B / 8 / GIB:.2f}"
-    assert "On cards of 40 GB:\n  step 1 fits, with" in done.stdout
-    assert "  step 3 does not fit, by" in done.stdout and "zero3.json" in done.stdout
+    assert "On cards of 40 GB, 37.4 GiB of them usable:\n  step 1 fits, with" in done.stdout
+    assert "add to launch/step3_ppo.sh (the fastest first):\n      --" in done.stdout
 
 
 @pytest.mark.parametrize(

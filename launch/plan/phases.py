@@ -89,7 +89,7 @@ def step3(
     held = sum((optimiser(model) for model in trained), held)
     if reference:
         held += weights(reference)
-    held["which tokens"] += drawable(actor, sizes.remembered * sizes.response)
+    held["token masks"] += drawable(actor, sizes.remembered * sizes.response)
     idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
 
     rows, width = sizes.generated, sizes.prompt + sizes.response

@@ -63,6 +63,31 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
     }
 
 
+def setting(options: PlanOptions) -> str:
+    """What a prediction is for: sizes of the models, precision, partitioning, batches and lengths."""
+    config = load_config(options.model_name_or_path)
+    hidden, targets = config.get_text_config().hidden_size, tuple(options.lora_target_modules)
+    zero = _zero(options.zero_config, options, options.learning_rate, hidden)
+    policy = read_shape(options.model_name_or_path, False, options.lora_rank, targets)
+    rewards = [
+        f"{read_shape(path, True, 0, ()).parameters / 1e9:.2f} B"
+        for path in options.reward_model_name_or_path or [options.model_name_or_path]
+    ]
+    trained = f" ({policy.trained / 1e6:.1f} M trained)" if options.lora_rank else ""
+    device = "GPU" if options.device == "gpu" else "CPU rank"
+    estimator = options.advantage_estimator
+    return "\n".join(
+        [
+            f"policy {policy.parameters / 1e9:.2f} B parameters{trained}, reward model {', '.join(rewards)};"
+            f" ZeRO-{zero.stage}, {'16' if zero.size == 2 else '32'}-bit weights, {options.num_gpus}"
+            f" {device}{'s' * (options.num_gpus > 1)}; micro-batch {options.micro_batch_size}",
+            f"steps 1 and 2: rows of {options.max_length} tokens; step 3: prompts of"
+            f" {options.max_prompt_length} and responses of {options.max_response_length} tokens,"
+            f" {_sizes(options).generated} per rank generated at once, --advantage_estimator {estimator}",
+        ]
+    )
+
+
 def _sizes(options: PlanOptions) -> Sizes:
     share = -(-options.rollout_batch_size // world_size())
     return Sizes(

@@ -1,0 +1,156 @@
+"""Options that make a step fit: single ones and combinations, the fastest first."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from common.zero import CONFIG_FOLDER
+from launch.plan.memory import total
+from launch.plan.options import PlanOptions
+from launch.plan.phases import Phase
+from launch.plan.predict import GIB, predict
+
+Changes = dict[str, Any]  # options by name
+Predictor = Callable[[Changes], dict[str, Phase]]
+MOST_TOGETHER = 4  # remedies in a combination
+MOST_WAYS = 10  # shown of a step
+HALVINGS = 12
+
+
+class Remedy(NamedTuple):
+    """An option that lowers the peak, at one or more levels, the mildest first."""
+
+    levels: list[Changes]
+    slowness: float  # rule of thumb: time that it adds to a step, as a share; only the order matters
+    note: str = ""  # for an option that changes what is learnt
+    kind: str = ""  # of remedies of one kind a combination has one
+    steps: str = "step 1, step 2, step 3"
+
+
+class Way(NamedTuple):
+    """Options to add to the command of a step, and what it needs then."""
+
+    options: str
+    peak: float  # GiB of the device
+    host: float  # GiB of host memory, per rank
+    notes: list[str]
+
+
+def remedies(options: PlanOptions) -> list[Remedy]:
+    """All that can be tried. What is on already changes nothing, and so is in no way that `ways` finds."""
+
+    def zero(name: str) -> Changes:
+        path = str(CONFIG_FOLDER / f"{name}.json")
+        return {"zero_config": path, "actor_zero_config": "", "critic_zero_config": ""}
+
+    rollout = min(options.generation_batch_size, -(-options.rollout_batch_size // options.num_gpus))
+    return [
+        Remedy(_levels("micro_batch_size", _halves(options.micro_batch_size)), 0.05),
+        Remedy(_levels("generation_batch_size", _halves(rollout)), 0.06, steps="step 3"),
+        Remedy([{"offload_frozen": True}], 0.07, steps="step 3"),
+        Remedy([zero("zero2")], 0.08, kind="zero"),
+        Remedy([zero("zero3")], 0.15, kind="zero"),
+        Remedy([{"gradient_checkpointing": True}], 0.3),
+        Remedy([zero("zero2_offload")], 1.0, kind="zero"),
+        Remedy([zero("zero3_offload")], 2.0, kind="zero"),
+        Remedy([{"gather_for_generation": False}], 4.0, steps="step 3"),
+        Remedy([{"advantage_estimator": "rloo"}], 0.0, "no critic: another algorithm", steps="step 3"),
+        Remedy([{"lora_rank": 16}], 0.01, "trains adapters, not all weights"),
+    ]
+
+
+def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> list[Way]:
+    """Smallest sets of remedies that bring the peak of a step down to `room` GiB.
+
+    First those that change nothing but speed and memory, then the others; of each, the fastest first.
+    """
+    usable = [remedy for remedy in remedies(options) if step in remedy.steps and remedy.levels]
+
+    def fits(levels: Sequence[Changes]) -> bool:
+        return total(predictor(_merged(levels))[step].parts) / GIB <= room
+
+    smallest: list[tuple[Remedy, ...]] = []
+    for count in range(1, MOST_TOGETHER + 1):
+        for chosen in combinations(usable, count):
+            kinds = [remedy.kind for remedy in chosen if remedy.kind]
+            is_larger = any(all(one in chosen for one in known) for known in smallest)
+            if not is_larger and len(set(kinds)) == len(kinds) and fits([one.levels[-1] for one in chosen]):
+                smallest.append(chosen)
+    smallest.sort(key=lambda chosen: (any(r.note for r in chosen), sum(r.slowness for r in chosen)))
+    return [_way(chosen, _mildest(chosen, fits), options, step, predictor) for chosen in smallest[:MOST_WAYS]]
+
+
+def least(options: PlanOptions, step: str, predictor: Predictor) -> Way:
+    """All remedies at once that change nothing but speed and memory: the least that a step can need."""
+    usable = [remedy for remedy in remedies(options) if step in remedy.steps and not remedy.note]
+    chosen = tuple(remedy for remedy in usable if remedy.levels and remedy.kind != "zero")
+    offload = next(r for r in usable if "zero3_offload" in str(r.levels))
+    return _way((*chosen, offload), [r.levels[-1] for r in (*chosen, offload)], options, step, predictor)
+
+
+def cached(options: PlanOptions) -> Predictor:
+    """`predict` of the options with changes; each set of changes is predicted once."""
+    known: dict[str, dict[str, Phase]] = {}
+
+    def predictor(changes: Changes) -> dict[str, Phase]:
+        key = repr(sorted(changes.items()))
+        if key not in known:
+            known[key] = predict(replace(options, **changes))
+        return known[key]
+
+    return predictor
+
+
+def _levels(name: str, sizes: Sequence[int]) -> list[Changes]:
+    return [{name: size} for size in sizes]
+
+
+def _halves(size: int) -> list[int]:
+    """Halves, quarters ... that are whole numbers, so that batches can still be divided."""
+    return [size >> n for n in range(1, HALVINGS) if size >> n and (size >> n) << n == size]
+
+
+def _merged(levels: Sequence[Changes]) -> Changes:
+    return {name: value for level in levels for name, value in level.items()}
+
+
+def _mildest(chosen: Sequence[Remedy], fits: Callable[[Sequence[Changes]], bool]) -> list[Changes]:
+    """The level of each remedy: one after the other, the mildest that still fits beside the others."""
+    levels = [remedy.levels[-1] for remedy in chosen]
+    for place, remedy in enumerate(chosen):
+        tried = ([*levels[:place], level, *levels[place + 1 :]] for level in remedy.levels)
+        levels = next(filter(fits, tried))
+    return levels
+
+
+def _way(
+    chosen: Sequence[Remedy], levels: list[Changes], options: PlanOptions, step: str, predictor: Predictor
+) -> Way:
+    phase = predictor(_merged(levels))[step]
+    words = " ".join(word for level in levels for word in _words(level, options, step))
+    notes = [remedy.note for remedy in chosen if remedy.note]
+    return Way(words, total(phase.parts) / GIB, phase.parts["host"] / GIB, notes)
+
+
+def _words(changes: Changes, options: PlanOptions, step: str) -> Iterator[str]:
+    """Changes as they are typed."""
+    for name, value in changes.items():
+        if name == "zero_config":
+            own = [f"{model}_zero_config" for model in ("actor", "critic")]
+            names = own if step == "step 3" and any(getattr(options, one) for one in own) else [name]
+            yield from (f"--{one} {_short(value)}" for one in names)
+        elif name == "advantage_estimator":
+            group = next((size for size in (4, 2) if options.rollout_batch_size % size == 0), 4)
+            yield f"--{name} {value} --samples_per_prompt {group}"
+        elif value is True:
+            yield f"--{name}"
+        elif value != "":
+            yield f"--{name} {str(value).lower()}"
+
+
+def _short(path: str) -> str:
+    """Relative to the working directory where it is below it."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
