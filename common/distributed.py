@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,12 @@ def log(message: str) -> None:
     if rank() == 0:
         with contextlib.suppress(OSError):
             print(message, flush=True)
+
+
+@lru_cache
+def log_once(message: str) -> None:
+    """`log`, but the same line only once: a model may be loaded several times."""
+    log(message)
 
 
 def sum_over_ranks(*values: Tensor | float) -> list[float]:

@@ -19,13 +19,13 @@ from common.engine import make_frozen
 from common.families import position_limit
 from common.models import (
     base_model,
-    check_scalar_model,
     is_partitioned,
     last_positions,
     load_scalar_model,
     token_scores,
 )
 from common.options import UserError, option
+from common.roles import check_scalar_model
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import frozen_config, unpartitioned
 

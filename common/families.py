@@ -13,7 +13,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from common.options import UserError
+from common.options import UserError, reason
 
 # Their recurrent states are in the modules, not in the cache, which therefore cannot be cut to some rows.
 STATES_IN_MODULES = ("recurrent_gemma",)
@@ -47,8 +47,11 @@ def check_scalar(config: PretrainedConfig) -> None:
     model_type = config.model_type
     problem = f"transformers has no sequence classifier of model type {model_type!r}"
     if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        except Exception as error:  # noqa: BLE001 - whatever is in the configuration
+            raise UserError(f"{config.name_or_path}: no model can be made of it: {reason(error)}") from None
         if _is_causal(config) and isinstance(getattr(model, "score", None), nn.Linear):
             return
         problem = f"{type(model).__name__} is not a causal model with a linear `score` head"

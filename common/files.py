@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from common.distributed import log
-from common.options import UserError
+from common.options import UserError, reason
 
 CHUNK = 1 << 22  # bytes read at once
 UMASK = os.umask(0o077)  # what this process was started with; it can be read by setting it only
@@ -32,6 +32,21 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     beside.replace(path)
     flush_folder(path.parent)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file. Raises UserError."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file.parent}: not a model folder: {file.name} is missing") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not read: {reason(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: must hold one JSON object")
+    return values
 
 
 def flush_file(path: Path) -> None:

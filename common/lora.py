@@ -35,7 +35,7 @@ def check_targets(path: str, options: LoraOptions) -> None:
     if not options.lora_rank or options.lora_target_modules == ["all-linear"]:
         return
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(path))
+        model = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
     linear = [
         name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
     ]

@@ -2,14 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
@@ -20,7 +18,7 @@ from transformers import (
 from common.balance import balance_loss, has_balance_loss
 from common.distributed import log
 from common.families import check_policy, check_scalar, position_limit, remove_noise
-from common.options import UserError, reason
+from common.model_files import check_values, check_weights, is_partitioned, read_config, read_weights
 from common.vocabulary import fit_to_tokenizer
 from common.zero import fill_bucket_sizes
 
@@ -42,12 +40,7 @@ def load_config(path: str) -> PretrainedConfig:
 
     Raises UserError, naming the path, when it is neither a model folder nor a hub name that can be had.
     """
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise UserError(f"{path}: not a model folder: config.json is missing")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no model folder or hub name: {reason(error)}") from None
+    config = read_config(path)
     remove_noise(config)
     return config
 
@@ -60,18 +53,6 @@ def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
     return min(wanted, limit)
 
 
-def check_scalar_model(path: str, option: str) -> None:
-    """Raise UserError unless the folder holds a sequence classifier with one output, as step 2 writes it."""
-    config = load_config(path)
-    if not is_scalar(config):
-        architecture = (config.architectures or ["unknown"])[0]
-        raise UserError(
-            f"--{option} {path}: not a reward model: {architecture} with {config.num_labels} outputs;"
-            " it must be a ...ForSequenceClassification with one output, as step 2 writes it"
-        )
-    check_scalar(config)
-
-
 def load_causal_lm(
     path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None
 ) -> PreTrainedModel:
@@ -82,9 +63,7 @@ def load_causal_lm(
     """
     config = load_config(path)
     check_policy(config)
-    with _partitioned(zero, config):
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=_dtype(zero))
-    return fit_to_tokenizer(model, tokenizer)
+    return fit_to_tokenizer(_load(AutoModelForCausalLM, path, config, zero), tokenizer)
 
 
 def load_scalar_model(
@@ -99,8 +78,7 @@ def load_scalar_model(
     has_head = is_scalar(config)
     config.num_labels = 1
     check_scalar(config)
-    with _partitioned(zero, config):
-        model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=_dtype(zero))
+    model = _load(AutoModelForSequenceClassification, path, config, zero, new_head=not has_head)
     model.score.__class__ = ScalarHead
     if not has_head:
         initialise_head(model, std=(model.score.in_features + 1) ** -0.5, seed=seed)
@@ -118,11 +96,6 @@ def initialise_head(model: PreTrainedModel, std: float, seed: int = 0) -> None:
     ):
         if weight.numel():  # on the other ranks a partitioned weight is empty
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 holds this parameter in parts."""
-    return hasattr(parameter, "ds_id")
 
 
 def response_logits(
@@ -205,6 +178,17 @@ def is_scalar(config: PretrainedConfig) -> bool:
     """Whether a configuration is that of a sequence classifier with one output."""
     architecture = (config.architectures or [""])[0]
     return architecture.endswith("ForSequenceClassification") and config.num_labels == 1
+
+
+def _load(
+    kind: Any, path: str, config: PretrainedConfig, zero: dict[str, Any] | None, new_head: bool = False
+) -> PreTrainedModel:
+    """The model with complete, finite weights. Raises UserError for others."""
+    check_weights(kind, path, new_head)
+    with _partitioned(zero, config):
+        model = read_weights(kind, path, config, _dtype(zero))
+    check_values(model, path)
+    return model
 
 
 def _dtype(zero: dict[str, Any] | None) -> torch.dtype:

@@ -11,6 +11,7 @@ import difflib
 import math
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
@@ -22,10 +23,20 @@ class UserError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """Why a library failed, in one line for the user: the first line of the message, or the error's type."""
+    """Why a library failed, in one line for the user: the first line of the message, with the next where it
+    ends in a colon, or the error's type.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [" ".join(lines[:2])]
     is_bare = not lines or isinstance(error, KeyError)  # whose message is the key alone
     return ": ".join([type(error).__name__] * is_bare + lines[:1])
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first few names, and the number of all if there are more."""
+    listed = ", ".join([*names][:most])
+    return listed if len(names) <= most else f"{listed}, ... ({len(names)} in all)"
 
 
 class Help(str):

@@ -34,12 +34,12 @@ from common.files import write_json, write_text
 from common.formatting import find_prompt
 from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
 from common.intervals import share, share_in_words
-from common.models import load_config
 from common.options import CacheOptions, DataOptions, OptimiserOptions, option, parse_options, world_size
 from common.overlong import Dropped
 from common.process import run_main
 from common.prompts import Prompt, prompt
 from common.records import Record
+from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder
 from common.windows import stop_if_asked, to_lines, work_through
@@ -75,7 +75,7 @@ def main() -> None:
         read_template("critique_template", options.critique_template, CRITIQUE_PLACES),
         read_template("revision_template", options.revision_template, REVISION_PLACES),
     )
-    config = load_config(options.model_name_or_path)
+    config = policy_config(options.model_name_or_path, "model_name_or_path")
     check_generation(options, config)
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)

@@ -19,13 +19,14 @@ from torch import nn
 from common.alike import load_alike
 from common.distributed import init_distributed, log, rank, sum_over_ranks
 from common.engine import gathered, make_frozen
-from common.families import check_policy, position_limit
+from common.families import position_limit
 from common.files import write_json
 from common.formatting import plain_demonstration
-from common.models import base_model, load_causal_lm, load_config, longest_input, response_logits
+from common.models import base_model, load_causal_lm, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
 from common.process import run_main
 from common.records import Record
+from common.roles import policy_config
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.vocabulary import spare_ids
 from common.zero import frozen_config, load_zero_config
@@ -63,9 +64,7 @@ def main() -> None:
     )  # fmt: skip
     load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     paths = options.model_name_or_path
-    configs = [load_config(path) for path in paths]
-    for config in configs:
-        check_policy(config)
+    configs = [policy_config(path, "model_name_or_path") for path in paths]
     lengths = [longest_input(config, options.max_length, "max_length") for config in configs]
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     # Whole records alone, so that all models are measured on the same text.

@@ -32,16 +32,16 @@ from common.constitution import (
 from common.conversation import Message
 from common.data import deal, pad_rows
 from common.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
-from common.families import check_policy
 from common.files import write_json, write_text
 from common.formatting import comparison, dialogue_segments, prompt_segments
 from common.generation import load_policy
-from common.models import load_config, longest_input, response_logits
+from common.models import longest_input, response_logits
 from common.options import OptimiserOptions, UserError, option, parse_options, world_size
 from common.overlong import Dropped
 from common.process import run_main
 from common.prompts import prompt
 from common.records import Record, read_all
+from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.shapes import recognise
 from common.tokenization import SegmentEncoder
@@ -79,8 +79,7 @@ def main() -> None:
     options = parse_options(JudgeOptions, required=["model_name_or_path", "preference_data"])
     principles = read_constitution(options.constitution)
     template = read_template("judge_template", options.judge_template, PLACES)
-    config = load_config(options.model_name_or_path)
-    check_policy(config)
+    config = policy_config(options.model_name_or_path, "model_name_or_path")
     options.max_length = longest_input(config, options.max_length, "max_length")
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)

@@ -18,16 +18,16 @@ from common.data import batch_order, check_best_metric, deal, load_examples, ste
 from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
-from common.families import check_scalar
 from common.health import check_step
 from common.lora import add_adapters, check_adapters
 from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_config, load_scalar_model, longest_input
+from common.models import load_scalar_model, longest_input
 from common.option_checks import check_held_out
 from common.options import parse_options, world_size
 from common.process import Stopped, run_main
 from common.resume import resume, stop_after_training
+from common.roles import start_config
 from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
@@ -59,8 +59,7 @@ def main() -> None:
     options = parse_options(RewardOptions, required=["model_name_or_path", "train_data"])
     check_held_out(options)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
-    config = load_config(options.model_name_or_path)
-    check_scalar(config)
+    config = start_config(options.model_name_or_path, "model_name_or_path")
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     check_language_model(options)

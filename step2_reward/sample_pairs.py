@@ -17,11 +17,11 @@ from common.distributed import gather_objects, init_distributed, log, rank
 from common.files import write_text
 from common.formatting import find_prompt
 from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
-from common.models import load_config
 from common.options import CacheOptions, UserError, option, parse_options, world_size
 from common.process import run_main
 from common.prompts import Prompt, prompt
 from common.records import Record
+from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.windows import to_lines, work_through
@@ -61,7 +61,7 @@ def main() -> None:
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     for path in paths:
-        check_generation(options, load_config(path))
+        check_generation(options, policy_config(path, "model_name_or_path"))
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     by_encoder = load_prompts(options, encoders)
     init_distributed()

@@ -22,10 +22,10 @@ from common.distributed import gather_objects, init_distributed, log, rank
 from common.ensemble import load_encoders, load_members
 from common.formatting import find_prompt
 from common.generation import check_generation, generate, load_policy, my_prompts
-from common.models import load_config
 from common.options import UserError, parse_options, world_size
 from common.process import Stopped, run_main, stop_requested
 from common.prompts import Prompt, prompt
+from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config
@@ -47,7 +47,7 @@ def main() -> None:
     check_options(options)
     as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
-    check_generation(options, load_config(options.model_name_or_path))
+    check_generation(options, policy_config(options.model_name_or_path, "model_name_or_path"))
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)

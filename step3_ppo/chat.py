@@ -17,10 +17,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from common.distributed import on_cpu
 from common.engine import make_frozen
 from common.ensemble import load_encoders, load_members
-from common.families import check_policy, position_limit
-from common.models import load_causal_lm, load_config
+from common.families import position_limit
+from common.models import load_causal_lm
 from common.options import UserError, parse_options
 from common.process import SIGNALS, run_main
+from common.roles import policy_config
 from common.tokenization import SegmentEncoder, load_tokenizer
 from step3_ppo.chat_session import Chat, ChatOptions, Speaker
 
@@ -62,8 +63,7 @@ def check_save_to(path: str) -> None:
 
 def prompt_room(path: str, encoder: SegmentEncoder, options: ChatOptions) -> int:
     """How many tokens of a prompt the model's positions leave; UserError when they leave none."""
-    config = load_config(path)
-    check_policy(config)
+    config = policy_config(path, "model_name_or_path")
     positions = position_limit(config) or sys.maxsize
     room = positions - options.max_response_length
     if room <= len(encoder.bos):

@@ -17,11 +17,12 @@ from common.distributed import init_distributed, log, rank
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
 from common.files import write_json
 from common.generation import check_generation
-from common.models import check_scalar_model, load_config, longest_input
+from common.models import longest_input
 from common.options import UserError, parse_options, world_size
 from common.prepare import Convert
 from common.process import run_main
 from common.prompts import Prompt, prompt
+from common.roles import check_scalar_model, policy_config
 from common.table import Row
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config
@@ -43,7 +44,7 @@ def main() -> None:
     as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
     for path in options.model_name_or_path:
-        config = load_config(path)
+        config = policy_config(path, "model_name_or_path")
         check_generation(options, config)
         options.max_length = longest_input(config, options.max_length, "max_length")
     encoder = load_encoder(options.model_name_or_path)

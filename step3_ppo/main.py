@@ -20,11 +20,12 @@ from common.health import check_numbers
 from common.lora import check_adapters
 from common.means import step_values
 from common.metrics import MetricWriter, peak_memory_gib
-from common.models import check_scalar_model, load_causal_lm, load_config
+from common.models import load_causal_lm
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.prompts import Prompt, prompt
 from common.resume import resume
+from common.roles import check_scalar_model, policy_config
 from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
@@ -58,7 +59,7 @@ def main() -> None:
     critic_zero = load_zero_config(
         options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
     )
-    config = load_config(options.actor_model_name_or_path)
+    config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
     check_generation(options, config)
     check_adapters(options.actor_model_name_or_path, options)
     check_folder(options)

@@ -83,13 +83,13 @@ def test_too_many_bad_steps_end_the_run(world: Path, tmp_path: Path) -> None:  #
 
 
 def test_a_rollout_that_is_not_finite_is_skipped(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    """A reward model with an infinite weight: the policy stays as it was, and the run ends with a reason."""
+    """A reward model whose scores overflow: the policy stays as it was, and the run ends with a reason."""
     broken = tmp_path / "reward"
     broken.mkdir()
     for file in (run / "reward/final").iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     weights = load_file(broken / "model.safetensors")
-    weights["score.weight"][0, 0] = float("nan")
+    weights["score.weight"] = torch.full_like(weights["score.weight"], 3e38)
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     options = [*ppo(world, run / "sft/final", broken, tmp_path / "out", 5), "--max_skipped_steps", "2"]
     result = run_stage("step3_ppo.main", [*options, "--save_steps", "1"], tmp_path, ranks=2)

@@ -15,15 +15,15 @@ from common.data import batch_order, check_best_metric, examples_of_steps, load_
 from common.distributed import init_distributed, log, seed_everything
 from common.engine import make_engine
 from common.export import export_best, export_model
-from common.families import check_policy
 from common.health import check_step
 from common.lora import add_adapters, check_adapters
 from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_causal_lm, load_config, longest_input
+from common.models import load_causal_lm, longest_input
 from common.options import parse_options, world_size
 from common.process import run_main
 from common.resume import resume
+from common.roles import policy_config
 from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
@@ -38,10 +38,9 @@ def main() -> None:
     options = parse_options(DirectOptions, required=["model_name_or_path", "train_data"])
     complete(options)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
-    for path in filter(None, (options.model_name_or_path, options.reference_model_name_or_path)):
-        config = load_config(path)
-        check_policy(config)
-        options.max_length = longest_input(config, options.max_length, "max_length")
+    for name in ("model_name_or_path", "reference_model_name_or_path"):
+        if path := getattr(options, name):
+            options.max_length = longest_input(policy_config(path, name), options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)

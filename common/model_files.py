@@ -1,0 +1,208 @@
+"""Model folders and hub names, read through transformers. What is wrong with one is a UserError of one line.
+
+Custom code is never run, and of PyTorch files only tensors are loaded.
+"""
+
+import contextlib
+import pickle
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
+
+from common.distributed import gather_objects, log_once
+from common.files import read_json
+from common.generation_config import read_generation_config, writable
+from common.options import UserError, reason, some
+
+Kind = Any  # a class such as AutoModelForCausalLM
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+class Comparison(NamedTuple):
+    """What the files hold beside what the model needs."""
+
+    missing: set[str]
+    mismatched: list[str]  # with both shapes
+    unexpected: list[str]
+    prefix: str  # of names in the backbone
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration. Raises UserError when there is none, and for values that no model can have."""
+    if (Path(path) / "adapter_config.json").exists():
+        raise UserError(
+            f"{path}: a peft adapter, not a model; give the merged model: `final/` of the run that made it,"
+            " or what peft's merge_and_unload makes of it"
+        )
+    if Path(path).is_dir():
+        read_json(Path(path) / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - whatever is in the file
+        place = Path(path) / "config.json" if Path(path).is_dir() else f"{path}: no model folder or hub name"
+        raise UserError(f"{place}: {_custom_code(path) or reason(error)}") from None
+    _check_config(path, config)
+    return config
+
+
+def _check_config(path: str, config: PretrainedConfig) -> None:
+    """Raise UserError for values of which transformers would make a model, though not the one meant."""
+    text, file = config.get_text_config(), Path(path) / "config.json"
+    for name in SIZES:
+        value = getattr(text, name, None)
+        if isinstance(value, int | float | str) and (type(value) is not int or value < 1):
+            own = text.attribute_map.get(name, name)
+            raise UserError(f"{file}: {own} is {value!r}; it must be a whole number above 0")
+    heads, groups = (getattr(text, name, None) for name in SIZES[3:])
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise UserError(f"{file}: {heads} attention heads do not divide by {groups} key-value heads")
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{path}: quantised weights are not supported; give the model in 16 or 32 bits")
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: architectures is {names!r}; it must be a list of names")
+
+
+def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
+    """Compare names and shapes in the files with those of the model, without reading a value.
+
+    new_head: the head is made anew, so that it may be absent, and another head may be there. Raises UserError
+    when any other weight is absent or has another shape; weights that have no place are ignored, with a
+    warning.
+    """
+    found = _compare(kind, path)
+    missing, unexpected = sorted(found.missing), found.unexpected
+    if new_head:
+        missing, unexpected = (
+            [name for name in names if name.startswith(f"{found.prefix}.")] for names in (missing, unexpected)
+        )
+    if missing:
+        raise UserError(f"{path}: weights are missing: {some(missing)}")
+    if found.mismatched:
+        raise UserError(f"{path}: config.json asks for other shapes: {some(found.mismatched)}")
+    if unexpected:
+        log_once(f"warning: {path}: weights without a place in the model are ignored: {some(unexpected)}")
+
+
+def read_weights(kind: Kind, path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights; at ZeRO-3, each rank's part of them."""
+    try:
+        model = kind.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=False, weights_only=True,
+            generation_config=read_generation_config(path, config),
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - whatever is in the files
+        raise UserError(f"{path}: {_why(error)}") from None
+    if model.can_generate():
+        model.generation_config = writable(model.generation_config, path)
+    return model
+
+
+def check_values(model: PreTrainedModel, path: str) -> None:
+    """Raise UserError, on every rank that holds a part, when a weight is not finite, naming the first, and
+    when the embeddings are all zeros. Parts that ZeRO-3 keeps on NVMe are not looked at.
+    """
+    weights = {id(weight): (name, weight) for name, weight in model.state_dict(keep_vars=True).items()}
+    named = [(name, weight) for name, weight in weights.values() if weight.is_floating_point()]
+    bad = next((n for n, (_, weight) in enumerate(named) if not _range(weight)[0]), len(named))
+    embeddings = model.get_input_embeddings().weight
+    parts = [(bad, _range(embeddings)[1])]
+    if is_partitioned(embeddings):
+        parts = gather_objects(parts[0])
+    bad = min(number for number, _ in parts)
+    if bad < len(named):
+        name, weight = named[bad]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: weight {name} holds NaN or Inf (as {dtype}); the file is damaged")
+    if all(is_zero for _, is_zero in parts):
+        raise UserError(f"{path}: the embeddings hold nothing but zeros; the file is damaged")
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 holds this parameter in parts."""
+    return hasattr(parameter, "ds_id")
+
+
+@lru_cache
+def _compare(kind: Kind, path: str) -> Comparison:
+    """Have transformers load tensors without values into a model without values: it knows what is tied,
+    computed or renamed. At ZeRO-3 the loading itself reports only a part of it, and not to every rank.
+    """
+    config = read_config(path)
+    config.num_labels = 1
+    if type(config) not in kind._model_mapping:
+        what = kind.__name__.removeprefix("AutoModelFor")
+        raise UserError(
+            f"{path}: {_custom_code(path, kind) or f'transformers has no {what} for {config.model_type}'}"
+        )
+    state: dict[str, Tensor] = {}
+    for file in _weight_files(path, config):
+        try:
+            state |= load_state_dict(file, map_location="meta")
+        except FileNotFoundError:
+            raise UserError(f"{file}: missing, but the index of the weights names it") from None
+        except Exception as error:  # noqa: BLE001 - whatever is in the file
+            raise UserError(f"{file}: {_why(error) if Path(file).stat().st_size else 'is empty'}") from None
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=False)
+        _, info = type(model).from_pretrained(
+            None, config=model.config, state_dict=state, device_map="meta", dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - a configuration that no model can be made of
+        raise UserError(
+            f"{Path(path) / 'config.json'}: no model can be made of it: {reason(error)}"
+        ) from None
+    mismatched = [f"{n} is {tuple(has)}, not {tuple(wants)}" for n, has, wants in info["mismatched_keys"]]
+    unexpected = sorted(info["unexpected_keys"])
+    return Comparison(info["missing_keys"], sorted(mismatched), unexpected, model.base_model_prefix)
+
+
+def _weight_files(path: str, config: PretrainedConfig) -> Iterable[str]:
+    """The files that transformers would load."""
+    try:
+        files, _ = _get_resolved_checkpoint_files(
+            path, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
+            transformers_explicit_filename=getattr(config, "transformers_weights", None),
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - whatever is in the folder
+        for index in Path(path).glob("*.index.json"):
+            if not isinstance(read_json(index).get("weight_map"), dict):
+                raise UserError(f"{index}: has no `weight_map`, which names a file for each weight") from None
+        raise UserError(f"{path}: {reason(error)}") from None
+    return files
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "not read: it is cut or holds more than tensors, of which code is not run; give safetensors"
+    return f"not read: {reason(error)}"
+
+
+def _custom_code(path: str, kind: Kind = AutoConfig) -> str:
+    """That the model needs code of its own, if it does."""
+    code = ""
+    with contextlib.suppress(Exception):  # what is wrong with the file has been noticed
+        code = PretrainedConfig.get_config_dict(path)[0]["auto_map"][kind.__name__]
+    return code and f"needs custom code ({code}), which is not run; use a model type that transformers has"
+
+
+def _range(weight: Tensor) -> tuple[bool, bool]:
+    """Whether what this rank holds of a weight is finite, and whether it is all zeros."""
+    values = weight.detach()
+    if is_partitioned(weight):  # the last part has padding behind it
+        import torch.distributed as dist
+
+        begin = weight.ds_tensor.ds_numel * dist.get_rank(weight.ds_process_group)
+        values = weight.ds_tensor.flatten()[: max(0, weight.ds_numel - begin)]
+    if not values.numel():
+        return True, True
+    least, most = torch.aminmax(values)  # ten times as fast as isfinite, and NaN passes through
+    return bool(least.isfinite() and most.isfinite()), bool(least == most == 0)
