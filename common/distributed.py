@@ -3,7 +3,7 @@
 import contextlib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -85,6 +85,12 @@ def log(message: str) -> None:
 def log_once(message: str) -> None:
     """`log`, but the same line only once: a model may be loaded several times."""
     log(message)
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first few names, and the number of all if there are more."""
+    listed = ", ".join([*names][:most])
+    return listed if len(names) <= most else f"{listed}, ... ({len(names)} in all)"
 
 
 def sum_over_ranks(*values: Tensor | float) -> list[float]:

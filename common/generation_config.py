@@ -6,9 +6,9 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from common.distributed import log_once
+from common.distributed import log_once, some
 from common.files import read_json
-from common.options import UserError, reason, some
+from common.options import UserError, reason
 
 FILE = "generation_config.json"
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
 
-from common.distributed import gather_objects, log_once
+from common.distributed import gather_objects, log_once, some
 from common.files import read_json
 from common.generation_config import read_generation_config, writable
-from common.options import UserError, reason, some
+from common.options import UserError, reason
 
 Kind = Any  # a class such as AutoModelForCausalLM
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

@@ -11,7 +11,6 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
@@ -31,12 +30,6 @@ def reason(error: BaseException) -> str:
         lines[:2] = [" ".join(lines[:2])]
     is_bare = not lines or isinstance(error, KeyError)  # whose message is the key alone
     return ": ".join([type(error).__name__] * is_bare + lines[:1])
-
-
-def some(names: Collection[str], most: int = 3) -> str:
-    """The first few names, and the number of all if there are more."""
-    listed = ", ".join([*names][:most])
-    return listed if len(names) <= most else f"{listed}, ... ({len(names)} in all)"
 
 
 class Help(str):

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.ranks import run_stage
-from tests.test_stages import ppo, reward, run, sft, world  # noqa: F401 - run and world are fixtures
+from tests.test_stages import ZERO, ppo, reward, run, sft, world  # noqa: F401 - run and world are fixtures
 
 GOOD = {"prompt": "Hello!", "completion": "Of course!"}
 
@@ -132,3 +133,18 @@ def test_an_incomplete_checkpoint_is_refused(world: Path, tmp_path: Path) -> Non
     result = run_stage("step1_sft.main", words, tmp_path)
     assert result.codes == [2] and "not a complete checkpoint" in result.output
     shutil.rmtree(broken)
+
+
+def test_a_weight_that_is_not_finite_is_seen_in_any_part(world: Path, tmp_path: Path) -> None:  # noqa: F811
+    """At ZeRO-3 on two ranks the last value of a weight is in the second rank's part; both ranks end."""
+    broken = tmp_path / "model"
+    shutil.copytree(world / "model", broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][-1, -1] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    words = [*sft(world, tmp_path / "out", 1), "--model_name_or_path", str(broken)]
+    words += ["--zero_config", str(ZERO / "zero3.json")]
+    result = run_stage("step1_sft.main", words, tmp_path, ranks=2)
+    assert result.codes == [2, 2], result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error:")]
+    assert f"{broken}: weight model.layers.1.mlp.down_proj.weight holds NaN or Inf" in line
