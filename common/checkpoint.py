@@ -65,12 +65,11 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
     False when the disk would not take it: that is logged, its rest is removed, the older ones stay.
     """
     start = time.perf_counter()
-    root = Path(options.output_dir) / "checkpoints"
-    final = root / f"step_{state.step:06}"
+    final = _folder(options, state)
     temporary = final.with_suffix(".tmp")
     problem = ""
     if rank() == 0:
-        problem = _make_room(root, temporary, list(engines))
+        problem = _make_room(final.parent, temporary, list(engines))
     if not (problem := _first(problem)):
         files, problem = _write_engines(temporary, engines)
     if not problem and rank() == 0:
@@ -98,8 +97,13 @@ def save_if_due(
     is_due = options.save_steps and (is_last or state.step % options.save_steps == 0)
     is_saved = (is_stopped or is_best or is_due) and save_checkpoint(options, state, engines)
     if is_stopped:
-        place = "from there" if is_saved else "from an older checkpoint"
-        raise Stopped(f"stopped after step {state.step}; --resume_from_checkpoint latest goes on {place}")
+        saved = f"checkpoint {_folder(options, state)}" if is_saved else "its checkpoint was NOT saved"
+        how = "with --resume_from_checkpoint latest " * (options.resume_from_checkpoint != "latest")
+        raise Stopped(f"Stopped at step {state.step}; {saved}. Run the same command {how}to resume.")
+
+
+def _folder(options: RunOptions, state: TrainState) -> Path:
+    return Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
 
 
 def find_checkpoint(options: RunOptions) -> Checkpoint | None:

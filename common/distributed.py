@@ -18,6 +18,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def ranks_in_words() -> str:
+    """The number of ranks with its noun: 1 rank, 2 ranks."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return f"{count} rank{'s' * (count != '1')}"
+
+
 def device() -> torch.device:
     """The device of this rank: its GPU, or the CPU where there is none."""
     from deepspeed.accelerator import get_accelerator

@@ -24,7 +24,8 @@ from common.models import (
     load_scalar_model,
     token_scores,
 )
-from common.options import UserError, option
+from common.options import UserError, option, world_size
+from common.progress import track
 from common.roles import check_scalar_model
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import frozen_config, unpartitioned
@@ -145,21 +146,25 @@ def on_device(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def member_scores(
-    members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]], batch_size: int
-) -> Tensor:
+    members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]], batch_size: int,
+    title: str = "",
+) -> Tensor:  # fmt: skip
     """What each of M members says of the same B texts: (M, B) fp32, one member after the other.
 
     inputs: for each encoder of a member, the B texts as token ids that end in EOS, where the score is read.
+    title: of progress lines; none: be silent.
     """
     scores = []
     for member in members:
         with member.ready() as model:
             rows, pad_token_id = inputs[member.encoder], member.encoder.tokenizer.pad_token_id
-            scores.append(score_rows(model, rows, batch_size, pad_token_id))
+            scores.append(score_rows(model, rows, batch_size, pad_token_id, title))
     return torch.stack(scores) if scores else torch.zeros(0)
 
 
-def score_rows(model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad_token_id: int) -> Tensor:
+def score_rows(
+    model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad_token_id: int, title: str = ""
+) -> Tensor:
     """Scores (B,) fp32 at the last token of each row, rows of like length at once.
 
     A row with more tokens than the model has positions loses its beginning.
@@ -167,8 +172,8 @@ def score_rows(model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad
     room = position_limit(base_model(model).config) or sys.maxsize
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = torch.zeros(len(rows), device=device())
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for chunk in track(title, chunks, len(order) * world_size()):
         ids = [rows[row][-room:] for row in chunk]
         input_ids = pad_rows(ids, pad_token_id).to(device())  # (b, T)
         lengths = torch.tensor([len(row) for row in ids], device=device())

@@ -13,6 +13,7 @@ from common.engine import gathered, make_frozen
 from common.families import check_sampling, position_limit
 from common.models import base_model, load_causal_lm
 from common.options import DataOptions, Overlong, UserError, option, world_size
+from common.progress import track
 from common.sampling import Responses, sample_responses, uniforms_for
 from common.tokenization import SegmentEncoder
 from common.zero import frozen_config, unpartitioned
@@ -102,19 +103,19 @@ def my_prompts(prompts: Sequence[list[int]]) -> list[int]:
 
 def generate(
     policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
-    rows: Sequence[int], options: GenerationOptions, step: int,
+    rows: Sequence[int], options: GenerationOptions, step: int, title: str = "",
 ) -> Responses:  # fmt: skip
     """Responses to these rows of the prompts, by a policy of `load_policy` or an engine that trains one.
 
     step: together with the seed and the row's number it decides what is sampled. All ranks must ask for
-    equally many rows where a partitioned model is not gathered.
+    equally many rows where a partitioned model is not gathered. title: of progress lines; none: be silent.
     """
     tokenizer, size = encoder.tokenizer, options.generation_batch_size
     parts: list[Responses] = []
     policy.eval()
     with gathered(policy, options.gather_for_generation) as module:
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
+        chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for chunk in track(title, chunks, len(rows) * world_size()):
             uniforms = uniforms_for(options.seed, step, chunk, options.max_response_length)
             parts.append(
                 sample_responses(

@@ -222,7 +222,7 @@ def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
     if rest or not steps:
         raise UserError(
             f"--global_batch_size {global_batch} is not a multiple of"
-            f" --micro_batch_size {micro_batch} x {ranks} ranks"
+            f" --micro_batch_size {micro_batch} x {ranks} rank{'s' * (ranks != 1)}"
         )
     return steps
 

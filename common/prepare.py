@@ -31,7 +31,7 @@ from common.files import UMASK, flush_folder, write_json
 from common.formatting import find_prompt
 from common.options import CacheOptions, UserError
 from common.overlong import Dropped
-from common.process import SIGNALS, stop_before_training
+from common.process import SIGNALS
 from common.progress import ReadingProgress
 from common.readers import content_of, origin, read_source
 from common.records import BadRecords, Record, fraction, parse_record
@@ -169,7 +169,6 @@ def _write(
     first_bad: tuple[int, str] | None = None
     progress = ReadingProgress(f"{name}: tokenising", partial(print, flush=True))  # off rank 0, too
     for columns, count, share in _results(read_source(name), options.preprocessing_workers, work):
-        stop_before_training()
         for writer, part in zip(writers, columns, strict=True):
             writer.append(part)
         read, bad = read + count["read"], bad + count["bad"]

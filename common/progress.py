@@ -23,8 +23,8 @@ class Progress:
         self._next = self._start + FIRST_LINE
         self._is_shown = False
 
-    def update(self, done: int) -> bool:
-        """Count `done` items as finished; true when a line was due and was logged."""
+    def update(self, done: int, note: str = "") -> bool:
+        """Count `done` items as finished; true when a line was due and was logged, with a note at its end."""
         now = time.monotonic()
         is_end = done >= self._total and self._is_shown
         if (now < self._next and not is_end) or done <= self._first:
@@ -34,6 +34,7 @@ class Progress:
         rate = (done - self._first) / seconds
         left = self._total - done
         end = f"ETA {clock(left / rate)}" if left > 0 else f"took {clock(seconds)}"
+        end += note and f" | {note}"
         log(f"{self._title}: {done}/{self._total} ({done / self._total:.0%}) | {rate:.3g}/s | {end}")
         return True
 
@@ -41,8 +42,11 @@ class Progress:
 def track(title: str, batches: Sequence[Batch], total: int) -> Iterator[Batch]:
     """Yield this rank's batches of a pass over `total` items of all ranks, and log its progress.
 
-    Every rank has as many batches, see `common.data.deal`.
+    Every rank has as many batches, see `common.data.deal`. Without a title nothing is logged.
     """
+    if not title:
+        yield from batches
+        return
     progress = Progress(title, total)
     for number, batch in enumerate(batches, start=1):
         yield batch

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.distributed import gather_objects, log, rank
 from common.files import lock_folder, sha256, write_json
 from common.option_checks import changed_defaults, changed_options, default_values, resolved
 from common.options import RunOptions, UserError
+from common.process import accept, on_refusal
 from common.sources import files_of, parse_source
 
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
@@ -40,6 +42,7 @@ FREE_OPTIONS = {
 
 ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
 
+CLAIM = ("run.lock", "options.json", "fingerprint.json")  # what a run writes before its first step
 _locks: list[Any] = []  # open for as long as the process lives
 
 
@@ -77,6 +80,7 @@ def open_run(
         )
     if not options.export_only:
         _on_first_rank(_write, options, files)
+    accept()
     return checkpoint
 
 
@@ -88,6 +92,7 @@ def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenize
     when it holds any run although --resume_from_checkpoint is 'none'. Nothing is written then.
     """
     _on_first_rank(_write, options, _on_first_rank(_claim, options, tokenizers))
+    accept()
 
 
 def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
@@ -130,6 +135,8 @@ def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
 def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
     """Lock the folder and compare what it holds; returns the files to write there."""
     folder = Path(options.output_dir)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    on_refusal(partial(_withdraw, folder, missing, _names(folder)))
     lock = lock_folder(folder)
     found = fingerprint(options, tokenizers)
     check_folder(options)
@@ -145,6 +152,19 @@ def _write(options: RunOptions, files: dict[str, Any]) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     for name, content in files.items():
         write_json(folder / name, content)
+
+
+def _withdraw(folder: Path, missing: Sequence[Path], before: set[str]) -> None:
+    """Remove what a claim has added to the disk, if the run has written nothing else since."""
+    if _names(folder) - before <= {*CLAIM, "train.log"}:
+        for name in {*CLAIM} - before:
+            (folder / name).unlink(missing_ok=True)
+        for added in missing:
+            added.rmdir()  # fails where it holds anything
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _compare_options(name: str, folder: Path, options: RunOptions) -> None:

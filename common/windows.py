@@ -1,49 +1,51 @@
-"""Long work on many items that goes on where it was stopped: some of them after the others, and what becomes
-of these is on disk, whole, before the next.
-"""
+"""Resumable batch processing: results are appended to a journal before the next batch starts."""
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.distributed import gather_objects, log, rank
-from common.process import Stopped, stop_requested
+from common.process import Stopped, stop_anywhere, stop_requested
+from common.progress import Progress
 from common.records import Record
-
-REPORT_SECONDS = 10.0
 
 
 def work_through(
-    items: Sequence[Any], work: Callable[[Mapping[int, Any]], list[Any]], journal: Path, size: int
+    items: Sequence[Any], work: Callable[[Mapping[int, Any]], list[Any]], journal: Path, size: int, noun: str
 ) -> list[Any]:
-    """What becomes of all items, on rank 0, also when it was found by an earlier run; every rank must call.
+    """The results of all items, on rank 0, those of an earlier run included; every rank must call.
 
-    work: from `size` items by their numbers to something in JSON for each, the same on every rank. journal:
-    a file in the run's folder that holds what is done, a line for each call of `work`. Raises Stopped between
-    two of them when that was asked for.
+    work: turns `size` items, by their numbers, into one result each, in JSON, the same on every rank.
+    journal: a file in the run's folder with the results so far, a line for each call of `work`. noun: of the
+    items, in messages. Raises Stopped, wherever it is, when that was asked for.
     """
-    found = _take_up(journal) if rank() == 0 else []
-    done, shown = gather_objects(len(found))[0], 0.0
-    while done < len(items):
-        if time.monotonic() - shown > REPORT_SECONDS:
-            log(f"{done} of {len(items)} done")
-            shown = time.monotonic()
-        stop_if_asked(journal.parent)
+    results = _take_up(journal) if rank() == 0 else []
+    done, total = gather_objects(len(results))[0], len(items)
+    if done:
+        log(f"resuming: {done} of {total} {noun} done")
+    progress = Progress(noun, total, done)
+    while done < total:
+        stop_resumably(f"{done} of {total} {noun} done", journal.parent)
         made = work(dict(enumerate(items[done : done + size], start=done)))
         if rank() == 0:
             _append(journal, made)
-            found += made
+            results += made
         done += len(made)
-    return found
+        progress.update(done)
+    return results
 
 
-def stop_if_asked(output_dir: Path | str) -> None:
-    """Raises Stopped, on all ranks, which must ask together."""
+def stop_resumably(done: str, output_dir: Path | str) -> None:
+    """From here on a stop ends this rank wherever it is: what is done is on disk. All ranks must call it.
+
+    Raises Stopped when a stop was asked for already.
+    """
+    line = f"Stopped; {done}, saved in {output_dir}. Run the same command to resume."
+    stop_anywhere(line)
     if stop_requested(str(output_dir)):
-        raise Stopped("stopped, as asked; the same command goes on after the last batch that was finished")
+        raise Stopped(line)
 
 
 def to_lines(records: Sequence[Record]) -> str:

@@ -6,5 +6,4 @@ NUM_GPUS=1  # one process, which computes next to nothing
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt
-choose_device
-exec python -m step2_reward.annotate "$@"
+run_alone step2_reward.annotate "$@"

@@ -6,5 +6,4 @@ NUM_GPUS=1  # one process, on the first GPU of CUDA_VISIBLE_DEVICES; without one
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt
-choose_device
-exec python -m step3_ppo.chat "$@"
+run_alone step3_ppo.chat "$@"

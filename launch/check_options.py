@@ -1,6 +1,6 @@
-"""Refuse now the options of a command that a script comes to hours later.
+"""Refuse wrong options of commands that a script would reach hours later.
 
-python -m launch.check_options step2_direct --loss dpo --beta 0.3
+python -m launch.check_options step2_direct --loss dpo --beta 0.3 -- evaluate_ppo --prompt_data F.jsonl
 """
 
 import sys
@@ -9,21 +9,34 @@ from common.options import UserError, parse_options
 from common.process import run_main
 from step1_sft.options import SFTOptions
 from step2_reward.direct.options import DirectOptions, complete
-from step3_ppo.evaluate_options import EvaluateOptions, check_options
+from step2_reward.options import RewardOptions
+from step3_ppo import evaluate_options
+from step3_ppo.evaluate_options import EvaluateOptions
+from step3_ppo.options import PPOOptions, check_options
 
-# Options of a command, and what looks at several of them together.
+# The options of a command, and the check of their combinations.
 COMMANDS = {
     "step1_sft": (SFTOptions, lambda _: None),
+    "step2_reward": (RewardOptions, lambda _: None),
+    "step3_ppo": (PPOOptions, check_options),
     "step2_direct": (DirectOptions, complete),
-    "evaluate_ppo": (EvaluateOptions, check_options),
+    "evaluate_ppo": (EvaluateOptions, evaluate_options.check_options),
 }
 
 
 def main() -> None:
-    command, *words = sys.argv[1:]
+    words = sys.argv[1:]
+    while words:
+        end = words.index("--") if "--" in words else len(words)
+        check_command(*words[:end])
+        words = words[end + 1 :]
+
+
+def check_command(command: str, *words: str) -> None:
+    """Raise UserError, naming the command, for options that it would refuse."""
     options_class, check = COMMANDS[command]
     try:
-        check(parse_options(options_class, [], words))
+        check(parse_options(options_class, [], [*words]))
     except UserError as error:
         raise UserError(f"launch/{command}.sh: {error}") from None
 

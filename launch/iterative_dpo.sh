@@ -6,8 +6,8 @@
 # et al. 2023 (arXiv 2312.11456); so --loss, in DIRECT_OPTIONS, must be one that has a reference.
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
+LATER=(step2_direct --reference_model_name_or_path "${MODEL:-}" ${DIRECT_OPTIONS:-})
 source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
-python -m launch.check_options step2_direct --reference_model_name_or_path "$MODEL" ${DIRECT_OPTIONS:-}
 
 policies=("$MODEL")
 for round in $(seq "$ROUNDS"); do

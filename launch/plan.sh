@@ -7,5 +7,4 @@ NUM_GPUS=1  # of this process, which computes next to nothing
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install requirements.txt
-choose_device
-exec python -m launch.plan.main ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"
+run_alone launch.plan.main ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"

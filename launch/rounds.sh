@@ -3,15 +3,16 @@
 # Each command goes on where it was stopped, and so does the whole loop: one that is done may load its model again,
 # but has nothing more to draw or to learn.
 set -euo pipefail
-MODEL="${MODEL:?the policy to start from: final/ of step 1}"
-PROMPTS="${PROMPTS:?prompts, as for step 3}"
-OUTPUT="${OUTPUT:-output/$(basename "$0" .sh)}"
-DEMONSTRATIONS="${DEMONSTRATIONS:-}"  # to learn from in every round besides, as F.jsonl:0.1; empty: none
 HERE="$(dirname "${BASH_SOURCE[0]}")"
 source "$HERE/environment.sh"
+script_help "$@"
+require MODEL "the policy to start from: final/ of step 1"
+require PROMPTS "prompts, as for step 3"
+OUTPUT="${OUTPUT:-output/$(basename "$0" .sh)}"
+DEMONSTRATIONS="${DEMONSTRATIONS:-}"  # to learn from in every round besides, as F.jsonl:0.1; empty: none
 COMMON=("$@")  # options of sampling and of the report
-install requirements.txt  # for what refuses wrong options before anything is sampled
-python -m launch.check_options evaluate_ppo --prompt_data "$PROMPTS" ${EVALUATE_OPTIONS:-} "$@"
+install requirements.txt
+check "${LATER[@]}" -- evaluate_ppo --prompt_data "$PROMPTS" ${EVALUATE_OPTIONS:-} "$@"
 
 # sample ROUND POLICY SELECTION_DIR OPTIONS...: responses to OUTPUT/round_ROUND/samples, and a choice of them.
 sample() {

@@ -42,7 +42,7 @@ from common.records import Record
 from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder
-from common.windows import stop_if_asked, to_lines, work_through
+from common.windows import to_lines, work_through
 from common.zero import load_zero_config
 
 CRITIQUE_PLACES = ("prompt", "response", "principle")
@@ -90,7 +90,7 @@ def main() -> None:
     model = Model(policy, encoder, options, positions - options.max_response_length - 1)
     work = partial(revise, model=model, principles=principles, templates=templates, options=options)
     size = options.generation_batch_size * world_size()
-    records = work_through(rows, work, Path(options.output_dir) / "journal", size)
+    records = work_through(rows, work, Path(options.output_dir) / "journal", size, "prompts")
 
     # 3. What was found.
     if rank() == 0:
@@ -117,15 +117,13 @@ class Model:
         """room: the longest question in tokens."""
         self._sample = partial(sample_answers, policy, encoder, options=options)
         self._encode = partial(prompt, encoder=encoder, max_length=room, overlong="drop")
-        self._stop_if_asked = partial(stop_if_asked, options.output_dir)
 
     def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, Answer]:
-        """An answer to each prompt of token ids, by the number of its record. Raises Stopped."""
-        self._stop_if_asked()
+        """An answer to each prompt of token ids, by the number of its record."""
         return self._sample(prompts, step=step) if prompts else {}
 
     def ask(self, questions: Mapping[int, list[Message]], step: int) -> dict[int, Answer]:
-        """An answer to each question that leaves the model room for one. Raises Stopped."""
+        """An answer to each question that leaves the model room for one."""
         prompts = {}
         for place, question in questions.items():
             with contextlib.suppress(Dropped):

@@ -24,7 +24,8 @@ from common.files import write_json
 from common.formatting import plain_demonstration
 from common.models import base_model, load_causal_lm, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
-from common.process import run_main
+from common.process import UNWRITTEN, run_main, stop_anywhere, stop_between_steps
+from common.progress import Progress, track
 from common.records import Record
 from common.roles import policy_config
 from common.tokenization import SegmentEncoder, load_tokenizer
@@ -75,6 +76,7 @@ def main() -> None:
     ]
     data = load_alike(options.eval_data, options, Demonstration, converts, options.max_eval_samples)
     init_distributed()
+    stop_anywhere(UNWRITTEN)
 
     # 2. One model after the other.
     found = []
@@ -84,6 +86,7 @@ def main() -> None:
         torch.cuda.empty_cache()
 
     # 3. What was found.
+    stop_between_steps()
     for row in found:
         log(f"\n# {row['model']}\n\n{as_markdown([Answer(**sample) for sample in row['samples']])}")
     log("\n" + _table(found))
@@ -109,7 +112,8 @@ def negative_log_likelihood(
     """
     model.eval()
     total = count = 0.0
-    for chosen in micro_batches([len(row.ids) for row in rows], options):
+    batches = micro_batches([len(row.ids) for row in rows], options)
+    for chosen in track("reading demonstrations", batches, len(rows)):
         # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
         batch = collate([[rows[i] for i in row] for row in chosen or [[0]]], pad_token_id)
         logits = response_logits(model, batch.input_ids, batch.positions, batch.position_ids)
@@ -129,9 +133,11 @@ def sample_answers(
     model.eval()
     answers = []
     is_engine = hasattr(model, "module")
+    progress = Progress("sample answers", len(rows))
     with gathered(model) if is_engine else contextlib.nullcontext(model) as whole_model:
         limit = position_limit(whole_model.config) or math.inf
-        for row in rows:
+        for number, row in enumerate(rows):
+            progress.update(number)
             prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)
             whole = whole_model.generate(
                 prompt,

@@ -13,7 +13,7 @@ from pathlib import Path
 from common.balance import has_balance_loss
 from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, seed_everything, sum_over_ranks
+from common.distributed import init_distributed, log, ranks_in_words, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
 from common.health import check_step
@@ -23,7 +23,7 @@ from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilis
 from common.models import base_model, load_causal_lm, logits_and_balance, longest_input
 from common.option_checks import check_held_out
 from common.options import parse_options, world_size
-from common.process import run_main
+from common.process import run_main, stop_between_steps
 from common.resume import resume
 from common.roles import policy_config
 from common.run_folder import check_folder, open_run
@@ -71,7 +71,7 @@ def main() -> None:
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    log(f"{len(train)} demonstrations, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
+    log(f"{len(train)} demonstrations, {len(held_out)} held out, {total_steps} steps on {ranks_in_words()}")
 
     def evaluate_and_log() -> bool:
         found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
@@ -86,6 +86,7 @@ def main() -> None:
     if held_out and state.step == 0:
         evaluate_and_log()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
+    stop_between_steps()
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)

@@ -30,7 +30,14 @@ from common.ensemble import combine, load_encoders, load_members
 from common.files import write_json
 from common.models import base_model, last_positions, load_config, longest_input, token_scores
 from common.options import CacheOptions, UserError, parse_options, world_size
-from common.process import run_main, stop_requested
+from common.process import (
+    UNWRITTEN,
+    accept,
+    run_main,
+    stop_anywhere,
+    stop_between_steps,
+    stop_requested,
+)
 from common.progress import track
 from common.records import Record
 from common.shapes import agreement
@@ -64,6 +71,8 @@ def main() -> None:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
     data = load_pairs(options.eval_data, encoders, options, options.max_length, options.max_eval_samples)
     init_distributed()
+    accept()
+    stop_anywhere(UNWRITTEN)
 
     # 2. One model after the other.
     sides = []
@@ -79,6 +88,7 @@ def main() -> None:
     history = Path(options.reward_model_name_or_path[0]).parent / "metrics.jsonl"
     alone = len(members) == 1
     judged = judge(data, rows, better, worse)
+    stop_between_steps()
     write_report(judged, reward_std if alone else 1.0, history if alone else None, Path(options.output_dir))
 
 
@@ -149,7 +159,8 @@ def scored_pairs(
     starts = list(accumulate((len(row.pairs) for row in rows), initial=0))
     scores = torch.zeros(starts[-1], 2, dtype=torch.float64)
     lengths = [max(layout.row_lengths(row)) for row in rows]
-    for picked in deal(range(len(rows)), lengths, micro_batch, rank(), world_size()):
+    batches = deal(range(len(rows)), lengths, micro_batch, rank(), world_size())
+    for picked in track("scoring records", batches, len(rows)):
         # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
         found = pair_scores(model, collate([rows[i] for i in picked or [0]], layout))
         if picked:

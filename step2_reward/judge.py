@@ -50,7 +50,7 @@ from common.zero import load_zero_config
 from step2_reward.annotate_pairs import Pair, ended_fields, to_pair
 from step2_reward.judge_report import debias, describe, measure, probability
 
-BATCHES = 16  # judged before a stop is heeded: on any number of ranks the same ones, and so the same bytes
+BATCHES = 16  # judged before the journal is written: the same ones on any number of ranks, so the same bytes
 PLACES = ("prompt", "response_a", "response_b", "principle")
 
 
@@ -97,7 +97,7 @@ def main() -> None:
         options=options,
     )  # fmt: skip
     size = BATCHES * options.micro_batch_size // 2  # a pair is asked about twice
-    records = work_through(pairs, work, Path(options.output_dir) / "journal", size)
+    records = work_through(pairs, work, Path(options.output_dir) / "journal", size, "pairs")
 
     # 3. What was found.
     if rank() == 0:

@@ -15,7 +15,7 @@ from torch import nn
 
 from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, deal, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, rank, seed_everything, sum_over_ranks
+from common.distributed import init_distributed, log, rank, ranks_in_words, seed_everything, sum_over_ranks
 from common.engine import backward_and_step, make_engine
 from common.export import export_best, export_model
 from common.health import check_step
@@ -25,7 +25,7 @@ from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_scalar_model, longest_input
 from common.option_checks import check_held_out
 from common.options import parse_options, world_size
-from common.process import Stopped, run_main
+from common.process import Stopped, run_main, stop_between_steps
 from common.resume import resume, stop_after_training
 from common.roles import start_config
 from common.run_folder import check_folder, open_run
@@ -97,7 +97,7 @@ def main() -> None:
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    log(f"{len(train)} preferences, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
+    log(f"{len(train)} preferences, {len(held_out)} held out, {total_steps} steps on {ranks_in_words()}")
 
     def evaluate_and_log() -> bool:
         found = evaluate(engine, held_out, options.micro_batch_size, layout)
@@ -116,10 +116,11 @@ def main() -> None:
     if held_out and state.step == 0:
         evaluate_and_log()
         if state.best_unwritten:
-            raise Stopped("Stopped before the first step; the same command starts again")
+            raise Stopped("Stopped before the first step. Run the same command to start again.")
     elif state.best_unwritten and not options.export_only:
         write_best()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
+    stop_between_steps()
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)

@@ -115,7 +115,7 @@ def responses(
         log(f"response {draw + 1} of {options.responses_per_prompt} to {len(rows)} prompts")
         journal = Path(options.output_dir) / f"responses_{draw + 1}.journal"
         size = options.generation_batch_size * world_size()
-        made = work_through(rows, partial(respond, draw=draw), journal, size)
+        made = work_through(rows, partial(respond, draw=draw), journal, size, "prompts")
         answers[draw] = [Answer(*one) for one in made]  # the journal holds lists
     return answers
 

@@ -20,11 +20,12 @@ from common.ensemble import EnsembleOptions, RewardModel, combine, load_encoders
 from common.models import load_config, longest_input
 from common.options import UserError, option, parse_options
 from common.overlong import fit_demonstration
-from common.process import Stopped, run_main, stop_requested
+from common.process import run_main, stop_between_steps
 from common.readers import read_source
 from common.records import BadRecords, Record, load_object, parse_record
 from common.sources import files_to_read, parse_source
 from common.tokenization import SegmentEncoder
+from common.windows import stop_resumably
 
 WINDOW = 4096  # records that are read, sorted by length, scored and written together
 NEAR = 0.05  # as near are scores of the same models on another machine; those of other models hardly
@@ -61,16 +62,16 @@ def main() -> None:
     # 2. The window that was begun last is scored again: the same batches make the same bytes, and what is
     # there already must be what these models say of these records.
     for window in chain([first], windows):
-        lines = score(members, window, options)
+        stop_resumably(f"{done} records scored", options.output)
+        lines = score(members, window, options, f"scoring records {done + 1} to {done + len(window)}")
         check_written(written, lines, options)
+        stop_between_steps()
         file.seek(end)
         file.truncate()
         file.writelines(lines)
         file.flush()
         done, end, written = done + len(lines), file.tell(), []
         log(f"{done} records scored")
-        if stop_requested(""):
-            raise Stopped(f"stopped after {done} records")
 
 
 def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
@@ -124,10 +125,12 @@ def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> list[
     return row.ids
 
 
-def score(members: list[RewardModel], window: list[Example], options: ScoreOptions) -> list[bytes]:
-    """A line of output for each record."""
+def score(
+    members: list[RewardModel], window: list[Example], options: ScoreOptions, title: str
+) -> list[bytes]:
+    """A line of output for each record. title: of progress lines."""
     inputs = {encoder: [ids[encoder] for _, ids in window] for encoder, _ in members}
-    scores = member_scores(members, inputs, options.micro_batch_size)  # (M, B)
+    scores = member_scores(members, inputs, options.micro_batch_size, title)  # (M, B)
     lines = []
     for (record, _), *found in zip(window, combine(scores, options).tolist(), *scores.tolist(), strict=True):
         total, *parts = [round(score, 6) for score in found]

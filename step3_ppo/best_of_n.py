@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 
 from common.data import Examples, batch_order, load_examples
-from common.distributed import gather_objects, init_distributed, log, rank
+from common.distributed import gather_objects, init_distributed, log, rank, ranks_in_words
 from common.ensemble import load_encoders, load_members
 from common.formatting import find_prompt
 from common.generation import check_generation, generate, load_policy, my_prompts
 from common.options import UserError, parse_options, world_size
-from common.process import Stopped, run_main, stop_requested
+from common.process import run_main
+from common.progress import Progress
 from common.prompts import Prompt, prompt
 from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder, load_tokenizer
+from common.windows import stop_resumably
 from common.zero import load_zero_config
 from step3_ppo.best_of_n_files import Sample, select, whole_samples, write_samples
 from step3_ppo.best_of_n_options import BestOfNOptions, check_options
@@ -37,8 +39,6 @@ from step3_ppo.models import Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, assemble
 from step3_ppo.scoring import score_responses
-
-REPORT_SECONDS = 10.0
 
 
 def main() -> None:
@@ -61,25 +61,20 @@ def main() -> None:
     chunk = math.ceil(options.generation_batch_size * world_size() / size)
     file = Path(options.output_dir) / "samples.jsonl"
     done = on_first_rank(partial(whole_samples, file, chunk * size, total * size)) // size
-    ranks = "1 rank" if world_size() == 1 else f"{world_size()} ranks"
     start = f"; resuming: {done} of {total} prompts done" if done else ""
-    log(f"{total} prompts, {size} responses to each, on {ranks}{start}")
+    log(f"{total} prompts, {size} responses to each, on {ranks_in_words()}{start}")
     if done < total:
         policy = load_policy(options.model_name_or_path, encoder, zero)
         scorer = Scorer(load_members(options, reward_encoders, zero), functions, options)
-    shown, tokens = time.perf_counter(), 0
+    progress, start, tokens = Progress("prompts", total, done), time.perf_counter(), 0
     while done < total:
+        stop_resumably(f"{done} of {total} prompts done", options.output_dir)
         end = min(done + chunk, total)
         samples = answer(policy, scorer, encoder, prompts, range(done * size, end * size), options)
         on_first_rank(partial(write_samples, file, samples))
         done, tokens = end, tokens + sum(sample["length"] for sample in samples)
-        seconds = time.perf_counter() - shown
-        if seconds > REPORT_SECONDS or done == total:
-            score = fmean(sample["score"] for sample in samples)
-            log(f"{done} of {total} prompts  score {score:.3f}  {tokens / seconds:.0f} tokens/s")
-            shown, tokens = time.perf_counter(), 0
-        if stop_requested(options.output_dir):
-            raise Stopped(f"stopped after {done} prompts, as asked; the same command goes on from there")
+        score, seconds = fmean(sample["score"] for sample in samples), time.perf_counter() - start
+        progress.update(done, f"score {score:.3f} | {tokens / seconds:.0f} tokens/s")
 
     # 3. What the other steps read.
     report = on_first_rank(partial(select, options))

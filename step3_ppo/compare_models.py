@@ -14,7 +14,7 @@ from common.distributed import rank, share_rows, sum_over_ranks
 from common.ensemble import EnsembleOptions, load_members
 from common.generation import load_policy
 from common.options import UserError, world_size
-from common.process import Stopped, stop_requested
+from common.progress import track
 from common.prompts import Prompt
 from common.tokenization import SegmentEncoder
 from step3_ppo.evaluate_options import EvaluateOptions
@@ -56,8 +56,8 @@ def sample_all(
         model = load_policy(path, encoder, zero)
         rollouts = []
         for draw in range(1 if number else max(1, options.best_of)):
-            rollouts.append(sample_rollout(model, encoder, prompts, options, EVALUATION_STEP + draw))
-            stop_if_asked()
+            title = f"{path}: responses"
+            rollouts.append(sample_rollout(model, encoder, prompts, options, EVALUATION_STEP + draw, title))
         logprobs = response_logprobs(model, rollouts[0], options)
         pad_token_id = encoder.tokenizer.pad_token_id
         found = perplexity(model, texts, options.micro_batch_size, pad_token_id) if texts else None
@@ -73,12 +73,6 @@ def sample_all(
     return policies
 
 
-def stop_if_asked() -> None:
-    """End all ranks politely. They must ask together."""
-    if stop_requested(""):
-        raise Stopped("stopped, as asked, with nothing to report; the same command begins again")
-
-
 def my_rows(rollout: Rollout) -> list[int]:
     """This rank's rows, the shorter ones first."""
     lengths = rollout.lengths.tolist()
@@ -90,8 +84,8 @@ def response_logprobs(model: nn.Module, rollout: Rollout, options: EvaluateOptio
     """Log-probability of each whole response, (B,) fp64, every rank reading a part of them."""
     mine, size = my_rows(rollout), options.generation_batch_size
     totals: list[Tensor] = []
-    for start in range(0, len(mine), size):
-        batch = mine[start : start + size]
+    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+    for batch in track("log-probabilities of responses", batches, len(mine) * world_size()):
         logprobs = policy_pass(model, take_rows(rollout, batch), options.temperature).logprobs  # (N,)
         lengths = rollout.response_lengths[batch].tolist()
         totals += [part.sum() for part in logprobs.double().split(lengths)]
@@ -103,7 +97,8 @@ def perplexity(model: nn.Module, rows: Sequence[Text], micro_batch: int, pad_tok
     """Over all response tokens of some demonstrations: how much of them a policy has forgotten."""
     total = count = 0.0
     lengths = [row.length for row in rows]
-    for picked in deal(range(len(rows)), lengths, micro_batch, rank(), world_size()):
+    batches = deal(range(len(rows)), lengths, micro_batch, rank(), world_size())
+    for picked in track("reading demonstrations", batches, len(rows)):
         # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
         logprobs = demonstration_logprobs(model, [rows[i] for i in picked or [0]], pad_token_id)  # (N,)
         if picked:
@@ -124,9 +119,12 @@ def score(
     scorer, size = Scorer(members, judge.functions, judge.ensemble), options.generation_batch_size
     scores = []
     for policy in policies:
-        said = [score_responses(scorer, encoder, prompts, r, my_rows(r), size)[0] for r in policy.rollouts]
+        title = f"{judge.name}, responses of {policy.path}"
+        said = [
+            score_responses(scorer, encoder, prompts, rollout, my_rows(rollout), size, title)[0]
+            for rollout in policy.rollouts
+        ]
         scores.append(torch.stack(said).double().cpu().numpy())
-        stop_if_asked()
     if bad := sum(int((~np.isfinite(part)).sum()) for part in scores):
         raise UserError(f"{judge.name}: {bad} scores are not finite numbers")
     return scores

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from common.data import load_examples
-from common.distributed import init_distributed, log, rank
+from common.distributed import init_distributed, log, rank, ranks_in_words
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
 from common.files import write_json
 from common.generation import check_generation
 from common.models import longest_input
 from common.options import UserError, parse_options, world_size
 from common.prepare import Convert
-from common.process import run_main
+from common.process import UNWRITTEN, accept, run_main, stop_anywhere, stop_between_steps
 from common.prompts import Prompt, prompt
 from common.roles import check_scalar_model, policy_config
 from common.table import Row
@@ -52,7 +52,9 @@ def main() -> None:
     prompts = load_prompts(options, encoder)
     texts = load_demonstrations(options, encoder)
     init_distributed()
-    log(f"{len(prompts)} held-out prompts on {world_size()} ranks")
+    accept()
+    stop_anywhere(UNWRITTEN)
+    log(f"{len(prompts)} held-out prompts on {ranks_in_words()}")
 
     # 2. One policy after the other, then one judge after the other. Every rank has as many rows.
     rows = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]
@@ -60,6 +62,7 @@ def main() -> None:
     scores = {judge.name: score(judge, policies, encoder, rows, options, zero) for judge in judges}
 
     # 3. What was found.
+    stop_between_steps()
     write_report(measure(policies, scores, len(prompts)), Path(options.output_dir))
 
 

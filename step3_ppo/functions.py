@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from common.distributed import gather_objects, rank
 from common.options import UserError
+from common.process import Stopped
 
 PATIENCE = 30.0  # seconds after which a function that has not returned is named; then whenever they double
 SHOWN = 200  # characters of a record or a value in messages
@@ -78,6 +79,8 @@ def _load(source: str, option: str) -> RewardFunction:
         raise UserError(f"--{option} {source}: there is no file {path}")
     try:
         call = getattr(_module(path.resolve()), name, None)
+    except Stopped:
+        raise
     except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
         raise UserError(f"--{option} {path}: {_line(error)}") from error
     if not callable(call):
@@ -108,7 +111,7 @@ def _call(function: RewardFunction, given: Given) -> list[float]:
     threading.Thread(target=_watch, args=(what, is_done), daemon=True).start()
     try:
         return _ask(function, given) if count else []
-    except UserError:
+    except (UserError, Stopped):
         raise
     except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
         raise UserError(f"{function.title}: {_line(error)}; {_culprit(function, given, error)}") from error
@@ -137,6 +140,8 @@ def _culprit(function: RewardFunction, given: Given, failure: BaseException) -> 
     for row, record in enumerate(given["records"]):
         try:
             _ask(function, {name: [values[row]] for name, values in given.items()})
+        except Stopped:
+            raise
         except BaseException as error:  # noqa: BLE001 - also what it raises only because there is one record
             if type(error) is type(failure):
                 return f"record {_show(record)}"

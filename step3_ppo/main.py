@@ -11,7 +11,7 @@ from pathlib import Path
 from common.averaging import update_average
 from common.checkpoint import save_checkpoint, save_if_due
 from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, seed_everything
+from common.distributed import init_distributed, log, ranks_in_words, seed_everything
 from common.ensemble import load_encoders
 from common.export import export_best, export_model
 from common.families import check_scalar
@@ -21,8 +21,8 @@ from common.lora import check_adapters
 from common.means import step_values
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_causal_lm
-from common.options import parse_options, world_size
-from common.process import run_main
+from common.options import parse_options
+from common.process import run_main, stop_between_steps
 from common.prompts import Prompt, prompt
 from common.resume import resume
 from common.roles import check_scalar_model, policy_config
@@ -93,7 +93,7 @@ def main() -> None:
     controllers = state.controllers
     kl = KLController(controllers.setdefault("kl_coef", options.kl_coef), options.target_kl, horizon)
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
-    log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {world_size()} ranks")
+    log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {ranks_in_words()}")
 
     output = Path(options.output_dir)
     load_actor = partial(
@@ -129,6 +129,7 @@ def main() -> None:
     if texts:
         taken = int(controllers.get("ptx_batches", 0))
         pretraining = PretrainingMix(texts, options, tokenizer.pad_token_id, taken)
+    stop_between_steps()
     while state.step < total_steps and not options.export_only and not has_stalled():
         start, rate = time.perf_counter(), models.actor.get_lr()[0]
         step = state.step + 1

@@ -109,16 +109,17 @@ def policy_pass(model: torch.nn.Module, rows: Rows, temperature: float) -> Polic
 
 @torch.no_grad()
 def sample_rollout(
-    policy: Any, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions, step: int
-) -> Rollout:
+    policy: Any, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions, step: int,
+    title: str = "",
+) -> Rollout:  # fmt: skip
     """Respond to the prompts, every rank to a part of them; all but tokens and `logprobs` is left at 0.
 
     step: together with the seed and the row's number it decides what is sampled. The number of prompts must
-    be a multiple of the number of ranks.
+    be a multiple of the number of ranks. title: of progress lines; none: be silent.
     """
     ids = [prompt.ids for prompt in prompts]
     mine = my_prompts(ids)
-    responses = generate(policy, encoder, ids, mine, options, step)
+    responses = generate(policy, encoder, ids, mine, options, step, title)
     return assemble(prompts, mine, responses, encoder.tokenizer.pad_token_id)
 
 

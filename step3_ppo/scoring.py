@@ -98,13 +98,14 @@ def score_rollout(
 @torch.no_grad()
 def score_responses(
     scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
-    batch_size: int,
+    batch_size: int, title: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The score of each response, (B,), and its parts: of each reward model, then each function, (B, M + F).
 
-    encoder: of the policy; mine: the rows that this rank asks for, of all that are shared out.
+    encoder: of the policy; mine: the rows that this rank asks for, of all that are shared out; title: of
+    progress lines, none: be silent.
     """
-    parts = [*_member_scores(scorer, encoder, prompts, rollout, mine, batch_size)]
+    parts = [*_member_scores(scorer, encoder, prompts, rollout, mine, batch_size, title)]
     parts += [*_function_scores(scorer, encoder, prompts, rollout, mine)]
     whole = share_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
     of_members, of_functions = whole[:, : len(scorer.rewards)], whole[:, len(scorer.rewards) :]
@@ -194,14 +195,14 @@ def _function_scores(
 
 def _member_scores(
     scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
-    batch_size: int,
+    batch_size: int, title: str,
 ) -> Tensor:  # fmt: skip
     """What each of M reward models says of this rank's b rows: (M, b)."""
     inputs = {
         e: [_scored_ids(e, encoder, prompts[row], rollout, row) for row in mine]
         for e in {member.encoder for member in scorer.rewards}
     }
-    return member_scores(scorer.rewards, inputs, batch_size)
+    return member_scores(scorer.rewards, inputs, batch_size, title)
 
 
 def _scored_ids(

@@ -182,7 +182,7 @@ def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_
     (output / "stop").touch()
     options = [*direct(small, run / "sft/final", output), "--cache_dir", str(tmp_path / "cache")]
     result = start_stage(MAIN, options, tmp_path).result()
-    assert result.codes == [STOPPED] and "stopped before the first step" in result.output, result.output
+    assert result.codes == [STOPPED] and "Stopped before the first step" in result.output, result.output
     succeed(MAIN, options, tmp_path)
 
 

@@ -224,10 +224,13 @@ def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, numbe
         process.send_signal(number)
     output, _ = running.communicate(timeout=120)
     assert running.returncode == STOPPED, output
-    assert "stopped after step" in output and "Traceback" not in output
-    assert not any(map(is_alive, processes))
+    assert "Traceback" not in output and not any(map(is_alive, processes))
     (folder,) = checkpoints(tmp_path / "out")
-    assert steps_of(tmp_path / "out")[-1] == int(folder.name.removeprefix("step_"))
+    step = int(folder.name.removeprefix("step_"))
+    assert steps_of(tmp_path / "out")[-1] == step
+    last = f"Stopped at step {step}; checkpoint {folder}. Run the same command to resume."
+    assert output.splitlines()[-1] == last
+    assert (tmp_path / "out/train.log").read_text().splitlines()[-1] == last
 
 
 def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -244,7 +247,8 @@ def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:
     running.send_signal(signal.SIGTERM)
     output, _ = running.communicate(timeout=120)
     assert running.returncode == STOPPED, output
-    assert "stopped before the first step" in output
+    assert output.splitlines()[-1].startswith("Stopped during preparation; nothing to save.")
+    assert not (tmp_path / "run").exists()
     assert not [path for path in cache.iterdir() if path.is_dir()]
     assert not psutil.wait_procs(processes, timeout=60)[1]
 
@@ -263,10 +267,14 @@ def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) 
     output, _ = running.communicate(timeout=120)
     assert running.returncode == STOPPED, output
     assert not any(map(is_alive, processes)) and not (tmp_path / "step2_reward").exists()
+    *_, stopped, last = output.splitlines()
+    assert stopped.startswith("Stopped at step ")
+    folder = f"({tmp_path}/step1_sft)"
+    assert last == f"pipeline.sh: stopped in step1_sft.sh {folder}. Run the same command to resume."
 
 
 def test_a_script_that_is_killed_while_its_ranks_begin_leaves_no_orphans(world: Path, tmp_path: Path) -> None:  # noqa: F811
-    """They import for seconds; then they have no script above them, take one step and stop."""
+    """They import for seconds; then they have no script above them, and stop before the first step."""
     running = launch(world, tmp_path / "out", 100_000)
     deadline = time.monotonic() + 300
     while not ranks_of(running):
@@ -278,7 +286,7 @@ def test_a_script_that_is_killed_while_its_ranks_begin_leaves_no_orphans(world: 
     while any(map(is_alive, processes)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert len(checkpoints(tmp_path / "out")) == 1
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
 def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -292,6 +300,7 @@ def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path) -> None:  # n
     os.kill(running.pid, signal.SIGTERM)
     output, _ = running.communicate(timeout=120)
     assert running.returncode not in (0, STOPPED), output
+    assert output.splitlines()[-2].startswith("Ended at once by a second signal"), output
     assert not psutil.wait_procs(processes, timeout=60)[1]  # a busy machine takes a moment to bury them
 
 
@@ -304,7 +313,9 @@ def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:  
     output, _ = running.communicate(timeout=120)
     assert time.monotonic() - start < 10
     assert running.returncode not in (0, 2, STOPPED), output
-    assert output.splitlines()[-1].startswith("rank 1 died without a word"), output
+    *_, reason, last = output.splitlines()
+    assert reason.startswith("Rank 1 was killed (signal 9)"), output
+    assert last == f"Failed with exit code 1; log: {tmp_path}/out/train.log"
     assert "Traceback" not in output
     assert not any(map(is_alive, ranks))
 
@@ -326,9 +337,13 @@ def test_the_first_traceback_comes_last(world: Path, tmp_path: Path) -> None:  #
     os.kill(ranks_of(running)[1].pid, signal.SIGUSR2)
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 1
-    assert output.splitlines()[-1] == "ArithmeticError: only rank 1 has this"
+    last = [
+        "ArithmeticError: only rank 1 has this",
+        f"Failed with exit code 1; log: {tmp_path}/out/train.log",
+    ]
+    assert output.splitlines()[-2:] == last
     assert output.count("Traceback") == 1
-    assert (tmp_path / "out/train.log").read_text().endswith("only rank 1 has this\n")
+    assert (tmp_path / "out/train.log").read_text().splitlines()[-2:] == last
 
 
 def test_kills_at_random_moments_lose_nothing() -> None:

@@ -107,7 +107,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(world: Path, run: Path, tmp_path
     options = [*words(stage, world, run, parts, 6), *extra]
     stopped = stop_after(STAGES[stage], options, tmp_path, parts, step=1, ranks=ranks)
     assert stopped.codes == [STOPPED] * ranks, stopped.output
-    assert "stopped after step" in stopped.output and not (parts / "final").exists()
+    assert "Stopped at step " in stopped.output and not (parts / "final").exists()
     if adapters == "lora":
         assert_only_adapters_are_saved(checkpoints(parts)[-1])
     succeed(STAGES[stage], options, tmp_path, ranks)

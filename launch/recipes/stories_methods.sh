@@ -37,4 +37,4 @@ POLICIES=("$MODEL" "$ALL"/{step3_ppo,rloo,dpo,ipo,kto,orpo,simpo,raft,rest}/fina
 step "$HERE/evaluate_ppo.sh" --model_name_or_path "${POLICIES[@]}" --prompt_data "$PROMPTS" "${RESPONSES[@]}" \
     --max_eval_samples 0 --gold_function "$GOLD" --max_length 512 --output_dir "$ALL/report" \
     --demonstration_data "$DATA/demonstrations.jsonl"
-python "$HERE/recipes/methods_table.py" "$ALL"
+step "$HERE/recipes/methods_table.py" "$ALL"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import save_if_due
 from common.data import batch_order, check_best_metric, examples_of_steps, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, seed_everything
+from common.distributed import init_distributed, log, ranks_in_words, seed_everything
 from common.engine import make_engine
 from common.export import export_best, export_model
 from common.health import check_step
@@ -20,8 +20,8 @@ from common.lora import add_adapters, check_adapters
 from common.means import Mean
 from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_causal_lm, longest_input
-from common.options import parse_options, world_size
-from common.process import run_main
+from common.options import parse_options
+from common.process import run_main, stop_between_steps
 from common.resume import resume
 from common.roles import policy_config
 from common.run_folder import check_folder, open_run
@@ -77,7 +77,7 @@ def main() -> None:
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     output = Path(options.output_dir)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    log(f"{len(train)} records, {len(held_out)} held out, {total_steps} steps on {world_size()} ranks")
+    log(f"{len(train)} records, {len(held_out)} held out, {total_steps} steps on {ranks_in_words()}")
 
     def evaluate_and_log() -> bool:
         found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
@@ -90,6 +90,7 @@ def main() -> None:
     if held_out and state.step == 0:
         evaluate_and_log()
     order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
+    stop_between_steps()
     while state.step < total_steps and not options.export_only:
         seed_everything(options.seed, state.step + 1)
         chosen = next(order)

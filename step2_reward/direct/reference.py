@@ -152,7 +152,9 @@ def _read(
     for begin in range(0, len(order), size):
         if stop_requested(options.output_dir):
             _keep(file, logprobs)
-            raise Stopped("stopped before the first step, as asked; the same command goes on from there")
+            raise Stopped(
+                "Stopped before the first step; the reference pass is saved. Run the same command to resume."
+            )
         chosen = order[begin : begin + size]
         part = [examples[i] for i in chosen]
         logprobs[chosen] = _read_part(model, part, logprobs.shape[1], options, pad_token_id)

@@ -1,5 +1,6 @@
-"""Long work: whatever is done at once, wherever it is stopped or killed, the same comes of it, and once."""
+"""Resumable batch processing: batch sizes, stops and kills change no results, and no item is done twice."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ ITEMS = [f"item {n}" for n in range(11)]
 MADE = [{"number": n, "item": item} for n, item in enumerate(ITEMS)]
 
 
-def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     journal, asked, calls = tmp_path / "journal", [], []
     monkeypatch.setattr(common.windows, "stop_requested", lambda folder: asked.append(folder) or stops())
 
@@ -23,12 +24,14 @@ def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.
     def stops() -> bool:
         return len(calls) == 2
 
-    with pytest.raises(Stopped, match="the same command goes on"):
-        work_through(ITEMS, work, journal, 3)
+    message = f"Stopped; 6 of 11 texts done, saved in {tmp_path}. Run the same command to resume."
+    with pytest.raises(Stopped, match=re.escape(message)):
+        work_through(ITEMS, work, journal, 3, "texts")
     assert calls == [[0, 1, 2], [3, 4, 5]] and set(asked) == {str(tmp_path)}
     with journal.open("a") as file:
         file.write('[{"number": 6, "item"')  # killed while it wrote
     calls += [[]]
-    assert work_through(ITEMS, work, journal, 2) == MADE
+    assert work_through(ITEMS, work, journal, 2, "texts") == MADE
+    assert capsys.readouterr().out == "resuming: 6 of 11 texts done\n"
     assert calls[3:] == [[6, 7], [8, 9], [10]]
-    assert work_through(ITEMS, work, journal, 5) == MADE and len(calls) == 6
+    assert work_through(ITEMS, work, journal, 5, "texts") == MADE and len(calls) == 6

@@ -10,7 +10,6 @@ import pytest
 from common.generation import Answer
 from common.intervals import wilson
 from common.overlong import Dropped
-from common.process import Stopped
 from common.prompts import Prompt
 from step1_sft.critique import CritiqueOptions, Model, describe, measure, revise
 from tests.ranks import start_stage, succeed
@@ -24,12 +23,8 @@ class Script(Model):
 
     def __init__(self, said: list[list[Answer]]) -> None:
         self._said, self.questions = iter(said), []
-        self.steps, self.stops_at = [], None
-        self._sample, self._encode, self._stop_if_asked = self.sample, self.encode, self.stop_if_asked
-
-    def stop_if_asked(self) -> None:
-        if len(self.steps) == self.stops_at:
-            raise Stopped
+        self.steps = []
+        self._sample, self._encode = self.sample, self.encode
 
     def sample(self, prompts: dict, step: int) -> dict[int, Answer]:
         self.steps.append(step)
@@ -87,14 +82,6 @@ def test_what_becomes_of_each_answer():
     assert (found["draft_length"], found["completion_length"]) == ((3 + 6 + 4) / 3, (5 + 6 + 4) / 3)
     assert "33.3% of 3" in describe(found) and "1 prompts left out" in describe(found)
     assert "nothing to measure" in describe(measure(records[2:3]))
-
-
-def test_a_stop_does_not_wait_for_the_rounds():
-    model = Script([said("one"), said("bad one"), said("two")])
-    model.stops_at = 2
-    with pytest.raises(Stopped):
-        revise({0: CHAT}, model, ["P"], TEMPLATES, CritiqueOptions())
-    assert model.steps == [0, 1]
 
 
 @pytest.fixture(scope="module")
