@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from common.families import active_share, attention_widths, check_policy, check_scalar
 from common.lora import add_adapters
 from common.models import load_config
 from common.options import LoraOptions, UserError, reason
@@ -37,6 +38,9 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
     kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
     if is_scalar:
         config.num_labels = 1
+        check_scalar(config)
+    else:
+        check_policy(config)
     with torch.device("meta"):
         try:
             model = kind.from_config(config, trust_remote_code=False)
@@ -65,7 +69,8 @@ def _widths(model: PreTrainedModel, path: str) -> dict[str, int]:
     matrices = [m for name, module in modules.items() for m in _matrix(name, module)]
     # The matrices that lead back to the residual stream say how wide attention and MLP are inside.
     back = {m.is_attention: m.inputs for m in matrices if m.outputs == hidden}
-    if len(back) < 2 or any("expert" in name for name in modules):
+    is_dense = len(attention_widths(config)) == count and active_share(config) == 1
+    if not is_dense or len(back) < 2 or any("expert" in name for name in modules):
         raise UserError(f"{path}: {type(model).__name__} is not made of dense layers, as a plan needs")
     forth = {side: sum(m.outputs for m in matrices if m.is_attention is side) - hidden for side in back}
     classes = {type(module).__name__ for module in modules.values()}
