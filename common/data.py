@@ -73,16 +73,18 @@ class Examples(Sequence[Row]):
 
 
 def load_examples(
-    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert
-) -> tuple[Examples[Row], list[Row]]:
+    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert,
+    is_training: bool = True,
+) -> tuple[Examples[Row], list[Row]]:  # fmt: skip
     """Training and held-out examples, tokenised by `convert` (see `prepare`), with a table of what was found.
 
-    Without --eval_data, records are held out by a hash of their prompt, so that a prompt is never on both
-    sides; in the same way --data_split gives each stage its part of the prompts. Raises UserError naming file
-    and line for a bad record (unless --skip_bad_records), and when no rows are left.
+    is_training: see `files_of`. Without --eval_data, records are held out by a hash of their prompt, so that
+    a prompt is never on both sides; in the same way --data_split gives each stage its part of the prompts.
+    Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when no rows are
+    left.
     """
     begin, end = _stage_share(options)
-    read, prepared = _load(sources, options, row_class, convert)
+    read, prepared = _load(sources, options, row_class, convert, is_training)
     ours = read.take((read.notes("stage") >= begin) & (read.notes("stage") < end))
     if options.eval_data:
         train = ours
@@ -192,9 +194,8 @@ def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
 
 
 def _load(
-    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert,
-    is_training: bool = True,
-) -> tuple[Examples[Row], list[Prepared]]:  # fmt: skip
+    sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert, is_training: bool
+) -> tuple[Examples[Row], list[Prepared]]:
     """Every row of the sources, as often as the source's weight says."""
     prepared: list[Prepared] = []
     rows = []

@@ -35,6 +35,7 @@ from common.process import SIGNALS
 from common.progress import ReadingProgress
 from common.readers import content_of, origin, read_source
 from common.records import BadRecords, Record, fraction, parse_record
+from common.sources import kind_of
 from common.table import Row, Table, TableWriter, to_columns
 
 Convert = Callable[[Record], tuple[Row, bool]]  # record -> row, and whether the length policy has cut it
@@ -118,6 +119,7 @@ def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:
     code.append(Path(sys.modules[function.__module__].__file__))
     parts = [
         content_of(name),
+        kind_of(name),
         *(path.read_text() for path in code),
         f"{function.__qualname__} {row_class.__qualname__} {skip}",
         *(f"{key} {getattr(value, 'digest', value)!r}" for key, value in sorted(settings.items())),

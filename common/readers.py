@@ -146,7 +146,7 @@ def _is_text(cells: list[str]) -> bool:
 
 
 def _read_parquet(path: Path) -> Rows:
-    import pyarrow.parquet
+    import pyarrow.parquet  # `datasets` brings it along
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

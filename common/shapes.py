@@ -133,8 +133,9 @@ def _with_system(record: Record) -> Record:
         raise ValueError(f"field {name!r} is {type(text).__name__}; it must be a string")
     first = {"role": "system", "content": text}
     dialogues = [place for place in ("prompt", "messages") if isinstance(record.get(place), list)]
-    if not dialogues and "prompt" not in record:
+    if not dialogues:  # whole dialogues, perhaps with their question as a string
         dialogues = [place for place in PAIR if isinstance(record.get(place), list)]
+        dialogues = [place for place in dialogues if not _is_answer(record[place])]
     if not dialogues:
         raise ValueError(
             f"field {name!r} has no place before a prompt that is a string, which is used verbatim; write"
@@ -215,9 +216,9 @@ def _probability(value: Any) -> float:
 
 
 def _preference(value: Any) -> float:
-    if str(value).lower() not in PREFERENCES:
+    if (word := str(value).strip().lower()) not in PREFERENCES:
         raise ValueError(f"preference is {shown(value)}; allowed: A B tie, or the probability of A")
-    return PREFERENCES[str(value).lower()]
+    return PREFERENCES[word]
 
 
 def _is_hh(text: Any) -> bool:

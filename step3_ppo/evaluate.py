@@ -128,7 +128,7 @@ def load_held_out(
     if not whole:
         return load_examples(parted, replace(options, eval_data=[]), row_class, convert)[1]
     everything = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
-    rows, _ = load_examples(whole, everything, row_class, convert)
+    rows, _ = load_examples(whole, everything, row_class, convert, is_training=False)
     return list(rows.take(slice(options.max_eval_samples or None)))
 
 

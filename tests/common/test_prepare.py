@@ -112,6 +112,9 @@ def test_it_is_prepared_again_only_when_something_that_counts_has_changed(tmp_pa
     write(tmp_path / "data.jsonl", list(range(1, 9)))
     assert prepare(path, options(tmp_path), Everything, everything).rows[0].number == 1
     assert len(calls) == 3
+    (tmp_path / "data.json").write_bytes((tmp_path / "data.jsonl").read_bytes())  # read in another way
+    assert prepare(str(tmp_path / "data.json"), options(tmp_path), Everything, everything).read == 8
+    assert len(calls) == 4
 
 
 def _prepare_in_a_process(path: str, cache: str, results) -> None:

@@ -143,6 +143,8 @@ def test_a_system_text_becomes_the_first_message(name):
         {"chosen": "\n\nHuman: Hi?\n\nAssistant: b", "rejected": "\n\nHuman: Hi?\n\nAssistant: c", **given}
     )
     assert hh["chosen"] == [system, ASK, reply("b")]
+    asked = recognise({"prompt": "Hi?", "chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], **given})
+    assert comparison(asked).prompt == [system, ASK] == find_prompt(asked)
     arena = recognise({"prompt": [ASK], "response_a": "x", "response_b": "y", "preference": "A", **given})
     assert arena["prompt"] == [system, ASK]
     again = recognise({"messages": [system, ASK, reply("b")], **given})
