@@ -1,6 +1,7 @@
 """Files that are whole or absent: atomic writes, checksums, free space, and the lock of a folder."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -47,6 +48,17 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file}: must hold one JSON object")
     return values
+
+
+def make_folder(option: str, path: str) -> Path:
+    """The folder that an option names, made if it is not there. Raises UserError when it cannot be had."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"--{option} {path}: {error.strerror}") from None
+    return Path(path)
 
 
 def flush_file(path: Path) -> None:

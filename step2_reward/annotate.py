@@ -104,6 +104,8 @@ def kept_token(path: Path) -> str:
             token = secrets.token_urlsafe(24)
             path.write_text(f"{token}\n")
         return token
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: holds no token; delete it") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
 

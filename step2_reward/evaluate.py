@@ -27,7 +27,7 @@ from common.distributed import (
     sum_tensor_over_ranks,
 )
 from common.ensemble import combine, load_encoders, load_members
-from common.files import write_json
+from common.files import make_folder, write_json
 from common.models import base_model, last_positions, load_config, longest_input, token_scores
 from common.options import CacheOptions, UserError, parse_options, world_size
 from common.process import (
@@ -70,6 +70,7 @@ def main() -> None:
     for path in options.reward_model_name_or_path:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
     data = load_pairs(options.eval_data, encoders, options, options.max_length, options.max_eval_samples)
+    output = make_folder("output_dir", options.output_dir)
     init_distributed()
     accept()
     stop_anywhere(UNWRITTEN)
@@ -89,7 +90,7 @@ def main() -> None:
     alone = len(members) == 1
     judged = judge(data, rows, better, worse)
     stop_between_steps()
-    write_report(judged, reward_std if alone else 1.0, history if alone else None, Path(options.output_dir))
+    write_report(judged, reward_std if alone else 1.0, history if alone else None, output)
 
 
 def load_pairs(

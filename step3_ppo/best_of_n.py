@@ -20,6 +20,7 @@ import numpy as np
 from common.data import Examples, batch_order, load_examples
 from common.distributed import gather_objects, init_distributed, log, rank, ranks_in_words
 from common.ensemble import load_encoders, load_members
+from common.files import make_folder
 from common.formatting import find_prompt
 from common.generation import check_generation, generate, load_policy, my_prompts
 from common.options import UserError, parse_options, world_size
@@ -52,6 +53,8 @@ def main() -> None:
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)
     prompts = load_prompts(options, encoder)
+    if options.selection_dir:
+        make_folder("selection_dir", options.selection_dir)
     init_distributed(options.timeout_minutes)
     tokenizers = {f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(reward_encoders, 1)}
     prepare_output(options.sampling, {"tokenizer": encoder.tokenizer, **tokenizers})

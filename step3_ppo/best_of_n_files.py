@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -25,17 +26,30 @@ Sample = dict[str, Any]
 def whole_samples(path: Path, chunk: int, total: int) -> int:
     """Cut the file after its last whole chunk of so many lines; returns the number of lines that are left.
 
-    Of `total` lines the last chunk may have fewer.
+    Of `total` lines the last chunk may have fewer. Raises UserError for a line that holds no sample.
     """
-    place = kept = end = 0
+    position = done = end = 0
     with path.open("a+b") as file:
         file.seek(0)
         for number, line in enumerate(file, start=1):
-            place += len(line)
-            if line.endswith(b"\n") and (number % chunk == 0 or number == total):
-                kept, end = number, place
+            position += len(line)
+            if line.endswith(b"\n"):
+                _check_sample(line, f"{path}:{number}")
+                if number % chunk == 0 or number == total:
+                    done, end = number, position
         file.truncate(end)
-    return kept
+    return done
+
+
+def _check_sample(line: bytes, origin: str) -> None:
+    try:
+        sample = json.loads(line)
+        is_whole = isinstance(sample["completion"], str) and isinstance(sample["ended"], bool)
+        is_whole = is_whole and "prompt" in sample and math.isfinite(sample["score"] + sample["length"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{origin}: not a sample of this command; restore the line, or delete the file")
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
@@ -54,7 +68,6 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
     size = options.samples_per_prompt
     samples = Path(options.output_dir) / "samples.jsonl"
     folder = Path(options.selection_dir or options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, list[list[Any]]] = {name: [] for name in ("score", "ended", "length", "verdict")}
     distinct = 0
     for group in _groups(samples, size):

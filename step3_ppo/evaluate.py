@@ -15,7 +15,7 @@ import numpy as np
 from common.data import load_examples
 from common.distributed import init_distributed, log, rank, ranks_in_words
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
-from common.files import write_json
+from common.files import make_folder, write_json
 from common.generation import check_generation
 from common.models import longest_input
 from common.options import UserError, parse_options, world_size
@@ -51,6 +51,7 @@ def main() -> None:
     judges = load_judges(options, encoder)
     prompts = load_prompts(options, encoder)
     texts = load_demonstrations(options, encoder)
+    output = make_folder("output_dir", options.output_dir)
     init_distributed()
     accept()
     stop_anywhere(UNWRITTEN)
@@ -63,7 +64,7 @@ def main() -> None:
 
     # 3. What was found.
     stop_between_steps()
-    write_report(measure(policies, scores, len(prompts)), Path(options.output_dir))
+    write_report(measure(policies, scores, len(prompts)), output)
 
 
 def load_encoder(paths: Sequence[str]) -> SegmentEncoder:

@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.options import reason
 from launch.quickstart.world import gold_score
 
 matplotlib.use("Agg")
@@ -139,7 +140,10 @@ def mean(values: list[float]) -> float:
 
 
 def compare(folder: Path) -> tuple[dict, list[tuple[Answer, Answer]]]:
-    """Figures of the report and, prompt by prompt, the answers of the two policies."""
+    """Figures of the report and, prompt by prompt, the answers of the two policies. Raises ValueError."""
+    for stage in STAGES:
+        if not (folder / stage / "final").is_dir():
+            raise ValueError(f"{folder / stage / 'final'} is missing")
     tokenizer = AutoTokenizer.from_pretrained(folder / "step1_sft/final")
     sft, ppo = (AutoModelForCausalLM.from_pretrained(folder / s / "final") for s in (STAGES[0], STAGES[2]))
     reward = AutoModelForSequenceClassification.from_pretrained(folder / "step2_reward/final")
@@ -218,7 +222,11 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bar()
     folder = options.quickstart_dir
-    figures, pairs = compare(folder)
+    try:
+        figures, pairs = compare(folder)
+    except Exception as error:  # noqa: BLE001 - libraries raise anything for a folder that holds no runs
+        print(f"error: {folder}: not a finished quickstart: {reason(error)}", file=sys.stderr)
+        sys.exit(2)
     figures["seconds"] = dict(zip(STAGES, options.seconds, strict=False))
     figures["checkpoints"] = {stage: str(folder / stage / "final") for stage in STAGES}
     (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

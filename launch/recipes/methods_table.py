@@ -30,7 +30,12 @@ def seconds(output: Path, folder: Path) -> int:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("usage: python launch/recipes/methods_table.py OUTPUT")
     output = Path(sys.argv[1])
+    for name in ("times.txt", "report/report.json"):
+        if not (output / name).is_file():
+            sys.exit(f"error: {output / name} is missing; has stories_methods.sh finished?")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
     for policy in json.loads((output / "report" / "report.json").read_text())["policies"]:
         folder = Path(policy["model"]).parent

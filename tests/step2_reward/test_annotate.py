@@ -22,6 +22,7 @@ from flask.testing import FlaskClient
 from common.options import UserError
 from common.records import read_all
 from common.shapes import recognise
+from step2_reward.annotate import kept_token
 from step2_reward.annotate_pairs import read_pairs, to_pair
 from step2_reward.annotate_store import Store, preferences, read_clicks, standing
 from step2_reward.annotate_web import is_own_host, make_app
@@ -420,6 +421,10 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         port = str(taken.getsockname()[1])
         refused(pairs, output / "a.jsonl", f"--port {port}: Address already in use", more=["--port", port])
     refused(pairs, output / "a.jsonl", "--host 192.0.2.1", more=["--host", "192.0.2.1"])
+
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="token: holds no token; delete it"):
+        kept_token(tmp_path / "token")
 
     store = Store(str(output / "used.jsonl"), read_pairs([str(pairs)], [], False))
     refused(pairs, output / "used.jsonl", "in use by another page")
