@@ -125,8 +125,10 @@ def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
     if rank() == 0:
         try:
             result = work(*arguments)
-        except (UserError, OSError) as error:
+        except UserError as error:
             problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if problem := gather_objects(problem)[0]:
         raise UserError(problem)
     return result

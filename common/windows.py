@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.distributed import gather_objects, log, rank
+from common.options import UserError
 from common.process import Stopped, stop_anywhere, stop_requested
 from common.progress import Progress
 from common.records import Record
@@ -21,8 +22,15 @@ def work_through(
     journal: a file in the run's folder with the results so far, a line for each call of `work`. noun: of the
     items, in messages. Raises Stopped, wherever it is, when that was asked for.
     """
-    results = _take_up(journal) if rank() == 0 else []
-    done, total = gather_objects(len(results))[0], len(items)
+    results, problem, total = [], "", len(items)
+    if rank() == 0:
+        try:
+            results = _take_up(journal)
+        except (UserError, OSError) as error:
+            problem = str(error)
+    done, problem = gather_objects((len(results), problem))[0]
+    if problem:
+        raise UserError(problem)
     if done:
         log(f"resuming: {done} of {total} {noun} done")
     progress = Progress(noun, total, done)
@@ -54,12 +62,27 @@ def to_lines(records: Sequence[Record]) -> str:
 
 
 def _take_up(journal: Path) -> list[Any]:
-    """What is in the journal; a last line that was not finished is removed."""
+    """The results in the journal; an unfinished last line is removed. Raises UserError for a damaged one."""
     with journal.open("a+b") as file:
         file.seek(0)
         lines = file.read()
         file.truncate(lines.rfind(b"\n") + 1)
-    return [one for line in lines.split(b"\n")[:-1] for one in json.loads(line)]
+    results = []
+    for number, line in enumerate(lines.split(b"\n")[:-1], start=1):
+        try:
+            results += _parsed(line)
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"{journal}:{number}: damaged; restore the line, or delete the file to begin again"
+            ) from None
+    return results
+
+
+def _parsed(line: bytes) -> list[Any]:
+    made = json.loads(line)
+    if not isinstance(made, list):
+        raise ValueError(line)
+    return made
 
 
 def _append(journal: Path, made: list[Any]) -> None:

@@ -574,6 +574,27 @@ def test_a_run_that_did_not_finish_is_never_green(tmp_path):
     assert "at step 60 of 80" in verdicts(tmp_path / "done")[1][1]
 
 
+def test_options_that_nobody_gave_are_apart(tmp_path):
+    """By the command lines of all starts in train.log; without one, all are in one table."""
+    folder = tmp_path / "run"
+    write_run(folder, PPOOptions(max_prompt_length=191, kl_coef=0.2, whiten_advantages=False), SHORT)
+    assert "Adjusted by the run" not in Page(write_report(folder)).text
+    log = [
+        "=== 2026",
+        "command: bash launch/step3_ppo.sh --kl-coef=0.2",
+        "step 1/3",
+        "\x00 command: --seed 1",
+    ]
+    log += ["command: bash launch/step3_ppo.sh --no_whiten_advantages '--output_dir=a b'"]
+    (folder / "train.log").write_text("\n".join(log))
+    text = Page(write_report(folder)).text
+    given, adjusted = text.split("Adjusted by the run, to the model or to other options")
+    assert "--kl_coef0.2" in given and "--whiten_advantagesfalse" in given
+    assert "--max_prompt_length191256" in adjusted and "--max_prompt_length191" not in given
+    (folder / "train.log").write_text("command: 'never closed\n")
+    assert "Adjusted by the run" not in Page(write_report(folder)).text
+
+
 def test_early_stopping_is_an_end(tmp_path):
     write_run(tmp_path / "run", PPOOptions(early_stopping=3, max_steps=500), HEALTHY)
     finish(tmp_path / "run")

@@ -126,17 +126,22 @@ def _golden_parts(run: Run) -> str:
 
 
 def options(run: Run) -> str:
-    """Options that are not at their defaults, and the others folded."""
-    changed, same = [], []
+    """Options that are not at their defaults, and the others folded. Those that no command in train.log has
+    were adjusted by the run.
+    """
+    changed, adjusted, same = [], [], []
     for name, value in run.options.items():
         default, meaning = run.known.get(name, (None, "not an option of this version"))
         if value == default:
             same.append([f"--{name}", _show(value), meaning])
         else:
-            changed.append([f"--{name}", _show(value), _show(default), meaning])
+            rows = changed if run.given is None or name in run.given else adjusted
+            rows.append([f"--{name}", _show(value), _show(default), meaning])
     folded = f"<summary>{len(same)} options at their defaults</summary>"
     folded += _table(["option", "value", "meaning"], same)
-    return _table(["option", "value", "default", "meaning"], changed) + f"<details>{folded}</details>"
+    heads = ["option", "value", "default", "meaning"]
+    own = "<h4>Adjusted by the run, to the model or to other options</h4>" + _table(heads, adjusted)
+    return _table(heads, changed) + own * bool(adjusted) + f"<details>{folded}</details>"
 
 
 def _show(value: Any) -> str:

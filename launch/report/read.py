@@ -5,6 +5,7 @@ Files may be damaged: what can be read is returned, and `problems` names what wa
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ USES = {
     "samples.jsonl": "no samples",
     "golden/report.json": "no accuracy on --golden_data",
 }
+COMMAND = b"command: "
 SAMPLE_FIELDS = {"step": int, "prompt": str, "response": str, "length": int, "ended": bool}
 
 
@@ -35,6 +37,7 @@ class Run(NamedTuple):
     samples: list[Line]
     golden: dict[str, Any]
     problems: list[str]  # sentences: absent files, skipped lines and values
+    given: set[str] | None = None  # options on the command lines in train.log; None where it has none
 
     @property
     def valid_options(self) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def read_run(folder: Path, stage: Stage | None, options: dict[str, Any], problem
         samples=samples,
         golden=golden,
         problems=[*absent, *problems, *of_metrics, *of_samples, *of_golden],
+        given=given_options(folder / "train.log"),
     )
 
 
@@ -86,6 +90,20 @@ def read_samples(path: Path) -> tuple[list[Line], list[str]]:
             other.append(number)
     problems = in_words(path, damaged, "without a JSON object")
     return samples, problems + in_words(path, other, "without the fields of a sample")
+
+
+def given_options(log: Path) -> set[str] | None:
+    """Names of the options on the command lines that train.log begins with, at every start of the run."""
+    try:
+        lines = [line for line in log.read_bytes().split(b"\n") if line.startswith(COMMAND)]
+        words = [
+            word for line in lines for word in shlex.split(line[len(COMMAND) :].decode(errors="replace"))
+        ]
+    except (OSError, ValueError):
+        return None
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    names |= {name.removeprefix("no_") for name in names}
+    return names if lines else None
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import common.windows
+from common.options import UserError
 from common.process import Stopped
 from common.windows import work_through
 
@@ -35,3 +36,12 @@ def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.
     assert capsys.readouterr().out == "resuming: 6 of 11 texts done\n"
     assert calls[3:] == [[6, 7], [8, 9], [10]]
     assert work_through(ITEMS, work, journal, 5, "texts") == MADE and len(calls) == 6
+
+
+@pytest.mark.parametrize("line", [b"\x00\xff", b"{}", b"7", b'["cut', b"[" * 99_999])
+def test_a_damaged_journal_is_named_and_left_alone(tmp_path: Path, line: bytes) -> None:
+    content = b"[1, 2]\n" + line + b"\n[3]\n"
+    (tmp_path / "journal").write_bytes(content)
+    with pytest.raises(UserError, match="journal:2: damaged"):
+        work_through(range(4), lambda items: [*items], tmp_path / "journal", 2, "items")
+    assert (tmp_path / "journal").read_bytes() == content
