@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -66,14 +66,18 @@ def combine_scores(
     2310.02743), whose uncertainty-weighted objective takes the variance; the deviation has the scores' unit.
     weights: of the members in mean and deviation, whatever their sum; none: all alike.
     """
-    if how == "min":
-        return scores.amin(0)
     weight = scores.new_tensor(weights or [1.0] * len(scores))
     weight = (weight / weight.sum())[:, None]  # (M, 1)
     mean = (weight * scores).sum(0)  # (B,)
-    if how == "mean":
-        return mean
-    return mean - std_coef * (weight * (scores - mean) ** 2).sum(0).sqrt()
+    match how:
+        case "min":
+            return scores.amin(0)
+        case "mean":
+            return mean
+        case "mean_std":
+            return mean - std_coef * (weight * (scores - mean) ** 2).sum(0).sqrt()
+        case _:
+            assert_never(how)
 
 
 def combine(scores: Tensor, options: EnsembleOptions) -> Tensor:

@@ -1,7 +1,7 @@
 """What happens to a record that is longer than the model may read. Pure, but for the encoder it is given."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 from common.conversation import Message, Segment
 from common.formatting import demonstration_segments, plain_demonstration
@@ -46,14 +46,17 @@ def fit(
     longest = max(len(row.ids) for row in rows)
     if longest <= max_length:
         return rows, False
-    if overlong == "error":
-        raise ValueError(f"has {longest} tokens, more than {max_length} (--overlong error)")
-    if overlong == "drop":
-        raise Dropped("too long")
-    if overlong == "truncate_response":
-        cut = [_cut_response(row, max_length, keep_end) for row in rows]
-    else:
-        cut = _cut_prompt(rows, prompt, segments_of, encoder, max_length)
+    match overlong:
+        case "error":
+            raise ValueError(f"has {longest} tokens, more than {max_length} (--overlong error)")
+        case "drop":
+            raise Dropped("too long")
+        case "truncate_response":
+            cut = [_cut_response(row, max_length, keep_end) for row in rows]
+        case "truncate_prompt":
+            cut = _cut_prompt(rows, prompt, segments_of, encoder, max_length)
+        case _:
+            assert_never(overlong)
     if len(cut) > 1 and all(row.ids == cut[0].ids for row in cut):
         raise Dropped("responses alike once cut")
     return cut, True

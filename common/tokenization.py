@@ -128,6 +128,13 @@ class SegmentEncoder:
             ids += self._continue.encode(part, add_special_tokens=False).ids
         return ids
 
+    def decode_prompt(self, prompt_ids: list[int]) -> str:
+        """The text of a prompt for people to read: markers of roles stay, BOS, EOS and padding do not."""
+        hidden = {
+            self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        }  # fmt: skip
+        return self.tokenizer.decode([token for token in prompt_ids if token not in hidden])
+
     def decode_response(self, prompt_ids: list[int], response_ids: list[int]) -> str:
         """The text that the response adds to the prompt, without special tokens, its leading space kept."""
         prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """Demonstrations as token ids with a mask of the tokens to learn from."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -43,7 +43,13 @@ def demonstration(
 ) -> tuple[Demonstration, bool]:
     """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
     row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
-    is_trained = [True] * len(row.ids) if loss_on == "prompt_and_response" else list(row.is_response)
+    match loss_on:
+        case "prompt_and_response":
+            is_trained = [True] * len(row.ids)
+        case "response":
+            is_trained = list(row.is_response)
+        case _:
+            assert_never(loss_on)
     is_trained[0] = False  # nothing comes before the first token to predict it
     if not any(is_trained):
         raise Dropped("nothing to learn from")

@@ -150,7 +150,7 @@ def sample_answers(
             ids = whole[0, prompt.shape[1] :].tolist()
             has_ended = ids[-1] in base_model(whole_model).end_ids
             answer = encoder.decode_response(row.prompt_ids, ids[: -1 if has_ended else None])
-            answers.append(Answer(encoder.tokenizer.decode(row.prompt_ids, skip_special_tokens=True), answer))
+            answers.append(Answer(encoder.decode_prompt(row.prompt_ids), answer))
     model.train()
     return answers
 

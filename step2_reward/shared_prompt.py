@@ -5,7 +5,7 @@ the other responses from it. A model that cannot do so gets each response with a
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
@@ -43,12 +43,20 @@ def choose_layout(
     sample = [rows[i] for i in range(min(len(rows), SAMPLE))]
     width = base_model(engine).config.get_text_config().hidden_size
     how, layout = "for each response", alone
-    if options.share_prompts == "auto" and work(sample, alone, width) <= work(sample, shared, width):
-        how = "for each response, which is less work"
-    elif options.share_prompts != "no" and not can_share_prompts(engine, options.max_length, pad_token_id):
-        how = "for each response, as this model needs it"
-    elif options.share_prompts != "no":
+    match options.share_prompts:
+        case "no":
+            wants_shared = False
+        case "yes":
+            wants_shared = True
+        case "auto":
+            wants_shared = work(sample, alone, width) > work(sample, shared, width)
+            how += ", which is less work"
+        case _:
+            assert_never(options.share_prompts)
+    if wants_shared and can_share_prompts(engine, options.max_length, pad_token_id):
         how, layout = "for all responses together", shared
+    elif wants_shared:
+        how = "for each response, as this model needs it"
     tokens, apart = tokens_per_pair(sample, layout)
     log(f"a prompt is encoded {how}: {tokens:.0f} tokens per pair; a pair by itself has {apart:.0f}")
     return layout

@@ -1,4 +1,4 @@
-"""What a look at KL and reward of the last iterations suggests."""
+"""What KL and rewards of the last iterations suggest to change."""
 
 from collections.abc import Sequence
 from statistics import fmean, pstdev
@@ -28,6 +28,21 @@ def advise(state: TrainState, step: int, found: dict[str, float], options: PPOOp
         if step - held > REMEMBERED:
             log(f"step {step}: {sentence}")
         recent[rule] = [step]
+
+
+def warn_of_penalty(found: dict[str, float], options: PPOOptions) -> None:
+    """Log a --missing_eos_penalty as large as the spread of the scores, if it met a response.
+
+    found: metrics of the first iteration.
+    """
+    penalty, cut = options.missing_eos_penalty, 1.0 - found["response/eos_rate"]
+    spread = 1.0 if options.normalise_scores else found["reward/std"]
+    if penalty and cut and penalty >= spread:
+        log(
+            f"step 1: --missing_eos_penalty {penalty:g} is as large as the spread of the scores (standard"
+            f" deviation {spread:.3g}), and {cut:.0%} of the responses were cut before EOS: the policy learns"
+            f" to end, more than to score. Use at most {spread / 2:.2g}, or raise --max_response_length"
+        )
 
 
 def kl_advice(

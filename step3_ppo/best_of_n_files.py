@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, assert_never
 
 import numpy as np
 
@@ -120,10 +120,15 @@ def _keep(
             f"{options.output_dir}/samples.jsonl: nothing to keep of {usable.size} responses;"
             f" {describe_unused(unused, options.max_response_length)}{advise(unused, usable.size)}"
         )
-    if options.keep == "best":
-        return best(scores, usable), None
-    is_given = options.keep == "threshold"
-    threshold = options.threshold if is_given else float(np.quantile(scores[usable], options.quantile))
+    match options.keep:
+        case "best":
+            return best(scores, usable), None
+        case "threshold":
+            threshold = options.threshold
+        case "quantile":
+            threshold = float(np.quantile(scores[usable], options.quantile))
+        case _:
+            assert_never(options.keep)
     kept = at_least(scores, usable, threshold)
     if not kept.any():
         median, highest = np.quantile(scores[usable], (0.5, 1))

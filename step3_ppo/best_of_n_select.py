@@ -6,6 +6,7 @@ the threshold; here as much will do, so that a quantile keeps something also whe
 """
 
 from collections.abc import Sequence
+from typing import assert_never
 
 import numpy as np
 
@@ -50,5 +51,13 @@ def worse(scores: np.ndarray, usable: np.ndarray, how: str, seed: Sequence[int])
     likely; `none`. Responses of equal score are no preference.
     """
     highest = np.where(usable, scores, -np.inf).max(1, keepdims=True)  # (P, 1)
-    lower = usable & (scores < highest) & (how != "none")
-    return best(-scores if how == "worst" else np.random.default_rng(seed).random(scores.shape), lower)
+    lower = usable & (scores < highest)
+    match how:
+        case "worst":
+            return best(-scores, lower)
+        case "random":
+            return best(np.random.default_rng(seed).random(scores.shape), lower)
+        case "none":
+            return np.zeros_like(usable)
+        case _:
+            assert_never(how)

@@ -139,7 +139,7 @@ def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -
     for row in range(min(count, len(rollout.scores))):
         prompt = rollout.prompt(row)
         found.append({
-            "prompt": models.encoder.tokenizer.decode(prompt),
+            "prompt": models.encoder.decode_prompt(prompt),
             "response": models.encoder.decode_response(prompt, rollout.reply(row)),
             "score": rollout.scores[row].item(),
             **({} if gold is None else {"gold": gold[row].item()}),

@@ -1,6 +1,6 @@
 """The losses of PPO. Pure: everything is per response token, (B, T) or any other shape."""
 
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -43,9 +43,13 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, estimate: str) -> Tensor:
     with a gradient that is not KL's. Source: Schulman, "Approximating KL divergence" (2020).
     """
     log_ratio = logprobs - ref_logprobs
-    if estimate == "k2":
-        return 0.5 * log_ratio**2
-    return torch.expm1(-log_ratio.clamp(min=-LOG_RATIO_LIMIT)) + log_ratio
+    match estimate:
+        case "k2":
+            return 0.5 * log_ratio**2
+        case "k3":
+            return torch.expm1(-log_ratio.clamp(min=-LOG_RATIO_LIMIT)) + log_ratio
+        case _:
+            assert_never(estimate)
 
 
 class ValueLoss(NamedTuple):

@@ -29,17 +29,16 @@ from common.roles import check_scalar_model, policy_config
 from common.run_folder import check_folder, open_run
 from common.tokenization import SegmentEncoder, load_tokenizer
 from common.zero import load_zero_config, unpartitioned
-from step3_ppo.advice import advise
+from step3_ppo.advice import advise, warn_of_penalty
 from step3_ppo.figures import as_markdown, evaluate, rollout_metrics, speed
 from step3_ppo.functions import load_functions
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions, check_options
 from step3_ppo.pretraining import PretrainingMix, load_texts
-from step3_ppo.rewards import KLController
 from step3_ppo.rollout import sample_rollout
 from step3_ppo.scoring import progress_kept, score_rollout
-from step3_ppo.targets import estimate_advantages, shape_rewards
+from step3_ppo.targets import estimate_advantages, kl_controller, shape_rewards
 
 SHOWN_OF_EVALUATION = ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/distinct_2"]
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
@@ -89,9 +88,8 @@ def main() -> None:
     )  # fmt: skip
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     state = resume(checkpoint, options, engines, total_steps)
-    horizon = options.kl_horizon if options.kl_controller == "adaptive" else 0
     controllers = state.controllers
-    kl = KLController(controllers.setdefault("kl_coef", options.kl_coef), options.target_kl, horizon)
+    kl = kl_controller(options, controllers)
     metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
     log(f"{len(train)} prompts, {len(held_out)} held out, {total_steps} iterations on {ranks_in_words()}")
 
@@ -162,6 +160,8 @@ def main() -> None:
         found |= speed(rollout, seconds, passes)
         found |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib()}
         alone = step_values(found)
+        if step == 1:
+            warn_of_penalty(alone, options)
         advise(state, step, alone, options)
         kl.update(alone["kl/mean"], options.rollout_batch_size)
         controllers["kl_coef"] = kl.coef

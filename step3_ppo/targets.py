@@ -1,6 +1,7 @@
 """What an update learns from: rewards, advantages and returns of a scored rollout, as the options say."""
 
 from dataclasses import asdict, fields
+from typing import assert_never
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from step3_ppo.advantages import (
     whitened_returns,
 )
 from step3_ppo.options import PPOOptions
-from step3_ppo.rewards import RunningScale, clip_scores, repeated_share, token_kl, token_rewards
+from step3_ppo.rewards import KLController, RunningScale, clip_scores, repeated_share, token_kl, token_rewards
 from step3_ppo.rollout import Rollout
 
 MOVING = 0.9  # how much of a moving baseline each iteration keeps
@@ -45,7 +46,7 @@ def shape_rewards(
         repeated = [repeated_share(rollout.response(row)) for row in range(len(scores))]
         penalties = penalties + options.repetition_penalty * scores.new_tensor(repeated)
     kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
-    in_reward = controllers["kl_coef"] if options.kl_penalty == "reward" else 0.0
+    in_reward = _coefficient_in_reward(options, controllers["kl_coef"])
     rewards = token_rewards(clipped - penalties, kl, rollout.response_lengths, in_reward)
     figures = {
         "reward/clipped": Mean((clipped != scores).float().mean().item()),
@@ -65,21 +66,56 @@ def estimate_advantages(
     controllers: where the moving baseline of reinforce is kept.
     """
     mask, gamma, totals = rollout.response_mask, options.gamma, rewards.sum(1)
-    if options.advantage_estimator == "gae":
-        advantages, returns = generalised_advantages(
-            rewards, rollout.values, mask, gamma, options.gae_lambda, rollout.last_values
-        )
-        return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
-    if options.advantage_estimator == "reinforce_pp":
-        return whitened_returns(rewards, mask, gamma), None
-    if options.advantage_estimator == "reinforce":
-        mean = baseline = discounted_sums(rewards, gamma)[:, 0].mean().item()
-        if options.reinforce_baseline == "moving":
+    match options.advantage_estimator:
+        case "gae":
+            advantages, returns = generalised_advantages(
+                rewards, rollout.values, mask, gamma, options.gae_lambda, rollout.last_values
+            )
+            return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
+        case "reinforce_pp":
+            return whitened_returns(rewards, mask, gamma), None
+        case "reinforce":
+            baseline = _baseline(discounted_sums(rewards, gamma)[:, 0].mean().item(), options, controllers)
+            return reinforce_advantages(rewards, mask, gamma, baseline), None
+        case "rloo":
+            return leave_one_out_advantages(totals, options.samples_per_prompt)[:, None] * mask, None
+        case "group":
+            scaled = group_advantages(totals, options.samples_per_prompt, options.group_std)  # (B,)
+            return scaled[:, None] * mask, None
+        case _:
+            assert_never(options.advantage_estimator)
+
+
+def kl_controller(options: PPOOptions, controllers: dict[str, float]) -> KLController:
+    """What sets the coefficient of the KL penalty, from where `controllers` left it."""
+    coef = controllers.setdefault("kl_coef", options.kl_coef)
+    match options.kl_controller:
+        case "fixed":
+            return KLController(coef)
+        case "adaptive":
+            return KLController(coef, options.target_kl, options.kl_horizon)
+        case _:
+            assert_never(options.kl_controller)
+
+
+def _coefficient_in_reward(options: PPOOptions, kl_coef: float) -> float:
+    match options.kl_penalty:
+        case "reward":
+            return kl_coef
+        case "k2" | "k3":
+            return 0.0  # a term of the loss
+        case _:
+            assert_never(options.kl_penalty)
+
+
+def _baseline(mean: float, options: PPOOptions, controllers: dict[str, float]) -> float:
+    """What reinforce compares with; mean: the mean return of the rollout."""
+    match options.reinforce_baseline:
+        case "batch":
+            return mean
+        case "moving":
             baseline = controllers.get("baseline", mean)
             controllers["baseline"] = MOVING * baseline + (1 - MOVING) * mean
-        return reinforce_advantages(rewards, mask, gamma, baseline), None
-    if options.advantage_estimator == "rloo":
-        of_responses = leave_one_out_advantages(totals, options.samples_per_prompt)  # (B,)
-    else:
-        of_responses = group_advantages(totals, options.samples_per_prompt, options.group_std)  # (B,)
-    return of_responses[:, None] * mask, None
+            return baseline
+        case _:
+            assert_never(options.reinforce_baseline)

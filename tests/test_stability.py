@@ -71,7 +71,7 @@ def test_ranks_and_stops_change_nothing(name, world, run, tmp_path):  # noqa: F8
     for folder in finals:
         assert (parts / folder / WEIGHTS).read_bytes() == (one / folder / WEIGHTS).read_bytes()
     if name == "lora":
-        assert metrics(one, "policy/updates")[-1] < 4, "two epochs of two updates, ended by --target_kl"
+        assert min(metrics(one, "policy/updates")) < 4, "two epochs of two updates, ended by --target_kl"
 
 
 def test_the_average_is_that_of_the_weights_after_each_iteration(world, run, tmp_path):  # noqa: F811

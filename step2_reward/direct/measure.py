@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -153,7 +153,10 @@ def pair_losses(chosen: Tensor, rejected: Tensor, options: DirectOptions) -> Ten
             return simpo_loss(chosen, rejected, beta, options.gamma_beta_ratio, smoothing)
         case "orpo":
             return orpo_loss(chosen, rejected, beta)
-    return dpo_loss(chosen, rejected, beta, smoothing)  # cpo too
+        case "dpo" | "cpo":
+            return dpo_loss(chosen, rejected, beta, smoothing)
+        case _:
+            assert_never(options.loss)
 
 
 @torch.no_grad()

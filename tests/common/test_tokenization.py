@@ -248,3 +248,13 @@ def test_no_tokenizer_and_no_eos_are_named(tmp_path):
     PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(folder)
     with pytest.raises(UserError, match="no EOS"):
         load_tokenizer(str(folder))
+
+
+def test_a_prompt_for_people_has_markers_of_roles_and_nothing_else_special():
+    words = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "Hello"]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<pad>"))
+    markers = {"additional_special_tokens": ["<|user|>", "<|assistant|>"]}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **markers
+    )
+    assert SegmentEncoder(tokenizer).decode_prompt([2, 2, 0, 3, 5, 1, 4]) == "<|user|> Hello <|assistant|>"

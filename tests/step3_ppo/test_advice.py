@@ -6,7 +6,7 @@ import pytest
 
 from common.train_state import TrainState
 from step3_ppo import advice
-from step3_ppo.advice import JUMP, REMEMBERED, advise, kl_advice
+from step3_ppo.advice import JUMP, REMEMBERED, advise, kl_advice, warn_of_penalty
 from step3_ppo.options import PPOOptions
 
 RISING = [0.1 * i for i in range(REMEMBERED)]
@@ -78,3 +78,24 @@ def test_a_critic_that_warms_up_leaves_kl_idle(monkeypatch):
     assert heard(monkeypatch, [0.0] * (30 + REMEMBERED - 1), critic_warmup_steps=30) == []
     (line,) = heard(monkeypatch, [0.0] * (30 + REMEMBERED), critic_warmup_steps=30)
     assert line.startswith(f"step {30 + REMEMBERED}: KL has stayed below")
+
+
+@pytest.mark.parametrize(
+    ("penalty", "spread", "ended", "normalised", "is_warned"),
+    [
+        (1.0, 0.4, 0.9, False, True),
+        (0.4, 0.4, 0.9, False, True),
+        (0.3, 0.4, 0.9, False, False),
+        (1.0, 0.4, 1.0, False, False),  # no response is cut
+        (0.0, 0.0, 0.5, False, False),
+        (0.9, 0.4, 0.5, True, False),  # the spread of normalised scores is 1
+    ],
+)
+def test_a_penalty_that_outweighs_the_scores(penalty, spread, ended, normalised, is_warned, capsys):
+    found = {"reward/std": spread, "response/eos_rate": ended}
+    warn_of_penalty(found, PPOOptions(missing_eos_penalty=penalty, normalise_scores=normalised))
+    said = capsys.readouterr().out
+    assert bool(said) == is_warned
+    if is_warned:
+        assert f"--missing_eos_penalty {penalty:g} is as large" in said and "deviation 0.4)" in said
+        assert "10% of the responses" in said and "Use at most 0.2" in said

@@ -1,0 +1,124 @@
+"""Every value of every option with choices has a branch, and a value without one never passes for another."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from transformers import get_scheduler
+
+from common.ensemble import combine_scores
+from common.overlong import Dropped
+from common.train_state import TrainState
+from launch.plan.options import PlanOptions
+from step1_sft.data import demonstration
+from step1_sft.options import SFTOptions
+from step2_reward import shared_prompt
+from step2_reward.data import Preference
+from step2_reward.direct.measure import pair_losses
+from step2_reward.direct.options import DirectOptions
+from step2_reward.options import RewardOptions
+from step3_ppo import best_of_n_files
+from step3_ppo.best_of_n_options import BestOfNOptions
+from step3_ppo.best_of_n_select import worse
+from step3_ppo.losses import kl_loss
+from step3_ppo.options import PPOOptions
+from step3_ppo.targets import estimate_advantages, kl_controller, shape_rewards
+from tests.step3_ppo.test_targets import PLAIN, rollout
+from tests.word_encoder import WordEncoder
+
+CLASSES = (SFTOptions, RewardOptions, DirectOptions, PPOOptions, BestOfNOptions, PlanOptions)
+TWO = torch.tensor([1.0, 2.0])
+
+
+def choices() -> dict[str, set[str]]:
+    """The values of every option that has choices, in any command."""
+    found: dict[str, set[str]] = {}
+    for options_class in CLASSES:
+        hints = get_type_hints(options_class)
+        for field in fields(options_class):
+            if get_origin(hints[field.name]) is Literal:
+                found.setdefault(field.name, set()).update(get_args(hints[field.name]))
+    return found
+
+
+def too_long(value: str) -> None:
+    record = {"prompt": "a b c d e f", "completion": "g h"}
+    try:
+        demonstration(record, WordEncoder(), 6, value, "response")
+    except (Dropped, ValueError):
+        assert value in ("drop", "error", "truncate_response")
+
+
+def share(value: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(shared_prompt, "can_share_prompts", lambda *_: True)
+    patch.setattr(shared_prompt, "base_model", lambda engine: engine)
+    engine = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)))
+    rows = [Preference([5, 6], [7, 8], [1, 1], [0.0, 1.0])]
+    shared_prompt.choose_layout(engine, rows, RewardOptions(share_prompts=value), 0)
+
+
+def estimate(**options: Any) -> None:
+    scored = rollout([1.0, 2.0])
+    rewards = torch.randn(2, 4) * scored.response_mask
+    estimate_advantages(scored, rewards, PPOOptions(**options, samples_per_prompt=2), {})
+
+
+def keep(value: str) -> None:
+    scores = np.array([[1.0, 2.0]])
+    best_of_n_files._keep(scores, scores > 0, {}, BestOfNOptions(keep=value))
+
+
+def schedule(value: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(TWO.clone())])
+    get_scheduler(value, optimizer, num_warmup_steps=1, num_training_steps=2)
+
+
+def best_metric(value: str) -> None:
+    measured = dict.fromkeys(("eval/loss", "eval/accuracy", "eval/score", "eval/gold"), 0.5)
+    assert TrainState().is_best(value, measured) == (value != "none")
+
+
+DISPATCH: dict[str, Callable[..., Any]] = {
+    "loss_on": lambda v: demonstration({"prompt": "a", "completion": "b"}, WordEncoder(), 9, "drop", v),
+    "overlong": too_long,
+    "lr_scheduler_type": schedule,
+    "best_metric": best_metric,
+    "share_prompts": share,
+    "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
+    "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
+    "kl_penalty": lambda v: shape_rewards(
+        rollout([1.0, 2.0]), PPOOptions(**PLAIN, kl_penalty=v), {"kl_coef": 0.1}
+    ),
+    "kl_controller": lambda v: kl_controller(PPOOptions(kl_controller=v), {}),
+    "advantage_estimator": lambda v: estimate(advantage_estimator=v),
+    "reinforce_baseline": lambda v: estimate(advantage_estimator="reinforce", reinforce_baseline=v),
+    "keep": keep,
+    "pairs": lambda v: worse(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),
+}
+ELSEWHERE = {"device"}  # of the plan: its tests predict for both
+
+
+def test_every_option_with_choices_is_looked_at():
+    assert choices().keys() == DISPATCH.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("name", DISPATCH)
+def test_a_choice_has_a_branch_and_nothing_else_has(name: str, monkeypatch: pytest.MonkeyPatch):
+    more = [monkeypatch] if name == "share_prompts" else []
+    for value in sorted(choices()[name]):
+        DISPATCH[name](value, *more)
+    with pytest.raises((AssertionError, ValueError, KeyError), match="unheard-of"):
+        DISPATCH[name]("unheard-of", *more)
+
+
+def test_a_term_of_the_loss_and_a_loss_without_pairs_too():
+    for estimate_of in ("k2", "k3"):
+        kl_loss(TWO, -TWO, estimate_of)
+    with pytest.raises(AssertionError, match="reward"):
+        kl_loss(TWO, -TWO, "reward")
+    with pytest.raises(AssertionError, match="kto"):
+        pair_losses(TWO, -TWO, DirectOptions(loss="kto"))
