@@ -25,7 +25,7 @@ from common.metrics import MetricWriter, peak_memory_gib
 from common.models import load_scalar_model, longest_input
 from common.option_checks import check_held_out
 from common.options import parse_options, world_size
-from common.process import Stopped, run_main, stop_between_steps
+from common.process import Stopped, run_main, stop_anywhere, stop_between_steps
 from common.resume import resume, stop_after_training
 from common.roles import start_config
 from common.run_folder import check_folder, open_run
@@ -140,6 +140,7 @@ def main() -> None:
 
     # 5. What it says of pairs that every run is judged on.
     if golden:
+        stop_anywhere(f"Stopped; {output}/final is written, the report on --golden_data is not.")
         rows = golden.rows[encoder]
         judged = judge(golden, rows, *scored_pairs(engine, rows, options.micro_batch_size, layout))
         std = engine.module.config.reward_std
