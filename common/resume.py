@@ -131,7 +131,7 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = checkpoint.folder / name
-    states = torch.load(next(folder.glob("*model_states.pt")), map_location="cpu", weights_only=False)
+    states = torch.load(next(folder.glob("*model_states.pt")), map_location="cpu", weights_only=True)
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
     is_mine = rank() == 0 or not any(is_partitioned(p) for _, p in trained)
     weights = states["module"]
