@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-LEAST_KEPT = 0.5  # share of the prompts with a demonstration, below which the report says what to change
 MANY = 0.25  # share of the responses that are unusable for one reason
 
 
@@ -18,9 +17,7 @@ def describe(report: Mapping[str, Any]) -> str:
         line += " (no prompt has two usable responses of different scores)"
     unused = report["unused"]
     if losses := describe_unused(unused, report["max_response_length"]):
-        line += f"; {losses}"
-    if report["prompts_with_demonstrations"] < LEAST_KEPT * report["prompts"]:
-        line += advise(unused, report["samples"])
+        line += f"; {losses}{advise(unused, report['samples'])}"
     return line
 
 

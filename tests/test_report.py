@@ -618,7 +618,7 @@ def test_any_mix_of_output_folders(tmp_path):
         (samples / "options.json").write_text(json.dumps(dataclasses.asdict(SampleOptions())))
         (samples / "samples.jsonl").write_text('{"group": 0, "prompt": "p", "completion": "c", "score": 1}\n')
         (samples / "report.json").write_text(json.dumps(BEST_OF_N))
-    pairs = tmp_path / "pairs"
+    pairs = tmp_path / "best"  # a name that runs have for a part of theirs
     pairs.mkdir()
     (pairs / "options.json").write_text(json.dumps(dataclasses.asdict(SamplePairsOptions())))
     (pairs / "pairs.jsonl").write_text("{}\n")
@@ -638,7 +638,7 @@ def test_any_mix_of_output_folders(tmp_path):
         "7 cut at 48 tokens: raise --max_response_length or pass --keep_truncated",
         "0 pairs judged; 3 left out",
         "compare/report.json: cannot be shown: ",
-        f"Not shown: {tmp_path.name} (data), pairs (sampled pairs).",
+        f"Not shown: {tmp_path.name} (data), best (sampled pairs).",
     ):
         assert part in page.text, part
     order = [page.text.index(f"(raft/{one})") for one in ("round_2/step1_sft", "round_10/step1_sft")]

@@ -107,7 +107,9 @@ def _folders(root: Path) -> tuple[list[Path], bool]:
                 below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
             except PermissionError:
                 continue
-            queue += [p for p in below if p.name not in PARTS_OF_RUNS and not p.name.startswith(".")]
+            is_run = any((folder / name).exists() for name in ("options.json", "metrics.jsonl"))
+            skipped = PARTS_OF_RUNS if is_run else set()
+            queue += [p for p in below if p.name not in skipped and not p.name.startswith(".")]
     return sorted(found, key=lambda path: _natural(path.relative_to(root))), bool(queue)
 
 
