@@ -102,10 +102,10 @@ POLICIES: dict[str, PretrainedConfig] = {
 
 
 def make_model(world: Path, folder: Path, config: PretrainedConfig) -> Path:  # noqa: F811
-    """A random model with the tokenizer of the world, and its data beside it."""
+    """A random model with the tokenizer of the world, fewer tokens than rows, and its data beside it."""
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     text = config.get_text_config()
-    text.vocab_size = len(tokenizer)
+    text.vocab_size = len(tokenizer) + 8
     for token in ("bos", "eos", "pad"):
         setattr(text, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
     if text is not config:
