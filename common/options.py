@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -186,7 +187,8 @@ def parse_options(
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise UserError(message.removeprefix("argument "))
+            named = re.sub(r"^(--\w+)/[^:]*:", r"\1:", message.removeprefix("argument "))
+            raise UserError(named)
 
         def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
             if names[0].startswith("--no_") and settings.get("action") == "store_false":

@@ -84,7 +84,7 @@ def test_batch_sizes_that_do_not_divide_are_all_named(numbers):
     message = str(error.value)
     assert f"--global_batch_size {global_batch} " in message
     assert f"--micro_batch_size {micro_batch} " in message
-    assert f"{ranks} ranks" in message and "\n" not in message
+    assert f"{ranks} rank" in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
