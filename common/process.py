@@ -30,7 +30,7 @@ ONE_SIGNAL = (
 GRACE = 5.0  # seconds that a rank waits for its own error after another rank of the machine has ended
 CLEAN_UP = 20.0  # seconds that an interrupted rank may take to remove temporary files
 PREPARING = "Stopped during preparation; nothing to save. Run the same command to start again."
-UNWRITTEN = "Stopped; nothing was written. Run the same command to start again."
+UNWRITTEN = "Stopped; no results were written. Run the same command to start again."
 
 _requested = False  # a stop, by a signal or because nobody watches the run any more
 _finished = False
