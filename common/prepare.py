@@ -42,7 +42,6 @@ Convert = Callable[[Record], tuple[Row, bool]]  # record -> row, and whether the
 
 CHUNK = 500  # records that a worker converts at once
 FEW = 4  # chunks that are not worth starting workers for
-REPORT_SECONDS = 10.0
 
 # The files that decide what a record becomes, beside the one that `convert` is in.
 CODE = (
