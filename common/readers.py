@@ -13,7 +13,7 @@ from typing import Any
 
 from common.files import sha256
 from common.options import UserError, reason
-from common.sources import KINDS, kind_of, parse_source
+from common.sources import KINDS, hub_reason, kind_of, parse_source
 
 # A line of JSONL, not parsed yet; a value of another file; or what is wrong with the row.
 Unparsed = bytes | Any | ValueError
@@ -54,14 +54,16 @@ def content_of(name: str) -> str:
 @lru_cache(maxsize=1)
 def load_hub_dataset(name: str) -> Any:
     """One split of a hub dataset, as `files_of` names it. Raises UserError with the reason."""
-    import datasets  # here, because most runs never need it
+    import datasets  # here, because most runs never need them
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()  # its retries, one warning each
     source = parse_source(name)
     try:
         return datasets.load_dataset(source.name, source.config or None, split=source.split)
     except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason
-        raise UserError(f"{name}: {reason(error)}") from None
+        raise UserError(f"{name}: {hub_reason(error)}") from None
 
 
 def _read_jsonl(path: Path) -> Rows:

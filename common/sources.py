@@ -87,7 +87,8 @@ def files_of(source: Source, is_training: bool = True) -> list[str]:
         return [source.name]
     if path.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1:
         raise UserError(f"{source.name}: No such file or folder")
-    split = _choose(source, hub_splits(source.name, source.config), is_training)
+    # `datasets` may have a split that is named without the network; where there is none, it lists the others.
+    split = source.split or _choose(source, hub_splits(source.name, source.config), is_training)
     return [":".join(filter(None, (source.name, source.config, split)))]
 
 
@@ -113,7 +114,12 @@ def hub_splits(name: str, config: str) -> tuple[str, ...]:
     try:
         return tuple(datasets.get_dataset_split_names(name, config or None))
     except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason
-        raise UserError(f"{name}: no such file or folder, nor a hub dataset: {reason(error)}") from None
+        raise UserError(f"{name}: no such file or folder, nor a hub dataset: {hub_reason(error)}") from None
+
+
+def hub_reason(error: Exception) -> str:
+    """Why a hub dataset cannot be loaded: all lines of the message as one, since later ones list names."""
+    return " ".join(str(error).split())[:300] or reason(error)
 
 
 def _is_local(name: str) -> bool:

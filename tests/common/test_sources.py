@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from common import sources as module
 from common.options import UserError
+from common.run_folder import fingerprint
 from common.sources import Source, copies, files_of, files_to_read, parse_source
 
 
@@ -130,6 +132,8 @@ def hub(monkeypatch):
     import datasets
 
     def split_names(name: str, config: str | None) -> list[str]:
+        if name == "me/two":
+            return ["train_sft", "test_sft"]
         if name != "me/chat":
             raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nRetry later")
         if config is None:
@@ -148,8 +152,12 @@ def test_splits_of_a_hub_dataset(capsys):
     assert "me/chat: reading me/chat:main:test_sft of the hub" in capsys.readouterr().out
     assert parse_source("me/chat:main:test_sft").config == "main"
     for text, is_training, message in (
-        ("me/chat:main:train_sft", True, "me/chat:train_sft: no such split; it has train, test_sft"),
-        ("me/chat", True, "me/chat: no such file or folder, nor a hub dataset: Config name is missing"),
+        (
+            "me/chat",
+            True,
+            "me/chat: no such file or folder, nor a hub dataset: Config name is missing. Please pick one",
+        ),
+        ("me/two", True, "me/two: has the splits train_sft, test_sft; name one, as in me/two:test_sft"),
         (
             "me/char",
             True,
@@ -159,3 +167,15 @@ def test_splits_of_a_hub_dataset(capsys):
         with pytest.raises(UserError, match=message) as error:
             files_of(parse_source(text), is_training)
         assert "\n" not in str(error.value)
+
+
+def test_a_run_is_compared_by_the_files_that_it_reads(tmp_path):
+    data = folder(tmp_path, "train.jsonl", "test.jsonl", "notes.txt")
+    options = SimpleNamespace(train_data=[str(data)], eval_data=[f"{data}:test"])
+    before = fingerprint(options, {})
+    (data / "notes.txt").write_text("other notes")
+    assert fingerprint(options, {}) == before
+    (data / "test.jsonl").write_text("other records")
+    after = fingerprint(options, {})
+    assert after["--train_data 1"] == before["--train_data 1"]
+    assert after["--eval_data 1"] != before["--eval_data 1"]
