@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.distributed import device, on_cpu
 from common.models import is_partitioned
 from common.options import OptimiserOptions, world_size
-from common.zero import fill_bucket_sizes
+from common.zero import fill_bucket_sizes, offloads
 
 
 def make_engine(
@@ -163,7 +163,7 @@ def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, le
         "eps": options.adam_epsilon,
     }
     groups = [group for group in groups if group["params"]]
-    if "offload_optimizer" in zero["zero_optimization"] and not on_cpu():
+    if offloads(zero, "offload_optimizer") and not on_cpu():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, **settings)

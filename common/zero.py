@@ -102,6 +102,12 @@ def _read(source: Path) -> dict[str, Any]:
     return config
 
 
+def offloads(config: dict[str, Any], section: str) -> bool:
+    """Whether a section, `offload_optimizer` or `offload_param`, names a device: {} and "none" do not."""
+    device = (config["zero_optimization"].get(section) or {}).get("device", "none")
+    return device not in (None, "none")
+
+
 def _read_offload(zero: dict[str, Any], source: Path) -> None:
     """Check the offload sections, and remove those without a device: to DeepSpeed `{"device": "none"}`, {}
     and null are off. So is any of them at stage 0.
@@ -114,7 +120,7 @@ def _read_offload(zero: dict[str, Any], source: Path) -> None:
                 f'{source}: zero_optimization.{name} is {section!r}; it must be {{"device": "cpu"}}, with'
                 " device one of none, cpu, nvme"
             )
-        if device in (None, "none") or zero["stage"] == 0:
+        if not offloads({"zero_optimization": zero}, name) or zero["stage"] == 0:
             zero.pop(name, None)
 
 

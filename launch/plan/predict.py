@@ -8,7 +8,7 @@ from common.generation import check_generation
 from common.lora import check_targets
 from common.models import load_config, longest_input
 from common.options import world_size
-from common.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config
+from common.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config, offloads
 from launch.plan.memory import ALLREDUCE_BUCKET, FP32, Model, Parts, Zero
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase, Sizes, peak, step1, step2, step3
@@ -125,8 +125,8 @@ def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) ->
         stage=zero["stage"],
         ranks=world_size(),
         size=FP32 // 2 if is_16_bit else FP32,
-        offloads_optimiser="offload_optimizer" in zero,
-        offloads_weights=zero["stage"] == 3 and "offload_param" in zero,
+        offloads_optimiser=offloads(config, "offload_optimizer"),
+        offloads_weights=zero["stage"] == 3 and offloads(config, "offload_param"),
         bucket=int(zero.get("reduce_bucket_size", ALLREDUCE_BUCKET)),
         buffers=2 if zero.get("overlap_comm", zero["stage"] == 3) else 1,
         live=int(zero.get("stage3_max_live_parameters", Zero.live)),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from common.engine import _adamw
 from common.options import TrainOptions, UserError
@@ -209,6 +210,15 @@ def test_an_offload_without_a_device_is_off(tmp_path, monkeypatch, name, section
     optimiser = _adamw(torch.nn.Linear(2, 2), config, OPTIONS, 1e-3)
     assert type(optimiser) is torch.optim.AdamW
     assert frozen_config(config, waits=True)["zero_optimization"]["offload_param"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize("section", [{}, {"device": "none"}, {"device": None}, {"device": "cpu"}])
+def test_adamw_is_deepspeeds_where_a_gpu_run_offloads(monkeypatch, section):
+    monkeypatch.setattr("common.engine.on_cpu", lambda: False)
+    monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", lambda *_, **__: "on the host")
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": section}}
+    adamw = _adamw(nn.Linear(2, 2), config, OPTIONS, 1e-3)
+    assert (adamw == "on the host") == (section == {"device": "cpu"})
 
 
 def test_an_offload_with_a_device_is_kept_where_there_is_zero(tmp_path):
