@@ -321,7 +321,7 @@ def test_the_command_prints_a_table_and_what_fits(big: PlanOptions):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--model_name_or_path is required"),
+        ([], "options are required: bash launch/plan.sh --model_name_or_path"),
         (["--model_name_or_path=DIR", "--num_gpu", "2"], "did you mean --num_gpus?"),
         (["--model_name_or_path=DIR", "--num_gpus", "3"], "not a multiple of --micro_batch_size 4 x 3 ranks"),
         (["--model_name_or_path=DIR", "--zero_config", "absent.json"], "--zero_config absent.json: No such"),
