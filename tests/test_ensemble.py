@@ -90,13 +90,14 @@ def test_the_ensemble_is_a_part_of_the_run(world: Path, run: Path, tmp_path: Pat
     one, two = run / "reward/final", make_other(tmp_path / "other", run / "reward/final")
     options = [*ppo(world, run / "sft/final", one, tmp_path / "out", steps=1)]
     both = ["--reward_model_name_or_path", str(one), str(two)]
+    anew = [*both, "--output_dir", str(tmp_path / "another")]
     succeed("step3_ppo.main", [*options, *both], tmp_path)
     for words, parts in {
         (): ["--reward_model_name_or_path 2", "tokenizer of reward model 2"],
         (both[0], str(two), str(one)): [f"--reward_model_name_or_path 1 {two}", f"path 2 {one}"],
         (*both, "--reward_combine", "min"): ["--reward_combine mean -> min"],
-        (*both, "--reward_weights", "1"): ["--reward_weights 1: must be a number above 0 for each of 2"],
-        (*both, "--reward_weights", "1", "2", "--reward_combine", "min"): [
+        (*anew, "--reward_weights", "1"): ["--reward_weights 1: must be a number above 0 for each of 2"],
+        (*anew, "--reward_weights", "1", "2", "--reward_combine", "min"): [
             "--reward_weights 1 2",
             "mean_std",
         ],
