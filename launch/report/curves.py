@@ -29,7 +29,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Reward and distance": {
         "Score of a response": ("reward/mean", "reward/median", "reward/p10", "reward/p90"),
-        "What the policy is to raise: score less penalties and KL": ("reward/total",),
+        "Reward: score less penalties and KL": ("reward/total",),
         "Penalties, and share of clipped scores": ("reward/penalty", "reward/clipped"),
         "Score on held-out prompts": ("eval/score",),
         "Gold on held-out prompts": ("eval/gold",),
@@ -46,7 +46,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Responses": {
         "Length in tokens": ("response/length", "eval/length"),
-        "Share that ends by itself": ("response/eos_rate", "eval/eos_rate"),
+        "Share that ends in EOS": ("response/eos_rate", "eval/eos_rate"),
         "Distinct tokens and pairs": ("response/distinct_?", "eval/distinct_?"),
         "Repeated trigrams": ("response/repeated_3", "eval/repeated_3"),
     },
@@ -54,12 +54,12 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Entropy, nats per token": ("policy/entropy",),
         "Share of clipped tokens": ("policy/clip_fraction", "value/clip_fraction"),
         "KL of one rollout's updates, nats per token": ("policy/approx_kl",),
-        "The same at the last one, nats per response": ("policy/update_kl",),
+        "KL at the last update, nats per response": ("policy/update_kl",),
         "Perplexity of its own responses": ("policy/perplexity",),
         "Ratio at the first minibatch": ("policy/ratio",),
         "Policy loss": ("policy/loss",),
         "Value loss": ("value/loss",),
-        "Variance that the critic explains": ("value/explained_var",),
+        "Explained variance of the critic": ("value/explained_var",),
         "Mean value": ("value/mean",),
     },
     "Optimiser": {

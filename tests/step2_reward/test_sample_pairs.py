@@ -40,7 +40,7 @@ def noise(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("noise")
     shutil.copytree(few / "model", folder, dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    torch.nn.init.zeros_(model.model.embed_tokens.weight)
+    torch.nn.init.constant_(model.model.embed_tokens.weight, 1e-6)
     model.save_pretrained(folder)
     return folder
 
