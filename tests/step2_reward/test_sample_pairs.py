@@ -88,7 +88,7 @@ def test_a_stop_loses_nothing(few: Path, noise: Path, tmp_path: Path) -> None:
         running.wait_for(lambda file=journal: file.exists() and file.stat().st_size > 0)
         os.kill(running.pids[0], signal.SIGTERM)
         ended = running.result()
-        assert ended.codes == [75] and "the same command goes on" in ended.output, ended.output
+        assert ended.codes == [75] and "Run the same command to resume" in ended.output, ended.output
         assert not (tmp_path / "out/pairs.jsonl").exists()
         assert all(file.read_text().startswith(text) for file, text in done.items())
         done = {file: file.read_text() for file in (tmp_path / "out").glob("*.journal")}
