@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data_report import left_out, why_empty
+from common.data_report import left_out, warn_of_left_out, why_empty
 from common.distributed import log
 from common.options import CacheOptions, UserError
 from common.prepare import Convert, Prepared, prepare
 from common.readers import origin, read_source
 from common.records import Record, parse_record
+from common.rendering_report import describe_rendering
 from common.sources import copies, files_to_read, parse_source
 from common.table import Row
 
@@ -46,9 +47,12 @@ def load_alike(
     if not found.records:
         others = sum(len(one.notes.column("number")) for one in first) - shared
         raise UserError(f"{names}: no rows left: {why_empty(first, {'left out for another model': others})}")
-    read, _, reasons = left_out(first)
+    read, count, reasons = left_out(first)
     rest = f"; left out: {', '.join(reasons)}" if reasons else ""
     log(f"{names}: {len(found.records)} rows of {read} records{rest}")
+    warn_of_left_out(read, count)
+    if encoder := getattr(converts[0], "keywords", {}).get("encoder"):
+        describe_rendering(first, encoder, learns_replies=False)
     return found
 
 

@@ -22,6 +22,7 @@ from common.table import Row
 # Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough
 # to stay close to a plain shuffle.
 BATCHES_PER_WINDOW = 16
+LEARNT = {"is_trained", "is_response"}  # fields of rows in which every reply is learnt
 
 
 class Examples(Sequence[Row]):
@@ -100,7 +101,9 @@ def load_examples(
         raise UserError(f"{' '.join(sources)}: no rows left: {why_empty(prepared, elsewhere)}")
     describe_data(prepared + prepared_too, train, held_out)
     if encoder := getattr(convert, "keywords", {}).get("encoder"):
-        describe_rendering(prepared + prepared_too, encoder, learns_replies=options.stage == 1)
+        describe_rendering(
+            prepared + prepared_too, encoder, learns_replies=bool(LEARNT & {*row_class._fields})
+        )
     if options.eval_data or options.eval_fraction:
         warn_of_few(held_out, options.max_eval_samples)
     if isinstance(options, TrainOptions):

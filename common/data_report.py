@@ -29,8 +29,7 @@ def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Exa
 
     read, count, reasons = left_out(sources)
     log(f"{read:,} records read, {count:,} left out{': ' * bool(reasons)}{', '.join(reasons)}")
-    if count > LARGE_SHARE * read:
-        log(f"warning: {count / read:.0%} of the records are left out")
+    warn_of_left_out(read, count)
     is_cut = train.notes("is_cut")
     if is_cut.mean() > LARGE_SHARE:
         log(f"warning: {is_cut.mean():.0%} of the training rows are cut to the length limit")
@@ -40,6 +39,12 @@ def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Exa
             f"warning: {shared:,} of {len(held_out):,} held-out prompts are in the training data too:"
             " what is measured on them is memory"
         )
+
+
+def warn_of_left_out(read: int, count: int) -> None:
+    """Warn where `count` of the records that were read is a large part."""
+    if count > LARGE_SHARE * read:
+        log(f"warning: {count / read:.0%} of the records are left out")
 
 
 def warn_of_few(held_out: "Examples", at_most: int) -> None:

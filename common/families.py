@@ -17,10 +17,16 @@ from common.options import UserError, reason
 
 # Their recurrent states are in the modules, not in the cache, which therefore cannot be cut to some rows.
 STATES_IN_MODULES = ("recurrent_gemma",)
+ROUTED_BY_NOISE = ("phimoe",)
 
 
 def check_policy(config: PretrainedConfig) -> None:
     """Raise UserError unless it is the configuration of a causal language model."""
+    if config.model_type in ROUTED_BY_NOISE:
+        raise UserError(
+            f"{config.name_or_path}: model type {config.model_type!r} is not supported: it draws its experts"
+            " at random in training, so sampling and training cannot agree"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _is_causal(config):
         raise UserError(
             f"{config.name_or_path}: model type {config.model_type!r} is not a causal language model that"
@@ -64,7 +70,7 @@ def check_scalar(config: PretrainedConfig) -> None:
 def _is_causal(config: PretrainedConfig) -> bool:
     """Whether a token sees only those before it. Encoders do so as decoders alone (BERT and its like)."""
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    return not config.is_encoder_decoder and not is_encoder
+    return not config.is_encoder_decoder and not is_encoder and not hasattr(config, "text_encoder")
 
 
 def remove_noise(config: PretrainedConfig) -> None:
@@ -81,12 +87,14 @@ def remove_noise(config: PretrainedConfig) -> None:
 def attention_widths(config: PretrainedConfig) -> list[int]:
     """Heads x head size of each layer with attention; recurrent layers have none."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if not heads:
-        return []
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    layers = getattr(text, "layer_types", None) or ["attention"] * text.num_hidden_layers
-    return [width for layer in layers if "attention" in layer and "linear" not in layer]
+    kinds = getattr(text, "layer_types", None) or ["attention"] * getattr(text, "num_hidden_layers", 0)
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * len(kinds)
+    widths = []
+    for kind, layer in zip(kinds, layers, strict=True):
+        heads = getattr(layer, "num_attention_heads", None)
+        if heads and "attention" in kind and "linear" not in kind:
+            widths.append(heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads))
+    return widths
 
 
 def active_share(config: PretrainedConfig) -> float:
@@ -94,7 +102,9 @@ def active_share(config: PretrainedConfig) -> float:
     text = config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((count for name in names if (count := getattr(text, name, None))), None)
-    return text.num_experts_per_tok / count if count else 1.0
+    names = ("num_experts_per_tok", "top_k_experts")
+    chosen = next((chosen for name in names if (chosen := getattr(text, name, None))), count)
+    return chosen / count if count else 1.0
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

@@ -8,7 +8,7 @@ from common.distributed import log
 from common.prepare import Prepared
 from common.tokenization import SegmentEncoder
 
-MOST_SOURCES = 5
+MOST_EXAMPLES = 5
 SHOWN = 200  # characters of an example
 
 
@@ -21,23 +21,22 @@ def describe_rendering(sources: Sequence[Prepared], encoder: SegmentEncoder, lea
     template = encoder.chat_template
     model = encoder.tokenizer.name_or_path
     name = "the default Human/Assistant template" if template.is_default else f"the chat template of {model}"
-    rendered = 0
-    for source in [source for source in sources if source.read][:MOST_SOURCES]:
-        strings = source.notes.column("is_string")
-        if not len(strings):
-            continue
-        messages, verbatim = int((~strings).sum()), int(strings.sum())
-        rendered += messages
+    sources = [source for source in sources if len(source.notes.column("is_string"))]
+    rendered = strings = 0
+    for number, source in enumerate(sources):
+        is_string = source.notes.column("is_string")
+        messages, verbatim = int((~is_string).sum()), int(is_string.sum())
+        rendered, strings = rendered + messages, strings + verbatim
         parts = [f"{messages:,} prompts rendered with {name}"] * (messages > 0)
         parts += [f"{verbatim:,} prompts used verbatim"] * (verbatim > 0)
-        log(f"{source.name}: {', '.join(parts)}; the first row: {example(source.rows[0], encoder)}")
-        if verbatim and not template.is_default:
-            log(
-                f"warning: {source.name}: {verbatim:,} prompts are strings, so {name} is not used for them;"
-                " write prompts as messages to use it"
-            )
-    if len(sources) > MOST_SOURCES:
-        log(f"... and {len(sources) - MOST_SOURCES} more files")
+        if number < MOST_EXAMPLES:
+            parts[-1] += f"; the first row: {example(source.rows[0], encoder)}"
+        log(f"{source.name}: {', '.join(parts)}")
+    if strings and not template.is_default:
+        log(
+            f"warning: {strings:,} prompts are strings, so {name} is not used for them; write prompts as"
+            " messages to use it"
+        )
     if rendered and template.has_date:
         log(f"{name} writes today's date: in every run it is {TODAY:%d %b %Y}")
     if rendered and learns_replies and template.changes_replies(encoder.tokenizer.eos_token):
