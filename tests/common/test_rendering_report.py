@@ -38,10 +38,7 @@ def test_counts_example_and_warning(tmp_path, capsys):
     )
     assert "d.jsonl: 1 prompts rendered with the chat template of some/model, 1 prompts used verbatim" in text
     assert r"the first row: '<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nA plum.<|im_end|>'" in text
-    assert (
-        "warning: " in text
-        and "1 prompts are strings, so the chat template of some/model is not used" in text
-    )
+    assert "warning: 1 prompts are strings, so the chat template of some/model is not used" in text
 
 
 def test_strings_are_at_home_under_the_default_template(tmp_path, capsys):
