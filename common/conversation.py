@@ -32,7 +32,8 @@ def plain_messages(value: list[Any], name: str) -> list[Message]:
     """Messages with a role and a content string each. Raises ValueError, naming the field `name`.
 
     Content may be a list of text parts, which are joined. Other keys that hold something (tool calls, a
-    name, a weight) would change the text or the loss, so they are refused; empty ones are left out.
+    name, a weight) would change the text or the loss, so they are refused; empty ones are left out, and so
+    is a weight that changes nothing: 1 for a reply, 0 for any other message.
     """
     return [_plain_message(message, f"field {name!r}: message {i}") for i, message in enumerate(value)]
 
@@ -122,7 +123,8 @@ def _plain_message(message: Any, place: str) -> Message:
     if role not in ROLES:
         raise ValueError(f"{place} has role {role!r}; allowed: {', '.join(ROLES)}")
     for key, value in message.items():
-        if key not in ("role", "content") and value not in (None, "", [], {}):
+        is_default = key == "weight" and value == (role == "assistant")
+        if key not in ("role", "content") and value not in (None, "", [], {}) and not is_default:
             raise ValueError(f"{place} has {key!r}, which is not supported; allowed: 'role' and 'content'")
     if isinstance(content, list):
         content = "".join(_text_of_part(part, place) for part in content)

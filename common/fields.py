@@ -10,6 +10,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
+NOTHING = (None, "", [], {}, "[]", "{}", "null")
 FLAGS = {"true": True, "false": False}
 LISTS = ("messages", "conversations", "history", "responses", "ranks", "votes")
 # Fields whose value is a text, or messages.
@@ -43,6 +44,13 @@ def as_number(value: Any) -> float | None:
     with contextlib.suppress(ValueError, OverflowError):
         return float(value) if math.isfinite(float(value)) else None
     return None
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a field is there only for the sake of other records of the file."""
+    if isinstance(value, list | dict):
+        return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
+    return (value.strip() if isinstance(value, str) else value) in NOTHING
 
 
 def with_lists(record: Record) -> Record:

@@ -19,6 +19,19 @@ UMASK = os.umask(0o077)  # what this process was started with; it can be read by
 os.umask(UMASK)
 
 
+# The same methods of Path raise OSError for a name that is too long, and in a forbidden folder.
+def exists(path: str | Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_folder(path: str | Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def is_file(path: str | Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file beside its place, flush it to disk, and rename it into place."""
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
 
 from common.distributed import gather_objects, log_once, some
-from common.files import read_json
+from common.files import exists, is_folder, read_json
 from common.generation_config import read_generation_config, writable
 from common.options import UserError, reason
 
@@ -35,17 +35,17 @@ class Comparison(NamedTuple):
 
 def read_config(path: str) -> PretrainedConfig:
     """The configuration. Raises UserError when there is none, and for values that no model can have."""
-    if (Path(path) / "adapter_config.json").exists():
+    if exists(Path(path) / "adapter_config.json"):
         raise UserError(
             f"{path}: a peft adapter, not a model; give the merged model: `final/` of the run that made it,"
             " or what peft's merge_and_unload makes of it"
         )
-    if Path(path).is_dir():
+    if is_folder(path):
         read_json(Path(path) / "config.json")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever is in the file
-        place = Path(path) / "config.json" if Path(path).is_dir() else f"{path}: no model folder or hub name"
+        place = Path(path) / "config.json" if is_folder(path) else f"{path}: no model folder or hub name"
         raise UserError(f"{place}: {_custom_code(path) or reason(error)}") from None
     _check_config(path, config)
     return config

@@ -38,6 +38,12 @@ def split_responses(record: dict[str, Any], names: Sequence[str]) -> tuple[Text,
     return prompt, responses
 
 
+def is_answer(response: Any) -> bool:
+    """Whether a response is one alone, rather than a dialogue. It need not be of plain messages yet."""
+    is_list = isinstance(response, list) and response and isinstance(response[0], dict)
+    return isinstance(response, str) or bool(is_list and response[0].get("role") == "assistant")
+
+
 def with_dialogues(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A record, and the names of its responses that are messages, for `split_responses`."""
     several = record.get("responses")
@@ -63,8 +69,14 @@ def _without_prompt(prompt: Text, responses: dict[str, Text]) -> tuple[Text, dic
                 return _common_beginning(responses)
             raise ValueError(f"'prompt' is none of the user messages in {' and '.join(map(repr, responses))}")
         prompt = [{"role": "user", "content": prompt}]
-    if dialogues and all(dialogue[: len(prompt)] == prompt for dialogue in dialogues):
-        responses = {name: response[len(prompt) :] for name, response in responses.items()}
+    responses = {
+        name: response[len(prompt) :] if response[: len(prompt)] == prompt else response
+        for name, response in responses.items()
+    }
+    allowed = ("user", "assistant") if prompt[-1]["role"] == "assistant" else ("assistant",)
+    for name, response in responses.items():
+        if isinstance(response, list) and response and response[0]["role"] not in allowed:
+            raise ValueError(f"field {name!r} is a dialogue that does not begin with 'prompt'")
     shorter = without_last_replies(prompt)
     if not shorter:
         raise ValueError("field 'prompt' has no message that a response could answer")

@@ -20,7 +20,9 @@ Unparsed = bytes | Any | ValueError
 Rows = Iterator[tuple[int, float, Unparsed]]  # number from 1, the share that is read with it, itself
 
 BATCH = 1000  # rows of Parquet in memory
-BETWEEN = re.compile(r"[\s,]*")  # values of a JSON file
+SPACE = re.compile(r"\s*")
+BETWEEN = re.compile(r"[\s,]*")  # values of a JSON file that is no list
+COMMA = re.compile(r",\s*(?![\s\]])")  # between values of a list; one is not enough for an end
 
 
 def read_source(name: str) -> Rows:
@@ -81,22 +83,33 @@ def _read_json(path: Path) -> Rows:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
-    decoder, place, number = json.JSONDecoder(), BETWEEN.match(text).end(), 0
+    decoder, place, number = json.JSONDecoder(), SPACE.match(text).end(), 0
     is_list = text[place : place + 1] == "["
-    place = BETWEEN.match(text, place + is_list).end()
+    place = SPACE.match(text, place + is_list).end()
     while place < len(text) and not (is_list and text[place] == "]"):
         try:
             value, place = decoder.raw_decode(text, place)
+            place = _next_element(text, place) if is_list else BETWEEN.match(text, place).end()
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
             raise UserError(f"{path}: not valid JSON: {error.msg} ({where})") from None
         except (ValueError, RecursionError) as error:  # a number or a nesting that is too much for Python
             raise UserError(f"{path}: row {number + 1}: {reason(error)}") from None
-        number, place = number + 1, BETWEEN.match(text, place).end()
+        number += 1
         yield number, place / len(text), value
     if is_list and text[place:].strip() != "]":
         what = "the list has no end" if place >= len(text) else "there is more behind the list"
         raise UserError(f"{path}: not valid JSON: {what}")
+
+
+def _next_element(text: str, place: int) -> int:
+    """Where the next element of a list begins, or the list's end. Raises JSONDecodeError."""
+    place = SPACE.match(text, place).end()
+    if text[place : place + 1] in ("", "]"):
+        return place
+    if comma := COMMA.match(text, place):
+        return comma.end()
+    raise json.JSONDecodeError("Expecting one comma and another value, or the end of the list", text, place)
 
 
 def _read_csv(path: Path) -> Rows:
@@ -142,9 +155,10 @@ def _row(names: list[str], cells: list[str]) -> Unparsed:
 
 def _is_text(cells: list[str]) -> bool:
     try:
-        return bool("".join(cells).encode()) or True
+        "".join(cells).encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _read_parquet(path: Path) -> Rows:

@@ -4,6 +4,8 @@ ShareGPT    conversations: [{from, value}]                -> messages
             the same before chosen and rejected           -> prompt, chosen, rejected
 Alpaca      instruction, input, output                    -> prompt, completion
             the same with history                         -> messages
+Dolly       instruction, context, response                -> prompt, completion
+Orca        question, response or answer                  -> prompt, completion
 HH          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." -> the same as messages
 Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, perhaps tie
 several raters: votes instead of preference, a list       -> the same, by majority
@@ -16,10 +18,13 @@ soft labels: a number as preference, the probability of A -> the same, and how s
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from common.fields import as_number, shown, with_lists
+from common.fields import as_number, is_nothing, shown, with_lists
 from common.formatting import has_ended
+from common.prompt_boundary import is_answer
+from common.system_message import with_system
 
 Record = dict[str, Any]
 
@@ -28,9 +33,10 @@ SHAREGPT_ROLES = {
     "bot": "assistant", "system": "system",
 }  # fmt: skip
 # Fields that other tools put into what a model reads. Dropping them would teach something else.
-UNSUPPORTED = ("tools", "functions", "chat_template_kwargs", "images", "videos", "audios")
-NOTHING = (None, "", [], {}, "[]", "{}")
-SYSTEM = ("system", "system_prompt")  # a system message beside the dialogue
+UNSUPPORTED = ("tools", "functions", "documents", "chat_template_kwargs", "images", "videos", "audios")
+QUESTIONS = ("instruction", "question")
+INPUTS = ("input", "context")  # what a question is about
+ANSWERS = ("output", "response", "answer")  # to one of the questions
 PAIR = ("chosen", "rejected")
 DIALOGUES = ("messages", "conversations", "prompt", "completion", *PAIR, "response_a", "response_b")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -48,33 +54,30 @@ def recognise(record: Record) -> Record:
     if SURE in record:
         record = {name: value for name, value in record.items() if name != SURE}
     for name in UNSUPPORTED:
-        if not _is_nothing(record.get(name)):
+        if not is_nothing(record.get(name)):
             raise ValueError(f"field {name!r} changes what a model reads, and is not supported; leave it out")
     record = _as_messages(with_lists(record))
+    if not any(name in record for name in QUESTIONS):
+        _check_parts_of_prompt(record)
     if "conversations" in record and "messages" not in record:
         record = _from_conversations(record)
     if "prompt" not in record and all(_is_hh(record.get(side)) for side in PAIR):
         record = {**record, **{side: _from_hh(record[side]) for side in PAIR}}
-    elif "prompt" not in record and "messages" in record and all(_is_answer(record.get(s)) for s in PAIR):
-        record = {**record, "prompt": record["messages"]}
-    elif "prompt" not in record and "instruction" in record:
+    elif "prompt" not in record and "messages" in record and all(is_answer(record.get(s)) for s in PAIR):
+        record = {**record, "prompt": _without_last_replies(record["messages"])}
+    elif "prompt" not in record and ("instruction" in record or _is_question(record)):
         record = _from_alpaca(record)
     if "response_a" in record or "response_b" in record:
         record = _from_comparison(record)
     if "kto_tag" in record and "label" not in record:
         record = {**record, "label": record["kto_tag"]}
-    return _with_system(record)
+    return with_system(record)
 
 
 def agreement(record: Record) -> float:
     """Share of the raters of a pair who say what most of them say; NaN for a record without votes."""
     votes = [str(vote).lower() for vote in record.get("votes", [])]
     return max(Counter(votes).values()) / len(votes) if votes else math.nan
-
-
-def _is_nothing(value: Any) -> bool:
-    """Whether a field is there only for the sake of other records of the file."""
-    return (value.strip() if isinstance(value, str) else value) in NOTHING
 
 
 def _as_messages(record: Record) -> Record:
@@ -98,7 +101,7 @@ def _message(name: str, number: int, turn: Any) -> dict[str, Any]:
     """A turn as a message, with whatever further fields it has."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise ValueError(f"field {name!r}: turn {number} must have 'from' and 'value'")
-    if turn["from"] not in SHAREGPT_ROLES:
+    if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
         raise ValueError(
             f"field {name!r}: turn {number} is from {shown(turn['from'])};"
             f" allowed: {' '.join(SHAREGPT_ROLES)}"
@@ -117,57 +120,64 @@ def _from_conversations(record: Record) -> Record:
     return {**record, "messages": value}
 
 
-def _is_answer(side: Any) -> bool:
-    """Whether a response is one alone, rather than a whole dialogue."""
-    is_list = isinstance(side, list) and side and isinstance(side[0], dict)
-    return isinstance(side, str) or bool(is_list and side[0].get("role") == "assistant")
+def _is_question(record: Record) -> bool:
+    """Whether `question` is what the model reads; beside whole dialogues it is a note about them."""
+    return "question" in record and "messages" not in record and not _is_in_dialogues(record)
 
 
-def _with_system(record: Record) -> Record:
-    """The record with the text of `system` as its first message. Raises ValueError where it has no place."""
-    name = next((name for name in SYSTEM if not _is_nothing(record.get(name))), "")
-    if not name:
-        return record
-    text = record[name]
-    if not isinstance(text, str):
-        raise ValueError(f"field {name!r} is {type(text).__name__}; it must be a string")
-    first = {"role": "system", "content": text}
-    dialogues = [place for place in ("prompt", "messages") if isinstance(record.get(place), list)]
-    if not dialogues:  # whole dialogues, perhaps with their question as a string
-        dialogues = [place for place in PAIR if isinstance(record.get(place), list)]
-        dialogues = [place for place in dialogues if not _is_answer(record[place])]
-    if not dialogues:
-        raise ValueError(
-            f"field {name!r} has no place before a prompt that is a string, which is used verbatim; write"
-            " the prompt as a list of messages"
-        )
-    found = {}
-    for place in dialogues:
-        begin = next(iter(record[place]), None)
-        if begin == first:
-            continue
-        if isinstance(begin, dict) and begin.get("role") == "system":
-            raise ValueError(f"field {name!r} and the first of {place!r} are two different system messages")
-        found[place] = [first, *record[place]]
-    return {**record, **found}
+def _is_in_dialogues(record: Record) -> bool:
+    """Whether chosen and rejected are whole dialogues, which have their question themselves."""
+    return all(isinstance(record.get(side), list) and not is_answer(record[side]) for side in PAIR)
 
 
 def _from_alpaca(record: Record) -> Record:
     """The turns of `history` are learnt like any of a dialogue, as LLaMA-Factory documents it."""
-    parts = [record["instruction"], record.get("input") or ""]
+    name, extra = (_only_one(record, names) for names in (QUESTIONS, INPUTS))
+    parts = [record[name], record.get(extra) or ""]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError("fields 'instruction' and 'input' must be strings")
+        raise ValueError(f"fields {name!r} and {extra!r} must be strings")
     text = "\n\n".join(part for part in parts if part.strip())
     if not text:
-        raise ValueError("fields 'instruction' and 'input' are empty")
-    asked = [*_from_history(record.get("history") or []), {"role": "user", "content": text}]
+        raise ValueError(f"fields {name!r} and {extra!r} are empty")
+    history = _from_history(record.get("history") or [])
+    if not history and _is_in_dialogues(record):
+        return {**record, "prompt": text}  # it must be one of their user messages
+    asked = [*history, {"role": "user", "content": text}]
     found = {**record, "prompt": asked}
-    if "output" not in record:
+    answers = sorted((name for name in ANSWERS if name in record), key=lambda name: is_nothing(record[name]))
+    answer = next(iter(answers), "")
+    if not answer or "completion" in record:
         return found
-    reply = {"role": "assistant", "content": record["output"]}
-    if asked[1:] and "messages" not in record:
-        return {**record, "messages": [*asked, reply]}
-    return {**found, "completion": record["output"]}
+    if history and "messages" not in record:
+        return {**record, "messages": [*asked, {"role": "assistant", "content": record[answer]}]}
+    return {**found, "completion": record[answer]}
+
+
+def _only_one(record: Record, names: Sequence[str]) -> str:
+    """The one of several fields with the same meaning that holds something; the first when none does."""
+    full = [name for name in names if not is_nothing(record.get(name))]
+    if len(full) > 1:
+        raise ValueError(f"fields {full[0]!r} and {full[1]!r} are both there; only one of them is read")
+    return (full or [name for name in names if name in record] or names)[0]
+
+
+def _check_parts_of_prompt(record: Record) -> None:
+    """Raise ValueError for a part of a prompt without the question that it belongs to: it would be lost."""
+    has_messages = any(isinstance(record.get(name), list) for name in DIALOGUES)
+    for name in ["history"] if has_messages else ["history", *INPUTS]:
+        if not is_nothing(record.get(name)):
+            raise ValueError(
+                f"field {name!r} is read only beside 'instruction' or 'question'; make it part of the prompt,"
+                " or leave it out"
+            )
+
+
+def _without_last_replies(messages: Any) -> Any:
+    """Messages that serve as a prompt, up to the last one that is not the assistant's."""
+    end = len(messages) if isinstance(messages, list) else 0
+    while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    return messages[:end] if end else messages
 
 
 def _from_history(turns: Any) -> list[dict[str, str]]:

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.distributed import log
+from common.files import exists, is_file, is_folder
 from common.options import UserError, reason
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
+# What libraries write beside data, and what a run writes into its folder.
+METADATA = (
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "options.json",
+    "fingerprint.json", "report.json",
+)  # fmt: skip
 CLICKS = ".clicks.jsonl"  # what raters did, beside the file of records that is made of it
 LARGEST_WEIGHT = 100
 # Words in file names that name a split, as the hub knows them.
@@ -47,12 +53,12 @@ def parse_source(text: str) -> Source:
             raise UserError(
                 f"{text}: the weight after the colon must be above 0 and at most {LARGEST_WEIGHT}"
             )
-    if parts and kind_of(name) in KINDS and not Path(name).is_dir():
+    if parts and kind_of(name) in KINDS and not is_folder(name):
         raise UserError(f"{text}: only a weight may follow the name of a file, as in {name}:0.3")
     if len(parts) > 2 or not all(parts):
         raise UserError(f"{text}: must be NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, each perhaps with :WEIGHT")
     config, split = ["", "", *parts][-2:]
-    return Source(name, weight, SPLIT_WORDS.get(split, split) if Path(name).is_dir() else split, config)
+    return Source(name, weight, SPLIT_WORDS.get(split, split) if is_folder(name) else split, config)
 
 
 def copies(weight: float, fraction: Any) -> Any:
@@ -73,16 +79,16 @@ def files_of(source: Source, is_training: bool = True) -> list[str]:
     UserError for what is not there.
     """
     path = Path(source.name)
-    if path.is_dir():
+    if is_folder(path):
         return _files_in(source, is_training)
     kind = kind_of(source.name)
-    if path.exists() or kind[1:].isalpha():
+    if exists(path) or kind[1:].isalpha():
         if kind not in KINDS:
             raise UserError(
                 f"{source.name}: unknown kind of data file; allowed: {' '.join(KINDS)}, a folder of these, or"
                 " a hub name"
             )
-        if not path.exists():
+        if not exists(path):
             raise UserError(f"{source.name}: No such file")
         return [source.name]
     if path.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1:
@@ -95,7 +101,7 @@ def files_of(source: Source, is_training: bool = True) -> list[str]:
 def files_to_read(source: Source, is_training: bool = True) -> list[str]:
     """`files_of`, with a log line that names those of a folder, or the split of a hub dataset."""
     files, path = files_of(source, is_training), Path(source.name)
-    if path.is_dir():
+    if is_folder(path):
         others = [str(file) for file in _data_files(path) if str(file) not in files]
         rest = f"; not reading {_listed(others)}" if others else ""
         log(f"{source.name}: reading {_listed(files)}{rest}")
@@ -123,7 +129,7 @@ def hub_reason(error: Exception) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return kind_of(name) in KINDS or Path(name).exists()
+    return kind_of(name) in KINDS or exists(name)
 
 
 def _as_number(text: str) -> float | None:
@@ -137,7 +143,8 @@ def _files_in(source: Source, is_training: bool) -> list[str]:
     path = Path(source.name)
     by_split: dict[str, list[str]] = {}
     try:
-        for file in _data_files(path):
+        files = _data_files(path)
+        for file in files:
             by_split.setdefault(_split_of(file.relative_to(path)), []).append(str(file))
     except OSError as error:
         raise UserError(f"{source.name}: {error.strerror}") from None
@@ -145,6 +152,8 @@ def _files_in(source: Source, is_training: bool) -> list[str]:
         raise UserError(f"{source.name}: a folder without data files; allowed: {' '.join(KINDS)}")
     if source.config:
         raise UserError(f"{source.name}:{source.config}:{source.split}: a folder has splits, but no configs")
+    if same := [str(file) for file in files if SPLIT_WORDS.get(file.stem, file.stem) == source.split]:
+        return same
     splits = sorted(filter(None, by_split))
     if not source.split and set(splits) <= {"train"}:
         return sorted(file for files in by_split.values() for file in files)
@@ -156,7 +165,7 @@ def _files_in(source: Source, is_training: bool) -> list[str]:
 def _data_files(folder: Path) -> list[Path]:
     """The data files of a folder; where it has none, of its `data`, `train`, `test` ..., as on the hub."""
     parts = {"data", *SPLIT_WORDS}
-    inner = [path for path in folder.iterdir() if path.name.lower() in parts and path.is_dir()]
+    inner = [path for path in folder.iterdir() if path.name.lower() in parts and is_folder(path)]
     for folders in ([folder], inner):
         files = [file for place in folders for file in place.iterdir() if _is_data(file)]
         if files:
@@ -165,8 +174,8 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    is_named = kind_of(file.name) in KINDS and not file.name.startswith(".")
-    return is_named and not file.name.endswith(CLICKS) and file.is_file()
+    is_named = kind_of(file.name) in KINDS and not file.name.startswith(".") and file.name not in METADATA
+    return is_named and not file.name.endswith(CLICKS) and is_file(file)
 
 
 def _split_of(file: Path) -> str:

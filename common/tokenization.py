@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.chat_template import MARK, ChatTemplate
 from common.conversation import DEFAULT_CHAT_TEMPLATE, Message, Segment
+from common.files import exists, is_file
 from common.options import UserError, reason
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -29,7 +30,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
     folder = Path(path)
     _check_files(folder)
     try:
-        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        if exists(folder / "tokenizer.model") and not exists(folder / "tokenizer.json"):
             from common.sentencepiece_tokenizer import load_sentencepiece_folder
 
             tokenizer = load_sentencepiece_folder(folder)
@@ -54,7 +55,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
 def _check_files(folder: Path) -> None:
     """Raise UserError, naming the file, for one of the tokenizer's files that is no JSON object."""
     for name in JSON_FILES:
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             continue
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))

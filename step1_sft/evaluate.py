@@ -8,6 +8,7 @@ A part of step 1, and a command that compares models on the same texts:
 import contextlib
 import gc
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from common.alike import load_alike
 from common.distributed import init_distributed, log, rank, sum_over_ranks
 from common.engine import gathered, make_frozen
 from common.families import position_limit
-from common.files import write_json
+from common.files import is_folder, write_json
 from common.formatting import plain_demonstration
 from common.models import base_model, load_causal_lm, longest_input, response_logits
 from common.options import UserError, parse_options, world_size
@@ -57,8 +58,7 @@ class Answer(NamedTuple):
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(EvaluateOptions, required=["model_name_or_path", "eval_data"])
-    if options.output and not Path(options.output).parent.is_dir():
-        raise UserError(f"--output {options.output}: there is no such folder")
+    check_output(options.output)
     as_trained = SFTOptions(
         max_length=options.max_length, micro_batch_size=options.micro_batch_size,
         global_batch_size=options.micro_batch_size * world_size(),
@@ -169,6 +169,17 @@ def response_bytes(record: Record, last_only: bool = False) -> int:
     if last_only or "messages" not in record:
         replies = replies[-1:]
     return sum(len(reply.encode()) for reply in replies)
+
+
+def check_output(path: str) -> None:
+    """Raise UserError unless a file can be written there, or none is to be."""
+    folder = Path(path).parent
+    if path and not is_folder(folder):
+        raise UserError(f"--output {path}: there is no such folder")
+    if path and is_folder(path):
+        raise UserError(f"--output {path}: is a folder; name a file in it")
+    if path and not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output {path}: no permission to write in this folder")
 
 
 def _measure_entrant(

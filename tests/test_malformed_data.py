@@ -64,6 +64,7 @@ MALFORMED = [
     (1, {"conversations": [{"from": "human"}]}, "turn 0 must have 'from' and 'value'"),
     (1, {"conversations": [{"from": "cat", "value": "a"}]}, "turn 0 is from 'cat'; allowed: human"),
     (1, {"instruction": 1, "output": "b"}, "'instruction' and 'input' must be strings"),
+    (1, {"conversations": [{"from": ["a"], "value": "b"}]}, "turn 0 is from ['a']; allowed: human"),
     (1, {"instruction": "", "output": "b"}, "'instruction' and 'input' are empty"),
     (1, {"instruction": "a"}, "'completion' is missing"),
     (1, {"prompt": "a", "completion": "b", "ended": "perhaps"}, "'ended' is 'perhaps'; it must be true or"),

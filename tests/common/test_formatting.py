@@ -240,6 +240,26 @@ def test_content_parts_are_joined_and_empty_keys_left_out():
     )
 
 
+def test_a_weight_that_changes_nothing_is_left_out():
+    plain = chat("Name it.", "It.")
+    for reply_weight, other_weight in ((1, 0), (1.0, 0.0)):
+        weighted = [{**plain[0], "weight": other_weight}, {**plain[1], "weight": reply_weight}]
+        assert demonstration_segments({"messages": weighted}, DEFAULT, EOS) == demonstration_segments(
+            {"messages": plain}, DEFAULT, EOS
+        )
+
+
+def test_each_response_may_repeat_the_prompt():
+    expected = {"chosen": chat("", "hello")[1:], "rejected": chat("", "go")[1:]}
+    for prompt in (chat("hi"), [BRIEF, *chat("hi")]):
+        record = {
+            "prompt": prompt,
+            "chosen": [*prompt, *expected["chosen"]],
+            "rejected": expected["rejected"],
+        }
+        assert (comparison(record).prompt, comparison(record).responses) == (prompt, expected)
+
+
 def test_ranked_responses_are_dialogues_with_one_prompt():
     record = {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [3, 1, 1.5]}
     assert comparison(record).ranks == [3, 1, 1.5]
@@ -254,7 +274,7 @@ def test_prompt_of_every_kind_of_record():
     assert find_prompt({"messages": chat("hi")}) == chat("hi")
 
 
-SOME = chat("a")
+SOME, BRIEF = chat("a"), {"role": "system", "content": "Be brief."}
 DEMONSTRATION, PREFERENCE, PROMPT = demonstration_segments, compare, lambda r, *_: find_prompt(r)
 RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
 
@@ -269,7 +289,19 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (DEMONSTRATION, {"prompt": "a", "completion": 3}, "'completion' is int"),
         (DEMONSTRATION, {"prompt": "a", "completion": None}, "'completion' is NoneType"),
         (DEMONSTRATION, {"prompt": "a", "completion": chat("b")}, "'prompt' is none of the user messages"),
-        (DEMONSTRATION, {"prompt": SOME, "completion": chat("b")}, "'completion' must end with an assistant"),
+        (DEMONSTRATION, {"prompt": SOME, "completion": SOME}, "'completion' must end with an assistant"),
+        (DEMONSTRATION, {"prompt": SOME, "completion": chat("b", "c")}, "does not begin with 'prompt'"),
+        (DEMONSTRATION, {"prompt": chat("a "), "completion": chat("a", "c")}, "does not begin with 'prompt'"),
+        (
+            PREFERENCE,
+            {"prompt": SOME, "chosen": [BRIEF, *chat("a", "b")], "rejected": [BRIEF, *chat("a", "c")]},
+            "'chosen' is a dialogue that does not begin with 'prompt'",
+        ),
+        (
+            DEMONSTRATION,
+            {"prompt": chat("a", "b"), "completion": [BRIEF, *chat("a", "b", "c", "d")]},
+            "'completion' is a dialogue that does not begin with 'prompt'",
+        ),
         (DEMONSTRATION, {"messages": []}, "'messages' is empty"),
         (DEMONSTRATION, {"messages": "text"}, "'messages'"),
         (DEMONSTRATION, {"messages": SOME}, "'messages' has no assistant message"),
@@ -278,7 +310,8 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (DEMONSTRATION, {"messages": [{"role": "tool", "content": "a"}]}, "message 0 has role 'tool'"),
         (DEMONSTRATION, {"messages": chat("a", " ")}, "'messages': message 1 has no content"),
         (DEMONSTRATION, {"messages": [{**SOME[0], "tool_calls": [{}]}]}, "message 0 has 'tool_calls'"),
-        (DEMONSTRATION, {"messages": [*SOME, {**SOME[0], "weight": 0}]}, "message 1 has 'weight'"),
+        (DEMONSTRATION, {"messages": [*SOME, {**SOME[0], "weight": 1}]}, "message 1 has 'weight'"),
+        (DEMONSTRATION, {"messages": [*SOME, {**chat("", "b")[1], "weight": 0}]}, "message 1 has 'weight'"),
         (DEMONSTRATION, {"messages": [{**SOME[0], "name": "Ann"}]}, "message 0 has 'name'"),
         (DEMONSTRATION, {"messages": [{"role": "user", "content": 3}]}, "message 0 has content of type int"),
         (

@@ -151,6 +151,67 @@ def test_a_system_text_becomes_the_first_message(name):
     assert again["messages"] == [system, ASK, reply("b")] == recognise(again)["messages"]
 
 
+@pytest.mark.parametrize("begin", [[], [message("system", "Be kind.")]])
+def test_a_system_text_comes_before_dialogues_that_repeat_the_prompt(begin):
+    """The prompt is there once, be the system message in the dialogues already or not."""
+    prompt = [message("system", "Be kind."), ASK]
+    b, c = ([*begin, ASK, reply(text)] for text in "bc")
+    for asked in ([ASK], prompt):
+        given = {"system": "Be kind.", "prompt": asked}
+        pair = recognise({**given, "chosen": b, "rejected": c})
+        arena = recognise({**given, "response_a": b, "response_b": c, "preference": "A"})
+        for record in (pair, arena):
+            assert find_prompt(record) == comparison(record).prompt == prompt
+            assert comparison(record).responses == {"chosen": [reply("b")], "rejected": [reply("c")]}
+        ranking = comparison(recognise({**given, "responses": [b, c], "ranks": [1, 2]}))
+        assert ranking.prompt == prompt
+        assert [*ranking.responses.values()] == [[reply("b")], [reply("c")]]
+        one = recognise({**given, "completion": b})
+        expected = demonstration_segments({"messages": [*prompt, reply("b")]}, DEFAULT, EOS)
+        assert demonstration_segments(one, DEFAULT, EOS) == expected
+    one = recognise({"system": "Be kind.", "prompt": "Hi?", "completion": b})
+    assert demonstration_segments(one, DEFAULT, EOS) == expected
+    with pytest.raises(ValueError, match="two different system messages"):
+        recognise({"system": "Be brief.", "prompt": [ASK], "completion": [*prompt, reply("b")]})
+
+
+def test_a_system_text_comes_before_a_string_that_replies_answer():
+    sides = {"chosen": [reply("b")], "rejected": [reply("c")]}
+    record = recognise({"system": "Be kind.", "prompt": "Hi?", **sides})
+    assert comparison(record).prompt == find_prompt(record) == [message("system", "Be kind."), ASK]
+    assert comparison(record).responses == sides
+
+
+def test_replies_at_the_end_of_messages_are_no_part_of_a_prompt():
+    sides = {"chosen": [reply("b")], "rejected": [reply("c")]}
+    record = recognise({"messages": [ASK, reply("a")], **sides})
+    assert comparison(record).prompt == find_prompt(record) == [ASK]
+    assert comparison(record).responses == sides
+
+
+def test_a_question_is_the_prompt():
+    """The shapes of Orca, with pairs or with one response."""
+    sides = {"chosen": "The sky is blue", "rejected": "The sky is red"}
+    for system, begin in (("", []), ("Be kind.", [message("system", "Be kind.")])):
+        compared = comparison(recognise({"system": system, "question": "Hi?", **sides}))
+        assert (compared.prompt, compared.responses) == ([*begin, ASK], sides)
+        for name in ("response", "answer", "output"):
+            record = recognise({"system_prompt": system, "question": "Hi?", name: "b"})
+            assert (record["prompt"], record["completion"]) == ([*begin, ASK], "b")
+    dialogues = {"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")]}
+    assert comparison(recognise({"question": "a note", **dialogues})).prompt == [ASK]
+    asked = recognise({"instruction": "Hi?", **dialogues})
+    assert comparison(asked).prompt == find_prompt(asked) == [ASK]
+    assert recognise({"prompt": "Hi?", "question": "a note"})["prompt"] == "Hi?"
+
+
+def test_the_context_and_response_of_dolly():
+    record = recognise({"instruction": "Sum.", "context": "1 2", "response": "3", "category": "maths"})
+    assert record["prompt"] == [message("user", "Sum.\n\n1 2")] and record["completion"] == "3"
+    for more in ({"context": ""}, {"input": "", "context": " "}):
+        assert recognise({"instruction": "Hi?", "response": "b", **more})["prompt"] == [ASK]
+
+
 def test_sharegpt_before_two_responses_is_their_prompt():
     turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi?"}]
     prompt = [message("system", "Be kind."), ASK]
@@ -193,13 +254,15 @@ def test_a_preference_may_be_the_text_of_a_probability(text, sure):
     assert (record["chosen"], record["chosen_probability"]) == ("x", sure)
 
 
-@pytest.mark.parametrize("name", ["tools", "functions", "chat_template_kwargs", "images", "videos", "audios"])
+@pytest.mark.parametrize(
+    "name", ["tools", "functions", "documents", "chat_template_kwargs", "images", "videos", "audios"]
+)
 def test_a_field_that_would_be_lost_is_refused_by_name(name):
     for record in ({"messages": [ASK, reply("b")]}, {"prompt": "a", "completion": "b"}, {"instruction": "a"}):
         for value in ([{"name": "look_up"}], {"enable_thinking": False}, "[{}]"):
             with pytest.raises(ValueError, match=f"field '{name}' changes what a model reads"):
                 recognise({**record, name: value})
-        for value in (None, "", [], {}, "[]"):
+        for value in (None, "", [], {}, "[]", "null", [None], {"a": None}):
             assert recognise({**record, name: value})[name] == value
 
 
@@ -208,8 +271,18 @@ def test_a_field_that_would_be_lost_is_refused_by_name(name):
     [
         ({"conversations": "Hi"}, "'conversations' is str"),
         ({"conversations": [{"role": "user"}]}, "turn 0 must have 'from' and 'value'"),
+        ({"conversations": [{"from": ["a"], "value": "b"}]}, "turn 0 is from .'a'.; allowed: human"),
         ({"conversations": [{"from": "cat", "value": "miaow"}]}, "from 'cat'; allowed: human"),
         ({"instruction": ["Sum."], "output": "3"}, "'instruction' and 'input' must be strings"),
+        ({"instruction": "a", "context": 3, "response": "b"}, "'instruction' and 'context' must be strings"),
+        ({"instruction": "a", "input": "b", "context": "c"}, "'input' and 'context' are both there"),
+        ({"instruction": "a", "question": "b", "output": "c"}, "'instruction' and 'question' are both there"),
+        ({"question": " ", "response": "b"}, "'question' and 'input' are empty"),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "'input' is read only beside 'instruction'"),
+        ({"prompt": "a", "completion": "b", "context": "c"}, "'context' is read only beside 'instruction'"),
+        ({"input": "a", "chosen": "The b", "rejected": "The c"}, "'input' is read only beside 'instruction'"),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, "'history' is read only beside"),
+        ({"messages": [ASK, reply("b")], "history": [["c", "d"]]}, "'history' is read only beside"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must be a list of pairs"),
         ({"instruction": "a", "output": "b", "history": [["c", 1]]}, "'history' must be a list of pairs"),
         ({"instruction": "a", "output": "b", "history": "c"}, "'history' must be a list of pairs"),

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from common import sources as module
+from common.model_files import read_config
 from common.options import UserError
 from common.run_folder import fingerprint
 from common.sources import Source, copies, files_of, files_to_read, parse_source
+from common.tokenization import load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -113,6 +115,32 @@ def test_a_copy_of_a_hub_dataset(tmp_path):
         names(str(data))
     data = folder(tmp_path / "two", "train/part-1.jsonl", "test/part-1.jsonl", "checkpoints/metrics.jsonl")
     assert names(str(data)) == ["train/part-1.jsonl"]
+
+
+def test_metadata_beside_data_is_no_data(tmp_path):
+    data = folder(tmp_path, "dataset_infos.json", "state.json", "data/train-00000-of-00001.parquet")
+    assert names(str(data)) == ["data/train-00000-of-00001.parquet"]
+    folder(data, "dataset_info.json", "own.json")
+    assert names(str(data)) == ["own.json"]
+
+
+def test_a_named_split_is_a_file_of_that_name_first(tmp_path):
+    data = folder(tmp_path, "train_sft.jsonl", "train_gen.jsonl", "eval.jsonl", "my-eval.jsonl")
+    assert names(f"{data}:train_sft") == ["train_sft.jsonl"]
+    assert names(f"{data}:train_gen") == ["train_gen.jsonl"]
+    assert names(f"{data}:train") == ["train_gen.jsonl", "train_sft.jsonl"]
+    assert names(f"{data}:eval") == ["eval.jsonl"]
+
+
+def test_a_name_that_is_too_long_is_one_line():
+    name = "x" * 300
+    for path in (f"{name}.jsonl", f"/{name}", f"./{name}/a.jsonl:0.5"):
+        with pytest.raises(UserError, match="x: No such file|jsonl: No such file"):
+            files_of(parse_source(path))
+    for load in (load_tokenizer, read_config):
+        with pytest.raises(UserError) as error:
+            load(f"./{name}")
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "./no", "/no/where", "a/b/c", "~/no"])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from common.options import UserError
 from common.tokenization import SegmentEncoder
 from common.vocabulary import fit_to_tokenizer
 from step1_sft.data import Demonstration
-from step1_sft.evaluate import response_bytes, sample_answers
+from step1_sft.evaluate import check_output, response_bytes, sample_answers
 from tests.ranks import succeed
 from tests.test_bad_input import check_refusal
 from tests.test_launch import bash
@@ -147,6 +148,17 @@ def test_a_mistake_is_one_line(world: Path, data: Path, tmp_path: Path, words, p
         words, parts = ([text.replace(name, place) for text in texts] for texts in (words, parts))
     given = ["--model_name_or_path", str(world / "model"), "--eval_data", str(data), *words]
     check_refusal("step1_sft.evaluate", given, parts, tmp_path, tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_output("")
+    check_output("found.json")
+    check_output(str(tmp_path / "found.json"))
+    with pytest.raises(UserError, match="--output .*: is a folder"):
+        check_output(str(tmp_path))
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    with pytest.raises(UserError, match="--output .*: no permission to write"):
+        check_output(str(tmp_path / "found.json"))
 
 
 def test_the_script_shows_a_table_and_leaves_nothing_behind(
