@@ -19,6 +19,8 @@ def describe_rendering(sources: Sequence[Prepared], encoder: SegmentEncoder, lea
     replies of a conversation are learnt, where the template allows that.
     """
     template = encoder.chat_template
+    if template is None:
+        return
     model = encoder.tokenizer.name_or_path
     name = "the default Human/Assistant template" if template.is_default else f"the chat template of {model}"
     sources = [source for source in sources if len(source.notes.column("is_string"))]

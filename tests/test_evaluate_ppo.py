@@ -2,14 +2,15 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.conversation import DEFAULT_CHAT_TEMPLATE
 from tests.ranks import succeed
 from tests.test_bad_input import check_refusal
-from tests.test_ensemble import make_other
 from tests.test_launch import bash
 from tests.test_stages import ZERO, metrics, ppo, run, world  # noqa: F401 - run and world are fixtures
 
@@ -88,7 +89,7 @@ def test_the_script_says_the_same_on_any_ranks(world: Path, run: Path, tmp_path:
         words = [*options(world, run, output, *more), "--zero_config", str(ZERO / f"{zero}.json")]
         done = bash("evaluate_ppo.sh", words, tmp_path, NUM_GPUS=str(ranks))
         assert done.returncode == 0, done.stdout
-        assert f"13 held-out prompts on {ranks} ranks" in done.stdout
+        assert f"13 held-out prompts on {ranks} rank" in done.stdout
         assert "best of n by reward model" in done.stdout
         assert (output / "scores.png").read_bytes().startswith(b"\x89PNG")
         reports.append(flat(json.loads((output / "report.json").read_text())))
@@ -127,7 +128,9 @@ def test_mistakes_are_one_line(world: Path, run: Path, tmp_path: Path) -> None: 
     (tmp_path / "rules.py").write_text(FUNCTIONS)
     texts = world / "demonstrations.jsonl"
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    policy, other = str(run / "sft/final"), str(make_other(tmp_path / "other", run / "reward/final"))
+    policy, other = str(run / "sft/final"), str(tmp_path / "other")
+    shutil.copytree(policy, other)
+    (Path(other) / "chat_template.jinja").write_text(DEFAULT_CHAT_TEMPLATE)
     for words, parts in (
         (["--model_name_or_path", policy, other], [other, f"not that of {policy}"]),
         (["--model_name_or_path", policy, str(tmp_path)], [str(tmp_path), "config.json is missing"]),

@@ -12,6 +12,7 @@ class WordEncoder:
 
     tokenizer = SimpleNamespace(eos_token="</s>")
     bos = ()
+    chat_template = None
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         ends = {"user": "", "assistant": "</s> "}
