@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from common.options import UserError, reason
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
+# Other versions may render or split a text differently.
+VERSIONS = [(name, version(name)) for name in ("jinja2", "tokenizers", "transformers")]
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CUSTOM_CODE = "needs custom code, which is not run; convert it, or use a class that transformers has"
 
@@ -98,7 +101,8 @@ class SegmentEncoder:
         self.bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         self._begin = tokenizer.backend_tokenizer
         special = (self.bos, self.eos_token_id, tokenizer.chat_template, tokenizer.special_tokens_map)
-        self.digest = hashlib.sha256(f"{self._begin.to_str()} {special}".encode()).hexdigest()
+        content = f"{self._begin.to_str()} {special} {VERSIONS}"
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
         self._continue = _without_prefix(self._begin)
         self.chat_template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
 
