@@ -28,7 +28,7 @@ from launch.plan.memory import Model, Parts, Shape, Zero, total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Sizes, step3
 from launch.plan.predict import GIB, predict
-from launch.plan.remedies import cached, remedies, ways
+from launch.plan.remedies import cached, least, remedies, ways
 from launch.plan.shapes import read_shape
 from step3_ppo.options import PPOOptions
 from tests.conftest import REPOSITORY
@@ -287,6 +287,16 @@ def test_zero_configs_go_where_the_user_has_them(big: PlanOptions):
 def test_what_never_fits_names_the_least(big: PlanOptions):
     (line,) = [line for line in verdicts(big, predict(big), 3.0, cached(big)) if "step 3" in line]
     assert "nor with any options: the least is" in line and "zero3_offload.json" in line
+
+
+def test_more_remedies_together_than_are_combined_are_named_where_they_fit(big: PlanOptions):
+    predictor = cached(big)
+    room = least(big, "step 3", predictor).peak + 0.001
+    assert not ways(big, "step 3", room, predictor)
+    lines = [*verdicts(big, predict(big), room, predictor)]
+    last = next(place for place, line in enumerate(lines) if "step 3 does not fit" in line)
+    assert "add to launch/step3_ppo.sh" in lines[last] and len(lines) == last + 2
+    assert "zero3_offload.json" in lines[-1] and "--gather_for_generation false" in lines[-1]
 
 
 def test_every_option_of_a_remedy_belongs_to_the_steps():

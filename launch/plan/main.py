@@ -87,6 +87,8 @@ def verdicts(
         found = ways(options, step, room, predictor)
         if not found:
             way = least(options, step, predictor)
+            found = [way] if way.peak <= room else []
+        if not found:
             yield (
                 f"  {step} does not fit, by {need - room:.1f} GiB, nor with any options: the least is"
                 f" {way.peak:.1f} GiB, with {way.options}; use more GPUs, a smaller model or shorter rows"

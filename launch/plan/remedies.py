@@ -38,23 +38,27 @@ class Way(NamedTuple):
     notes: list[str]
 
 
+def _zero(name: str, slowness: float) -> Remedy:
+    path = str(CONFIG_FOLDER / f"{name}.json")
+    changes = {"zero_config": path, "actor_zero_config": "", "critic_zero_config": ""}
+    return Remedy([changes], slowness, kind="zero")
+
+
+FULL_OFFLOAD = _zero("zero3_offload", 2.0)  # of all ZeRO configurations the one that needs least memory
+
+
 def remedies(options: PlanOptions) -> list[Remedy]:
     """All that can be tried. What is on already changes nothing, and so is in no way that `ways` finds."""
-
-    def zero(name: str) -> Changes:
-        path = str(CONFIG_FOLDER / f"{name}.json")
-        return {"zero_config": path, "actor_zero_config": "", "critic_zero_config": ""}
-
     rollout = min(options.generation_batch_size, -(-options.rollout_batch_size // options.num_gpus))
     return [
         Remedy(_levels("micro_batch_size", _halves(options.micro_batch_size)), 0.05),
         Remedy(_levels("generation_batch_size", _halves(rollout)), 0.06, steps="step 3"),
         Remedy([{"offload_frozen": True}], 0.07, steps="step 3"),
-        Remedy([zero("zero2")], 0.08, kind="zero"),
-        Remedy([zero("zero3")], 0.15, kind="zero"),
+        _zero("zero2", 0.08),
+        _zero("zero3", 0.15),
         Remedy([{"gradient_checkpointing": True}], 0.3),
-        Remedy([zero("zero2_offload")], 1.0, kind="zero"),
-        Remedy([zero("zero3_offload")], 2.0, kind="zero"),
+        _zero("zero2_offload", 1.0),
+        FULL_OFFLOAD,
         Remedy([{"gather_for_generation": False}], 4.0, steps="step 3"),
         Remedy([{"advantage_estimator": "rloo"}], 0.0, "no critic: another algorithm", steps="step 3"),
         Remedy([{"lora_rank": 16}], 0.01, "trains adapters, not all weights"),
@@ -85,9 +89,9 @@ def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> 
 def least(options: PlanOptions, step: str, predictor: Predictor) -> Way:
     """All remedies at once that change nothing but speed and memory: the least that a step can need."""
     usable = [remedy for remedy in remedies(options) if step in remedy.steps and not remedy.note]
-    chosen = tuple(remedy for remedy in usable if remedy.levels and remedy.kind != "zero")
-    offload = next(r for r in usable if "zero3_offload" in str(r.levels))
-    return _way((*chosen, offload), [r.levels[-1] for r in (*chosen, offload)], options, step, predictor)
+    chosen = [remedy for remedy in usable if remedy.levels and remedy.kind != FULL_OFFLOAD.kind]
+    chosen.append(FULL_OFFLOAD)
+    return _way(chosen, [remedy.levels[-1] for remedy in chosen], options, step, predictor)
 
 
 def cached(options: PlanOptions) -> Predictor:
