@@ -90,7 +90,7 @@ def main() -> None:
     alone = len(members) == 1
     judged = judge(data, rows, better, worse)
     stop_between_steps()
-    write_report(judged, reward_std if alone else 1.0, history if alone else None, output)
+    write_report(judged, reward_std if alone else None, history if alone else None, output)
 
 
 def load_pairs(
@@ -120,9 +120,10 @@ def judge(data: Pairs, rows: Sequence[Preference], better: Tensor, worse: Tensor
     return Judged(better.numpy(), worse.numpy(), *(np.array(column) for column in zip(*facts, strict=True)))
 
 
-def write_report(judged: Judged, reward_std: float, history: Path | None, folder: Path) -> None:
+def write_report(judged: Judged, reward_std: float | None, history: Path | None, folder: Path) -> None:
     """Print figures and verdicts, and on rank 0 write report.json, pictures and TensorBoard to a folder.
 
+    reward_std: what the scores were divided by; None for those of an ensemble, which have no raw scores.
     history: metrics.jsonl of the model's training, if it is to be found. Raises UserError when there is
     nothing to measure.
     """
@@ -134,11 +135,12 @@ def write_report(judged: Judged, reward_std: float, history: Path | None, folder
     for problem in problems:
         log(problem)
     try:
-        figures = measure(judged, reward_std)
+        figures = measure(judged, reward_std or 1.0)
     except ValueError as error:
         raise UserError(f"no report in {folder}: {error}") from None
-    found = verdicts(figures, lines)
-    log(f"\n{table(figures)}\n\n{in_words(found, figures, lines)}")
+    is_ensemble = reward_std is None
+    found = verdicts(figures, lines, is_ensemble)
+    log(f"\n{table(figures)}\n\n{in_words(found, figures, lines, is_ensemble)}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", figures | {"verdicts": [verdict._asdict() for verdict in found]})
     with SummaryWriter(str(folder / "tensorboard")) as board:

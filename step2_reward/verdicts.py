@@ -24,8 +24,13 @@ class Verdict(NamedTuple):
     advice: str
 
 
-def verdicts(figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()) -> list[Verdict]:
-    """What is wrong by the figures of `report.measure`, and by lines of metrics.jsonl if there are any."""
+def verdicts(
+    figures: dict[str, Any], history: Sequence[dict[str, Any]] = (), is_ensemble: bool = False
+) -> list[Verdict]:
+    """What is wrong by the figures of `report.measure`, and by lines of metrics.jsonl if there are any.
+
+    is_ensemble: the scores are of several models, and have no scale on which probabilities can be judged.
+    """
     accuracy, confidence = figures["accuracy"], figures["prediction"]["confidence"]
     log_loss = figures["prediction"]["log_loss"]
     right, interval = accuracy["accuracy"], f"95% interval {accuracy['low']:.1%} to {accuracy['high']:.1%}"
@@ -42,15 +47,15 @@ def verdicts(figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()) ->
         (right > HIGHEST_ACCURACY,
          f"Accuracy too good for preferences, a trivial signal or a leak: {right:.1%} ({interval}).",
          "look for these prompts in the training data, and for a mark that only chosen responses bear."),
-        (confidence < LEAST_CONFIDENCE,
+        (not is_ensemble and confidence < LEAST_CONFIDENCE,
          f"Collapsed scores: mean confidence is {confidence:.2%}, and a coin toss has 50%.",
          "a higher --learning_rate or --num_train_epochs; a lower --centre_coef or --label_smoothing."),
-        (log_loss >= COIN_TOSS,
+        (not is_ensemble and log_loss >= COIN_TOSS,
          f"No better than a coin toss: the log-loss is {log_loss:.3f} nats per pair, and that of a model that"
          f" prefers neither response is ln 2 = {COIN_TOSS:.3f}.",
          "with a high accuracy, the model is too sure: --label_smoothing, a lower --learning_rate, fewer"
          " --num_train_epochs; else a higher --learning_rate or better labels."),
-        (saturation > MOST_SATURATED,
+        (not is_ensemble and saturation > MOST_SATURATED,
          f"Saturated scores: {saturation:.1%} of pairs have a confidence above {SATURATED:.1%}.",
          "--label_smoothing, the share of wrong labels; a lower --learning_rate or --num_train_epochs."),
         (by_length, by_length, "training pairs of like length, or in which length misleads."),
@@ -60,13 +65,16 @@ def verdicts(figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()) ->
 
 
 def in_words(
-    found: Sequence[Verdict], figures: dict[str, Any], history: Sequence[dict[str, Any]] = ()
-) -> str:
+    found: Sequence[Verdict], figures: dict[str, Any], history: Sequence[dict[str, Any]] = (),
+    is_ensemble: bool = False,
+) -> str:  # fmt: skip
     """Two lines for each verdict, or one when there is none; and what could not be checked."""
     lines = [f"- {verdict.found}\n  Try: {verdict.advice}" for verdict in found]
     unchecked = []
     if not any(line.get("eval/loss") is not None for line in history):
         unchecked.append("overfitting (no evaluations in metrics.jsonl beside the model)")
+    if is_ensemble:
+        unchecked.append("confidence and log-loss (an ensemble has no raw scores)")
     if figures["length"]["prefers_longer"] is None:
         unchecked.append("preference for longer responses (all pairs are of equal lengths)")
     if figures["agreement"]["mean"] is None:

@@ -49,10 +49,14 @@ def test_figures_are_those_of_the_run(world: Path, run: Path, tmp_path: Path) ->
 
 
 def test_the_same_model_twice_is_that_model(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
-    data, model = write(tmp_path / "pairs.jsonl", held_out(world, 20)), run / "reward/final"
+    """But for verdicts on probabilities, which are of raw scores."""
+    data = write(tmp_path / "pairs.jsonl", held_out(world, 20))
+    model = with_head(1e4)(world, run, tmp_path)
     one = judge([model], data, tmp_path / "one")
     two = judge([model, model], data, tmp_path / "two", "--reward_combine", "mean_std")
     assert two["scores"] == one["scores"] and two["accuracy"] == one["accuracy"]
+    kinds = [[verdict["found"].split(":")[0] for verdict in each["verdicts"]] for each in (one, two)]
+    assert "Saturated scores" in kinds[0] and "Saturated scores" not in kinds[1]
 
 
 def with_head(factor: float) -> Callable[[Path, Path, Path], Path]:

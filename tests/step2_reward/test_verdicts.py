@@ -75,6 +75,16 @@ def test_saturated_scores_of_wrong_pairs_are_no_better_than_a_coin_too():
     assert "Saturated scores: 100.0% of pairs" in said[1].found
 
 
+@pytest.mark.parametrize("confidence", [0.505, 0.9995])
+def test_probabilities_of_an_ensemble_are_not_judged(confidence):
+    """Its scores have another scale; what depends on their order only is judged."""
+    ensemble = figures(2000, 0.6, confidence)
+    judged = verdicts(ensemble, CALM, is_ensemble=True)
+    assert [one.found.split(",")[0] for one in judged] == ["Low accuracy"]
+    assert len(verdicts(ensemble, CALM)) > 1
+    assert "Not checked: confidence and log-loss" in in_words(judged, ensemble, CALM, is_ensemble=True)
+
+
 @pytest.mark.parametrize("per_token", [0.1, -0.1])
 def test_scores_that_follow_length(per_token):
     """The rank correlation shows it too, when there is no pair of different lengths."""
