@@ -34,9 +34,9 @@ def describe_unused(unused: Mapping[str, int], max_response_length: int) -> str:
 def advise(unused: Mapping[str, int], total: int) -> str:
     """What to change, after a colon; empty where no reason is frequent."""
     advice = {
-        "cut": "raise --max_response_length or pass --keep_truncated",
-        "empty": "use a policy that answers these prompts",
-        "repeated": "raise --temperature",
+        "cut": "pass --keep_truncated, or raise --max_response_length in another --output_dir",
+        "empty": "use a policy that answers these prompts, in another --output_dir",
+        "repeated": "raise --temperature in another --output_dir",
     }
     chosen = [text for name, text in advice.items() if unused[name] > MANY * total]
     return f": {'; '.join(chosen)}" if chosen else ""

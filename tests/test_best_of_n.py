@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Pat
             [
                 "samples.jsonl: nothing to keep of 75 responses",
                 "cut at 1 tokens",
-                "raise --max_response_length or pass --keep_truncated",
+                "pass --keep_truncated, or raise --max_response_length in another --output_dir",
             ],
         ),
     ):

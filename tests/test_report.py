@@ -264,13 +264,18 @@ def test_levels_and_trends_of_steps_1_and_2(stage, curves, options, expected):
 def test_training_losses_that_do_not_fall():
     for losses, part in (
         ([2.0, 2.1, 2.4, 2.9, 3.5, 4.0, 4.6], "Diverged: train/loss rose from 2 to 4.6"),
-        ([2.0, 2.2, 1.9, 2.1, 2.3, 2.0, 2.1], "Nothing is learnt: train/loss went from 2 to 2.1"),
+        ([2.0, 2.2, 1.9, 2.1, 2.3, 2.0, 2.1], ""),  # too few to tell from noise
+        ([2.0, 2.2, 1.9, 2.1, 2.3] * 2, "Nothing is learnt: train/loss went from 2.1 to 2.2"),
         ([9.0, 8.9, 8.8, 8.7, 8.5, 8.4, 8.2], "The model does not fit the data: the loss is 8.2 nats"),
         ([2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4], ""),
     ):
         lines = [{"step": i, "train/loss": loss, "train/lr": 1e-3} for i, loss in enumerate(losses)]
         found = findings(lines, stage="sft")
         assert [one.found.startswith(part) for one in found] == [True] * bool(part), found
+    noisy = [{"step": i + 1, "train/loss": loss} for i, loss in enumerate([1.25, 1.28, 1.22, 1.31, 1.26] * 2)]
+    for start, is_learning in ((1.3, True), (1.2, False)):
+        held_out = [{"step": 1, "eval/loss": start}, {"step": 10, "eval/loss": 1.2}]
+        assert (not findings([*noisy, *held_out], stage="sft")) == is_learning
     (stuck,) = findings([{"step": i, "train/loss": 3.0 - i, "train/lr": 0.0} for i in range(5)], stage="sft")
     assert stuck.found == "The learning rate is 0 in all logged steps."
 
@@ -286,19 +291,74 @@ def test_accuracy_by_heart():
 
 def test_few_steps_tell_levels_but_no_trends():
     """The levels of a run of three steps are found; that it is too short is known."""
-    lines = [
-        {"step": step, "response/eos_rate": 0.0, "value/explained_var": -8.0, "response/length": 48.0}
-        for step in (1, 2, 3)
-    ]
-    judgement = judge(lines, stage="ppo", options={"max_response_length": 48})
+    lines = [{"step": step, "response/eos_rate": 0.0, "value/explained_var": -8.0} for step in (1, 2, 3)]
+    judgement = judge(lines, stage="ppo")
     assert judgement.is_short and (judgement.steps, judgement.logged, judgement.evaluations) == (3, 3, 0)
     assert [one.found.split(":")[0] for one in judgement.findings] == [
-        "Responses are cut", "Length at the limit", "The critic does not learn",
+        "Responses are cut", "The critic does not learn",
     ]  # fmt: skip
     falls = [{"step": i, "eval/score": s, "eval/score_std": 1.0} for i, s in enumerate([0.5, 0.4, 0.1])]
     assert [one.found[:15] for one in findings(falls, stage="ppo")] == ["The score falls"]
     assert not findings([*falls[:2]], stage="ppo"), "by less than a quarter of the spread"
     assert not judge([{"step": 10 * i, "train/loss": 3.0 - i} for i in range(5)], stage="sft").is_short
+
+
+@pytest.mark.parametrize(
+    ("ended", "penalty", "expected"),
+    [
+        ([0.1, 0.1], 1.0, ["Responses are cut"]),  # once, though the length is at its limit as well
+        ([0.1, 0.1], 0.0, []),
+        ([0.9, 0.0], 0.0, ["Responses do not end any more"]),
+        ([0.9, 0.9], 1.0, ["Length at the limit"]),
+        ([0.9, 0.9], 0.0, []),
+    ],
+)
+def test_a_limit_that_is_meant_to_cut_is_no_trouble(ended, penalty, expected):
+    lines = [{"step": i, "response/eos_rate": rate, "response/length": 48.0} for i, rate in enumerate(ended)]
+    found = findings(lines, stage="ppo", max_response_length=48, missing_eos_penalty=penalty)
+    assert [one.found.split(":")[0] for one in found] == expected
+    assert not any("--missing_eos_penalty 0" in one.advice for one in found if not penalty)
+
+
+@pytest.mark.parametrize("stage", ["reward", "direct"])
+def test_levels_are_judged_after_training_only(stage):
+    """At step 0 a coin toss is right; that there is no later evaluation is listed."""
+    untrained = {
+        "eval/loss": math.log(2), "eval/accuracy": 0.5, "eval/margin": 0.0, "eval/chosen_std": 0.0,
+        "eval/nll_chosen": 2.0,
+    }  # fmt: skip
+    lines = [{"step": 0, **untrained}, *[line for line in preferences({"x": []}) if line["step"]]]
+    judgement = judge(lines, stage=stage)
+    assert not judgement.findings
+    (names,) = [names for why, names in judgement.unchecked.items() if "the only evaluation is at" in why]
+    assert "held-out accuracy" in names and not any("1 evaluations" in why for why in judgement.unchecked)
+    later = {one.found.split(":")[0] for one in findings([*lines, {"step": 100, **untrained}], stage=stage)}
+    assert {"Accuracy near chance", "No better than a coin toss"} < later
+    assert not any("margin" in found for found in later), "neither response has the higher reward"
+
+
+@pytest.mark.parametrize(
+    ("scores", "spreads", "is_nothing"),
+    [
+        ([0.0, 0.5, 1.8, 1.9, 1.9], [1.0] * 5, False),
+        ([0.0, 0.5, 1.8, 1.9, 1.9], [9.0] * 5, True),
+        ([0.0, 0.5, 1.8, 1.9, 1.9], [], False),
+        ([1.0, 1.02, 0.99, 1.01, 1.02], [], True),
+    ],
+)
+def test_a_score_that_rises_by_much_is_not_nothing(scores, spreads, is_nothing):
+    lines = [{"step": i, "eval/kl": 3.0 * i, "eval/score": score} for i, score in enumerate(scores)]
+    for line, spread in zip(lines, spreads, strict=False):
+        line["eval/score_std"] = spread
+    found = [one.found.split(":")[0] for one in findings(lines, stage="ppo")]
+    assert found == ["Moved for nothing"] * is_nothing
+
+
+def test_two_values_do_not_tell_a_length_hack():
+    """Any two correlate perfectly."""
+    lines = [{"step": i, "reward/mean": 0.1 * i, "response/length": 30.0 + 5 * i} for i in range(5)]
+    assert not findings([lines[0], lines[-1]], stage="ppo")
+    assert [one.found[:16] for one in findings(lines, stage="ppo")] == ["Score and length"]
 
 
 def test_every_rule_names_metrics_that_a_panel_shows():
@@ -635,7 +695,7 @@ def test_any_mix_of_output_folders(tmp_path):
     page = Page(write_report(tmp_path))
     for part in (
         "kept 1 of 8 responses (mean score 0.500; all: 0.100), 0 pairs",
-        "7 cut at 48 tokens: raise --max_response_length or pass --keep_truncated",
+        "7 cut at 48 tokens: pass --keep_truncated, or raise --max_response_length in another --output_dir",
         "0 pairs judged; 3 left out",
         "compare/report.json: cannot be shown: ",
         f"Not shown: {tmp_path.name} (data), best (sampled pairs).",

@@ -21,6 +21,7 @@ LEAST_RISE = 0.01  # above the value at step 0, of the evaluation loss and of th
 LEAST_FALL = 0.005  # of the evaluation loss from step 0, below which nothing was learnt
 LARGEST_NORM, EXPLOSION = 100.0, 10.0  # of gradients: a level, and a growth
 MOST_SKIPPED = 0.005  # share of the steps
+FEWEST_LOSSES = 10  # that tell that a training loss does not fall: fewer may be noise
 LEAST_SPREAD = 0.01  # of the scores of a reward model
 FURTHEST = 50.0  # nats per response of the data
 MOST_NAMES = 3
@@ -68,8 +69,8 @@ def zero_rate(rates: Values) -> Finding | None:
     return Finding("The learning rate is 0 in all logged steps.", "a shorter --warmup_ratio; more steps.")
 
 
-def rising_loss(losses: Values) -> Finding | None:
-    """A training loss that does not fall."""
+def rising_loss(losses: Values, held_out: Values) -> Finding | None:
+    """A training loss that rises; or does not fall, in a run whose held-out loss does not fall either."""
     start, end = ends(losses)
     if end < start:
         return None
@@ -78,6 +79,8 @@ def rising_loss(losses: Values) -> Finding | None:
             f"Diverged: train/loss rose from {start:.4g} to {end:.4g}.",
             "a lower learning rate; a longer --warmup_ratio; the records of the steps where it jumps.",
         )
+    if len(losses) < FEWEST_LOSSES or (held_out and held_out[-1] < held_out[0]):
+        return None
     return Finding(
         f"Nothing is learnt: train/loss went from {start:.4g} to {end:.4g}.",
         "a higher learning rate (LoRA takes 10 to 100 times that of full training); more steps.",
@@ -189,7 +192,7 @@ def unlearning(nlls: Values) -> Finding | None:
 
 def wrong_side(margins: Values) -> Finding | None:
     """Rejected responses with the higher rewards."""
-    if (end := ends(margins)[1]) > 0:
+    if (end := ends(margins)[1]) >= 0:
         return None
     return Finding(
         f"The margin is {end:.3g} at the end: rejected responses have the higher reward.",

@@ -4,7 +4,7 @@ from itertools import accumulate
 from statistics import median
 
 from launch.report.rule import Finding
-from launch.report.trends import ERRORS, Values, ends, error_of_change
+from launch.report.trends import ERRORS, Values, ends, error_of_change, large_change
 from step3_ppo.advice import FAR, IDLE, JUMP, MOST_RISE
 
 LARGEST_UPDATE = 0.1  # KL of the updates of a rollout, nats per token
@@ -24,10 +24,11 @@ def kl_too_small(kls: Values, rewards: Values) -> Finding | None:
     )
 
 
-def moved_for_nothing(kls: Values, scores: Values) -> Finding | None:
-    """A policy that moves away, and does not score higher for it."""
+def moved_for_nothing(kls: Values, scores: Values, spreads: Values) -> Finding | None:
+    """A policy that moves away, and does not score higher for it: neither beyond noise nor by much."""
     (low, high), (_, kl) = ends(scores), ends(kls)
-    if kl < MOVED or abs(high - low) > ERRORS * error_of_change(scores):
+    is_change = abs(high - low) > ERRORS * error_of_change(scores)
+    if kl < MOVED or is_change or high - low > large_change(max(low, high, key=abs), spreads):
         return None
     return Finding(
         f"Moved for nothing: eval/kl is {kl:.3g} nats at the end, and eval/score went from {low:.3g} to"

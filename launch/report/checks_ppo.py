@@ -3,7 +3,16 @@
 from statistics import median
 
 from launch.report.rule import Finding
-from launch.report.trends import ERRORS, FEWEST, Values, ends, error_of_change, peak, running_means
+from launch.report.trends import (
+    ERRORS,
+    FEWEST,
+    Values,
+    ends,
+    error_of_change,
+    large_change,
+    peak,
+    running_means,
+)
 
 LEAST_ENTROPY, LEAST_VARIETY = 0.1, 0.5  # of what it was at the start
 NO_ENTROPY, RANDOM = 0.05, 2.0  # nats per token; growth from which a policy becomes noise
@@ -14,8 +23,6 @@ MOST_CLIPPED_SCORES = 0.2
 WORST_CRITIC = -1.0  # explained variance from which a few values tell enough
 LEAST_SPREAD = 1e-3  # of scores
 SHORT = 0.3  # of the length at the start
-FALL = 0.25  # of the spread of scores, from which a few evaluations tell a fall
-FALL_WITHOUT_SPREAD = 0.05  # of the score, where its spread is not known
 FORGOTTEN = 0.05  # rise of the loss on --ptx_data
 
 
@@ -46,10 +53,14 @@ def variety_collapse(distinct: Values) -> Finding | None:
     )
 
 
-def truncation(rates: Values) -> Finding | None:
-    """Responses that do not end, but are cut at --max_response_length."""
+def truncation(rates: Values, missing_eos_penalty: float | None = None) -> Finding | None:
+    """Responses that do not end, but are cut at --max_response_length.
+
+    Without a penalty for it, the limit is meant to cut: only responses that ended at the start count then.
+    """
     start, end = ends(rates)
-    if end >= 1 - MOST_CUT:
+    is_meant = missing_eos_penalty == 0
+    if end >= 1 - MOST_CUT or (is_meant and not (start >= 1 - MOST_CUT and end < NO_EOS)):
         return None
     if start > SOME_EOS and end < NO_EOS:
         text = f"Responses do not end any more: response/eos_rate fell from {start:.1%} to {end:.1%}."
@@ -58,14 +69,17 @@ def truncation(rates: Values) -> Finding | None:
     return Finding(
         text,
         "a longer --max_response_length; a higher --missing_eos_penalty; --length_penalty; demonstrations"
-        " that end in EOS. If the limit is meant to cut, --missing_eos_penalty 0.",
+        " that end in EOS." + " If the limit is meant to cut, --missing_eos_penalty 0." * (not is_meant),
     )
 
 
-def near_limit(lengths: Values, max_response_length: float = 0) -> Finding | None:
-    """Responses that fill nearly all the room there is."""
-    end = ends(lengths)[1]
-    if not max_response_length or end < 0.95 * max_response_length:
+def near_limit(
+    lengths: Values, rates: Values, max_response_length: int = 0, missing_eos_penalty: float | None = None
+) -> Finding | None:
+    """Responses that fill nearly all the room there is, and end there; see `truncation` for those cut."""
+    end, ended = ends(lengths)[1], ends(rates)[1]
+    is_cut = missing_eos_penalty == 0 or ended < 1 - MOST_CUT
+    if is_cut or not max_response_length or end < 0.95 * max_response_length:
         return None
     return Finding(
         f"Length at the limit: response/length is {end:.0f} tokens at the end, of --max_response_length"
@@ -123,10 +137,8 @@ def falling_score(steps: Values, scores: Values, spreads: Values) -> Finding | N
     """Held-out scores below their peak: beyond noise, or, of a few evaluations, by part of their spread."""
     means = running_means(scores)
     top, last = max(means), means[-1]
-    if len(scores) >= FEWEST:
-        noise = ERRORS * error_of_change(scores)
-    else:
-        noise = FALL * max(spreads) if spreads else FALL_WITHOUT_SPREAD * abs(top)
+    is_long = len(scores) >= FEWEST
+    noise = ERRORS * error_of_change(scores) if is_long else large_change(top, spreads)
     if top - last <= noise:
         return None
     step = steps[peak(scores)]

@@ -11,6 +11,7 @@ from launch.report.trends import FEWEST
 
 LEAST_STEPS = 10  # of a run, and FEWEST logged ones: less tells nothing of where it goes
 GOLD = "gold was not measured: --gold_reward_model or --gold_function"
+ONLY_AT_0 = "the only evaluation is at step 0, before training: a lower --eval_steps"
 NO_EVALUATIONS = "there are no evaluations: --eval_data or --eval_fraction, and --eval_steps"
 TRAINED = "sft reward direct"
 RULES = [
@@ -22,7 +23,7 @@ RULES = [
         )
     ],
     Rule("learning rate", checks.zero_rate, (("train/lr",),), f"{TRAINED} ppo", fewest=2),
-    Rule("trend of train/loss", checks.rising_loss, (("train/loss",),), TRAINED, FEWEST),
+    Rule("trend of train/loss", checks.rising_loss, (("train/loss",), ("eval/loss",)), TRAINED, FEWEST),
     Rule("level of the loss", checks.high_loss, (("train/loss",),), "sft"),
     Rule("overfitting", checks.overfitting, (("step", "eval/loss"), ("step", "train/loss")), TRAINED, 2),
     Rule("held-out loss against a coin toss", checks.coin_toss, (("eval/loss",),), "reward direct",
@@ -39,16 +40,18 @@ RULES = [
     Rule("fall of gold", hacks.falling_gold, (("step", "eval/score", "eval/gold"),), "ppo", 2, optional=True),
     Rule("fall of the held-out score", checks_ppo.falling_score,
          (("step", "eval/score"), ("eval/score_std",)), "ppo", 2),
-    Rule("gain for the KL", checks_kl.moved_for_nothing, (("eval/kl", "eval/score"),), "ppo", FEWEST),
+    Rule("gain for the KL", checks_kl.moved_for_nothing, (("eval/kl", "eval/score"), ("eval/score_std",)),
+         "ppo", FEWEST),
     Rule("fall of reward/mean", checks_ppo.falling_reward, (("reward/mean",),), "ppo", FEWEST),
-    Rule("length hack", hacks.length_hack, (("reward/mean", "response/length"),), "ppo", 2),
+    Rule("length hack", hacks.length_hack, (("reward/mean", "response/length"),), "ppo", FEWEST),
     Rule("repetition", hacks.repetition,
          (("response/repeated_3",), ("response/distinct_2",), ("reward/mean",)), "ppo"),
     Rule("entropy", checks_ppo.entropy_collapse, (("policy/entropy",),), "ppo"),
     Rule("variety", checks_ppo.variety_collapse, (("eval/distinct_2",),), "ppo"),
-    Rule("responses that are cut", checks_ppo.truncation, (("response/eos_rate",),), "ppo"),
-    Rule("length at the limit", checks_ppo.near_limit, (("response/length",),), "ppo",
-         options=("max_response_length",)),
+    Rule("responses that are cut", checks_ppo.truncation, (("response/eos_rate",),), "ppo",
+         options=("missing_eos_penalty",)),
+    Rule("length at the limit", checks_ppo.near_limit, (("response/length",), ("response/eos_rate",)), "ppo",
+         options=("max_response_length", "missing_eos_penalty")),
     Rule("shrinking responses", checks_ppo.short_responses, (("response/length",),), "ppo", FEWEST),
     Rule("penalties", checks_ppo.large_penalties, (("reward/penalty", "reward/std"),), "ppo",
          options=("normalise_scores",)),
@@ -91,15 +94,17 @@ def judge(
     found, unchecked = [checks.not_finite(lines)], {}
     evaluations = sum(any(name.startswith("eval/") for name in line) for line in lines)
     logged = sum(any(not name.startswith(("eval/", "step")) for name in line) for line in lines)
+    trained = [line for line in lines if line["step"] > 0]
     for rule in RULES:
         if not rule.applies(stage):
             continue
         groups = [columns(lines, *names) for names in rule.groups]
-        if len(groups[0][0]) >= rule.fewest:
+        is_at_0 = rule.is_of_evaluations and bool(groups[0][0]) and not any(columns(trained, *rule.groups[0]))
+        if len(groups[0][0]) >= rule.fewest and not is_at_0:
             chosen = {name: options[name] for name in rule.options if options and name in options}
             found.append(rule.check(*[values for group in groups for values in group], **chosen))
         elif stage and not rule.optional:
-            reason = _lack(rule, len(groups[0][0]), evaluations)
+            reason = ONLY_AT_0 if is_at_0 else _lack(rule, len(groups[0][0]), evaluations)
             unchecked.setdefault(reason, []).append(rule.name)
     if stage in ("", "ppo"):
         found.append(hacks.format_hack(samples, *columns(lines, "eval/score")))
@@ -111,11 +116,10 @@ def judge(
 
 def _lack(rule: Rule, count: int, evaluations: int) -> str:
     """Why a rule could not be applied, and which option changes that."""
-    is_evaluation = any(name.startswith("eval/") for name in rule.groups[0])
-    if is_evaluation and not evaluations:
+    if rule.is_of_evaluations and not evaluations:
         return NO_EVALUATIONS
     if not count:
         return rule.needs or f"{rule.groups[0][-1]} was not logged"
-    if is_evaluation:
+    if rule.is_of_evaluations:
         return f"there are {count} evaluations, and it takes {rule.fewest}: a lower --eval_steps"
     return f"{count} steps were logged, and it takes {rule.fewest}: more steps, or a lower --logging_steps"

@@ -29,6 +29,10 @@ class Rule(NamedTuple):
     )
     options: tuple[str, ...] = ()
 
+    @property
+    def is_of_evaluations(self) -> bool:
+        return any(name.startswith("eval/") for name in self.groups[0])
+
     def applies(self, stage: str) -> bool:
         """Also to a run of unknown stage, if it has the metrics."""
         return not stage or stage in self.stages.split()

@@ -9,6 +9,8 @@ Values = Sequence[float]
 PARTS = 5  # beginnings and ends are a fifth of a curve, so that no single value decides
 FEWEST = 5  # values from which noise can be told
 ERRORS = 3  # a change by more standard errors than this is not noise
+LARGE_CHANGE = 0.25  # of held-out scores, as a share of their spread
+LARGE_WITHOUT_SPREAD = 0.05  # as a share of their level, where the spread is not known
 
 
 def running_means(values: Values) -> list[float]:
@@ -41,3 +43,8 @@ def error_of_change(values: Values) -> float:
     bends = [abs((a + c) / 2 - b) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
     noise = 1.4826 * median(bends) * math.sqrt(2 / 3)  # 1.4826: from the median of a normal to its std
     return noise * math.sqrt(2 / max(1, len(values) // PARTS))
+
+
+def large_change(level: float, spreads: Values) -> float:
+    """A change of held-out scores that matters, from the spreads within evaluations, or else their level."""
+    return LARGE_CHANGE * max(spreads) if spreads else LARGE_WITHOUT_SPREAD * abs(level)

@@ -43,15 +43,15 @@ def report(kept: int, pairs: int, prompts: int, **unused: int) -> dict:
     [
         (report(1, 0, 1, cut=147),
          "kept 1 of 148 responses (mean score -1.259; all: -2.656), 0 pairs (no prompt has two usable"
-         " responses of different scores); 147 cut at 48 tokens: raise --max_response_length or pass"
-         " --keep_truncated"),
+         " responses of different scores); 147 cut at 48 tokens: pass --keep_truncated, or raise"
+         " --max_response_length in another --output_dir"),
         (report(37, 37, 37), "kept 37 of 148 responses (mean score -1.259; all: -2.656), 37 pairs"),
         (report(36, 35, 36, cut=9, repeated=2),
          "kept 36 of 148 responses (mean score -1.259; all: -2.656), 35 pairs; 9 cut at 48 tokens,"
          " 2 the same as another response to their prompt"),
         (report(10, 1, 10, empty=30, repeated=100),
          "kept 10 of 148 responses (mean score -1.259; all: -2.656), 1 pairs; 30 empty, 100 the same as"
-         " another response to their prompt: raise --temperature"),
+         " another response to their prompt: raise --temperature in another --output_dir"),
     ],
 )  # fmt: skip
 def test_the_report_says_why_little_is_kept(figures, text):
