@@ -5,6 +5,7 @@ python -m launch.check_options step2_direct --loss dpo --beta 0.3 -- evaluate_pp
 
 import sys
 
+from common.option_checks import check_held_out
 from common.options import UserError, parse_options
 from common.process import run_main
 from step1_sft.options import SFTOptions
@@ -16,8 +17,8 @@ from step3_ppo.options import PPOOptions, check_options
 
 # The options of a command, and the check of their combinations.
 COMMANDS = {
-    "step1_sft": (SFTOptions, lambda _: None),
-    "step2_reward": (RewardOptions, lambda _: None),
+    "step1_sft": (SFTOptions, check_held_out),
+    "step2_reward": (RewardOptions, check_held_out),
     "step3_ppo": (PPOOptions, check_options),
     "step2_direct": (DirectOptions, complete),
     "evaluate_ppo": (EvaluateOptions, evaluate_options.check_options),

@@ -6,7 +6,7 @@
 # et al. 2023 (arXiv 2312.11456); so --loss, in DIRECT_OPTIONS, must be one that has a reference.
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
-LATER=(step2_direct --reference_model_name_or_path "${MODEL:-}" ${DIRECT_OPTIONS:-})
+LATER=(step2_direct --reference_model_name_or_path "${MODEL:-}" --eval_fraction 0 ${DIRECT_OPTIONS:-})
 source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
 
 policies=("$MODEL")

@@ -5,7 +5,7 @@
 # to one command each. Each round goes on from the one before: Dong et al. 2023 (arXiv 2304.06767), algorithm 1.
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
-LATER=(step1_sft ${STEP1_OPTIONS:-})  # the command that wrong options would reach hours later
+LATER=(step1_sft --eval_fraction 0 ${STEP1_OPTIONS:-})  # the command that wrong options would reach hours later
 source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
 
 policies=("$MODEL")

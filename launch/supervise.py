@@ -70,7 +70,7 @@ class Log:
         self._waiting: list[bytes] = []  # lines before the command was accepted
         self._file = None
         self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        self._is_new = not self.path.exists()
+        self._before = names(folder)
 
     @property
     def is_open(self) -> bool:
@@ -97,12 +97,14 @@ class Log:
             self._waiting.clear()
 
     def close(self, is_refused: bool) -> None:
-        """A refused command leaves no file and no folder that was not there before."""
+        """Close the file. After a refusal remove it and its folder if both are new and the command has left
+        nothing else: a refusal after hours of training keeps its log.
+        """
         with contextlib.suppress(OSError):
             if self.is_open:
                 self._file.close()
             if is_refused:
-                if self.is_open and self._is_new:
+                if self.is_open and names(self.path.parent) - self._before - {"run.lock"} == {self.path.name}:
                     self.path.unlink()
                 for folder in self._missing:
                     folder.rmdir()  # which fails where it holds anything
@@ -113,6 +115,11 @@ class Log:
             f"=== {time.strftime('%Y-%m-%d %H:%M:%S %z')}\ncommand: {self._command}\nversions: {versions()}\n"
             f"device: {device}\n"
         )
+
+
+def names(folder: Path) -> set[str]:
+    """Names of all that a folder holds; none when there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def typed(script: str, command: Sequence[str]) -> str:

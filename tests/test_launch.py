@@ -84,6 +84,22 @@ def test_the_log_begins_when_the_command_is_accepted(tmp_path: Path) -> None:
     assert lines[4:6] == ["before", "after"] and len(lines) == 12
 
 
+@pytest.mark.parametrize("new", ["checkpoints", "journal"])
+def test_a_refusal_of_a_run_that_has_written_keeps_its_log(tmp_path: Path, new: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").touch()
+    (tmp_path / "accepted").write_text("CPU; 2 ranks")
+    for expected in (["notes.txt", "run.lock"], [new, "notes.txt", "run.lock", "train.log"]):
+        log = Log(tmp_path / "out", tmp_path / "accepted", "bash step.sh")
+        log.write(b"step 1\n")
+        (tmp_path / "out/run.lock").touch()
+        if new in expected:
+            (tmp_path / "out" / new).touch()
+        log.close(is_refused=True)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == expected
+    assert "step 1" in (tmp_path / "out/train.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("notes", "code", "signals", "expected"),
     [
@@ -156,6 +172,24 @@ def test_a_script_refuses_wrong_options_of_its_last_step(tmp_path: Path) -> None
     done = bash("pipeline.sh", ["--seed", "1"], tmp_path, STEP3_OPTIONS="--kl_coef -1", **variables)
     assert done.returncode == 2
     assert done.stdout == "error: launch/step3_ppo.sh: --kl_coef -1.0: must be at least 0\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "command"),
+    [
+        ("raft.sh", "STEP1_OPTIONS", "step1_sft"),
+        ("rest.sh", "STEP1_OPTIONS", "step1_sft"),
+        ("iterative_dpo.sh", "DIRECT_OPTIONS", "step2_direct"),
+    ],
+)
+def test_rounds_hold_out_no_data_to_measure_a_best_metric_on(
+    tmp_path: Path, script: str, options: str, command: str
+) -> None:
+    variables = {options: "--best_metric eval/loss", "MODEL": "x", "PROMPTS": "x"}
+    done = bash(script, ["--reward_model_name_or_path", "x"], tmp_path, **variables)
+    assert done.returncode == 2
+    assert done.stdout.startswith(f"error: launch/{command}.sh: --best_metric eval/loss: needs held-out data")
     assert not list(tmp_path.iterdir())
 
 
