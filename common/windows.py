@@ -8,7 +8,7 @@ from typing import Any
 
 from common.distributed import gather_objects, log, rank
 from common.options import UserError
-from common.process import Stopped, stop_anywhere, stop_requested
+from common.process import Stopped, stop_anywhere, stop_between_steps, stop_requested
 from common.progress import Progress
 from common.records import Record
 
@@ -20,7 +20,8 @@ def work_through(
 
     work: turns `size` items, by their numbers, into one result each, in JSON, the same on every rank.
     journal: a file in the run's folder with the results so far, a line for each call of `work`. noun: of the
-    items, in messages. Raises Stopped, wherever it is, when that was asked for.
+    items, in messages. Raises Stopped, wherever it is, when that was asked for; once all items are done, a
+    stop waits.
     """
     results, problem, total = [], "", len(items)
     if rank() == 0:
@@ -42,6 +43,7 @@ def work_through(
             results += made
         done += len(made)
         progress.update(done)
+    stop_between_steps()  # rank 0 writes the results, the others wait for it
     return results
 
 

@@ -99,13 +99,15 @@ def load_pairs(
 ) -> Pairs:  # fmt: skip
     """Preferences of at most `max_length` tokens to every encoder, so that all models are judged on the same.
 
-    at_most: take the first so many; 0: all. Raises UserError naming file and line of a bad record, and when
-    no record is left.
+    at_most: take the first so many; 0: all. Raises UserError naming file and line of a bad record, when no
+    record is left, and when every pair is a tie.
     """
     convert = partial(preference, max_length=max_length, overlong="drop", use_margin=True)
     different = [*dict.fromkeys(encoders)]
     converts = [partial(convert, encoder=encoder) for encoder in different]
     found = load_alike(sources, options, Preference, converts, at_most)
+    if all(is_tie for row in found.rows[0] for is_tie, *_ in row.pair_facts):
+        raise UserError(f"{' '.join(sources)}: every pair is a tie, so there is no accuracy to measure")
     return Pairs(found.origins, found.records, dict(zip(different, found.rows, strict=True)))
 
 

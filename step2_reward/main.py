@@ -140,10 +140,14 @@ def main() -> None:
 
     # 5. What it says of pairs that every run is judged on.
     if golden:
-        stop_anywhere(f"Stopped; {output}/final is written, the report on --golden_data is not.")
+        stop_anywhere(
+            f"Stopped; {output}/final is written, the report on --golden_data is not. Run the same command to"
+            " write it."
+        )
         rows = golden.rows[encoder]
         judged = judge(golden, rows, *scored_pairs(engine, rows, options.micro_batch_size, layout))
         std = engine.module.config.reward_std
+        stop_between_steps()  # rank 0 writes, the others wait for it
         write_report(judged, std, output / "metrics.jsonl", output / "golden")
 
 

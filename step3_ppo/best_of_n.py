@@ -24,7 +24,7 @@ from common.files import make_folder
 from common.formatting import find_prompt
 from common.generation import check_generation, generate, load_policy, my_prompts
 from common.options import UserError, parse_options, world_size
-from common.process import run_main
+from common.process import run_main, stop_between_steps
 from common.progress import Progress
 from common.prompts import Prompt, prompt
 from common.roles import policy_config
@@ -80,6 +80,7 @@ def main() -> None:
         progress.update(done, f"score {score:.3f} | {tokens / seconds:.0f} tokens/s")
 
     # 3. What the other steps read.
+    stop_between_steps()  # rank 0 writes, the others wait for it
     report = on_first_rank(partial(select, options))
     log(f"{describe(report)}\nwrote {options.selection_dir or options.output_dir}")
 

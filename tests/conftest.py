@@ -36,6 +36,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def start_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop ends a process at any moment at first; forks inherit what a test has changed."""
+    from common import process
+
+    monkeypatch.setattr(process, "_last_line", process.PREPARING)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real models, tokenizers, data and reference values, beside the repository."""

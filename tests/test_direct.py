@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -184,6 +185,29 @@ def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_
     result = start_stage(MAIN, options, tmp_path).result()
     assert result.codes == [STOPPED] and "Stopped before the first step" in result.output, result.output
     succeed(MAIN, options, tmp_path)
+
+
+def test_a_signal_while_the_reference_reads_tells_what_is_saved(
+    small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(reference, "ROUNDS", 2)
+    for name in ("FIRST_LINE", "NEXT_LINES"):
+        monkeypatch.setattr(progress, name, -1)
+    read, calls = reference._read_part, []
+
+    def read_and_stop(*arguments: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(*arguments)
+
+    monkeypatch.setattr(reference, "_read_part", read_and_stop)
+    words = [*direct(small, run / "sft/final", tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    stopped = run_stage(MAIN, words, tmp_path)
+    assert stopped.codes == [STOPPED], stopped.output
+    counts = re.search(r"(\d+) of (\d+) records read with the reference are in the cache", stopped.output)
+    (file,) = (tmp_path / "cache").glob("reference_*.npy")
+    assert (~np.isnan(np.load(file)).any(1)).sum() == int(counts[1]) > 0
 
 
 def test_what_the_reference_has_read_survives_a_kill(

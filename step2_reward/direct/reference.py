@@ -26,7 +26,7 @@ from common.files import flush_folder, sha256
 from common.models import load_causal_lm, load_config
 from common.options import UserError, world_size
 from common.prepare import cache_folder
-from common.process import Stopped, stop_requested
+from common.process import Stopped, stop_anywhere, stop_requested
 from common.progress import Progress
 from common.tokenization import load_tokenizer
 from common.zero import frozen_config, unpartitioned
@@ -149,20 +149,29 @@ def _read(
     order = sorted(missing, key=lambda i: max(examples.rows[i].lengths))
     progress, start = Progress("reading with the reference", len(order)), time.monotonic()
     size = ROUNDS * options.micro_batch_size * world_size()
+    saved = 0
     for begin in range(0, len(order), size):
+        stop_anywhere(_stopped(saved, len(order)))
         if stop_requested(options.output_dir):
             _keep(file, logprobs)
-            raise Stopped(
-                "Stopped before the first step; the reference pass is saved. Run the same command to resume."
-            )
+            raise Stopped(_stopped(begin, len(order)))
         chosen = order[begin : begin + size]
         part = [examples[i] for i in chosen]
         logprobs[chosen] = _read_part(model, part, logprobs.shape[1], options, pad_token_id)
         if progress.update(begin + len(chosen)):
             _keep(file, logprobs)
+            saved = begin + len(chosen)
     model.train()
     _keep(file, logprobs)
+    stop_anywhere()
     log(f"{len(order)} records read with the reference in {time.monotonic() - start:.1f} s")
+
+
+def _stopped(saved: int, total: int) -> str:
+    return (
+        f"Stopped before the first step; {saved} of {total} records read with the reference are in the cache."
+        " Run the same command to resume."
+    )
 
 
 @torch.no_grad()
@@ -229,4 +238,5 @@ def _keep(file: Path | None, logprobs: Tensor) -> None:
         flush_folder(file.parent)
     except OSError as error:
         log(f"{file}: not kept: {error}")
+    finally:
         beside.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import common.windows
+from common import process
 from common.options import UserError
 from common.process import Stopped
 from common.windows import work_through
@@ -36,6 +37,20 @@ def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.
     assert capsys.readouterr().out == "resuming: 6 of 11 texts done\n"
     assert calls[3:] == [[6, 7], [8, 9], [10]]
     assert work_through(ITEMS, work, journal, 5, "texts") == MADE and len(calls) == 6
+
+
+def test_a_stop_waits_once_all_items_are_done(tmp_path: Path) -> None:
+    """Rank 0 writes the results then; before, a stop ends a rank at once with the number that is done."""
+    lines = []
+
+    def work(items: dict[int, str]) -> list[str]:
+        lines.append(process._last_line)
+        return [*items.values()]
+
+    for _ in range(2):
+        assert work_through(ITEMS, work, tmp_path / "journal", 6, "texts") == ITEMS
+        assert process._last_line is None
+    assert [line.split(", ")[0] for line in lines] == [f"Stopped; {n} of 11 texts done" for n in (0, 6)]
 
 
 @pytest.mark.parametrize("line", [b"\x00\xff", b"{}", b"7", b'["cut', b"[" * 99_999])

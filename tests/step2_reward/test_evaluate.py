@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from common import process
+from step2_reward import evaluate, main
 from tests.ranks import succeed
 from tests.test_bad_input import check_refusal
 from tests.test_stages import metrics, reward, run, world  # noqa: F401 - run and world are fixtures
@@ -30,8 +32,16 @@ def write(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def test_figures_are_those_of_the_run(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_figures_are_those_of_the_run(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
     """In the run itself, by the command on one rank and on two; the accuracy and loss are eval/..."""
+
+    def write_unstopped(*arguments: object) -> None:
+        assert process._last_line is None, "a stop of rank 0 alone would leave the others waiting"
+        evaluate.write_report(*arguments)
+
+    monkeypatch.setattr(main, "write_report", write_unstopped)
     data = write(tmp_path / "golden.jsonl", held_out(world, 40))
     options = [*reward(world, run / "sft/final", tmp_path / "out"), "--max_eval_samples", "0"]
     succeed("step2_reward.main", [*options, "--eval_data", str(data), "--golden_data", str(data)], tmp_path)
@@ -130,12 +140,14 @@ def test_what_is_wrong_is_told(world: Path, run: Path, tmp_path: Path, verdict: 
 
 def test_mistakes_are_one_line(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     data = write(tmp_path / "pairs.jsonl", held_out(world, 2))
+    ties = write(tmp_path / "ties.jsonl", [record | {"tie": True} for record in held_out(world, 2)])
     bad = write(tmp_path / "bad.jsonl", [*held_out(world, 2), {"prompt": "a", "chosen": "b"}])
     model, policy = str(run / "reward/final"), str(run / "sft/final")
     for words, parts in (
         ([model, "--eval_data", str(bad)], ["bad.jsonl:3", "'rejected' is missing"]),
         ([model, "--eval_data", str(tmp_path / "no.jsonl")], ["no.jsonl: No such file"]),
         ([policy, "--eval_data", str(data)], [policy, "not a reward model"]),
+        ([model, "--eval_data", str(ties)], ["ties.jsonl: every pair is a tie"]),
         (
             [model, "--eval_data", str(data), "--max_length", "8"],
             ["pairs.jsonl: no rows left: 2 records read: 2 too long"],
