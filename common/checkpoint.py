@@ -10,6 +10,7 @@ A checkpoint is written beside its place, flushed to disk and renamed into it.
 """
 
 import json
+import re
 import shutil
 import time
 from functools import partial
@@ -98,8 +99,13 @@ def save_if_due(
     is_saved = (is_stopped or is_best or is_due) and save_checkpoint(options, state, engines)
     if is_stopped:
         saved = f"checkpoint {_folder(options, state)}" if is_saved else "its checkpoint was NOT saved"
-        how = "with --resume_from_checkpoint latest " * (options.resume_from_checkpoint != "latest")
-        raise Stopped(f"Stopped at step {state.step}; {saved}. Run the same command {how}to resume.")
+        raise Stopped(f"Stopped at step {state.step}; {saved}. {same_command(options)} to resume.")
+
+
+def same_command(options: RunOptions) -> str:
+    """How to continue a run that was stopped, as the beginning of a sentence."""
+    is_latest = options.resume_from_checkpoint == "latest"
+    return f"Run the same command{'' if is_latest else ' with --resume_from_checkpoint latest'}"
 
 
 def _folder(options: RunOptions, state: TrainState) -> Path:
@@ -130,10 +136,10 @@ def find_checkpoint(options: RunOptions) -> Checkpoint | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints by their names, oldest first."""
+    """Checkpoints by their names, oldest first. Other names, as of copies, do not count."""
     folders = (output_dir / "checkpoints").glob("step_*")
-    complete = [f for f in folders if f.suffix != ".tmp" and (f / "state.json").exists()]
-    return sorted(complete, key=_step_of)
+    named = [folder for folder in folders if re.fullmatch("step_[0-9]+", folder.name)]
+    return sorted((folder for folder in named if (folder / "state.json").exists()), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:
@@ -227,7 +233,7 @@ def _damage(folder: Path) -> str:
     """What is wrong with a checkpoint, or nothing; every rank checks a part of the files."""
     problem = ""
     try:
-        json.loads((folder / "state.json").read_text())
+        TrainState(**json.loads((folder / "state.json").read_text()))
         files = json.loads((folder / "manifest.json").read_text())["files"]
         for name in sorted(files)[rank() :: world_size()]:
             path = folder / name
@@ -239,7 +245,7 @@ def _damage(folder: Path) -> str:
                 problem = f"{name} has another checksum"
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"state.json or manifest.json: {error}"
     return _first(problem)
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import deepspeed
 import torch
 
-from common.checkpoint import Checkpoint, describe, save_checkpoint
+from common.checkpoint import Checkpoint, describe, same_command, save_checkpoint
 from common.distributed import barrier, gather_objects, log, rank
 from common.engine import is_partial
 from common.files import flush_folder
@@ -53,10 +53,11 @@ def resume(
 def _continued(state: TrainState, options: RunOptions, total_steps: int) -> TrainState:
     """The state in a run of so many steps; logs a change of their number."""
     if state.total_steps not in (0, total_steps) and not options.export_only:
-        log(
-            f"the run ends at step {total_steps} now, planned were {state.total_steps}: from step"
-            f" {state.step + 1} on the learning rate follows a schedule of {total_steps} steps"
-        )
+        line = f"the run ends at step {total_steps} now, planned were {state.total_steps}"
+        if state.step < total_steps and options.lr_scheduler_type != "constant":
+            line += f": from step {state.step + 1} on the learning rate follows a schedule of"
+            line += f" {total_steps} steps"
+        log(line)
     state.total_steps = total_steps
     return state
 
@@ -65,8 +66,10 @@ def stop_after_training(options: RunOptions, state: TrainState, engines: dict[st
     """Stop between the last step and the exports: with a checkpoint, the same command makes them."""
     folder = Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
     if any(gather_objects(folder.exists())) or save_checkpoint(options, state, engines):
-        raise Stopped(f"Stopped after the last step; checkpoint {folder}. Run the same command to finish.")
-    raise Stopped("Stopped after the last step; its checkpoint was NOT saved.")
+        saved, purpose = f"checkpoint {folder}", "finish"
+    else:
+        saved, purpose = "its checkpoint was NOT saved", "resume from an older one, or to start again"
+    raise Stopped(f"Stopped after the last step; {saved}. {same_command(options)} to {purpose}.")
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:

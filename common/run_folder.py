@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.checkpoint import Checkpoint, find_checkpoint
 from common.distributed import gather_objects, log, rank
-from common.files import lock_folder, sha256, write_json
+from common.files import lock_folder, read_json, sha256, write_json
 from common.option_checks import changed_defaults, changed_options, default_values, resolved
 from common.options import RunOptions, UserError
 from common.process import accept, on_refusal
@@ -138,12 +138,13 @@ def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) 
     """Lock the folder and compare what it holds; returns the files to write there."""
     folder = Path(options.output_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    on_refusal(partial(_withdraw, folder, missing, _names(folder)))
+    before = _names(folder)
     lock = lock_folder(folder)
+    on_refusal(partial(_withdraw, folder, missing, before))
     found = fingerprint(options, tokenizers)
     check_folder(options)
     if (folder / "fingerprint.json").exists():
-        _compare_data(options, json.loads((folder / "fingerprint.json").read_text()), found)
+        _compare_data(options, read_json(folder / "fingerprint.json"), found)
     _locks.append(lock)
     return {"fingerprint.json": found, "options.json": resolved(options)}
 
@@ -173,7 +174,7 @@ def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
     """Raise UserError for options that differ from those of the run in a folder."""
     if not (folder / "options.json").exists():
         return
-    earlier = json.loads((folder / "options.json").read_text())
+    earlier = read_json(folder / "options.json")
     current = resolved(options)
     if changes := changed_options(earlier, current, default_values(options), FREE_OPTIONS):
         free = " ".join(f"--{option}" for option in sorted(FREE_OPTIONS & current.keys()))

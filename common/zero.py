@@ -89,17 +89,24 @@ def _read(source: Path) -> dict[str, Any]:
         raise UserError(f"--zero_config {source}: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError:
+        raise UserError(f"{source}: not a text file in UTF-8") from None
     if not isinstance(config, dict):
         raise UserError(f"{source}: must hold one JSON object")
     for key, value in config.items():
-        if key in SECTIONS and not isinstance(value, dict):
-            raise UserError(f"{source}: {key} is {value!r}; it must be an object")
+        if key in SECTIONS:
+            _check_object(source, key, value)
         if key not in KNOWN_KEYS:
             near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
             raise UserError(
                 f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
     return config
+
+
+def _check_object(source: Path, key: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {key} is {value!r}; it must be an object")
 
 
 def offloads(config: dict[str, Any], section: str) -> bool:
@@ -169,6 +176,9 @@ def _take_optimizer(
     config: dict[str, Any], source: Path, options: OptimiserOptions, learning_rate: float
 ) -> None:
     optimizer = config.pop("optimizer", {})
+    scheduler = config.pop("scheduler", {})
+    for name, section in (("optimizer", optimizer), ("scheduler", scheduler)):
+        _check_object(source, f"{name}.params", section.get("params", {}))
     if optimizer and optimizer.get("type") not in ("Adam", "AdamW"):
         raise UserError(f"{source}: optimizer.type is {optimizer.get('type')!r}; AdamW is the one there is")
     owned = {
@@ -180,7 +190,6 @@ def _take_optimizer(
     for key, value in optimizer.get("params", {}).items():
         if key in owned and value not in ("auto", owned[key]):
             raise UserError(f"{source}: optimizer.params.{key} is {value} but the options say {owned[key]}")
-    scheduler = config.pop("scheduler", {})
     if any(value != "auto" for value in scheduler.get("params", {}).values()):
         raise UserError(f"{source}: scheduler belongs to --lr_scheduler_type and --warmup_ratio; remove it")
 

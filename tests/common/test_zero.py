@@ -180,12 +180,21 @@ def test_a_section_that_is_not_an_object_is_refused(tmp_path, section):
     assert section in refusal(tmp_path, {**stage(1), section: "auto"})
 
 
+@pytest.mark.parametrize("params", [[], None, "auto"])
+def test_params_that_are_no_object_are_refused(tmp_path, params):
+    assert "optimizer.params is" in refusal(tmp_path, stage(1, optimizer={"type": "Adam", "params": params}))
+    assert "scheduler.params is" in refusal(tmp_path, stage(1, scheduler={"params": params}))
+
+
 def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError, match="absent.json: No such file"):
         load_zero_config(str(tmp_path / "absent.json"), OPTIONS, learning_rate=1e-5)
     (tmp_path / "broken.json").write_text('{\n"a": 1,\n}')
     with pytest.raises(UserError, match=r"broken.json:3: not valid JSON"):
         load_zero_config(str(tmp_path / "broken.json"), OPTIONS, learning_rate=1e-5)
+    (tmp_path / "other.json").write_text("{}", encoding="utf-16")
+    with pytest.raises(UserError, match="other.json: not a text file in UTF-8"):
+        load_zero_config(str(tmp_path / "other.json"), OPTIONS, learning_rate=1e-5)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="list.json: must hold one JSON object"):
         load_zero_config(str(tmp_path / "list.json"), OPTIONS, learning_rate=1e-5)

@@ -1,0 +1,36 @@
+"""Claims of an output directory: damaged files of an earlier run, and the folder of another run."""
+
+from pathlib import Path
+
+import pytest
+
+from common import process, run_folder
+from common.files import lock_folder
+from common.options import UserError
+from common.run_folder import prepare_output
+from step1_sft.options import SFTOptions
+
+
+@pytest.fixture(autouse=True)
+def undone(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What a refusal would undo; the process of the tests keeps nothing of it."""
+    monkeypatch.setattr(process, "_undo", [])
+    monkeypatch.setattr(run_folder, "_locks", [])
+    return process._undo
+
+
+@pytest.mark.parametrize("name", ["options.json", "fingerprint.json"])
+@pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe{"])
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as refused:
+        prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
+    assert "\n" not in str(refused.value) and (tmp_path / name).read_bytes() == content
+
+
+def test_a_command_refused_for_the_lock_undoes_nothing(tmp_path: Path, undone: list) -> None:
+    with lock_folder(tmp_path), pytest.raises(UserError, match="in use by process"):
+        prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
+    assert not undone
+    prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
+    assert len(undone) == 1
