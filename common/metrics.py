@@ -44,13 +44,19 @@ class MetricWriter:
     def step(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
         """Add a finished step to the means since the last line; write them when a line is due.
 
-        A line is due every --logging_steps and after the last step. figures: with `time/step` in seconds.
+        A line is due every --logging_steps and after the last step; `flush` writes one where training ends
+        early. figures: with `time/step` in seconds.
         """
         add_step(state.window, figures)
         self._timed_steps += 1
         if self._timed_steps:
             self._timed_seconds += figures["time/step"].total
         if state.step == self._total_steps or state.step % self._logging_steps == 0:
+            self.flush(state, figures, shown)
+
+    def flush(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
+        """Write the means since the last line, if there was a step; figures: of the last step."""
+        if state.window:
             self.log(state.step, take_means(state.window, figures), shown)
 
     def log(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:

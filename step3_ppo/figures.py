@@ -29,12 +29,15 @@ def evaluate(
     """Figures on one response to each held-out prompt, and the first few with their scores."""
     short = -len(prompts) % world_size()
     prompts_of_all = [*prompts, *prompts[:1] * short]
-    rollout = sample_rollout(models.actor, models.encoder, prompts_of_all, options, EVALUATION_STEP)
-    rollout, _ = score_rollout(models, prompts_of_all, rollout, options)
+    title = "responses to held-out prompts"
+    rollout = sample_rollout(models.actor, models.encoder, prompts_of_all, options, EVALUATION_STEP, title)
+    rollout, _ = score_rollout(models, prompts_of_all, rollout, options, title=f"scores of {title}")
     gold = None
     if models.gold:
         mine, size = range(rank(), len(prompts_of_all), world_size()), options.generation_batch_size
-        gold, _ = score_responses(models.gold, models.encoder, prompts_of_all, rollout, mine, size)
+        gold, _ = score_responses(
+            models.gold, models.encoder, prompts_of_all, rollout, mine, size, f"gold scores of {title}"
+        )
         gold = gold[: len(prompts)]
     rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
     figures = {

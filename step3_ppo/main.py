@@ -176,6 +176,8 @@ def main() -> None:
         is_last, is_best = state.step == total_steps, False
         if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
             is_best = evaluate_and_log()
+        if has_stalled():
+            metrics.flush(state, found, SHOWN)
         save_if_due(options, state, engines, is_best, is_last or has_stalled())
     if has_stalled():
         log(f"stopped early: {options.early_stopping} evaluations without a better {options.best_metric}")

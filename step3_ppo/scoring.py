@@ -51,11 +51,13 @@ class FirstPass:
 
 @torch.no_grad()
 def score_rollout(
-    models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions, step: int | None = None
-) -> tuple[Rollout, FirstPass]:
+    models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions,
+    step: int | None = None, title: str = "",
+) -> tuple[Rollout, FirstPass]:  # fmt: skip
     """Have every model and function read the responses, each rank a part of them.
 
-    step: the iteration whose update follows; None measures all but values, for no update.
+    step: the iteration whose update follows; None measures all but values, for no update. title: of
+    the progress lines of the reward models, none: be silent.
     """
     models.actor.eval()
     if models.critic:
@@ -73,7 +75,7 @@ def score_rollout(
     mine = sum(batches, [])
     size = options.generation_batch_size
     found["scores"], found["score_parts"] = score_responses(
-        models.scorer, models.encoder, prompts, rollout, mine, size
+        models.scorer, models.encoder, prompts, rollout, mine, size, title
     )
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the

@@ -14,6 +14,7 @@ from common.engine import backward_and_step
 from common.means import Mean
 from common.models import base_model
 from common.options import UserError, world_size
+from common.progress import track
 from step2_reward.direct.data import Choice
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.loss import (
@@ -52,15 +53,16 @@ def evaluate(
     """Loss, accuracy, margin of the rewards, and negative log-likelihood of a chosen token."""
     engine.eval()
     with torch.no_grad():
-        found, _ = measure(engine, examples, options, pad_token_id, learn=False)
+        found, _ = measure(engine, examples, options, pad_token_id, learn=False, title="evaluating records")
     engine.train()
     names = {"loss": "loss", "accuracy": "accuracy", "reward/margin": "margin", "nll_chosen": "nll_chosen"}
     return {f"eval/{short}": found[name].value for name, short in names.items() if name in found}
 
 
 def measure(
-    engine: Any, examples: Sequence[Example], options: DirectOptions, pad_token_id: int, learn: bool
-) -> tuple[dict[str, Mean], float | None]:
+    engine: Any, examples: Sequence[Example], options: DirectOptions, pad_token_id: int, learn: bool,
+    title: str = "",
+) -> tuple[dict[str, Mean], float | None]:  # fmt: skip
     """Figures of a global batch, of which this rank reads its micro-batches; after `learn`, an optimiser step
     on it, also the norm of its gradients.
 
@@ -72,13 +74,15 @@ def measure(
     the data: below 0 where the policy makes them rarer. It is no estimate of the KL of policy and reference:
     that needs responses of the policy (launch/evaluate_ppo.sh draws them). What KTO takes for one, its
     reference point, is kl/reference_point.
+
+    title: of progress lines, none: be silent.
     """
     totals = count(examples, options)
     point = 0.0 if options.is_paired else reference_point(engine, examples, options, pad_token_id)
     mine = micro_batches(examples, options)
     sums: Counter[str] = Counter()
     norm = None
-    for number, picked in enumerate(mine, start=1):
+    for number, picked in enumerate(track(title, mine, len(examples)), start=1):
         # A rank may be left without records in a round. It takes part for nothing: ZeRO needs every rank.
         micro = [examples[i] for i in picked or [0]]
         loss, figures = share(engine, micro, totals, point, options, pad_token_id)

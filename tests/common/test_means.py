@@ -75,6 +75,16 @@ def test_a_run_stopped_between_two_lines_logs_what_an_unbroken_one_does(tmp_path
     assert [line["loss"] for line in losses(tmp_path / "whole")] == pytest.approx(expected)
 
 
+def test_a_run_that_ends_early_writes_its_last_steps(tmp_path, clock) -> None:
+    """Once: a line that was written is not repeated."""
+    state = train(tmp_path, 0, 5, TrainState(), clock)
+    metrics = MetricWriter(str(tmp_path), 5, 7, logging_steps=3)
+    for _ in range(2):
+        metrics.flush(state, {"train/lr": 0.1}, ["train/loss"])
+    assert [line["step"] for line in losses(tmp_path)] == [3, 5]
+    assert losses(tmp_path)[1]["loss"] == pytest.approx(0.1 * (3 * 4 + 4 * 5) / (4 + 5))
+
+
 def test_the_time_left_is_that_of_steps_after_the_first(tmp_path, clock, capsys) -> None:
     state = train(tmp_path, 0, 3, TrainState(), clock)
     clock[0] += 1000  # an evaluation
