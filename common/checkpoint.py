@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from common.distributed import barrier, gather_objects, log, rank
 from common.engine import is_partial, trained_state_dict
 from common.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
-from common.option_checks import resolved
+from common.option_checks import resolved, same_command
 from common.options import RunOptions, UserError, reason, world_size
 from common.process import Stopped, stop_requested
 from common.train_state import TrainState
@@ -100,12 +100,6 @@ def save_if_due(
     if is_stopped:
         saved = f"checkpoint {_folder(options, state)}" if is_saved else "its checkpoint was NOT saved"
         raise Stopped(f"Stopped at step {state.step}; {saved}. {same_command(options)} to resume.")
-
-
-def same_command(options: RunOptions) -> str:
-    """How to continue a run that was stopped, as the beginning of a sentence."""
-    is_latest = options.resume_from_checkpoint == "latest"
-    return f"Run the same command{'' if is_latest else ' with --resume_from_checkpoint latest'}"
 
 
 def _folder(options: RunOptions, state: TrainState) -> Path:

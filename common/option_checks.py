@@ -16,6 +16,12 @@ def check_held_out(options: Any) -> None:
         )
 
 
+def same_command(options: Any) -> str:
+    """How to continue a run that was stopped, as the beginning of a sentence."""
+    is_latest = options.resume_from_checkpoint == "latest"
+    return f"Run the same command{'' if is_latest else ' with --resume_from_checkpoint latest'}"
+
+
 def resolved(options: Any) -> dict[str, Any]:
     """All options, ready for JSON, and under `given` the names of those on the command line."""
     names = {field.name for field in dataclasses.fields(options)}

@@ -64,9 +64,7 @@ class RunOptions:
     num_train_epochs: float = option(1.0, "Passes over the training data, when --max_steps is 0.", above=0)
     logging_steps: int = option(10, "Write metrics and a progress line every so many steps.", at_least=1)
     eval_steps: int = option(
-        100,
-        "Evaluate on held-out data every so many steps; 0: only before the first step and at the end.",
-        at_least=0,
+        100, "Evaluate every so many steps; 0: only before the first step and at the end.", at_least=0
     )
     save_steps: int = option(
         500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0

@@ -9,11 +9,12 @@ from typing import Any, NoReturn
 import deepspeed
 import torch
 
-from common.checkpoint import Checkpoint, describe, same_command, save_checkpoint
+from common.checkpoint import Checkpoint, describe, save_checkpoint
 from common.distributed import barrier, gather_objects, log, rank
 from common.engine import is_partial
 from common.files import flush_folder
 from common.models import is_partitioned
+from common.option_checks import same_command
 from common.options import RunOptions, UserError, world_size
 from common.process import Stopped
 from common.train_state import TrainState
