@@ -22,9 +22,9 @@ def balance_loss(model: PreTrainedModel, outputs: Any, positions: Tensor) -> Ten
     the last of a row are padding, which does not count. Divided by the tokens of a global batch, the sum over
     its micro-batches is their mean weighted by tokens.
 
-    How often a model uses each expert is counted in each forward pass by itself. So, unlike every other loss
-    here, the value depends a little on the split into micro-batches. Source: Fedus et al. 2021 (Switch
-    Transformer), eq. 4 to 6, on all layers together.
+    Expert use is counted per forward pass. So, unlike every other loss here, the value depends a little on
+    the split into micro-batches. Source: Fedus et al. 2021 (Switch Transformer), eq. 4 to 6, on all layers
+    together.
     """
     states = positions.long().flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last one that predicts
     is_read = states | states.roll(1, dims=1)  # and the token that it predicts

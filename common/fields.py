@@ -23,18 +23,18 @@ TEXTS = (
 def number(record: Record, name: str, default: float = 0.0) -> float:
     """A finite number. Raises ValueError, in words for the user."""
     value = record.get(name, default)
-    if (found := as_number(value)) is None:
+    if (parsed := as_number(value)) is None:
         raise ValueError(f"field {name!r} is {shown(value)}; it must be a number")
-    return found
+    return parsed
 
 
 def flag(record: Record, name: str, default: bool | None = None) -> bool:
     """True or false. Raises ValueError, in words for the user."""
     value = record.get(name, default)
-    found = FLAGS.get(value.strip().lower()) if isinstance(value, str) else value
-    if not isinstance(found, bool):
+    parsed = FLAGS.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(parsed, bool):
         raise ValueError(f"field {name!r} is {shown(value)}; it must be true or false")
-    return found
+    return parsed
 
 
 def as_number(value: Any) -> float | None:

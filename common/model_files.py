@@ -52,7 +52,7 @@ def read_config(path: str) -> PretrainedConfig:
 
 
 def _check_config(path: str, config: PretrainedConfig) -> None:
-    """Raise UserError for values of which transformers would make a model, though not the one meant."""
+    """Raise UserError for sizes that are wrong, although transformers builds a model from them."""
     text, file = config.get_text_config(), Path(path) / "config.json"
     for name in SIZES:
         value = getattr(text, name, None)
@@ -76,16 +76,17 @@ def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
     when any other weight is absent or has another shape; weights that have no place are ignored, with a
     warning.
     """
-    found = _compare(kind, path)
-    missing, unexpected = sorted(found.missing), found.unexpected
+    compared = _compare(kind, path)
+    missing, unexpected = sorted(compared.missing), compared.unexpected
     if new_head:
         missing, unexpected = (
-            [name for name in names if name.startswith(f"{found.prefix}.")] for names in (missing, unexpected)
+            [name for name in names if name.startswith(f"{compared.prefix}.")]
+            for names in (missing, unexpected)
         )
     if missing:
         raise UserError(f"{path}: weights are missing: {some(missing)}")
-    if found.mismatched:
-        raise UserError(f"{path}: config.json asks for other shapes: {some(found.mismatched)}")
+    if compared.mismatched:
+        raise UserError(f"{path}: config.json asks for other shapes: {some(compared.mismatched)}")
     if unexpected:
         log_once(f"warning: {path}: weights without a place in the model are ignored: {some(unexpected)}")
 

@@ -4,10 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import PhiConfig, PhiForCausalLM
 
 from common.generation import GenerationOptions, Plain, generate, sample_answers
 from common.tokenization import SegmentEncoder
@@ -15,6 +12,7 @@ from common.vocabulary import fit_to_tokenizer, spare_ids
 from step1_sft import evaluate
 from step1_sft.data import Demonstration
 from step3_ppo.chat_session import Chat, ChatOptions, Speaker
+from tests.byte_encoder import byte_encoder
 
 SPARE = 8  # rows without a token
 
@@ -22,13 +20,7 @@ SPARE = 8  # rows without a token
 @pytest.fixture(scope="module")
 def encoder() -> SegmentEncoder:
     """Bytes, and an end token that is not marked as special, so that decoding does not leave it out."""
-    vocabulary = ["<pad>", "</s>", *sorted(ByteLevel.alphabet())]
-    backend = Tokenizer(BPE({token: number for number, token in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-    tokenizer.add_tokens(["<|end|>"])
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
-    return SegmentEncoder(tokenizer)
+    return byte_encoder("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}")
 
 
 @pytest.fixture

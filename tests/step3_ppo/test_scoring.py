@@ -4,10 +4,7 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from common.prompts import Prompt, prompt
 from common.tokenization import SegmentEncoder
@@ -15,6 +12,7 @@ from step2_reward.data import scored_response
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout
 from step3_ppo.scoring import _scored_ids, _value_pass, close
+from tests.byte_encoder import byte_encoder
 
 PROMPTS = [3, 1, 4]
 RESPONSES = [2, 5, 3]
@@ -52,16 +50,10 @@ def test_values_before_each_token_and_after_a_response_that_was_cut_off(bootstra
 @pytest.fixture(scope="module")
 def encoder() -> SegmentEncoder:
     """Bytes, and a template whose turns end in a token that is not EOS; EOS follows the last turn (Phi-3)."""
-    vocabulary = ["<pad>", "</s>", *sorted(ByteLevel.alphabet())]
-    backend = Tokenizer(BPE({token: number for number, token in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
-    tokenizer.add_tokens(["<|end|>"])
-    tokenizer.chat_template = (
+    return byte_encoder(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
     )
-    return SegmentEncoder(tokenizer)
 
 
 @pytest.mark.parametrize("ending", ["turn", "eos", "both", "none"])
