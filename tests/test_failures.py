@@ -314,7 +314,8 @@ def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:  
     assert time.monotonic() - start < 10
     assert running.returncode not in (0, 2, STOPPED), output
     *_, reason, last = output.splitlines()
-    assert reason.startswith("Rank 1 was killed (signal 9)"), output
+    # With the signal, unless rank 0 misses its neighbour and ends before DeepSpeed looks.
+    assert reason.startswith(("Rank 1 was killed (signal 9)", "Rank 1 was killed (no error message)")), output
     assert last == f"Failed with exit code 1; log: {tmp_path}/out/train.log"
     assert "Traceback" not in output
     assert not any(map(is_alive, ranks))
