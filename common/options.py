@@ -193,6 +193,7 @@ def parse_options(
         def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
             if names[0].startswith("--no_") and settings.get("action") == "store_false":
                 settings |= {"help": f"Turn --{settings['dest']} off.", "default": argparse.SUPPRESS}
+            settings["help"] = settings.get("help", "").replace("%", "%%")  # argparse formats it with %
             return super().add_argument(*names, **settings)
 
     title = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]

@@ -1,5 +1,7 @@
 """The command line: what is accepted, and that each mistake is one line that says what to write."""
 
+import dataclasses
+
 import pytest
 
 from common.options import (
@@ -10,8 +12,20 @@ from common.options import (
     parse_options,
     reason,
 )
+from launch.plan.options import PlanOptions
+from step1_sft.critique import CritiqueOptions
+from step1_sft.options import EvaluateOptions as EvaluateSFTOptions
 from step1_sft.options import SFTOptions
+from step2_reward.annotate import AnnotateOptions
+from step2_reward.direct.options import DirectOptions
+from step2_reward.judge import JudgeOptions
+from step2_reward.options import EvaluateOptions as EvaluateRewardOptions
 from step2_reward.options import RewardOptions
+from step2_reward.sample_pairs import SamplePairsOptions
+from step2_reward.score import ScoreOptions
+from step3_ppo.best_of_n_options import BestOfNOptions
+from step3_ppo.chat_session import ChatOptions
+from step3_ppo.evaluate_options import EvaluateOptions as ComparisonOptions
 from step3_ppo.options import PPOOptions, check_options
 
 REQUIRED = ["model_name_or_path", "train_data"]
@@ -127,6 +141,23 @@ def test_the_help_of_a_switch_for_off_says_off(capsys):
     assert "Turn --whiten_advantages off." in " ".join(capsys.readouterr().out.split())
     options = parse_options(PPOOptions, [], ["--no_whiten_advantages"])
     assert not options.whiten_advantages and options.group_std
+
+
+@pytest.mark.parametrize(
+    "options_class",
+    [
+        SFTOptions, EvaluateSFTOptions, CritiqueOptions, RewardOptions, EvaluateRewardOptions, DirectOptions,
+        ScoreOptions, JudgeOptions, SamplePairsOptions, AnnotateOptions, PPOOptions, BestOfNOptions,
+        ComparisonOptions, ChatOptions, PlanOptions,
+    ],
+)  # fmt: skip
+def test_the_help_of_every_command_is_printed_as_it_is_written(options_class, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_options(options_class, [], ["--help"])
+    printed = "".join(capsys.readouterr().out.split())  # lines are also broken after hyphens
+    assert not end.value.code
+    for field in dataclasses.fields(options_class):
+        assert "".join(field.metadata["help"].split()) in printed
 
 
 def test_what_stands_on_the_command_line_is_known():
