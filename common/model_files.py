@@ -4,6 +4,7 @@ Custom code is never run, and of PyTorch files only tensors are loaded.
 """
 
 import contextlib
+import math
 import pickle
 from collections.abc import Iterable
 from functools import lru_cache
@@ -21,7 +22,13 @@ from common.generation_config import read_generation_config, writable
 from common.options import UserError, reason
 
 Kind = Any  # a class such as AutoModelForCausalLM
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings",
+    "num_hidden_layers", *HEADS,
+)  # fmt: skip
+MOST_LAYERS = 10_000  # making more takes minutes, even without values
+LFS = b"version https://git-lfs"  # how a file begins that stands for another, not fetched yet
 
 
 class Comparison(NamedTuple):
@@ -59,7 +66,10 @@ def _check_config(path: str, config: PretrainedConfig) -> None:
         if isinstance(value, int | float | str) and (type(value) is not int or value < 1):
             own = text.attribute_map.get(name, name)
             raise UserError(f"{file}: {own} is {value!r}; it must be a whole number above 0")
-    heads, groups = (getattr(text, name, None) for name in SIZES[3:])
+    if (layers := getattr(text, "num_hidden_layers", None) or 0) > MOST_LAYERS:
+        raise UserError(f"{file}: num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
+    _check_numbers(file, text.to_dict())
+    heads, groups = (getattr(text, name, None) for name in HEADS)
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
         raise UserError(f"{file}: {heads} attention heads do not divide by {groups} key-value heads")
     if getattr(config, "quantization_config", None):
@@ -67,6 +77,21 @@ def _check_config(path: str, config: PretrainedConfig) -> None:
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{file}: architectures is {names!r}; it must be a list of names")
+
+
+def _check_numbers(file: Path, values: dict[str, Any]) -> None:
+    """Raise UserError for a number that would make every output NaN, also in sections."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(file, value)
+        if not isinstance(value, float | int):
+            continue
+        if math.isnan(value):
+            raise UserError(f"{file}: {name} is {value!r}; it must be a number")
+        if value < 0 and name.endswith(("eps", "epsilon")):
+            raise UserError(f"{file}: {name} is {value!r}; it must not be below 0")
+        if value <= 0 and name.endswith("rope_theta"):
+            raise UserError(f"{file}: {name} is {value!r}; it must be above 0")
 
 
 def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
@@ -108,21 +133,32 @@ def read_weights(kind: Kind, path: str, config: PretrainedConfig, dtype: torch.d
 def check_values(model: PreTrainedModel, path: str) -> None:
     """Raise UserError, on every rank that holds a part, when a weight is not finite, naming the first, and
     when the embeddings are all zeros. Parts that ZeRO-3 keeps on NVMe are not looked at.
+
+    Other matrices of zeros draw a warning: some people add layers that begin so.
     """
     weights = {id(weight): (name, weight) for name, weight in model.state_dict(keep_vars=True).items()}
     named = [(name, weight) for name, weight in weights.values() if weight.is_floating_point()]
-    bad = next((n for n, (_, weight) in enumerate(named) if not _range(weight)[0]), len(named))
+    ranges = [_range(weight) for _, weight in named]
+    bad = next((n for n, (is_finite, _) in enumerate(ranges) if not is_finite), len(named))
+    zeros = {
+        name
+        for (name, weight), (_, is_zero) in zip(named, ranges, strict=True)
+        if is_zero and len(_shape(weight)) > 1
+    }
     embeddings = model.get_input_embeddings().weight
-    parts = [(bad, _range(embeddings)[1])]
+    parts = [(bad, zeros)]
     if is_partitioned(embeddings):
         parts = gather_objects(parts[0])
     bad = min(number for number, _ in parts)
+    zeros = set.intersection(*(part for _, part in parts))
     if bad < len(named):
         name, weight = named[bad]
         dtype = str(weight.dtype).removeprefix("torch.")
         raise UserError(f"{path}: weight {name} holds NaN or Inf (as {dtype}); the file is damaged")
-    if all(is_zero for _, is_zero in parts):
+    if any(name in zeros for name, weight in named if weight is embeddings):
         raise UserError(f"{path}: the embeddings hold nothing but zeros; the file is damaged")
+    if zeros := zeros - {"score.weight"}:  # a critic's head may begin so
+        log_once(f"warning: {path}: weights are all zeros, as in a damaged file: {some(sorted(zeros))}")
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
@@ -149,7 +185,7 @@ def _compare(kind: Kind, path: str) -> Comparison:
         except FileNotFoundError:
             raise UserError(f"{file}: missing, but the index of the weights names it") from None
         except Exception as error:  # noqa: BLE001 - whatever is in the file
-            raise UserError(f"{file}: {_why(error) if Path(file).stat().st_size else 'is empty'}") from None
+            raise UserError(f"{file}: {_why(error, Path(file))}") from None
     try:
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=False)
@@ -177,11 +213,21 @@ def _weight_files(path: str, config: PretrainedConfig) -> Iterable[str]:
         for index in Path(path).glob("*.index.json"):
             if not isinstance(read_json(index).get("weight_map"), dict):
                 raise UserError(f"{index}: has no `weight_map`, which names a file for each weight") from None
+            if not isinstance(error, OSError):
+                raise UserError(f"{index}: no index of weights: {reason(error)}") from None
         raise UserError(f"{path}: {reason(error)}") from None
     return files
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, file: Path | None = None) -> str:
+    begin = b"-"
+    if file:
+        with file.open("rb") as opened:
+            begin = opened.read(len(LFS))
+    if not begin:
+        return "is empty"
+    if begin == LFS:
+        return "is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder"
     if isinstance(error, pickle.UnpicklingError):
         return "not read: it is cut or holds more than tensors, of which code is not run; give safetensors"
     return f"not read: {reason(error)}"
@@ -193,6 +239,10 @@ def _custom_code(path: str, kind: Kind = AutoConfig) -> str:
     with contextlib.suppress(Exception):  # what is wrong with the file has been noticed
         code = PretrainedConfig.get_config_dict(path)[0]["auto_map"][kind.__name__]
     return code and f"needs custom code ({code}), which is not run; use a model type that transformers has"
+
+
+def _shape(weight: Tensor) -> torch.Size:
+    return weight.ds_shape if is_partitioned(weight) else weight.shape
 
 
 def _range(weight: Tensor) -> tuple[bool, bool]:

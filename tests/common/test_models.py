@@ -153,6 +153,14 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "wrong shard": (after(shard, another_shard), ["model-00099-of-00002.safetensors: missing"]),
     "index": (after(shard, replace("model.safetensors.index.json", b"{")), ["index.json:1: not valid JSON"]),
     "index without map": (after(shard, replace("model.safetensors.index.json", b"{}")), ["`weight_map`"]),
+    "index of numbers": (
+        after(shard, replace("model.safetensors.index.json", b'{"weight_map": {"a": 1}}')),
+        ["index.json: no index of weights"],
+    ),
+    "pointer": (
+        replace("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"),
+        ["model.safetensors: is a pointer of Git LFS", "git lfs pull"],
+    ),
     "cut bin": (after(as_bin, cut("pytorch_model.bin")), ["pytorch_model.bin: not read"]),
     "empty bin": (after(as_bin, replace("pytorch_model.bin", b"")), ["pytorch_model.bin: is empty"]),
     "code in bin": (pickled_code, ["pytorch_model.bin: not read", "code is not run"]),
@@ -164,6 +172,16 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "no layers": (configure(num_hidden_layers=0), ["config.json: num_hidden_layers is 0", "above 0"]),
     "heads": (configure(num_attention_heads=3), ["config.json", "not a multiple of the number of attention"]),
     "groups": (configure(num_key_value_heads=3), ["4 attention heads do not divide by 3 key-value heads"]),
+    "feed-forward width": (configure(intermediate_size=-3), ["config.json: intermediate_size is -3", "above 0"]),
+    "head width": (configure(head_dim=0), ["config.json: head_dim is 0", "above 0"]),
+    "positions": (configure(max_position_embeddings=-1), ["max_position_embeddings is -1", "above 0"]),
+    "layers without end": (configure(num_hidden_layers=10**8), ["num_hidden_layers is 100000000", "at most"]),
+    "epsilon": (configure(rms_norm_eps=float("nan")), ["config.json: rms_norm_eps is nan", "a number"]),
+    "negative epsilon": (configure(rms_norm_eps=-1e-5), ["config.json: rms_norm_eps is -1e-05", "below 0"]),
+    "rotation": (
+        configure(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        ["config.json: rope_theta is 0", "above 0"],
+    ),
     "activation": (configure(hidden_act="none"), ["config.json", "'none'"]),
     "model type": (configure(model_type="llamma"), ["config.json", "`llamma`"]),
     "no model type": (replace("config.json", b"{}"), ["config.json", "`model_type`"]),
@@ -226,6 +244,25 @@ def test_a_file_of_zeros_behind_a_good_header_is_refused(
 ) -> None:
     weights(lambda state: [tensor.zero_() for tensor in state.values()])(policy)
     assert "nothing but zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
+
+
+def test_matrices_of_zeros_draw_one_warning(
+    policy: Path, reward: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
+) -> None:
+    """Vectors may be zeros, as biases are, and so may a head."""
+
+    def empty_a_layer(state: dict[str, Tensor]) -> None:
+        for name in state:
+            if ".layers.1." in name:
+                state[name].zero_()
+
+    weights(empty_a_layer)(policy)
+    load_causal_lm(str(policy), tokenizer, None)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: {policy}: weights are all zeros") and "(7 in all)" in line
+    weights(lambda state: [state[name].zero_() for name in ("score.weight", "model.norm.weight")])(reward)
+    load_scalar_model(str(reward), tokenizer, None)
+    assert not capsys.readouterr().out
 
 
 def test_weights_without_a_place_draw_one_warning(
