@@ -29,6 +29,7 @@ class ChatTemplate:
         self._name = tokenizer.name_or_path or "the tokenizer"
         self._variables = tokenizer.special_tokens_map
         self._control = re.compile("(?!)")  # matches nothing
+        self._lost: set[str] = set()
         try:
             self.source = tokenizer.get_chat_template()
             self._template = _compile_jinja_template(self.source)
@@ -36,6 +37,7 @@ class ChatTemplate:
             raise UserError(f"{self._name}: chat template, line {error.lineno}: {error.message}") from None
         except ValueError as error:  # several named templates, none of them the default
             raise UserError(f"{self._name}: {error}") from None
+        self._lost = self._lost_roles()
         if tokens := self._control_tokens(tokenizer):
             self._control = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
@@ -62,6 +64,8 @@ class ChatTemplate:
 
         Raises ValueError when the template refuses the conversation, or fails on it.
         """
+        if lost := next((message["role"] for message in messages if message["role"] in self._lost), None):
+            raise ValueError(f"the chat template of {self._name} leaves out {lost} messages")
         broken = [{**message, "content": self._break(message["content"])} for message in messages]
         try:
             return self._template.render(
@@ -75,6 +79,18 @@ class ChatTemplate:
 
     def _break(self, content: str) -> str:
         return self._control.sub(lambda token: token[0][:1] + MARK + token[0][1:], content.replace(MARK, ""))
+
+    def _lost_roles(self) -> set[str]:
+        """The roles whose messages the template takes and does not write."""
+        lost = set()
+        for roles in (("user",), ("user", "assistant"), ("system", "user")):
+            messages = [{"role": role, "content": f"content{number}"} for number, role in enumerate(roles)]
+            try:
+                text = self.render(messages, roles[-1] == "user")
+            except ValueError:
+                continue
+            lost |= {m["role"] for m in messages if m["content"] not in text}
+        return lost
 
     def _control_tokens(self, tokenizer: PreTrainedTokenizerFast) -> set[str]:
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

@@ -141,5 +141,7 @@ def _text_of_part(part: Any, place: str) -> str:
         return part
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
+    if isinstance(part, dict) and part.get("type", "text") == "text":
+        raise ValueError(f"{place} has a content part of type 'text' whose 'text' is no string")
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     raise ValueError(f"{place} has a content part of type {kind!r}; only text is supported")

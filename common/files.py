@@ -32,6 +32,11 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113
 
 
+def is_no_hub_name(name: str) -> bool:
+    """Whether a name can only be that of a file or folder."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file beside its place, flush it to disk, and rename it into place."""
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
 
 from common.distributed import gather_objects, log_once, some
-from common.files import exists, is_folder, read_json
+from common.files import exists, is_folder, is_no_hub_name, read_json
 from common.generation_config import read_generation_config, writable
 from common.options import UserError, reason
 
@@ -49,6 +49,8 @@ def read_config(path: str) -> PretrainedConfig:
         )
     if is_folder(path):
         read_json(Path(path) / "config.json")
+    elif is_no_hub_name(path):
+        raise UserError(f"{path}: No such folder; a model is a folder or a hub name")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - whatever is in the file

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.distributed import log
-from common.files import exists, is_file, is_folder
+from common.files import exists, is_file, is_folder, is_no_hub_name
 from common.options import UserError, reason
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -91,7 +91,7 @@ def files_of(source: Source, is_training: bool = True) -> list[str]:
         if not exists(path):
             raise UserError(f"{source.name}: No such file")
         return [source.name]
-    if path.is_absolute() or source.name.startswith((".", "~")) or source.name.count("/") > 1:
+    if is_no_hub_name(source.name):
         raise UserError(f"{source.name}: No such file or folder")
     # `datasets` may have a split that is named without the network; where there is none, it lists the others.
     split = source.split or _choose(source, hub_splits(source.name, source.config), is_training)

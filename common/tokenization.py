@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.chat_template import MARK, ChatTemplate
 from common.conversation import DEFAULT_CHAT_TEMPLATE, Message, Segment
-from common.files import exists, is_file
+from common.fields import shown
+from common.files import exists, is_file, is_folder, is_no_hub_name
 from common.options import UserError, reason
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
@@ -21,6 +22,16 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_i
 # Other versions may render or split a text differently.
 VERSIONS = [(name, version(name)) for name in ("jinja2", "tokenizers", "transformers")]
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Settings of tokenizer_config.json whose type transformers takes for granted.
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SETTINGS = {
+    **dict.fromkeys(TOKENS, ((str, dict), "a token")),
+    **dict.fromkeys(("tokenizer_class", "padding_side", "truncation_side"), (str, "text")),
+    "chat_template": ((str, list), "text, or a list of templates with `name` and `template`"),
+    "model_max_length": ((int, float), "a number"),
+    "added_tokens_decoder": (dict, "an object with a token for each id"),
+}
 CUSTOM_CODE = "needs custom code, which is not run; convert it, or use a class that transformers has"
 
 
@@ -31,6 +42,8 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
     Raises UserError when there is no tokenizer, or it has no EOS.
     """
     folder = Path(path)
+    if not exists(folder) and is_no_hub_name(path):
+        raise UserError(f"{path}: No such folder; a model is a folder or a hub name")
     _check_files(folder)
     try:
         if exists(folder / "tokenizer.model") and not exists(folder / "tokenizer.json"):
@@ -43,7 +56,10 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
     except Exception as error:  # noqa: BLE001 - a damaged or unknown tokenizer raises anything
         if "custom code" in str(error):
             raise UserError(f"{path}: {CUSTOM_CODE}") from None
-        raise UserError(f"{path}: no usable tokenizer: {reason(error)}") from None
+        why = reason(error)
+        if is_folder(folder) and not any(exists(folder / name) for name in TOKENIZERS):
+            why = f"the folder has none of {', '.join(TOKENIZERS)}"
+        raise UserError(f"{path}: no usable tokenizer: {why}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json), which Triptych needs")
     if tokenizer.eos_token_id is None:
@@ -66,6 +82,21 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"{folder / name}: not readable as JSON: {reason(error)}") from None
         if not isinstance(content, dict):
             raise UserError(f"{folder / name}: must be a JSON object, not {type(content).__name__}")
+        if name == "tokenizer_config.json":
+            _check_settings(folder / name, content)
+
+
+def _check_settings(file: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError for a setting of a wrong type."""
+    for name, (kinds, wanted) in SETTINGS.items():
+        value = settings.get(name)
+        is_right = value is None or isinstance(value, kinds)
+        if name == "chat_template" and isinstance(value, list):
+            is_right = all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in value)
+        if name == "added_tokens_decoder" and isinstance(value, dict):
+            is_right = all(key.isdecimal() and isinstance(token, dict) for key, token in value.items())
+        if not is_right:
+            raise UserError(f"{file}: {name} is {shown(value)}; it must be {wanted}")
 
 
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -319,6 +319,11 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
             "message 0 has a content part of type 'image'; only text",
         ),
+        (
+            DEMONSTRATION,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "message 0 has a content part of type 'text' whose 'text' is no string",
+        ),
         (PREFERENCE, {"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
         (PREFERENCE, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
         (PREFERENCE, {"prompt": "a", "chosen": "b", "rejected": ""}, "'rejected' is empty"),

@@ -204,6 +204,30 @@ def test_what_a_template_refuses_is_a_bad_record(tmp_path, roles, chat_template)
         demonstration_segments({"messages": messages}, SegmentEncoder(tokenizer).render, "</s>")
 
 
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (
+            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}",
+            "system",
+        ),
+        ("{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}", "user"),
+        ("{% for m in messages %}{{ m.content if m.role != 'assistant' }}{% endfor %}", "assistant"),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_a_bad_record(tmp_path, template, role):
+    """Nothing that a record says is lost silently; conversations without that role render."""
+    tokenizer = load_tokenizer(str(make("byte_level", tmp_path)))
+    tokenizer.chat_template = template
+    encoder = SegmentEncoder(tokenizer)
+    messages = [{"role": name, "content": "a"} for name in ("user", "assistant")]
+    if role == "system":
+        assert encoder.render(messages, False) == "aa"
+        messages.insert(0, {"role": "system", "content": "b"})
+    with pytest.raises(ValueError, match=f"chat template of .* leaves out {role} messages"):
+        demonstration_segments({"messages": messages}, encoder.render, "</s>")
+
+
 BAD_FILES = {
     "cut": ("tokenizer.json", '{"version": ', "tokenizer.json: not readable as JSON: Expecting"),
     "binary": (
@@ -212,12 +236,31 @@ BAD_FILES = {
         "tokenizer_config.json: not readable as JSON: 'utf-8'",
     ),
     "a list": ("tokenizer.json", "[]", "tokenizer.json: must be a JSON object, not list"),
-    "EOS of a wrong type": ("tokenizer_config.json", {"eos_token": 5}, "no usable tokenizer: Special token"),
-    "length of a wrong type": ("tokenizer_config.json", {"model_max_length": "x"}, "no usable tokenizer: "),
+    "EOS of a wrong type": (
+        "tokenizer_config.json",
+        {"eos_token": 5},
+        "tokenizer_config.json: eos_token is 5; it must be a token",
+    ),
+    "length of a wrong type": (
+        "tokenizer_config.json",
+        {"model_max_length": "x"},
+        "tokenizer_config.json: model_max_length is 'x'; it must be a number",
+    ),
+    "class of a wrong type": ("tokenizer_config.json", {"tokenizer_class": 7}, "must be text"),
+    "ids of a wrong type": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"one": {"content": "a"}}},
+        "an object with a token for each id",
+    ),
+    "templates without names": (
+        "tokenizer_config.json",
+        {"chat_template": [{"a": 1}]},
+        "a list of templates",
+    ),
     "template of a wrong type": (
         "tokenizer_config.json",
         {"chat_template": 3},
-        "chat_template is 3; it must",
+        "tokenizer_config.json: chat_template is 3; it must",
     ),
     "custom code": (
         "tokenizer_config.json",
@@ -242,8 +285,10 @@ def test_a_bad_tokenizer_is_one_line(tmp_path, monkeypatch, file, content, messa
 
 def test_no_tokenizer_and_no_eos_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no usable tokenizer"):
+    with pytest.raises(UserError, match="empty: no usable tokenizer: the folder has none of"):
         load_tokenizer(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="absent: No such folder"):
+        load_tokenizer(str(tmp_path / "absent"))
     folder = make("byte_level", tmp_path / "made")
     PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(folder)
     with pytest.raises(UserError, match="no EOS"):
