@@ -30,6 +30,7 @@ class BadRecords:
     def __init__(self, skip: bool) -> None:
         self.skip, self.count = skip, 0
         self.first: tuple[int, str] | None = None  # its number, and what is wrong
+        self.place = ""  # of the first, for people
 
     @contextlib.contextmanager
     def at(self, name: str, number: int) -> Iterator[None]:
@@ -45,7 +46,13 @@ class BadRecords:
             if not self.skip:
                 raise UserError(f"{origin(name, number)}: {why}") from None
             self.count += 1
-            self.first = self.first or (number, why)
+            self.first, self.place = self.first or (number, why), self.place or origin(name, number)
+
+    def nothing_left(self, source: str, read: int, others: str = "") -> UserError:
+        """The error when no record of a source is left; others: what became of those that are not bad."""
+        bad = f"{self.count} bad, the first at {self.place}: {self.first[1]}" if self.first else ""
+        why = ", ".join(filter(None, (others, bad)))
+        return UserError(f"{source}: no rows left: {read} records read{': ' * bool(why)}{why}")
 
 
 def read_all(
@@ -55,13 +62,14 @@ def read_all(
     """`parse` of each record, as often as the weight of its source says; and how many records are bad.
 
     parse: from a record in whatever shape it has; it raises ValueError for a bad one. Raises UserError naming
-    file and line of it, unless they are skipped.
+    file and line of it, unless they are skipped, and when no record is left.
     """
-    found, bad = [], BadRecords(skip_bad_records)
+    found, bad, read = [], BadRecords(skip_bad_records), 0
     for source in map(parse_source, sources):
         for name in files_to_read(source, is_training):
             progress = ReadingProgress(f"reading {name}")
             for count, (number, share, unparsed) in enumerate(read_source(name), start=1):
+                read += 1
                 with bad.at(name, number):
                     record = parse_object(unparsed)
                     one, times = parse(record), source.weight
@@ -70,6 +78,10 @@ def read_all(
                         times = copies(source.weight, fraction(prompt, "weight"))
                     found += [one] * int(times)
                 progress.update(count, share)
+    if sources and not found:
+        unseen = read - bad.count
+        others = f"{unseen} left out by the weight of their source" if unseen else ""
+        raise bad.nothing_left(" ".join(sources), read, others)
     return found, bad.count
 
 

@@ -54,8 +54,8 @@ def read_pairs(sources: Sequence[str], golden: Sequence[str], skip_bad_records: 
         if count:
             log(f"{' '.join([*sources, *golden])}: {count} {reason}")
     pairs = sorted(found.values(), key=lambda pair: bool(pair.answer))
-    if not pairs or pairs[0].answer:
-        why = f"all {len(pairs)} have an answer, so they are golden questions" if pairs else "no records"
+    if pairs[0].answer:
+        why = f"all {len(pairs)} have an answer, so they are golden questions"
         raise UserError(f"{' '.join(sources)}: no pairs to compare ({why})")
     return pairs
 

@@ -9,7 +9,7 @@ et al. 2023 (RLAIF), section 2.1, for both orders.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -87,15 +87,23 @@ def main() -> None:
     letters = letters_of(encoder, options.model_name_or_path)
     pairs = read_pairs(options.preference_data, options.skip_bad_records)
     pairs = pairs[: options.max_eval_samples or None]
+    ask = partial(
+        question_ids, encoder=encoder, letters=letters, principles=principles, template=template,
+        options=options,
+    )  # fmt: skip
+    if not any(map(ask, pairs)):
+        raise UserError(
+            f"{' '.join(options.preference_data)}: no rows left: {len(pairs)} pairs: all longer than"
+            f" --max_length {options.max_length}"
+        )
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
     # 2. Some batches after the others; what an earlier run has done is kept.
     model = load_policy(options.model_name_or_path, encoder, zero)
     work = partial(
-        judge, model=model, encoder=encoder, letters=letters, principles=principles, template=template,
-        options=options,
-    )  # fmt: skip
+        judge, ask=ask, model=model, encoder=encoder, letters=letters, principles=principles, options=options
+    )
     size = BATCHES * options.micro_batch_size // 2  # a pair is asked about twice
     records = work_through(pairs, work, Path(options.output_dir) / "journal", size, "pairs")
 
@@ -111,8 +119,6 @@ def read_pairs(sources: Sequence[str], skip_bad_records: bool) -> list[Pair]:
     )
     found = [*chain(*by_record)]
     log(f"{' '.join(sources)}: {len(found)} pairs; left out {bad} bad records")
-    if not found:
-        raise UserError(f"{' '.join(sources)}: no pairs to judge")
     return found
 
 
@@ -129,20 +135,25 @@ def two_by_two(record: Record) -> list[Record]:
     return found
 
 
+def question_ids(
+    pair: Pair, encoder: SegmentEncoder, letters: Sequence[list[int]], principles: Sequence[str],
+    template: str, options: JudgeOptions,
+) -> list[list[int]]:  # fmt: skip
+    """Token ids of the questions about a pair, A first and B first; nothing where one is too long."""
+    room = options.max_length - max(map(len, letters)) + 1
+    asked = questions(pair, draw_principle(principles, pair.id, options.seed), template)
+    with contextlib.suppress(Dropped):
+        return [prompt({"prompt": question}, encoder, room, "drop")[0].ids for question in asked]
+    return []
+
+
 def judge(
-    pairs: Mapping[int, Pair], model: nn.Module, encoder: SegmentEncoder, letters: Sequence[list[int]],
-    principles: Sequence[str], template: str, options: JudgeOptions,
+    pairs: Mapping[int, Pair], ask: Callable[[Pair], list[list[int]]], model: nn.Module,
+    encoder: SegmentEncoder, letters: Sequence[list[int]], principles: Sequence[str], options: JudgeOptions,
 ) -> list[Record]:  # fmt: skip
     """A record for each pair, without judgement where its questions do not fit."""
     drawn = {place: draw_principle(principles, pair.id, options.seed) for place, pair in pairs.items()}
-    room = options.max_length - max(map(len, letters)) + 1
-    asked = {}  # token ids of the questions, with A first and with B first, of the pairs that fit
-    for place, pair in pairs.items():
-        with contextlib.suppress(Dropped):
-            asked[place] = [
-                prompt({"prompt": question}, encoder, room, "drop")[0].ids
-                for question in questions(pair, drawn[place], template)
-            ]
+    asked = {place: ids for place, pair in pairs.items() if (ids := ask(pair))}
     found = {}
     if asked:
         logprobs = answer_logprobs(

@@ -17,10 +17,11 @@ from typing import BinaryIO
 
 from common.distributed import log, on_cpu
 from common.ensemble import EnsembleOptions, RewardModel, combine, load_encoders, load_members, member_scores
+from common.files import exists
 from common.models import load_config, longest_input
 from common.options import UserError, option, parse_options
 from common.overlong import fit_demonstration
-from common.process import run_main, stop_between_steps
+from common.process import on_refusal, run_main, stop_between_steps
 from common.readers import read_source
 from common.records import BadRecords, Record, load_object, parse_record
 from common.sources import files_to_read, parse_source
@@ -76,13 +77,16 @@ def main() -> None:
 
 def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
     """The output, for this process alone; the window that was begun last: the number of records and of bytes
-    before it, and its whole lines. Raises UserError when the file cannot be had.
+    before it, and its whole lines. A new file goes with a refusal. Raises UserError when it cannot be had.
     """
+    is_new = not exists(path)
     try:
         file = Path(path).open("a+b")  # noqa: SIM115 - open, and locked, for as long as the process lives
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}") from None
+    if is_new:
+        on_refusal(lambda: Path(path).stat().st_size or Path(path).unlink())
     file.seek(0)
     done, begin, lines = 0, 0, []
     for number, line in enumerate(whole for whole in file if whole.endswith(b"\n")):
@@ -96,19 +100,22 @@ def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], don
     """The records after the first `done` good ones. Raises UserError naming file and line of a bad one."""
     files = files_to_read(parse_source(options.input), is_training=False)
     records = chain.from_iterable(((name, *row) for row in read_source(name)) for name in files)
+    bad, good, is_begun = BadRecords(options.skip_bad_records), 0, done > 0
     if not options.skip_bad_records:  # then all are good, and those done need not be looked at
         records, done = islice(records, done, None), 0
-    bad = BadRecords(options.skip_bad_records)
     for name, number, _, unparsed in records:
         example = None
         with bad.at(name, number):
             whole = load_object(unparsed)
             record = parse_record(whole)
             example = whole, {e: token_ids(record, e, options.max_length) for e in encoders}
+        good += example is not None
         if example and done:
             done -= 1
         elif example:
             yield example
+    if not good and not is_begun:
+        raise bad.nothing_left(options.input, bad.count)
     if bad.count:
         log(f"{options.input}: left out {bad.count} bad records")
 

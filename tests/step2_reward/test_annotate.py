@@ -410,7 +410,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         words = ["--pair_data", str(data), "--output", str(out), "--port", "0", *more]
         check_refusal("step2_reward.annotate", words, list(parts), tmp_path, output)
 
-    refused(empty, output / "a.jsonl", "empty.jsonl", "no pairs to compare (no records)")
+    refused(empty, output / "a.jsonl", "empty.jsonl", "no rows left: 0 records read")
     refused(known, output / "a.jsonl", "known.jsonl", "all 1 have an answer")
     refused(pairs, foreign, "foreign.jsonl", "not of this page")
     refused(pairs, output / "a.json", "must end in .jsonl")

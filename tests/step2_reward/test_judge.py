@@ -200,7 +200,14 @@ BAD = {
         ["base", "has no chat template", "--default_chat_template"],
     ),
     "no model": (["--model_name_or_path", "FOLDER"], ["config.json is missing"]),
-    "no pairs": (["--preference_data", "FOLDER/empty.jsonl"], ["empty.jsonl", "no pairs to judge"]),
+    "no pairs": (
+        ["--preference_data", "FOLDER/empty.jsonl"],
+        ["empty.jsonl", "no rows left: 0 records read"],
+    ),
+    "no short pairs": (
+        ["--max_length", "16"],
+        ["pairs.jsonl: no rows left: 4 pairs: all longer than --max_length 16"],
+    ),
     "no such pairs": (["--preference_data", "FOLDER/no.jsonl"], ["no.jsonl", "No such file"]),
     "a bad pair": (["--preference_data", "FOLDER/bad.jsonl"], ["bad.jsonl:1", "'response_b' is missing"]),
 }

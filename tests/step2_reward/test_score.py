@@ -143,6 +143,17 @@ def test_a_stop_is_polite(world: Path, run: Path, tmp_path: Path, monkeypatch: p
     assert result.output.splitlines()[-1] == last
 
 
+def test_nothing_to_score_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    for lines, *parts in (
+        ("", "no rows left: 0 records read"),
+        ('{"prompt": 3}\n[]\n', "no rows left: 2 records read: 2 bad, the first at", "in.jsonl:1"),
+    ):
+        (tmp_path / "in.jsonl").write_text(lines)
+        options = words([run / "reward/final"], tmp_path, "out.jsonl", "--skip_bad_records")
+        refused(run_stage("step2_reward.score", options, tmp_path), *parts)
+        assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_another_output_is_left_alone(world: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     """One of other models is refused, without losing a byte; one of other batches is not."""
     one, two = run / "reward/final", make_other(tmp_path / "other", run / "reward/final")
