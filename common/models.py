@@ -18,7 +18,8 @@ from transformers import (
 from common.balance import balance_loss, has_balance_loss
 from common.distributed import log
 from common.families import check_policy, check_scalar, position_limit, remove_noise
-from common.model_files import check_values, check_weights, is_partitioned, read_config, read_weights
+from common.model_config import read_config
+from common.model_files import check_values, check_weights, is_partitioned, read_weights
 from common.vocabulary import fit_to_tokenizer
 from common.zero import fill_bucket_sizes
 

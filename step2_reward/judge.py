@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,21 +33,21 @@ from common.conversation import Message
 from common.data import deal, pad_rows
 from common.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
 from common.files import write_json, write_text
-from common.formatting import comparison, dialogue_segments, prompt_segments
+from common.formatting import dialogue_segments, prompt_segments
 from common.generation import load_policy
 from common.models import longest_input, response_logits
 from common.options import OptimiserOptions, UserError, option, parse_options, world_size
 from common.overlong import Dropped
 from common.process import run_main
 from common.prompts import prompt
-from common.records import Record, read_all
+from common.records import Record
 from common.roles import policy_config
 from common.run_folder import prepare_output
-from common.shapes import recognise
 from common.tokenization import SegmentEncoder
 from common.windows import to_lines, work_through
 from common.zero import load_zero_config
-from step2_reward.annotate_pairs import Pair, ended_fields, to_pair
+from step2_reward.annotate_pairs import Pair, ended_fields
+from step2_reward.judge_pairs import read_pairs
 from step2_reward.judge_report import debias, describe, measure, probability
 
 BATCHES = 16  # judged before the journal is written: the same ones on any number of ranks, so the same bytes
@@ -110,29 +110,6 @@ def main() -> None:
     # 3. What was found.
     if rank() == 0:
         write_results(records, Path(options.output_dir))
-
-
-def read_pairs(sources: Sequence[str], skip_bad_records: bool) -> list[Pair]:
-    """All pairs, those of rankings too. Raises UserError naming file and line of a bad record."""
-    by_record, bad = read_all(
-        sources, lambda record: [to_pair(pair) for pair in two_by_two(record)], skip_bad_records
-    )
-    found = [*chain(*by_record)]
-    log(f"{' '.join(sources)}: {len(found)} pairs; left out {bad} bad records")
-    return found
-
-
-def two_by_two(record: Record) -> list[Record]:
-    """A ranking as pairs, the better one chosen; anything else as it is."""
-    if "responses" not in record:
-        return [record]
-    asked, responses, ranks = comparison(recognise(record))
-    found = []
-    for one, other in combinations(zip(ranks, responses.values(), strict=True), 2):
-        (rank_chosen, chosen), (rank_rejected, rejected) = sorted([one, other], key=lambda ranked: ranked[0])
-        is_tie = rank_chosen == rank_rejected
-        found.append({"prompt": asked, "chosen": chosen, "rejected": rejected, "tie": is_tie})
-    return found
 
 
 def question_ids(

@@ -34,6 +34,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 STAGES = ("step1_sft", "step2_reward", "step3_ppo")
+KINDS = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForCausalLM)
 SAMPLES_PER_PROMPT = 2
 MAX_RESPONSE_LENGTH = 64
 SHOWN_SAMPLES = 3
@@ -144,9 +145,11 @@ def compare(folder: Path) -> tuple[dict, list[tuple[Answer, Answer]]]:
     for stage in STAGES:
         if not (folder / stage / "final").is_dir():
             raise ValueError(f"{folder / stage / 'final'} is missing")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "step1_sft/final")
-    sft, ppo = (AutoModelForCausalLM.from_pretrained(folder / s / "final") for s in (STAGES[0], STAGES[2]))
-    reward = AutoModelForSequenceClassification.from_pretrained(folder / "step2_reward/final")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "step1_sft/final", trust_remote_code=False)
+    sft, reward, ppo = (
+        kind.from_pretrained(folder / stage / "final", trust_remote_code=False)
+        for kind, stage in zip(KINDS, STAGES, strict=True)
+    )
     prompts = [record["prompt"] for record in read_jsonl(folder / "world/prompts_heldout.jsonl")]
     figures: dict = {}
     answers, golds = {}, {}
