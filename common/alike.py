@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.data_report import left_out, warn_of_left_out, why_empty
+from common.data_report import left_out, warn_of_few, warn_of_sources, why_empty
 from common.distributed import log
+from common.formatting import find_prompt
 from common.options import CacheOptions, UserError
 from common.prepare import Convert, Prepared, prepare
 from common.readers import origin, read_source
-from common.records import Record, parse_record
+from common.records import Record, fraction, parse_record
 from common.rendering_report import describe_rendering
 from common.sources import copies, files_to_read, parse_source
 from common.table import Row
@@ -50,7 +51,9 @@ def load_alike(
     read, count, reasons = left_out(first)
     rest = f"; left out: {', '.join(reasons)}" if reasons else ""
     log(f"{names}: {len(found.records)} rows of {read} records{rest}")
-    warn_of_left_out(read, count)
+    warn_of_sources(first)
+    if not is_training:
+        warn_of_few(fraction(find_prompt(record), "") for record in found.records)
     if encoder := getattr(converts[0], "keywords", {}).get("encoder"):
         describe_rendering(first, encoder, learns_replies=False)
     return found

@@ -105,7 +105,7 @@ def load_examples(
             prepared + prepared_too, encoder, learns_replies=bool(LEARNT & {*row_class._fields})
         )
     if options.eval_data or options.eval_fraction:
-        warn_of_few(held_out, options.max_eval_samples)
+        warn_of_few(held_out.notes("held_out")[: options.max_eval_samples or None].tolist())
     if isinstance(options, TrainOptions):
         log(f"{padding_share(train.notes('length'), options):.1%} padding in batches of like length")
     return train, list(held_out.take(slice(options.max_eval_samples or None)))

@@ -1,7 +1,7 @@
 """The table of what was found in the data, printed at the start of a run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,11 +9,11 @@ import numpy as np
 from common.distributed import log
 from common.prepare import Prepared
 from common.readers import origin
+from common.records import LARGE_SHARE, warn_of_left_out
 
 if TYPE_CHECKING:
     from common.data import Examples
 
-LARGE_SHARE = 0.2  # of the records left out, or of the rows cut
 FEW_PROMPTS = 32
 COLUMNS = ("data", "rows", "tokens 5 %", "median", "95 %", "longest", "truncated", "duplicates")
 
@@ -29,10 +29,10 @@ def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Exa
 
     read, count, reasons = left_out(sources)
     log(f"{read:,} records read, {count:,} left out{': ' * bool(reasons)}{', '.join(reasons)}")
-    warn_of_left_out(read, count)
-    is_cut = train.notes("is_cut")
-    if is_cut.mean() > LARGE_SHARE:
-        log(f"warning: {is_cut.mean():.0%} of the training rows are cut to the length limit")
+    warn_of_sources(sources)
+    for name, rows in (("training", train), ("held-out", held_out)):
+        if len(rows) and (share := rows.notes("is_cut").mean()) > LARGE_SHARE:
+            log(f"warning: {share:.0%} of the {name} rows are cut to the length limit")
     shared = np.isin(held_out.notes("held_out"), train.notes("held_out")).sum() if len(held_out) else 0
     if shared:
         log(
@@ -41,20 +41,25 @@ def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Exa
         )
 
 
-def warn_of_left_out(read: int, count: int) -> None:
-    """Warn where `count` of the records that were read is a large part."""
-    if count > LARGE_SHARE * read:
-        log(f"warning: {count / read:.0%} of the records are left out")
+def warn_of_sources(sources: Sequence[Prepared]) -> None:
+    """Warn where a large part of the records is left out: of all, or else of one of the files."""
+    read, count, _ = left_out(sources)
+    if not warn_of_left_out(count, read):
+        for source in sources:
+            warn_of_left_out(left_out([source])[1], source.read, f"records of {source.name}")
 
 
-def warn_of_few(held_out: "Examples", at_most: int) -> None:
-    """Warn where evaluations are on so few prompts that they say little; at_most: 0, or the limit on rows."""
-    prompts = len(np.unique(held_out.take(slice(at_most or None)).notes("held_out")))
-    if prompts < FEW_PROMPTS:
-        log(
-            f"warning: {prompts} prompts are held out; on fewer than {FEW_PROMPTS}, evaluations are mostly"
-            " noise"
-        )
+def warn_of_few(prompts: Iterable[Hashable]) -> None:
+    """Warn where evaluations are on so few different prompts that they say little."""
+    different = set()
+    for prompt in prompts:
+        different.add(prompt)
+        if len(different) == FEW_PROMPTS:
+            return
+    are = "prompt is" if len(different) == 1 else "prompts are"
+    log(
+        f"warning: {len(different)} {are} held out; on fewer than {FEW_PROMPTS}, evaluations are mostly noise"
+    )
 
 
 def why_empty(sources: Sequence[Prepared], elsewhere: Mapping[str, int]) -> str:

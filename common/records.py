@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from common.conversation import Message
+from common.distributed import log
 from common.fields import check_characters, without_nulls
 from common.formatting import find_prompt
 from common.options import UserError, reason
@@ -18,6 +19,7 @@ from common.sources import copies, files_to_read, parse_source
 
 Record = dict[str, Any]
 Parsed = TypeVar("Parsed")
+LARGE_SHARE = 0.2  # of what is read, left out or cut
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the one way in which half a character comes in UTF-8
 
 
@@ -68,6 +70,7 @@ def read_all(
     for source in map(parse_source, sources):
         for name in files_to_read(source, is_training):
             progress = ReadingProgress(f"reading {name}")
+            count, bad_before = 0, bad.count
             for count, (number, share, unparsed) in enumerate(read_source(name), start=1):
                 read += 1
                 with bad.at(name, number):
@@ -78,11 +81,20 @@ def read_all(
                         times = copies(source.weight, fraction(prompt, "weight"))
                     found += [one] * int(times)
                 progress.update(count, share)
+            warn_of_left_out(bad.count - bad_before, count, f"records of {name}")
     if sources and not found:
         unseen = read - bad.count
         others = f"{unseen} left out by the weight of their source" if unseen else ""
         raise bad.nothing_left(" ".join(sources), read, others)
     return found, bad.count
+
+
+def warn_of_left_out(count: int, read: int, what: str = "records") -> bool:
+    """Warn where `count` of what was read is a large part of it; whether it is."""
+    is_large = count > LARGE_SHARE * read
+    if is_large:
+        log(f"warning: {count / read:.0%} of the {what} are left out")
+    return is_large
 
 
 def parse_record(record: Unparsed) -> Record:

@@ -40,7 +40,7 @@ from common.options import OptimiserOptions, UserError, option, parse_options, w
 from common.overlong import Dropped
 from common.process import run_main
 from common.prompts import prompt
-from common.records import Record
+from common.records import Record, warn_of_left_out
 from common.roles import policy_config
 from common.run_folder import prepare_output
 from common.tokenization import SegmentEncoder
@@ -230,6 +230,7 @@ def write_results(records: Sequence[Record], folder: Path) -> None:
     figures = measure(records)
     write_json(folder / "report.json", figures)
     log(f"\n{describe(figures)}\n\npreferences.jsonl and report.json: {folder}")
+    warn_of_left_out(sum(not record["judge"] for record in records), len(records), "pairs")
 
 
 if __name__ == "__main__":

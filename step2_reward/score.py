@@ -20,10 +20,10 @@ from common.ensemble import EnsembleOptions, RewardModel, combine, load_encoders
 from common.files import exists
 from common.models import load_config, longest_input
 from common.options import UserError, option, parse_options
-from common.overlong import fit_demonstration
+from common.overlong import Dropped, fit_demonstration
 from common.process import on_refusal, run_main, stop_between_steps
 from common.readers import read_source
-from common.records import BadRecords, Record, load_object, parse_record
+from common.records import LARGE_SHARE, BadRecords, Record, load_object, parse_record, warn_of_left_out
 from common.sources import files_to_read, parse_source
 from common.tokenization import SegmentEncoder
 from common.windows import stop_resumably
@@ -103,12 +103,15 @@ def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], don
     bad, good, is_begun = BadRecords(options.skip_bad_records), 0, done > 0
     if not options.skip_bad_records:  # then all are good, and those done need not be looked at
         records, done = islice(records, done, None), 0
+    read = cut = 0
     for name, number, _, unparsed in records:
-        example = None
+        example, read = None, read + 1
         with bad.at(name, number):
             whole = load_object(unparsed)
             record = parse_record(whole)
-            example = whole, {e: token_ids(record, e, options.max_length) for e in encoders}
+            rows = {e: token_ids(record, e, options.max_length) for e in encoders}
+            example = whole, {e: ids for e, (ids, _) in rows.items()}
+            cut += any(is_cut for _, is_cut in rows.values())
         good += example is not None
         if example and done:
             done -= 1
@@ -118,18 +121,26 @@ def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], don
         raise bad.nothing_left(options.input, bad.count)
     if bad.count:
         log(f"{options.input}: left out {bad.count} bad records")
+        warn_of_left_out(bad.count, read)
+    if cut > LARGE_SHARE * read:
+        log(f"warning: {cut / read:.0%} of the prompts are cut to --max_length {options.max_length}")
 
 
-def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> list[int]:
-    """A prompt and response that ends in EOS. Raises ValueError, in words for the user, or Dropped."""
+def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> tuple[list[int], bool]:
+    """A prompt and response that ends in EOS, and whether the prompt was cut. Raises ValueError, in words for
+    the user.
+    """
     if "response" in record:
         record = {**record, "completion": record["response"]}
     if "messages" not in record and not {"prompt", "completion"} <= record.keys():
         raise ValueError("must have 'prompt' and 'response' (or 'completion'), or 'messages'")
-    row, _ = fit_demonstration(record, encoder, max_length, "truncate_prompt", keep_end=True)
+    try:
+        row, is_cut = fit_demonstration(record, encoder, max_length, "truncate_prompt", keep_end=True)
+    except Dropped as why:
+        raise ValueError(f"{why} for --max_length {max_length}") from None
     if "messages" in record and record["messages"][-1]["role"] != "assistant":
         raise ValueError("field 'messages' must end with an assistant message, the one to score")
-    return row.ids
+    return row.ids, is_cut
 
 
 def score(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.data import load_examples
+from common.data_report import warn_of_few
 from common.distributed import init_distributed, log, rank, ranks_in_words
 from common.ensemble import EnsembleOptions, load_encoders, same_tokens
 from common.files import make_folder, write_json
@@ -130,7 +131,9 @@ def load_held_out(
         return load_examples(parted, replace(options, eval_data=[]), row_class, convert)[1]
     everything = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
     rows, _ = load_examples(whole, everything, row_class, convert, is_training=False)
-    return list(rows.take(slice(options.max_eval_samples or None)))
+    rows = rows.take(slice(options.max_eval_samples or None))
+    warn_of_few(rows.notes("held_out").tolist())
+    return list(rows)
 
 
 def measure(policies: Sequence[Policy], scores: dict[str, list[np.ndarray]], count: int) -> dict[str, Any]:

@@ -278,6 +278,42 @@ def test_a_large_share_of_records_left_out_or_cut_is_a_warning(tmp_path, capsys)
     assert warnings(0.3) == [f"warning: {left_out}", f"warning: {cut}"]
 
 
+def test_a_file_among_others_that_is_mostly_left_out_is_a_warning(tmp_path, capsys):
+    """And held-out rows that are cut."""
+    long = [{"prompt": f"p{i}", "completion": "long" if i % 2 else "cut"} for i in range(40)]
+    names = write(tmp_path / "data.jsonl", RECORDS), write(tmp_path / "long.jsonl", long)
+
+    def some(record: dict) -> tuple[Pair, bool]:
+        if record["completion"] == "long":
+            raise Dropped("too long")
+        return convert(record)[0], record["completion"] == "cut"
+
+    left_out = f"warning: 50% of the records of {names[1]} are left out"
+    load(names, ALL, convert=some)
+    assert [line for line in capsys.readouterr().out.splitlines() if "warning" in line] == [left_out]
+    load(names[:1], DataOptions(eval_data=[names[1]]), convert=some)
+    lines = capsys.readouterr().out.splitlines()
+    assert left_out in lines
+    assert "warning: 100% of the held-out rows are cut to the length limit" in lines
+
+
+def test_records_read_as_they_are_are_counted_too(tmp_path, capsys):
+    """What the judge and the page read."""
+    bad = [{"prompt": 1}] * 30
+    few, many = (
+        write(tmp_path / "few.jsonl", RECORDS + bad),
+        write(tmp_path / "many.jsonl", RECORDS[:70] + bad),
+    )
+
+    def parse(record: dict) -> dict:
+        if record["prompt"] == 1:
+            raise ValueError("no text")
+        return record
+
+    read_all([few, many], parse, skip_bad_records=True)
+    assert capsys.readouterr().out == f"warning: 30% of the records of {many} are left out\n"
+
+
 def test_few_held_out_prompts_are_a_warning(tmp_path, capsys):
     """Prompts, not rows; of those that are evaluated on; and not where nothing is to be evaluated."""
     few, many = ([{"prompt": f"q{i % n}", "completion": f"a{i}"} for i in range(100)] for n in (31, 32))

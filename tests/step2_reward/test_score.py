@@ -198,7 +198,7 @@ def test_what_is_written_already_must_fit(written: list[str], fits: bool) -> Non
         ("{", "not valid JSON"),
         ('{"prompt": "Hello!"}', "'response'"),
         ('{"prompt": "Hello!", "response": ""}', "is empty"),
-        ('{"prompt": "Hello!", "response": "a b c d e f g h"}', "response too long"),
+        ('{"prompt": "Hello!", "response": "a b c d e f g h"}', "response too long for --max_length 8"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "'messages'"),
         (
             json.dumps({"messages": [{"role": r, "content": "a"} for r in ("user", "assistant", "user")]}),
@@ -218,3 +218,15 @@ def test_a_bad_record_is_named_or_left_out(tmp_path: Path, line: str, part: str)
     options.skip_bad_records = True
     assert list(read_examples(options, [encoder], 0)) == [expected] * 2
     assert list(read_examples(options, [encoder], 1)) == [expected]
+
+
+def test_many_records_left_out_or_cut_are_a_warning(tmp_path: Path, capsys) -> None:
+    lines = ['{"prompt": "a b c d e f g h", "response": "c"}', "[]", '{"prompt": "a", "response": "c"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    encoder = WordEncoder()
+    encoder.bos = []
+    options = ScoreOptions(input=str(tmp_path / "in.jsonl"), max_length=8, skip_bad_records=True)
+    assert len(list(read_examples(options, [encoder], 0))) == 2
+    out = capsys.readouterr().out
+    assert "warning: 33% of the records are left out" in out
+    assert "warning: 33% of the prompts are cut to --max_length 8" in out
