@@ -261,6 +261,29 @@ def test_levels_and_trends_of_steps_1_and_2(stage, curves, options, expected):
     assert all(one.found.startswith(part) for one, part in zip(found, expected, strict=True)), found
 
 
+def test_a_training_loss_of_a_coin_toss_counts_where_nothing_is_held_out():
+    """Unless something else is in it."""
+    lines = [{"step": i, "train/loss": loss} for i, loss in enumerate([0.76, 0.8, 0.72] * 4, start=1)]
+    for stage, options in (
+        ("reward", {"centre_coef": 0.0, "use_margin": False}),
+        ("direct", {"loss": "dpo"}),
+    ):
+        (found,) = findings(lines, stage=stage, **options)
+        assert found.found.startswith("No better than a coin toss: the loss on training pairs is 0.7"), found
+    for options in ({"centre_coef": 0.1}, {"lm_loss_coef": 0.1}, {"use_margin": True}, {"loss": "ipo"}):
+        assert not findings(lines, stage="reward", **options)
+    held_out = [{"step": 0, "eval/loss": 0.7}, {"step": 12, "eval/loss": 0.6}]
+    assert not findings([*lines, *held_out], stage="reward")
+
+
+def test_a_held_out_loss_that_rises_has_one_advice():
+    """That of a training loss that stays would be the contrary."""
+    lines = [{"step": i, "train/loss": 0.5 + 0.1 * (i % 3)} for i in range(1, 13)]
+    held_out = [{"step": 0, "eval/loss": 0.6}, {"step": 12, "eval/loss": 0.65}]
+    (found,) = findings([*lines, *held_out], stage="sft")
+    assert found.found.startswith("Held-out loss rises")
+
+
 def test_training_losses_that_do_not_fall():
     for losses, part in (
         ([2.0, 2.1, 2.4, 2.9, 3.5, 4.0, 4.6], "Diverged: train/loss rose from 2 to 4.6"),

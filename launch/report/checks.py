@@ -7,6 +7,7 @@ judge a level look at the latter. Thresholds are rules of thumb: a finding is a 
 import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from launch.report.read import Line
 from launch.report.rule import Finding
@@ -70,7 +71,7 @@ def zero_rate(rates: Values) -> Finding | None:
 
 
 def rising_loss(losses: Values, held_out: Values) -> Finding | None:
-    """A training loss that rises; or does not fall, in a run whose held-out loss does not fall either."""
+    """A training loss that rises; or does not fall, in a run whose held-out loss stays."""
     start, end = ends(losses)
     if end < start:
         return None
@@ -79,7 +80,8 @@ def rising_loss(losses: Values, held_out: Values) -> Finding | None:
             f"Diverged: train/loss rose from {start:.4g} to {end:.4g}.",
             "a lower learning rate; a longer --warmup_ratio; the records of the steps where it jumps.",
         )
-    if len(losses) < FEWEST_LOSSES or (held_out and held_out[-1] < held_out[0]):
+    change = held_out[-1] - held_out[0] if held_out else 0.0
+    if len(losses) < FEWEST_LOSSES or change < 0 or (held_out and change > LEAST_RISE * abs(held_out[0])):
         return None
     return Finding(
         f"Nothing is learnt: train/loss went from {start:.4g} to {end:.4g}.",
@@ -142,6 +144,15 @@ def coin_toss(losses: Values, use_margin: bool = False, loss: str = "dpo") -> Fi
         "with a high accuracy, the model is too sure: a lower --learning_rate, --label_smoothing; else a"
         " higher --learning_rate, more steps, better labels.",
     )
+
+
+def coin_toss_in_training(losses: Values, held_out: Values, **options: Any) -> Finding | None:
+    """The same of the training loss, in a run without evaluations, if nothing but preferences is in it."""
+    added = [options.pop(name, 0.0) for name in ("centre_coef", "lm_loss_coef")]
+    found = coin_toss(losses, **options)
+    if held_out or not found or any(added):
+        return None
+    return found._replace(found=found.found.replace("held-out pairs", "training pairs"))
 
 
 def low_accuracy(accuracies: Values) -> Finding | None:

@@ -28,6 +28,8 @@ RULES = [
     Rule("overfitting", checks.overfitting, (("step", "eval/loss"), ("step", "train/loss")), TRAINED, 2),
     Rule("held-out loss against a coin toss", checks.coin_toss, (("eval/loss",),), "reward direct",
          options=("use_margin", "loss")),
+    Rule("training loss against a coin toss", checks.coin_toss_in_training, (("train/loss",), ("eval/loss",)),
+         "reward direct", FEWEST, options=("use_margin", "loss", "centre_coef", "lm_loss_coef")),
     Rule("held-out accuracy", checks.low_accuracy, (("eval/accuracy",),), "reward direct"),
     Rule("gap of accuracies", checks.accuracy_gap, (("eval/accuracy",), ("train/accuracy",)),
          "reward direct"),
