@@ -29,6 +29,11 @@ MODEL_OPTIONS = (
     "reference_model_name_or_path",
 )  # fmt: skip
 FUNCTION_OPTIONS = ("reward_function", "gold_function")
+# What may have another content, and what that means. Nothing is learnt from demonstrations.
+RENEWABLE = {
+    **dict.fromkeys(FUNCTION_OPTIONS, "its file has changed since; scores before and after differ"),
+    "demonstration_data": "other records than when the run began; final/ is centred on these",
+}
 FREE_OPTIONS = {
     *DATA_OPTIONS, *MODEL_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only",
     "export_only",
@@ -189,7 +194,9 @@ def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
 
 
 def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[str, str]) -> None:
-    """Raises UserError for what differs; a function may, because its file is mended after it has failed."""
+    """Raises UserError for what differs; a function may, because its file is mended after it has failed, and
+    what scores are centred on may too, because that is done after training.
+    """
     names = [n for n in {**earlier, **current} if earlier.get(n) != current.get(n)]
     for place, name in enumerate(names):
         if name.startswith("--"):
@@ -197,14 +204,14 @@ def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[st
             value = getattr(options, option)
             sources = [value] if isinstance(value, str) else value
             names[place] = " ".join([name, *sources[int(number) - 1 : int(number)]])
-    functions = [n for n in names if n.startswith(tuple(f"--{option} " for option in FUNCTION_OPTIONS))]
-    if refused := [name for name in names if name not in functions]:
+    renewed = {n: RENEWABLE[option] for n in names if (option := n.split()[0].lstrip("-")) in RENEWABLE}
+    if refused := [name for name in names if name not in renewed]:
         raise UserError(
             f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(refused)};"
             " restore it or choose another folder"
         )
-    for name in functions:
-        log(f"{name}: its file has changed since; scores before and after differ")
+    for name, meaning in renewed.items():
+        log(f"{name}: {meaning}")
 
 
 def _content(text: str, is_training: bool) -> str:

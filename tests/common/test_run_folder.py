@@ -7,8 +7,9 @@ import pytest
 from common import process, run_folder
 from common.files import lock_folder
 from common.options import UserError
-from common.run_folder import prepare_output
+from common.run_folder import _compare_data, prepare_output
 from step1_sft.options import SFTOptions
+from step2_reward.options import RewardOptions
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +35,17 @@ def test_a_command_refused_for_the_lock_undoes_nothing(tmp_path: Path, undone: l
     assert not undone
     prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
     assert len(undone) == 1
+
+
+def test_what_scores_are_centred_on_may_change(tmp_path: Path, capsys) -> None:
+    """Nothing is learnt from it; training data must stay as they are."""
+    options = RewardOptions(output_dir=str(tmp_path), train_data=["T"], demonstration_data=["D"])
+    earlier = {"--train_data 1": "a", "--demonstration_data 1": "b", "--demonstration_data 2": "c"}
+    _compare_data(options, earlier, {"--train_data 1": "a", "--demonstration_data 1": "d"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert (
+        first.startswith("--demonstration_data 1 D: other records")
+        and second[:22] == "--demonstration_data 2"
+    )
+    with pytest.raises(UserError, match="another content of: --train_data 1 T;"):
+        _compare_data(options, earlier, {**earlier, "--train_data 1": "x", "--demonstration_data 1": "d"})
