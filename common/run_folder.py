@@ -163,12 +163,17 @@ def _write(options: RunOptions, files: dict[str, Any]) -> None:
 
 
 def _withdraw(folder: Path, missing: Sequence[Path], before: set[str]) -> None:
-    """Remove what a claim has added to the disk, if the run has written nothing else since."""
-    if _names(folder) - before <= {*CLAIM, "train.log"}:
-        for name in {*CLAIM} - before:
-            (folder / name).unlink(missing_ok=True)
+    """Remove what a claim has added to the disk, if the run has written nothing since but empty files."""
+    added_files = [folder / name for name in _names(folder) - before - {"train.log"}]
+    if all(file.name in CLAIM or _is_empty(file) for file in added_files):
+        for file in added_files:
+            file.unlink()
         for added in missing:
             added.rmdir()  # fails where it holds anything
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
 
 
 def _names(folder: Path) -> set[str]:

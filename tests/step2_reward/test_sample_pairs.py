@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.generation import Answer
@@ -134,13 +135,18 @@ def test_mistakes_end_in_one_line(few: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "pairs.jsonl").write_text("")
-    model = str(few / "model")
+    model, damaged = str(few / "model"), tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights[min(weights)][..., 0] = float("nan")
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
     for more, parts in (
         ([], ["holds pairs.jsonl already"]),
         (["--output_dir", str(tmp_path / "new"), "--model_name_or_path", *[model] * 3], ["one model or two"]),
         (["--output_dir", str(tmp_path / "new"), "--max_prompt_length", "1"], ["few.jsonl", "no rows left"]),
         (["--output_dir", str(tmp_path / "new"), "--responses_per_prompt", "1"], ["at least 2"]),
         (["--output_dir", str(tmp_path / "new"), "--max_response_length", "256"], ["256 positions"]),
+        (["--output_dir", str(tmp_path / "new"), "--model_name_or_path", str(damaged)], ["holds NaN"]),
     ):
         check_refusal("step2_reward.sample_pairs", words(few, output, *more), parts, tmp_path, output)
     assert not (tmp_path / "new").exists()
