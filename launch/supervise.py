@@ -26,6 +26,9 @@ from types import FrameType
 REFUSED, STOPPED = 2, 75  # as in common/process.py, which takes seconds to import
 ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal sends them to all processes
 ORPHANS_MAY_TAKE = 600.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
+EXPORTED = (
+    "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "TORCHDYNAMO_DISABLE",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 # DeepSpeed's line about a rank that has ended. The last line of the command says that, and why.
 LAUNCHER_LINE = re.compile(rb"\[launch\.py:\d+:sigkill_handler\].* exits with return code = (-?\d+)")
@@ -38,6 +41,8 @@ def main() -> int:
         # Ranks on other machines see the output directory alone.
         stop_files = [place / "stop" for place in [endings, *[output] * ("--hostfile" in command)]]
         environment = {**os.environ, "TRIPTYCH_ENDINGS": folder, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
+        if "--hostfile" in command:
+            environment["DS_ENV_FILE"] = str(exports(endings / "environment"))
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -59,6 +64,19 @@ def main() -> int:
         for file in stop_files:
             file.unlink(missing_ok=True)
     return code
+
+
+def exports(file: Path) -> Path:
+    """Have DeepSpeed give the ranks of several machines, which it starts through ssh, what the launch scripts
+    set for those of one; lines of the user's own such file count more.
+    """
+    lines = [f"{name}={os.environ[name]}\n" for name in EXPORTED if os.environ.get(name)]
+    own = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for place in (Path.home() / own, Path(own)):
+        if place.is_file():
+            lines += [f"{line}\n" for line in place.read_text().splitlines() if "=" in line]
+    file.write_text("".join(lines))
+    return file
 
 
 class Log:

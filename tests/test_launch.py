@@ -39,6 +39,27 @@ def test_two_ranks_from_another_folder(world: Path, tmp_path: Path) -> None:  # 
     assert len(metrics(tmp_path / "out", "train/loss")) == 5
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_ranks_of_other_machines_get_the_environment(tmp_path: Path, has_gpu: bool) -> None:
+    """Through a `pdsh` that writes down what it should start; lines of the user's own file count more."""
+    log, tools = tmp_path / "log", tmp_path / "bin"
+    tools.mkdir()
+    for name, line in (
+        ("ssh", "echo 127.0.0.1"),
+        ("pdsh", f'echo "$@" >>{log}'),
+        ("nvidia-smi", f"exit {1 - has_gpu}"),
+    ):
+        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text("\nMINE=7\nTOKENIZERS_PARALLELISM=true\n")
+    variables = {"HOSTFILE": str(tmp_path / "hosts"), "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = bash("step1_sft.sh", ["--output_dir", "out"], tmp_path, **variables)
+    assert done.returncode == 0, done.stdout
+    exports = {word for word in log.read_text().replace(";", " ").split() if "=" in word}
+    assert {"OMP_WAIT_POLICY=passive", "MINE=7", "TOKENIZERS_PARALLELISM=true"} <= exports
+
+
 def test_a_mistake_is_visible(world: Path, tmp_path: Path) -> None:  # noqa: F811
     done = bash("step1_sft.sh", [*sft(world, tmp_path / "out"), "--seed", "x"], tmp_path, NUM_GPUS="2")
     assert done.returncode == 2
