@@ -136,8 +136,7 @@ def sample_answers(
     progress = Progress("sample answers", len(rows))
     with gathered(model) if is_engine else contextlib.nullcontext(model) as whole_model:
         limit = position_limit(whole_model.config) or math.inf
-        for number, row in enumerate(rows):
-            progress.update(number)
+        for number, row in enumerate(rows, start=1):
             prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)
             whole = whole_model.generate(
                 prompt,
@@ -151,6 +150,7 @@ def sample_answers(
             has_ended = ids[-1] in base_model(whole_model).end_ids
             answer = encoder.decode_response(row.prompt_ids, ids[: -1 if has_ended else None])
             answers.append(Answer(encoder.decode_prompt(row.prompt_ids), answer))
+            progress.update(number)
     model.train()
     return answers
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from common import progress
 from common.options import UserError
 from common.tokenization import SegmentEncoder
 from common.vocabulary import fit_to_tokenizer
@@ -123,12 +124,21 @@ def test_bytes_are_those_of_the_replies_alone():
     assert response_bytes({"prompt": "Hello", "completion": " Größe"}) == 8
 
 
-def test_answers_end_where_the_positions_do(world: Path) -> None:  # noqa: F811
+def test_answers_end_where_the_positions_do(
+    world: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
     encoder = SegmentEncoder(AutoTokenizer.from_pretrained(world / "model"))
     config = GPT2Config(vocab_size=len(encoder.tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=20)
     model = fit_to_tokenizer(AutoModelForCausalLM.from_config(config), encoder.tokenizer)
     row = Demonstration(list(range(5, 24)), [False] * 18 + [True])
     assert len(sample_answers(model, [row], encoder, max_new_tokens=64)) == 1
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
+    sample_answers(model, [row] * 2, encoder, max_new_tokens=2)
+    assert [line[:24] for line in capsys.readouterr().out.splitlines()] == [
+        "sample answers: 1/2 (50%", "sample answers: 2/2 (100",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
