@@ -13,7 +13,7 @@ from common.options import CacheOptions, UserError
 from common.prepare import Convert, Prepared, prepare
 from common.readers import origin, read_source
 from common.records import Record, fraction, parse_record
-from common.rendering_report import describe_rendering
+from common.rendering_report import describe_rendering, rendered
 from common.sources import copies, files_to_read, parse_source
 from common.table import Row
 
@@ -35,7 +35,7 @@ def load_alike(
     at_most: take the first so many; 0: all. Tokenised through the cache (see `prepare`). Raises
     UserError for a bad record, and when none is left.
     """
-    found, first, shared = Alike([], [], [[] for _ in converts]), [], 0
+    found, first, shared, used = Alike([], [], [[] for _ in converts]), [], 0, []
     for source in map(parse_source, sources):
         for name in files_to_read(source, is_training):
             prepared = [prepare(name, options, row_class, convert) for convert in converts]
@@ -43,7 +43,10 @@ def load_alike(
             numbers, fractions = _common_numbers(prepared)
             shared += len(numbers)
             numbers = np.repeat(numbers, copies(source.weight, fractions).astype(int))
-            _extend(found, name, prepared, numbers[: at_most - len(found.records)] if at_most else numbers)
+            numbers = numbers[: at_most - len(found.records)] if at_most else numbers
+            _extend(found, name, prepared, numbers)
+            places = np.searchsorted(prepared[0].notes.column("number"), numbers)
+            used += rendered(prepared[0], places)
     names = " ".join(sources)
     if not found.records:
         others = sum(len(one.notes.column("number")) for one in first) - shared
@@ -55,7 +58,7 @@ def load_alike(
     if not is_training:
         warn_of_few(fraction(find_prompt(record), "") for record in found.records)
     if encoder := getattr(converts[0], "keywords", {}).get("encoder"):
-        describe_rendering(first, encoder, learns_replies=False)
+        describe_rendering(used, encoder, learns_replies=False)
     return found
 
 

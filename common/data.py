@@ -15,7 +15,7 @@ from common.data_report import describe_data, warn_of_few, why_empty
 from common.distributed import log
 from common.options import DataOptions, RunOptions, TrainOptions, UserError, world_size
 from common.prepare import Convert, Prepared, prepare
-from common.rendering_report import describe_rendering
+from common.rendering_report import Rendered, describe_rendering, rendered
 from common.sources import copies, files_to_read, parse_source
 from common.table import Row
 
@@ -60,6 +60,11 @@ class Examples(Sequence[Row]):
         """How many rows there are, however often a weight has each of them seen."""
         return len(np.unique(np.stack([self._source, self._row]), axis=1).T)
 
+    def rendered(self) -> Iterator[Rendered]:
+        """By source, how the prompts of these examples became text."""
+        for number, source in enumerate(self._sources):
+            yield from rendered(source, self._row[self._source == number])
+
     @property
     def digest(self) -> str:
         """What tells these examples, in this order, from any others."""
@@ -101,9 +106,8 @@ def load_examples(
         raise UserError(f"{' '.join(sources)}: no rows left: {why_empty(prepared, elsewhere)}")
     describe_data(prepared + prepared_too, train, held_out)
     if encoder := getattr(convert, "keywords", {}).get("encoder"):
-        describe_rendering(
-            prepared + prepared_too, encoder, learns_replies=bool(LEARNT & {*row_class._fields})
-        )
+        used = [*ours.rendered(), *(held_out.rendered() if options.eval_data else [])]
+        describe_rendering(used, encoder, learns_replies=bool(LEARNT & {*row_class._fields}))
     if options.eval_data or options.eval_fraction:
         warn_of_few(held_out.notes("held_out")[: options.max_eval_samples or None].tolist())
     if isinstance(options, TrainOptions):

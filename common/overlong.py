@@ -65,8 +65,13 @@ def fit(
 def fit_demonstration(
     record: dict[str, Any], encoder: SegmentEncoder, max_length: int, overlong: str, keep_end: bool = False
 ) -> tuple[Fitted, bool]:
-    """`fit` for a demonstration, whose last reply is the response."""
+    """`fit` for a demonstration, whose last reply is the response.
+
+    keep_end: it is to be scored, and ends in EOS also where it was cut, as in step 3.
+    """
     record = plain_demonstration(record)
+    if keep_end:
+        record = {**record, "ended": True}
     name = "messages" if "messages" in record else "prompt"
 
     def segments(prompt: Prompt) -> list[list[Segment]]:

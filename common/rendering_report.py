@@ -1,7 +1,9 @@
 """Lines at the start of a run: how prompts became text, with an example from each source."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from common.chat_template import TODAY
 from common.distributed import log
@@ -12,7 +14,22 @@ MOST_EXAMPLES = 5
 SHOWN = 200  # characters of an example
 
 
-def describe_rendering(sources: Sequence[Prepared], encoder: SegmentEncoder, learns_replies: bool) -> None:
+class Rendered(NamedTuple):
+    """What is used of a source."""
+
+    name: str
+    is_string: np.ndarray  # whether the prompt of a row is a string, (N,)
+    first: Any  # the first row
+
+
+def rendered(source: Prepared, places: np.ndarray) -> Iterator[Rendered]:
+    """The rows of a source that are used, each once, however often it is seen; nothing where none is."""
+    if len(places):
+        is_string = source.notes.column("is_string")[np.unique(places)]
+        yield Rendered(source.name, is_string, source.rows[np.min(places)])
+
+
+def describe_rendering(sources: Sequence[Rendered], encoder: SegmentEncoder, learns_replies: bool) -> None:
     """Print per source how many prompts went through which chat template, and the text of its first row.
 
     Warn where strings, which are used verbatim, meet a model with a chat template. learns_replies: all
@@ -23,25 +40,23 @@ def describe_rendering(sources: Sequence[Prepared], encoder: SegmentEncoder, lea
         return
     model = encoder.tokenizer.name_or_path
     name = "the default Human/Assistant template" if template.is_default else f"the chat template of {model}"
-    sources = [source for source in sources if len(source.notes.column("is_string"))]
-    rendered = strings = 0
+    conversations = strings = 0
     for number, source in enumerate(sources):
-        is_string = source.notes.column("is_string")
-        messages, verbatim = int((~is_string).sum()), int(is_string.sum())
-        rendered, strings = rendered + messages, strings + verbatim
+        messages, verbatim = int((~source.is_string).sum()), int(source.is_string.sum())
+        conversations, strings = conversations + messages, strings + verbatim
         parts = [f"{messages:,} prompts rendered with {name}"] * (messages > 0)
         parts += [f"{verbatim:,} prompts used verbatim"] * (verbatim > 0)
         if number < MOST_EXAMPLES:
-            parts[-1] += f"; the first row: {example(source.rows[0], encoder)}"
+            parts[-1] += f"; the first row: {example(source.first, encoder)}"
         log(f"{source.name}: {', '.join(parts)}")
     if strings and not template.is_default:
         log(
             f"warning: {strings:,} prompts are strings, so {name} is not used for them; write prompts as"
             " messages to use it"
         )
-    if rendered and template.has_date:
+    if conversations and template.has_date:
         log(f"{name} writes today's date: in every run it is {TODAY:%d %b %Y}")
-    if rendered and learns_replies and template.changes_replies(encoder.tokenizer.eos_token):
+    if conversations and learns_replies and template.changes_replies(encoder.tokenizer.eos_token):
         log(f"{name} changes earlier replies of a conversation: only its last reply is learnt")
 
 

@@ -15,18 +15,23 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from common.distributed import log, on_cpu
 from common.ensemble import EnsembleOptions, RewardModel, combine, load_encoders, load_members, member_scores
 from common.files import exists
+from common.formatting import find_prompt
 from common.models import load_config, longest_input
 from common.options import UserError, option, parse_options
 from common.overlong import Dropped, fit_demonstration
 from common.process import on_refusal, run_main, stop_between_steps
 from common.readers import read_source
 from common.records import LARGE_SHARE, BadRecords, Record, load_object, parse_record, warn_of_left_out
+from common.rendering_report import Rendered, describe_rendering
 from common.sources import files_to_read, parse_source
 from common.tokenization import SegmentEncoder
 from common.windows import stop_resumably
+from step2_reward.data import Response
 
 WINDOW = 4096  # records that are read, sorted by length, scored and written together
 NEAR = 0.05  # as near are scores of the same models on another machine; those of other models hardly
@@ -57,6 +62,7 @@ def main() -> None:
     examples = read_examples(options, encoders, done)
     windows = iter(lambda: list(islice(examples, WINDOW)), [])
     first = next(windows, [])
+    describe(options, first, done, encoders[0])
     zero = {"bf16": {"enabled": options.bf16 and not on_cpu()}, "zero_optimization": {"stage": 0}}
     members = load_members(options, encoders, zero)
 
@@ -124,6 +130,17 @@ def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], don
         warn_of_left_out(bad.count, read)
     if cut > LARGE_SHARE * read:
         log(f"warning: {cut / read:.0%} of the prompts are cut to --max_length {options.max_length}")
+
+
+def describe(options: ScoreOptions, first: Sequence[Example], done: int, encoder: SegmentEncoder) -> None:
+    """Print how the records of the first window became text."""
+    if not first:
+        return
+    is_all = not done and len(first) < WINDOW
+    name = options.input if is_all else f"{options.input}, records {done + 1} to {done + len(first)}"
+    is_string = [isinstance(find_prompt(parse_record(record)), str) for record, _ in first]
+    source = Rendered(name, np.array(is_string), Response(first[0][1][encoder]))
+    describe_rendering([source], encoder, learns_replies=False)
 
 
 def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> tuple[list[int], bool]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from common.alike import load_alike
 from common.conversation import DEFAULT_CHAT_TEMPLATE
 from common.data import load_examples
-from common.options import DataOptions
+from common.options import CacheOptions, DataOptions
 from common.tokenization import SegmentEncoder
 from step1_sft.data import Demonstration, demonstration
 from tests.common.test_chat_templates import CHATML, make_encoder
@@ -53,3 +54,27 @@ def test_habits_of_a_template_are_named(tmp_path, capsys):
     assert "writes today's date: in every run it is 26 Jul 2024" in text
     assert "changes earlier replies of a conversation: only its last reply is learnt" in text
     assert "qqq ... qqq" in text
+
+
+def test_only_records_that_are_used_are_counted(tmp_path, capsys):
+    file, held_out = tmp_path / "d.jsonl", tmp_path / "e.jsonl"
+    for path in (file, held_out):
+        records = ({"prompt": f"Q{number}:", "completion": "A plum."} for number in range(40))
+        path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    encoder = make_encoder(DEFAULT_CHAT_TEMPLATE, "</s>")
+    convert = partial(
+        demonstration, encoder=encoder, max_length=512, overlong="truncate_prompt", loss_on="response"
+    )
+    options = DataOptions(eval_data=[f"{held_out}:2"], data_split="1,1,0", cache_dir=str(tmp_path / "cache"))
+    train, _ = load_examples([f"{file}:0.5"], options, Demonstration, convert)
+    printed = capsys.readouterr().out
+    assert 0 < len(train) < 20
+    assert f"d.jsonl: {len(train)} prompts used verbatim" in printed
+    assert "e.jsonl: 40 prompts used verbatim" in printed
+    options = CacheOptions(cache_dir=str(tmp_path / "cache"))
+    found = load_alike([f"{file}:0.5", str(held_out)], options, Demonstration, [convert], at_most=30)
+    printed = capsys.readouterr().out
+    of_first = sum(str(file) in one for one in found.origins)
+    assert 0 < of_first < 30
+    assert f"d.jsonl: {of_first} prompts used verbatim" in printed
+    assert f"e.jsonl: {30 - of_first} prompts used verbatim" in printed

@@ -12,7 +12,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import step2_reward.score
 from common.options import UserError
-from step2_reward.score import ScoreOptions, check_written, read_examples
+from common.tokenization import SegmentEncoder
+from step2_reward.data import scored_response
+from step2_reward.score import ScoreOptions, check_written, describe, read_examples, token_ids
+from tests.common.test_chat_templates import CHATML, make_encoder
 from tests.ranks import Result, run_stage, start_stage
 from tests.test_ensemble import keep_scores, make_other
 from tests.test_launch import bash
@@ -230,3 +233,28 @@ def test_many_records_left_out_or_cut_are_a_warning(tmp_path: Path, capsys) -> N
     out = capsys.readouterr().out
     assert "warning: 33% of the records are left out" in out
     assert "warning: 33% of the prompts are cut to --max_length 8" in out
+
+
+def test_how_records_became_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    asked = [{"role": "user", "content": "q"}]
+    records = [{"prompt": asked, "response": "A plum."}, *[{"prompt": "Q:", "completion": " A pear."}] * 2]
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    tokenizer = make_encoder(CHATML, "<|im_end|>").tokenizer
+    tokenizer.name_or_path = "some/model"
+    encoder, options = SegmentEncoder(tokenizer), ScoreOptions(input=str(file), max_length=512)
+    describe(options, [*read_examples(options, [encoder], 0)], 0, encoder)
+    printed = capsys.readouterr().out
+    assert "1 prompts rendered with the chat template of some/model, 2 prompts used verbatim" in printed
+    assert "warning: 2 prompts are strings" in printed
+    describe(options, [*read_examples(options, [encoder], 1)], 1, encoder)
+    assert "in.jsonl, records 2 to 3: 2 prompts used verbatim" in capsys.readouterr().out
+
+
+def test_a_response_that_was_cut_is_scored_as_in_step_3() -> None:
+    encoder, whole = WordEncoder(), {"prompt": "a b", "completion": "c d"}
+    cut = whole | {"ended": False}
+    expected, _ = token_ids(whole, encoder, 16)
+    assert expected[-1] == EOS
+    assert token_ids(cut, encoder, 16)[0] == expected
+    assert scored_response(cut, encoder, 16, "drop")[0].ids == expected
