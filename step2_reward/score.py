@@ -26,9 +26,17 @@ from common.options import UserError, option, parse_options
 from common.overlong import Dropped, fit_demonstration
 from common.process import on_refusal, run_main, stop_between_steps
 from common.readers import read_source
-from common.records import LARGE_SHARE, BadRecords, Record, load_object, parse_record, warn_of_left_out
+from common.records import (
+    LARGE_SHARE,
+    BadRecords,
+    Record,
+    fraction,
+    load_object,
+    parse_record,
+    warn_of_left_out,
+)
 from common.rendering_report import Rendered, describe_rendering
-from common.sources import files_to_read, parse_source
+from common.sources import copies, files_to_read, parse_source
 from common.tokenization import SegmentEncoder
 from common.windows import stop_resumably
 from step2_reward.data import Response
@@ -42,7 +50,9 @@ Example = tuple[Record, dict[SegmentEncoder, list[int]]]  # as it was read; toke
 class ScoreOptions(EnsembleOptions):
     """Scores of responses by one reward model or several."""
 
-    input: str = option("", "Records: prompt + response (or completion), or messages. Required.")
+    input: str = option(
+        "", "Records: prompt + response (or completion), or messages; F.jsonl:0.1: a tenth of them. Required."
+    )
     output: str = option("", "JSONL file for the same records with `score`, in their order. Required.")
     micro_batch_size: int = option(32, "Records scored at once.", at_least=1)
     max_length: int = option(1024, "Longest sequence in tokens; prompts lose their beginning.", at_least=8)
@@ -53,8 +63,6 @@ class ScoreOptions(EnsembleOptions):
 def main() -> None:
     # 1. What can be wrong with the options and the first records is found before a model is loaded.
     options = parse_options(ScoreOptions, required=["reward_model_name_or_path", "input", "output"])
-    if parse_source(options.input).weight != 1:
-        raise UserError(f"--input {options.input}: every record is scored once; leave the weight out")
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")
@@ -103,28 +111,35 @@ def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
 
 
 def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], done: int) -> Iterator[Example]:
-    """The records after the first `done` good ones. Raises UserError naming file and line of a bad one."""
-    files = files_to_read(parse_source(options.input), is_training=False)
+    """The records after the first `done` good ones, as often as the weight of the source says. Raises
+    UserError naming file and line of a bad one.
+    """
+    source = parse_source(options.input)
+    files = files_to_read(source, is_training=False)
     records = chain.from_iterable(((name, *row) for row in read_source(name)) for name in files)
     bad, good, is_begun = BadRecords(options.skip_bad_records), 0, done > 0
-    if not options.skip_bad_records:  # then all are good, and those done need not be looked at
+    if not options.skip_bad_records and source.weight == 1:  # those done need not be looked at
         records, done = islice(records, done, None), 0
     read = cut = 0
     for name, number, _, unparsed in records:
-        example, read = None, read + 1
+        example, times, read = None, 1, read + 1
         with bad.at(name, number):
             whole = load_object(unparsed)
             record = parse_record(whole)
             rows = {e: token_ids(record, e, options.max_length) for e in encoders}
             example = whole, {e: ids for e, (ids, _) in rows.items()}
             cut += any(is_cut for _, is_cut in rows.values())
-        good += example is not None
-        if example and done:
-            done -= 1
-        elif example:
-            yield example
+            if source.weight != 1:
+                times = copies(source.weight, fraction(find_prompt(record), "weight"))
+        for _ in range(times * (example is not None)):
+            good += 1
+            if done:
+                done -= 1
+            else:
+                yield example
     if not good and not is_begun:
-        raise bad.nothing_left(options.input, bad.count)
+        others = f"{read - bad.count} left out by the weight" if read > bad.count else ""
+        raise bad.nothing_left(options.input, read, others)
     if bad.count:
         log(f"{options.input}: left out {bad.count} bad records")
         warn_of_left_out(bad.count, read)

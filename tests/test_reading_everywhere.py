@@ -101,7 +101,7 @@ def test_half_a_character_is_a_bad_record_in_every_command(
     assert read(str(path), True, encoder) == [pair["prompt"] for pair in PAIRS[:3]]
 
 
-@pytest.mark.parametrize("command", [name for name in READ if name != "score"])
+@pytest.mark.parametrize("command", READ)
 def test_a_weight_takes_the_same_records_in_every_command(
     tmp_path: Path, encoder: SegmentEncoder, command: str
 ) -> None:
@@ -111,13 +111,6 @@ def test_a_weight_takes_the_same_records_in_every_command(
     expected = READ["critique"](f"{tmp_path / 'plain.jsonl'}:0.4", False, encoder)
     assert 10 < len(expected) < 40
     assert read(f"{path}:0.4", False, encoder) == expected
-
-
-def test_score_refuses_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["--reward_model_name_or_path", "M", "--output", "G.jsonl", "--input", "F.jsonl:0.4"]
-    monkeypatch.setattr("sys.argv", ["score", *words])
-    with pytest.raises(UserError, match="--input F.jsonl:0.4: every record is scored once"):
-        score.main()
 
 
 @pytest.mark.parametrize("command", READ)

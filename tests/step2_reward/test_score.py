@@ -223,6 +223,22 @@ def test_a_bad_record_is_named_or_left_out(tmp_path: Path, line: str, part: str)
     assert list(read_examples(options, [encoder], 1)) == [expected]
 
 
+def test_a_weight_scores_a_part_or_several_times_and_resumes_there(tmp_path: Path) -> None:
+    file, encoder = tmp_path / "in.jsonl", WordEncoder()
+    file.write_text("".join(f'{{"prompt": "p{n}", "response": "c"}}\n' for n in range(40)))
+
+    def prompts(weight: str, done: int) -> list[str]:
+        options = ScoreOptions(input=f"{file}{weight}", max_length=64)
+        return [record["prompt"] for record, _ in read_examples(options, [encoder], done)]
+
+    part = prompts(":0.3", 0)
+    assert 5 < len(part) < 20 and prompts(":0.3", 4) == part[4:]
+    assert prompts(":2", 3) == ["p1", *[f"p{n}" for n in range(2, 40) for _ in range(2)]]
+    file.write_text('{"prompt": "p", "response": "c"}\n')
+    with pytest.raises(UserError, match="no rows left: 1 records read: 1 left out by the weight"):
+        prompts(":0.0001", 0)
+
+
 def test_many_records_left_out_or_cut_are_a_warning(tmp_path: Path, capsys) -> None:
     lines = ['{"prompt": "a b c d e f g h", "response": "c"}', "[]", '{"prompt": "a", "response": "c"}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
