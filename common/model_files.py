@@ -4,6 +4,7 @@ Custom code is never run, and of PyTorch files only tensors are loaded.
 """
 
 import pickle
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.generation_config import read_generation_config, writable
 from common.model_config import Kind, custom_code, read_config
 from common.options import UserError, reason
 
+LAYER = re.compile(r"^.*?\.\d+(?=\.)")  # the layer in the name of a weight
 LFS = b"version https://git-lfs"  # how a file begins that stands for another, not fetched yet
 
 
@@ -70,33 +72,30 @@ def read_weights(kind: Kind, path: str, config: PretrainedConfig, dtype: torch.d
 
 def check_values(model: PreTrainedModel, path: str) -> None:
     """Raise UserError, on every rank that holds a part, when a weight is not finite, naming the first, and
-    when the embeddings are all zeros. Parts that ZeRO-3 keeps on NVMe are not looked at.
+    when the embeddings or a layer are nothing but zeros. Parts that ZeRO-3 keeps on NVMe are not looked at.
 
-    Other matrices of zeros draw a warning: some people add layers that begin so.
+    Other matrices of zeros draw a warning: some people add layers in which a few begin so.
     """
     weights = {id(weight): (name, weight) for name, weight in model.state_dict(keep_vars=True).items()}
     named = [(name, weight) for name, weight in weights.values() if weight.is_floating_point()]
     ranges = [_range(weight) for _, weight in named]
     bad = next((n for n, (is_finite, _) in enumerate(ranges) if not is_finite), len(named))
-    zeros = {
-        name
-        for (name, weight), (_, is_zero) in zip(named, ranges, strict=True)
-        if is_zero and len(_shape(weight)) > 1
-    }
+    zeros = {n for n, (_, is_zero) in enumerate(ranges) if is_zero}
     embeddings = model.get_input_embeddings().weight
-    parts = [(bad, zeros)]
-    if is_partitioned(embeddings):
-        parts = gather_objects(parts[0])
+    parts = gather_objects((bad, zeros)) if is_partitioned(embeddings) else [(bad, zeros)]
     bad = min(number for number, _ in parts)
-    zeros = set.intersection(*(part for _, part in parts))
     if bad < len(named):
         name, weight = named[bad]
         dtype = str(weight.dtype).removeprefix("torch.")
         raise UserError(f"{path}: weight {name} holds NaN or Inf (as {dtype}); the file is damaged")
-    if any(name in zeros for name, weight in named if weight is embeddings):
-        raise UserError(f"{path}: the embeddings hold nothing but zeros; the file is damaged")
-    if zeros := zeros - {"score.weight"}:  # a critic's head may begin so
-        log_once(f"warning: {path}: weights are all zeros, as in a damaged file: {some(sorted(zeros))}")
+    zeros = set.intersection(*(part for _, part in parts))
+    layers = ["embeddings" if weight is embeddings else "".join(LAYER.findall(n)) for n, weight in named]
+    full = {layer for number, layer in enumerate(layers) if number not in zeros}
+    matrices = [n for n in sorted(zeros) if len(_shape(named[n][1])) > 1]
+    if empty := next((layers[n] for n in matrices if layers[n] and layers[n] not in full), None):
+        raise UserError(f"{path}: {empty}: nothing but zeros; the file is damaged")
+    if names := [named[n][0] for n in matrices if named[n][0] != "score.weight"]:  # a critic's may begin so
+        log_once(f"warning: {path}: weights are all zeros, as in a damaged file: {some(names)}")
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

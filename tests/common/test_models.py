@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def weights(change: Callable[[dict[str, Tensor]], object]) -> Spoil:
         save_file(state, file, {"format": "pt"})
 
     return spoil
+
+
+def zeros(names: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda state: [weight.zero_() for name, weight in state.items() if re.search(names, name)]
 
 
 def replace(name: str, content: bytes) -> Spoil:
@@ -243,7 +248,13 @@ def test_a_file_of_zeros_behind_a_good_header_is_refused(
     policy: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     weights(lambda state: [tensor.zero_() for tensor in state.values()])(policy)
-    assert "nothing but zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
+    assert "policy: embeddings: nothing but zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
+
+
+def test_a_layer_of_zeros_is_refused(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As in a file that was not written to its end."""
+    weights(zeros(r"layers\.1\."))(policy)
+    assert "model.layers.1: nothing but zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
 
 
 def test_matrices_of_zeros_draw_one_warning(
@@ -251,16 +262,11 @@ def test_matrices_of_zeros_draw_one_warning(
 ) -> None:
     """Vectors may be zeros, as biases are, and so may a head."""
 
-    def empty_a_layer(state: dict[str, Tensor]) -> None:
-        for name in state:
-            if ".layers.1." in name:
-                state[name].zero_()
-
-    weights(empty_a_layer)(policy)
+    weights(zeros(r"o_proj|down_proj"))(policy)
     load_causal_lm(str(policy), tokenizer, None)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"warning: {policy}: weights are all zeros") and "(7 in all)" in line
-    weights(lambda state: [state[name].zero_() for name in ("score.weight", "model.norm.weight")])(reward)
+    assert line.startswith(f"warning: {policy}: weights are all zeros") and "(4 in all)" in line
+    weights(zeros("score|model.norm"))(reward)
     load_scalar_model(str(reward), tokenizer, None)
     assert not capsys.readouterr().out
 
