@@ -83,6 +83,5 @@ def custom_code(path: str, kind: Kind = AutoConfig) -> str:
     code = ""
     with contextlib.suppress(Exception):  # what is wrong with the file has been noticed
         code = PretrainedConfig.get_config_dict(path)[0]["auto_map"][kind.__name__]
-    return (
-        code and f"needs custom code ({code}), which is not run; convert it, or use a class transformers has"
-    )
+    wanted = "which is not run; convert it, or use a class that transformers has"
+    return code and f"needs custom code ({code}), {wanted}"
