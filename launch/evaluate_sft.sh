@@ -7,7 +7,7 @@ ZERO_CONFIG="${ZERO_CONFIG:-}"        # DeepSpeed JSON; empty: zero2 on GPUs, ze
 HOSTFILE="${HOSTFILE:-}"              # DeepSpeed's list of machines; empty: this one
 MASTER_PORT="${MASTER_PORT:-}"        # where the ranks meet; empty: a free port, or 29500 with a HOSTFILE
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt
 # There is no output folder, so no log but the terminal's.
 run_stage step1_sft.evaluate /dev/null ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"

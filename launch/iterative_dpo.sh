@@ -7,7 +7,7 @@
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
 LATER=(step2_direct --reference_model_name_or_path "${MODEL:-}" --eval_fraction 0 ${DIRECT_OPTIONS:-})
-source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/rounds.sh" "$@"
 
 policies=("$MODEL")
 for round in $(seq "$ROUNDS"); do

@@ -4,7 +4,7 @@
 # STEP1_OPTIONS, STEP2_OPTIONS and STEP3_OPTIONS go to one step each, options on the command line to all three.
 set -euo pipefail
 HERE="$(dirname "${BASH_SOURCE[0]}")"
-source "$HERE/environment.sh"
+source "$HERE/lib/environment.sh"
 script_help "$@"
 require MODEL "the folder or hub name of a pretrained model"
 require DEMONSTRATIONS "data for step 1"

@@ -5,6 +5,6 @@ set -euo pipefail
 ZERO_CONFIG="${ZERO_CONFIG:-}"        # DeepSpeed JSON; empty: zero2
 NUM_GPUS=1  # of this process, which computes next to nothing
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt
 run_alone launch.plan.main ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"

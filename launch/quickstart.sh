@@ -4,7 +4,7 @@
 set -euo pipefail
 OUTPUT="${OUTPUT:-output/quickstart}" && WORLD="$OUTPUT/world"
 HERE="$(dirname "${BASH_SOURCE[0]}")"
-source "$HERE/environment.sh"
+source "$HERE/lib/environment.sh"
 script_help "$@"
 install requirements.txt
 

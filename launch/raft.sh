@@ -6,7 +6,7 @@
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
 LATER=(step1_sft --eval_fraction 0 ${STEP1_OPTIONS:-})  # the command that wrong options would reach hours later
-source "$(dirname "${BASH_SOURCE[0]}")/rounds.sh" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/rounds.sh" "$@"
 
 policies=("$MODEL")
 for round in $(seq "$ROUNDS"); do

@@ -4,6 +4,6 @@
 set -euo pipefail
 NUM_GPUS=1  # one process, which computes next to nothing
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt
 run_alone launch.report.main "$@"

@@ -4,6 +4,6 @@
 set -euo pipefail
 NUM_GPUS=1  # one process, on the first GPU of CUDA_VISIBLE_DEVICES; without one, on all cores
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt
-run_alone step2_reward.score "$@"
+run_alone step2_reward.evaluation.score_file "$@"

@@ -4,7 +4,7 @@
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-1}"
 
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt tests/requirements.txt
 choose_device
 cd "$ROOT"

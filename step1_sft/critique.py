@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from common.constitution import (
+from common.ai_feedback.constitution import (
     SHIPPED,
     ConstitutionOptions,
     as_text,
@@ -26,24 +26,37 @@ from common.constitution import (
     read_constitution,
     read_template,
 )
-from common.conversation import Message
-from common.data import load_examples
-from common.distributed import init_distributed, log, rank
-from common.families import position_limit
-from common.files import write_json, write_text
-from common.formatting import find_prompt
-from common.generation import Answer, GenerationOptions, check_generation, load_policy, sample_answers
-from common.intervals import share, share_in_words
-from common.options import CacheOptions, DataOptions, OptimiserOptions, option, parse_options, world_size
-from common.overlong import Dropped
-from common.process import run_main
-from common.prompts import Prompt, prompt
-from common.records import Record
-from common.roles import policy_config
-from common.run_folder import prepare_output
-from common.tokenization import SegmentEncoder
-from common.windows import to_lines, work_through
-from common.zero import load_zero_config
+from common.data.journal import to_lines, work_through
+from common.data.loading import load_examples
+from common.generation.generate import (
+    Answer,
+    GenerationOptions,
+    check_generation,
+    load_policy,
+    sample_answers,
+)
+from common.model.families import position_limit
+from common.model.roles import policy_config
+from common.model.zero import load_zero_config
+from common.numeric.intervals import share, share_in_words
+from common.runtime.distributed import init_distributed, log, rank
+from common.runtime.files import write_json, write_text
+from common.runtime.options import (
+    CacheOptions,
+    DataOptions,
+    OptimiserOptions,
+    option,
+    parse_options,
+    world_size,
+)
+from common.runtime.process import run_main
+from common.text.conversation import Message
+from common.text.prompts import Prompt, prompt
+from common.text.record_formats import Record
+from common.text.segments import find_prompt
+from common.text.tokenizer import SegmentEncoder
+from common.text.truncation import Dropped
+from common.training.run_folder import prepare_output
 
 CRITIQUE_PLACES = ("prompt", "response", "principle")
 REVISION_PLACES = (*CRITIQUE_PLACES, "critique")

@@ -6,11 +6,11 @@ from typing import NamedTuple, assert_never
 import torch
 from torch import Tensor
 
-from common.data import pad_rows
-from common.distributed import device
-from common.overlong import Dropped, fit_demonstration
-from common.records import Record
-from common.tokenization import SegmentEncoder
+from common.data.batching import pad_rows
+from common.runtime.distributed import device
+from common.text.record_formats import Record
+from common.text.tokenizer import SegmentEncoder
+from common.text.truncation import Dropped, fit_demonstration
 
 
 class Demonstration(NamedTuple):

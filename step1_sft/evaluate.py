@@ -17,21 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from common.alike import load_alike
-from common.distributed import init_distributed, log, rank, sum_over_ranks
-from common.engine import gathered, make_frozen
-from common.families import position_limit
-from common.files import is_folder, write_json
-from common.formatting import plain_demonstration
-from common.models import base_model, load_causal_lm, longest_input, response_logits
-from common.options import UserError, parse_options, world_size
-from common.process import UNWRITTEN, run_main, stop_anywhere, stop_between_steps
-from common.progress import Progress, track
-from common.records import Record
-from common.roles import policy_config
-from common.tokenization import SegmentEncoder, load_tokenizer
-from common.vocabulary import spare_ids
-from common.zero import frozen_config, load_zero_config
+from common.data.multi_encoder import load_alike
+from common.model.engine import gathered, make_frozen
+from common.model.families import position_limit
+from common.model.forward import base_model, response_logits
+from common.model.loading import load_causal_lm, longest_input
+from common.model.roles import policy_config
+from common.model.vocabulary import spare_ids
+from common.model.zero import frozen_config, load_zero_config
+from common.runtime.distributed import init_distributed, log, rank, sum_over_ranks
+from common.runtime.files import is_folder, write_json
+from common.runtime.options import UserError, parse_options, world_size
+from common.runtime.process import UNWRITTEN, run_main, stop_anywhere, stop_between_steps
+from common.runtime.progress import Progress, track
+from common.text.record_formats import Record
+from common.text.segments import plain_demonstration
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step1_sft.data import Demonstration, collate, demonstration
 from step1_sft.loss import sft_loss
 from step1_sft.options import EvaluateOptions, SFTOptions

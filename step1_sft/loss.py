@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from common.tensor_ops import label_logprobs
+from common.numeric.tensor_ops import label_logprobs
 
 
 def sft_loss(logits: Tensor, labels: Tensor, num_tokens: Tensor | int) -> Tensor:

@@ -10,25 +10,28 @@ import time
 from functools import partial
 from pathlib import Path
 
-from common.balance import has_balance_loss
-from common.checkpoint import save_if_due
-from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, ranks_in_words, seed_everything, sum_over_ranks
-from common.engine import backward_and_step, make_engine
-from common.export import export_best, export_model
-from common.health import check_step
-from common.lora import add_adapters, check_adapters
-from common.means import Mean
-from common.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
-from common.models import base_model, load_causal_lm, logits_and_balance, longest_input
-from common.option_checks import check_held_out
-from common.options import parse_options, world_size
-from common.process import run_main, stop_between_steps
-from common.resume import resume
-from common.roles import policy_config
-from common.run_folder import check_folder, open_run
-from common.tokenization import SegmentEncoder, load_tokenizer
-from common.zero import load_zero_config, unpartitioned
+from common.data.batching import batch_order, steps_in_epochs
+from common.data.loading import load_examples
+from common.model.engine import backward_and_step, make_engine
+from common.model.forward import base_model, logits_and_balance
+from common.model.load_balancing import has_balance_loss
+from common.model.loading import load_causal_lm, longest_input
+from common.model.lora import add_adapters, check_adapters
+from common.model.roles import policy_config
+from common.model.zero import load_zero_config, unpartitioned
+from common.runtime.distributed import init_distributed, log, ranks_in_words, seed_everything, sum_over_ranks
+from common.runtime.option_checks import check_held_out
+from common.runtime.options import parse_options, world_size
+from common.runtime.process import run_main, stop_between_steps
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.checkpoint import save_if_due
+from common.training.export import export_best, export_model
+from common.training.means import Mean
+from common.training.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
+from common.training.resume import resume
+from common.training.run_folder import check_folder, open_run
+from common.training.stability import check_step
+from common.training.train_state import check_best_metric
 from step1_sft.data import Demonstration, collate, demonstration
 from step1_sft.evaluate import as_markdown, evaluate, sample_answers
 from step1_sft.loss import sft_loss

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from common.options import BEST_METRIC, CacheOptions, TrainOptions, option
+from common.runtime.options import BEST_METRIC, CacheOptions, TrainOptions, option
 
 
 @dataclass

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common.data import deal
-from common.distributed import rank
-from common.models import base_model, response_logits
-from common.options import UserError, world_size
+from common.data.batching import deal
+from common.model.forward import base_model, response_logits
+from common.runtime.distributed import rank
+from common.runtime.options import UserError, world_size
 from step1_sft.data import Demonstration, collate
 from step1_sft.options import SFTOptions
 

@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.conversation import Segment
-from common.data import Examples, pad_rows
-from common.distributed import device, log
-from common.fields import number
-from common.formatting import comparison, has_ended, preference_segments
-from common.options import UserError
-from common.overlong import Prompt, fit, fit_demonstration
-from common.records import Record
-from common.shapes import SURE
-from common.tokenization import SegmentEncoder
+from common.data.batching import pad_rows
+from common.data.examples import Examples
+from common.runtime.distributed import device, log
+from common.runtime.options import UserError
+from common.text.conversation import Segment
+from common.text.fields import number
+from common.text.record_formats import SURE, Record
+from common.text.segments import comparison, has_ended, preference_segments
+from common.text.tokenizer import SegmentEncoder
+from common.text.truncation import Prompt, fit, fit_demonstration
 from step2_reward.options import RewardOptions
 
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.tensor_ops import label_logprobs
+from common.numeric.tensor_ops import label_logprobs
 
 
 def pairwise_loss(

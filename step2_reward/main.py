@@ -13,24 +13,33 @@ from pathlib import Path
 
 from torch import nn
 
-from common.checkpoint import save_if_due
-from common.data import batch_order, check_best_metric, deal, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, rank, ranks_in_words, seed_everything, sum_over_ranks
-from common.engine import backward_and_step, make_engine
-from common.export import export_best, export_model
-from common.health import check_step
-from common.lora import add_adapters, check_adapters
-from common.means import Mean
-from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_scalar_model, longest_input
-from common.option_checks import check_held_out
-from common.options import parse_options, world_size
-from common.process import Stopped, run_main, stop_anywhere, stop_between_steps
-from common.resume import resume, stop_after_training
-from common.roles import start_config
-from common.run_folder import check_folder, open_run
-from common.tokenization import SegmentEncoder, load_tokenizer
-from common.zero import load_zero_config, unpartitioned
+from common.data.batching import batch_order, deal, steps_in_epochs
+from common.data.loading import load_examples
+from common.model.engine import backward_and_step, make_engine
+from common.model.loading import load_scalar_model, longest_input
+from common.model.lora import add_adapters, check_adapters
+from common.model.roles import start_config
+from common.model.zero import load_zero_config, unpartitioned
+from common.runtime.distributed import (
+    init_distributed,
+    log,
+    rank,
+    ranks_in_words,
+    seed_everything,
+    sum_over_ranks,
+)
+from common.runtime.option_checks import check_held_out
+from common.runtime.options import parse_options, world_size
+from common.runtime.process import Stopped, run_main, stop_anywhere, stop_between_steps
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.checkpoint import save_if_due
+from common.training.export import export_best, export_model
+from common.training.means import Mean
+from common.training.metrics import MetricWriter, peak_memory_gib
+from common.training.resume import resume, stop_after_training
+from common.training.run_folder import check_folder, open_run
+from common.training.stability import check_step
+from common.training.train_state import check_best_metric
 from step2_reward.data import (
     Layout,
     Preference,
@@ -40,15 +49,9 @@ from step2_reward.data import (
     preference,
     scored_response,
 )
-from step2_reward.evaluate import (
-    evaluate,
-    judge,
-    load_pairs,
-    score_statistics,
-    scored_pairs,
-    write_report,
-)
-from step2_reward.language import best_response_logits, check_language_model, load_language_head
+from step2_reward.evaluation.report import judge, load_pairs, write_report
+from step2_reward.evaluation.scores import evaluate, score_statistics, scored_pairs
+from step2_reward.lm_regulariser import best_response_logits, check_language_model, load_language_head
 from step2_reward.loss import centring_loss, language_loss, pairwise_loss
 from step2_reward.options import RewardOptions
 from step2_reward.shared_prompt import choose_layout, pair_scores_and_states

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.ensemble import EnsembleOptions
-from common.options import BEST_METRIC, CacheOptions, TrainOptions, option
+from common.model.reward_ensemble import EnsembleOptions
+from common.runtime.options import BEST_METRIC, CacheOptions, TrainOptions, option
 
 
 @dataclass

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.distributed import log
-from common.models import base_model, token_scores_and_states
+from common.model.forward import base_model, token_scores_and_states
+from common.runtime.distributed import log
 from step2_reward.data import Batch, Layout, Preference, collate
 from step2_reward.options import RewardOptions
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from common.tensor_ops import masked_whiten
+from common.numeric.tensor_ops import masked_whiten
 
 GROUP_EPS = 1e-4  # keeps the advantages of a group of equal scores at 0 instead of at rounding errors
 

@@ -4,41 +4,51 @@
         --prompt_data F.jsonl --output_dir OUT3
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from common.averaging import update_average
-from common.checkpoint import save_checkpoint, save_if_due
-from common.data import batch_order, check_best_metric, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, ranks_in_words, seed_everything
-from common.ensemble import load_encoders
-from common.export import export_best, export_model
-from common.families import check_scalar
-from common.generation import check_generation
-from common.health import check_numbers
-from common.lora import check_adapters
-from common.means import step_values
-from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_causal_lm
-from common.options import parse_options
-from common.process import run_main, stop_between_steps
-from common.prompts import Prompt, prompt
-from common.resume import resume
-from common.roles import check_scalar_model, policy_config
-from common.run_folder import check_folder, open_run
-from common.tokenization import SegmentEncoder, load_tokenizer
-from common.zero import load_zero_config, unpartitioned
-from step3_ppo.advice import advise, warn_of_penalty
-from step3_ppo.figures import as_markdown, evaluate, rollout_metrics, speed
-from step3_ppo.functions import load_functions
+from common.data.batching import batch_order, steps_in_epochs
+from common.data.loading import load_examples
+from common.generation.generate import check_generation
+from common.model.ema import update_average
+from common.model.families import check_scalar
+from common.model.loading import load_causal_lm
+from common.model.lora import check_adapters
+from common.model.reward_ensemble import load_encoders
+from common.model.roles import check_scalar_model, policy_config
+from common.model.zero import load_zero_config, unpartitioned
+from common.runtime.distributed import (
+    init_distributed,
+    log,
+    ranks_in_words,
+    seed_everything,
+)
+from common.runtime.options import UserError, parse_options
+from common.runtime.process import run_main, stop_between_steps
+from common.text.prompts import Prompt, prompt
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.checkpoint import save_checkpoint, save_if_due
+from common.training.export import export_best, export_model
+from common.training.means import step_values
+from common.training.metrics import MetricWriter, peak_memory_gib
+from common.training.resume import resume
+from common.training.run_folder import check_folder, open_run
+from common.training.stability import check_numbers
+from common.training.train_state import TrainState, check_best_metric
+from step3_ppo.kl_advice import advise, warn_of_penalty
+from step3_ppo.metrics import as_markdown, evaluate, rollout_metrics, speed
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions, check_options
-from step3_ppo.pretraining import PretrainingMix, load_texts
+from step3_ppo.ptx import PretrainingMix, load_texts
+from step3_ppo.returns import estimate_advantages, kl_controller, shape_rewards
+from step3_ppo.reward_functions import FunctionError, load_functions
 from step3_ppo.rollout import sample_rollout
-from step3_ppo.scoring import progress_kept, score_rollout
-from step3_ppo.targets import estimate_advantages, kl_controller, shape_rewards
+from step3_ppo.scoring import score_rollout
 
 SHOWN_OF_EVALUATION = ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/distinct_2"]
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
@@ -188,6 +198,25 @@ def main() -> None:
         export_model(models.actor, tokenizer, output / "final_ema", load_actor, state.average)
     if models.critic:
         export_model(models.critic, tokenizer, output / "final_critic", load_value)
+
+
+@contextlib.contextmanager
+def progress_kept(options: PPOOptions, state: TrainState, engines: dict[str, Any]) -> Iterator[None]:
+    """Around scoring: when a function of the user fails, a checkpoint of what was learnt before.
+
+    Scoring changes neither the engines nor the state, so that the run goes on exactly. Raises UserError, on
+    all ranks, that says from where.
+    """
+    try:
+        yield
+    except FunctionError as error:
+        if state.step == 0:
+            place = "begins again"
+        elif save_checkpoint(options, state, engines):
+            place = f"goes on after step {state.step}"
+        else:
+            place = "goes on from an older checkpoint"
+        raise UserError(f"{error}; with its file corrected, the same command {place}") from error
 
 
 if __name__ == "__main__":

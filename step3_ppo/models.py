@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from common.distributed import log
-from common.engine import make_engine, make_frozen
-from common.ensemble import EnsembleOptions, RewardModel, load_encoders, load_members, on_device
-from common.lora import add_adapters
-from common.models import initialise_head, load_causal_lm, load_scalar_model
-from common.tokenization import SegmentEncoder
-from common.zero import frozen_config, unpartitioned
-from step3_ppo.functions import RewardFunction
+from common.model.engine import make_engine, make_frozen
+from common.model.loading import initialise_head, load_causal_lm, load_scalar_model
+from common.model.lora import add_adapters
+from common.model.reward_ensemble import EnsembleOptions, RewardModel, load_encoders, load_members, on_device
+from common.model.zero import frozen_config, unpartitioned
+from common.runtime.distributed import log
+from common.text.tokenizer import SegmentEncoder
 from step3_ppo.options import PPOOptions
+from step3_ppo.reward_functions import RewardFunction
 
 
 @dataclass

@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.balance import has_balance_loss
-from common.data import deal
-from common.distributed import rank, sum_over_ranks
-from common.engine import backward_and_step
-from common.means import Mean
-from common.models import base_model, token_scores
-from common.options import world_size
-from common.tensor_ops import entropy
-from step3_ppo.data import minibatches
+from common.data.batching import deal
+from common.model.engine import backward_and_step
+from common.model.forward import base_model, token_scores
+from common.model.load_balancing import has_balance_loss
+from common.numeric.tensor_ops import entropy
+from common.runtime.distributed import rank, sum_over_ranks
+from common.runtime.options import world_size
+from common.training.means import Mean
 from step3_ppo.losses import kl_loss, policy_loss, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
-from step3_ppo.pretraining import PretrainingMix
-from step3_ppo.rollout import Rollout, Rows, policy_pass, take_rows
+from step3_ppo.ptx import PretrainingMix
+from step3_ppo.rollout import Rollout, Rows, minibatches, policy_pass, take_rows
 from step3_ppo.scoring import FirstPass
 
 Sums = Counter[str]  # sums over tokens, turned into means at the end

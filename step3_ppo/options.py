@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.ensemble import EnsembleOptions
-from common.generation import GenerationOptions, PromptDataOptions
-from common.option_checks import check_held_out
-from common.options import (
+from common.generation.generate import GenerationOptions, PromptDataOptions
+from common.model.reward_ensemble import EnsembleOptions
+from common.runtime.option_checks import check_held_out
+from common.runtime.options import (
     BEST_METRIC,
     LoraOptions,
     OptimiserOptions,

@@ -1,21 +1,22 @@
 """The record of a rollout, and how its responses are sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.data import pad_rows
-from common.distributed import device, share_rows
-from common.generation import GenerationOptions, generate, my_prompts
-from common.models import base_model, logits_and_balance
-from common.prompts import Prompt
-from common.sampling import Responses
-from common.support import restrict
-from common.tensor_ops import label_logprobs
-from common.tokenization import SegmentEncoder
+from common.data.batching import pad_rows
+from common.generation.decoding import Responses
+from common.generation.generate import GenerationOptions, generate, my_prompts
+from common.model.forward import base_model, logits_and_balance
+from common.numeric.tensor_ops import label_logprobs
+from common.numeric.top_k_top_p import restrict
+from common.runtime.distributed import device, share_rows
+from common.text.prompts import Prompt
+from common.text.tokenizer import SegmentEncoder
 
 
 @dataclass(frozen=True)
@@ -146,3 +147,11 @@ def assemble(
         support=support,
         computed=computed,
     )
+
+
+def minibatches(rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:
+    """Row numbers of each minibatch of each epoch: every epoch a new order, the same on every rank."""
+    for epoch in range(epochs):
+        order = np.random.default_rng((seed, 2, step, epoch)).permutation(rows).tolist()
+        for start in range(0, rows, size):
+            yield order[start : start + size]

@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import save_checkpoint
-from common.conversation import PROBE, Segment
-from common.data import deal
-from common.distributed import device, rank, share_rows, sum_tensor_over_ranks
-from common.ensemble import combine, member_scores
-from common.formatting import dialogue_segments, find_prompt
-from common.models import last_positions, token_scores
-from common.options import UserError, world_size
-from common.prompts import Prompt
-from common.tokenization import SegmentEncoder
-from common.train_state import TrainState
-from step3_ppo.data import minibatches
-from step3_ppo.functions import FunctionError, function_scores
+from common.data.batching import deal
+from common.model.forward import last_positions, token_scores
+from common.model.reward_ensemble import combine, member_scores
+from common.runtime.distributed import device, rank, share_rows, sum_tensor_over_ranks
+from common.runtime.options import world_size
+from common.text.conversation import PROBE, Segment
+from common.text.prompts import Prompt
+from common.text.segments import dialogue_segments, find_prompt
+from common.text.tokenizer import SegmentEncoder
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import PolicyPass, Rollout, policy_pass, take_rows
+from step3_ppo.reward_functions import function_scores
+from step3_ppo.rollout import PolicyPass, Rollout, minibatches, policy_pass, take_rows
 
 
 @dataclass
@@ -113,25 +110,6 @@ def score_responses(
     of_members, of_functions = whole[:, : len(scorer.rewards)], whole[:, len(scorer.rewards) :]
     scores = of_functions @ whole.new_tensor([function.weight for function in scorer.functions])
     return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores, whole
-
-
-@contextlib.contextmanager
-def progress_kept(options: PPOOptions, state: TrainState, engines: dict[str, Any]) -> Iterator[None]:
-    """Around scoring: when a function of the user fails, a checkpoint of what was learnt before.
-
-    Scoring changes neither the engines nor the state, so that the run goes on exactly. Raises UserError, on
-    all ranks, that says from where.
-    """
-    try:
-        yield
-    except FunctionError as error:
-        if state.step == 0:
-            place = "begins again"
-        elif save_checkpoint(options, state, engines):
-            place = f"goes on after step {state.step}"
-        else:
-            place = "goes on from an older checkpoint"
-        raise UserError(f"{error}; with its file corrected, the same command {place}") from error
 
 
 def _value_pass(

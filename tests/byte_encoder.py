@@ -5,7 +5,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-from common.tokenization import SegmentEncoder
+from common.text.tokenizer import SegmentEncoder
 
 
 def byte_encoder(chat_template: str) -> SegmentEncoder:

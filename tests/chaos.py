@@ -21,9 +21,9 @@ from pathlib import Path
 
 import psutil
 
-from common.checkpoint import list_checkpoints
-from tests.test_resume import assert_same_end, steps_of
-from tests.test_stages import make_world, ppo, reward, sft
+from common.training.checkpoint import list_checkpoints
+from tests.end_to_end.test_resume import assert_same_end, steps_of
+from tests.stages import make_world, ppo, reward, sft
 
 ROOT = Path(__file__).resolve().parents[1]
 

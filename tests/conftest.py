@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -39,7 +40,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def start_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop ends a process at any moment at first; forks inherit what a test has changed."""
-    from common import process
+    from common.runtime import process
 
     monkeypatch.setattr(process, "_last_line", process.PREPARING)
 
@@ -67,3 +68,40 @@ def reference(shared: Path) -> Callable[[str], SimpleNamespace]:
 def _tensors(values: dict[str, Any]) -> SimpleNamespace:
     converted = {k: torch.tensor(v) if isinstance(v, list | float) else v for k, v in values.items()}
     return SimpleNamespace(**converted)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained Llama and the quickstart's data."""
+    from tests.stages import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three stages on one rank, with full weights."""
+    from tests.ranks import succeed
+    from tests.stages import ppo, reward, sft
+
+    folder = tmp_path_factory.mktemp("run")
+    succeed("step1_sft.main", sft(world, folder / "sft"), folder)
+    succeed("step2_reward.main", reward(world, folder / "sft/final", folder / "reward"), folder)
+    succeed(
+        "step3_ppo.main", ppo(world, folder / "sft/final", folder / "reward/final", folder / "ppo"), folder
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_run(world: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three stages on one rank, with adapters, each from the same start as `run`."""
+    from tests.ranks import succeed
+    from tests.stages import LORA, ppo, reward, sft
+
+    folder = tmp_path_factory.mktemp("lora")
+    succeed("step1_sft.main", [*sft(world, folder / "sft"), *LORA], folder)
+    succeed("step2_reward.main", [*reward(world, run / "sft/final", folder / "reward"), *LORA], folder)
+    start = run / "sft/final", run / "reward/final"
+    succeed("step3_ppo.main", [*ppo(world, *start, folder / "ppo"), *LORA], folder)
+    return folder

@@ -21,8 +21,8 @@ import torch
 import torch.utils.tensorboard  # noqa: F401
 import transformers  # noqa: F401
 
-from common.process import run_main
-from launch.free_port import free_port
+from common.runtime.process import run_main
+from launch.lib.free_port import free_port
 
 FORK = multiprocessing.get_context("fork")
 

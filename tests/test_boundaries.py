@@ -59,7 +59,12 @@ def test_formulas_are_pure(path):
     standard |= {"json", "math", "typing", "unicodedata"}
     assert roots(path) <= {"torch", "common"} | standard
     ours = {name for name in imports(path) if name.split(".")[0] == "common"}
-    assert ours <= {"common.tensor_ops", "common.conversation", "common.fields", "common.prompt_boundary"}
+    assert ours <= {
+        "common.numeric.tensor_ops",
+        "common.text.conversation",
+        "common.text.fields",
+        "common.text.prompt_boundary",
+    }
     assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 

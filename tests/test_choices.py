@@ -10,24 +10,24 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from common.ensemble import combine_scores
-from common.overlong import Dropped
-from common.train_state import TrainState
+from common.model.reward_ensemble import combine_scores
+from common.text.truncation import Dropped
+from common.training.train_state import TrainState
 from launch.plan.options import PlanOptions
 from step1_sft.data import demonstration
 from step1_sft.options import SFTOptions
 from step2_reward import shared_prompt
 from step2_reward.data import Preference
-from step2_reward.direct.measure import pair_losses
+from step2_reward.direct.objective import pair_losses
 from step2_reward.direct.options import DirectOptions
 from step2_reward.options import RewardOptions
-from step3_ppo import best_of_n_files
-from step3_ppo.best_of_n_options import BestOfNOptions
-from step3_ppo.best_of_n_select import worse
+from step3_ppo.best_of_n import files as best_of_n_files
+from step3_ppo.best_of_n.options import BestOfNOptions
+from step3_ppo.best_of_n.select import worse
 from step3_ppo.losses import kl_loss
 from step3_ppo.options import PPOOptions
-from step3_ppo.targets import estimate_advantages, kl_controller, shape_rewards
-from tests.step3_ppo.test_targets import PLAIN, rollout
+from step3_ppo.returns import estimate_advantages, kl_controller, shape_rewards
+from tests.step3_ppo.test_returns import PLAIN, rollout
 from tests.word_encoder import WordEncoder
 
 CLASSES = (SFTOptions, RewardOptions, DirectOptions, PPOOptions, BestOfNOptions, PlanOptions)

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from common.conversation import Message, Segment
+from common.text.conversation import Message, Segment
 
 EOS, PAD = 1, 0
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from common.options import UserError, parse_options
+from common.runtime.options import UserError, parse_options
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.ensemble import EnsembleOptions
-from common.options import LoraOptions, OptimiserOptions, TrainOptions, option
+from common.model.reward_ensemble import EnsembleOptions
+from common.runtime.options import LoraOptions, OptimiserOptions, TrainOptions, option
 from step3_ppo.options import AlgorithmOptions, PPOOptions
 
 ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]

@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common.generation import check_generation
-from common.lora import check_targets
-from common.models import load_config, longest_input
-from common.options import world_size
-from common.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config, offloads
+from common.generation.generate import check_generation
+from common.model.loading import load_config, longest_input
+from common.model.lora import check_targets
+from common.model.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config, offloads
+from common.runtime.options import world_size
 from launch.plan.memory import ALLREDUCE_BUCKET, FP32, Model, Parts, Zero
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase, Sizes, peak, step1, step2, step3

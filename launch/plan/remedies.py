@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from common.zero import CONFIG_FOLDER
+from common.model.zero import CONFIG_FOLDER
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase

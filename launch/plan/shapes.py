@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from common.families import active_share, attention_widths, check_policy, check_scalar
-from common.lora import add_adapters
-from common.models import load_config
-from common.options import LoraOptions, UserError, reason
+from common.model.families import active_share, attention_widths, check_policy, check_scalar
+from common.model.loading import load_config
+from common.model.lora import add_adapters
+from common.runtime.options import LoraOptions, UserError, reason
 from launch.plan.memory import Shape
 
 # Tensors of the MLP's width that an activation and the matrix after it keep: what goes in and what comes out;

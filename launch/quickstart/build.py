@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.sentencepiece_tokenizer import load_sentencepiece_tokenizer
+from common.text.sentencepiece import load_sentencepiece_tokenizer
 from launch.quickstart.world import all_questions, demonstrate, gold_score, spoil
 
 HELD_OUT_PROMPTS = 64

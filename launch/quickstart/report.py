@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.options import reason
+from common.runtime.options import reason
 from launch.quickstart.world import gold_score
 
 matplotlib.use("Agg")

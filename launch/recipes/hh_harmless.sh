@@ -5,7 +5,7 @@
 set -euo pipefail
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/environment.sh"
+source "$HERE/lib/environment.sh"
 recipe_options "$@"
 
 # Two passes: in a third, a small model learns the pairs by heart.

@@ -5,7 +5,7 @@
 set -euo pipefail
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/environment.sh"
+source "$HERE/lib/environment.sh"
 recipe_options "$@"
 
 step "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DATA/demonstrations.jsonl" \

@@ -6,7 +6,7 @@ set -euo pipefail
 KL_COEF="${KL_COEF:-0.125}"
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/environment.sh"
+source "$HERE/lib/environment.sh"
 recipe_options "$@"
 
 # A light touch: the model writes stories already, and step 3 measures KL from where this ends.

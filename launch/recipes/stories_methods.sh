@@ -6,7 +6,7 @@ set -euo pipefail
 export SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 GOLD="${GOLD:-$HERE/../tests/bench/gold.py:sentiment}"
-source "$HERE/environment.sh"
+source "$HERE/lib/environment.sh"
 install requirements.txt tests/requirements.txt # the second one brings VADER, of which GOLD is made
 recipe_options "$@"
 mkdir -p "$OUTPUT"

@@ -5,7 +5,7 @@ from statistics import median
 
 from launch.report.rule import Finding
 from launch.report.trends import ERRORS, Values, ends, error_of_change, large_change
-from step3_ppo.advice import FAR, IDLE, JUMP, MOST_RISE
+from step3_ppo.kl_advice import FAR, IDLE, JUMP, MOST_RISE
 
 LARGEST_UPDATE = 0.1  # KL of the updates of a rollout, nats per token
 RATIO_ERROR = 0.02

@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.options import reason
+from common.runtime.options import reason
 from launch.report.read import Line, columns
 from launch.report.trends import peak
 

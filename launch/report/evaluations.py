@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from common.options import reason
+from common.runtime.options import reason
 from launch.report.curves import Picture
 from launch.report.rule import Finding
 from launch.report.scan import Evaluation
@@ -42,19 +42,19 @@ def pictures_of(evaluation: Evaluation) -> list[Picture]:
 def _renderer(kind: str) -> Callable[[dict[str, Any]], str]:
     """The function that prints such figures at the end of their command."""
     if kind == "compare":
-        from step3_ppo.compare_report import table
+        from step3_ppo.compare.report import table
 
         return table
     if kind == "reward":
-        from step2_reward.report_text import table
+        from step2_reward.evaluation.report_text import table
 
         return table
     if kind == "judge":
-        from step2_reward.judge_report import describe
+        from step2_reward.judge.report import describe
 
         return describe
     if kind == "best_of_n":
-        from step3_ppo.best_of_n_report import describe
+        from step3_ppo.best_of_n.report import describe
 
         return describe
     return _flat

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from common.options import UserError
+from common.runtime.options import UserError
 from launch.report.curves import draw_all
 from launch.report.findings import judge
 from launch.report.page import Chapter, page

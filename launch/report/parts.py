@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from common.options import reason
+from common.runtime.options import reason
 from launch.report.curves import Picture
 from launch.report.read import Line, Run, columns
 from launch.report.rule import Finding

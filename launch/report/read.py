@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.damaged import in_words, is_number, read_lines, read_metrics
-from common.options import reason
+from common.runtime.damaged_jsonl import in_words, is_number, read_lines, read_metrics
+from common.runtime.options import reason
 from launch.report.stages import Known, Stage
 
 Line = dict[str, Any]

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.options import UserError
-from common.sources import CLICKS, KINDS
+from common.data.sources import CLICKS, KINDS
+from common.runtime.options import UserError
 from launch.report.read import Run, read_json, read_run
 from launch.report.stages import Stage, stage_of
 

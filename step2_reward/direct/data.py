@@ -5,13 +5,12 @@ from itertools import accumulate, chain, combinations
 from operator import itemgetter
 from typing import NamedTuple
 
-from common.conversation import Segment
-from common.fields import flag
-from common.formatting import comparison, has_ended, preference_segments
-from common.overlong import Dropped, Prompt, fit, fit_demonstration
-from common.records import Record
-from common.shapes import SURE
-from common.tokenization import SegmentEncoder
+from common.text.conversation import Segment
+from common.text.fields import flag
+from common.text.record_formats import SURE, Record
+from common.text.segments import comparison, has_ended, preference_segments
+from common.text.tokenizer import SegmentEncoder
+from common.text.truncation import Dropped, Prompt, fit, fit_demonstration
 
 
 class Dialogue(NamedTuple):

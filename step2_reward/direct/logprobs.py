@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from common.data import pad_rows
-from common.distributed import device
-from common.models import logits_and_balance
-from common.tensor_ops import label_logprobs
+from common.data.batching import pad_rows
+from common.model.forward import logits_and_balance
+from common.numeric.tensor_ops import label_logprobs
+from common.runtime.distributed import device
 from step2_reward.direct.data import Dialogue
 
 

@@ -10,25 +10,27 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from common.checkpoint import save_if_due
-from common.data import batch_order, check_best_metric, examples_of_steps, load_examples, steps_in_epochs
-from common.distributed import init_distributed, log, ranks_in_words, seed_everything
-from common.engine import make_engine
-from common.export import export_best, export_model
-from common.health import check_step
-from common.lora import add_adapters, check_adapters
-from common.means import Mean
-from common.metrics import MetricWriter, peak_memory_gib
-from common.models import load_causal_lm, longest_input
-from common.options import parse_options
-from common.process import run_main, stop_between_steps
-from common.resume import resume
-from common.roles import policy_config
-from common.run_folder import check_folder, open_run
-from common.tokenization import SegmentEncoder, load_tokenizer
-from common.zero import load_zero_config, unpartitioned
+from common.data.batching import batch_order, examples_of_steps, steps_in_epochs
+from common.data.loading import load_examples
+from common.model.engine import make_engine
+from common.model.loading import load_causal_lm, longest_input
+from common.model.lora import add_adapters, check_adapters
+from common.model.roles import policy_config
+from common.model.zero import load_zero_config, unpartitioned
+from common.runtime.distributed import init_distributed, log, ranks_in_words, seed_everything
+from common.runtime.options import parse_options
+from common.runtime.process import run_main, stop_between_steps
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.checkpoint import save_if_due
+from common.training.export import export_best, export_model
+from common.training.means import Mean
+from common.training.metrics import MetricWriter, peak_memory_gib
+from common.training.resume import resume
+from common.training.run_folder import check_folder, open_run
+from common.training.stability import check_step
+from common.training.train_state import check_best_metric
 from step2_reward.direct.data import Choice, paired, unpaired
-from step2_reward.direct.measure import check_accuracy, evaluate, measure
+from step2_reward.direct.objective import check_accuracy, evaluate, measure
 from step2_reward.direct.options import DirectOptions, complete
 from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from common.option_checks import check_held_out, default_values
-from common.options import BEST_METRIC, TrainOptions, UserError, option
+from common.runtime.option_checks import check_held_out, default_values
+from common.runtime.options import BEST_METRIC, TrainOptions, UserError, option
 
 
 class Kind(NamedTuple):

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from common.data import Examples, deal
-from common.distributed import device, gather_objects, log, rank, sum_tensor_over_ranks
-from common.engine import make_frozen
-from common.files import flush_folder, sha256
-from common.models import load_causal_lm, load_config
-from common.options import UserError, world_size
-from common.prepare import cache_folder
-from common.process import Stopped, stop_anywhere, stop_requested
-from common.progress import Progress
-from common.tokenization import load_tokenizer
-from common.zero import frozen_config, unpartitioned
+from common.data.batching import deal
+from common.data.cache import cache_folder
+from common.data.examples import Examples
+from common.model.engine import make_frozen
+from common.model.loading import load_causal_lm, load_config
+from common.model.zero import frozen_config, unpartitioned
+from common.runtime.distributed import device, gather_objects, log, rank, sum_tensor_over_ranks
+from common.runtime.files import flush_folder, sha256
+from common.runtime.options import UserError, world_size
+from common.runtime.process import Stopped, stop_anywhere, stop_requested
+from common.runtime.progress import Progress
+from common.text.tokenizer import load_tokenizer
 from step2_reward.direct.data import Choice, Dialogue
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.options import DirectOptions

@@ -41,7 +41,7 @@ def wrap(module: Any, name: str, around: Callable[..., Any]) -> None:
 
 def mismatch_temperature() -> None:
     """Draw at 0.7 what the update believes to have been drawn at 1."""
-    from common import generation
+    from common.generation import generate as generation
 
     wrap(
         generation, "sample_responses",
@@ -53,7 +53,7 @@ def mismatch_temperature() -> None:
 
 def leave_dropout_on() -> None:
     """Models of a dropout of 0.1 keep it in the updates."""
-    from common import models
+    from common.model import loading as models
 
     def with_dropout(inner: Callable[..., Any], path: str) -> Any:
         config = inner(path)
@@ -123,7 +123,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--as"]:
         name = sys.argv[2]
         sys.argv[1:] = sys.argv[3:]
-        from common.process import run_main
+        from common.runtime.process import run_main
         from step3_ppo.main import main as step3
 
         if callable(ABLATIONS[name]):

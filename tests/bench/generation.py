@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.sampling import sample_responses, uniforms_for
-from common.tokenization import load_tokenizer
+from common.generation.decoding import sample_responses, uniforms_for
+from common.text.tokenizer import load_tokenizer
 
 
 def measure(

@@ -18,13 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.data import load_examples, pad_rows
-from common.models import response_logits
-from common.options import DataOptions
-from common.prompts import Prompt, prompt
-from common.sampling import sample_responses, uniforms_for
-from common.tensor_ops import label_logprobs
-from common.tokenization import SegmentEncoder, load_tokenizer
+from common.data.batching import pad_rows
+from common.data.loading import load_examples
+from common.generation.decoding import sample_responses, uniforms_for
+from common.model.forward import response_logits
+from common.numeric.tensor_ops import label_logprobs
+from common.runtime.options import DataOptions
+from common.text.prompts import Prompt, prompt
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step3_ppo.rollout import response_positions
 
 LENGTH = 48

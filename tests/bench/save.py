@@ -18,11 +18,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common.checkpoint import save_checkpoint
-from common.distributed import init_distributed
-from common.engine import backward_and_step, make_engine
-from common.train_state import TrainState
-from common.zero import load_zero_config
+from common.model.engine import backward_and_step, make_engine
+from common.model.zero import load_zero_config
+from common.runtime.distributed import init_distributed
+from common.training.checkpoint import save_checkpoint
+from common.training.train_state import TrainState
 from step1_sft.options import SFTOptions
 
 LLAMA = LlamaConfig(

@@ -26,10 +26,10 @@ def prepare(options: argparse.Namespace) -> None:
     sys.path.insert(0, str(HERE.parents[1]))
     from functools import partial
 
-    from common.data import load_examples
-    from common.options import DataOptions
-    from common.prompts import Prompt, prompt
-    from common.tokenization import SegmentEncoder, load_tokenizer
+    from common.data.loading import load_examples
+    from common.runtime.options import DataOptions
+    from common.text.prompts import Prompt, prompt
+    from common.text.tokenizer import SegmentEncoder, load_tokenizer
 
     encoder = SegmentEncoder(load_tokenizer(str(options.stories / "step1_sft" / "final")))
     convert = partial(prompt, encoder=encoder, max_length=256, overlong="truncate_prompt")

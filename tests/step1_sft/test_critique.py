@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from common.generation import Answer
-from common.intervals import wilson
-from common.overlong import Dropped
-from common.prompts import Prompt
+from common.generation.generate import Answer
+from common.numeric.intervals import wilson
+from common.text.prompts import Prompt
+from common.text.truncation import Dropped
 from step1_sft.critique import CritiqueOptions, Model, describe, measure, revise
+from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import start_stage, succeed
-from tests.test_bad_input import check_refusal
-from tests.test_stages import common as common_options
-from tests.test_stages import sft, world  # noqa: F401 - world is a fixture
+from tests.stages import common as common_options
+from tests.stages import sft  # noqa: F401 - world is a fixture
 
 
 class Script(Model):
@@ -85,7 +85,7 @@ def test_what_becomes_of_each_answer():
 
 
 @pytest.fixture(scope="module")
-def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that has learnt that answers end."""
     folder = tmp_path_factory.mktemp("model")
     succeed("step1_sft.main", [*sft(world, folder, steps=30), "--learning_rate", "1e-2"], folder)
@@ -103,13 +103,13 @@ def words(model: Path, folder: Path, output: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def make_prompts(world: Path, folder: Path, count: int) -> None:  # noqa: F811
+def make_prompts(world: Path, folder: Path, count: int) -> None:
     lines = (world / "prompts.jsonl").read_text().splitlines()[:count]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
 def test_ranks_and_a_stop_change_nothing_and_step_1_reads_it(
-    world: Path, model: Path, tmp_path: Path  # noqa: F811
+    world: Path, model: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     """One rank, two ranks, and a run that is stopped within and goes on in other batches: the same bytes."""
     make_prompts(world, tmp_path, 60)
@@ -150,7 +150,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:  # noqa: F811
+def test_a_mistake_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:
     make_prompts(world, tmp_path, 4)
     (tmp_path / "empty.txt").write_text("# Nothing.\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "p"}\n')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.overlong import Dropped
+from common.text.truncation import Dropped
 from step1_sft.data import Demonstration, collate, demonstration
 from tests.word_encoder import EOS, PAD, WordEncoder
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from common import progress
-from common.options import UserError
-from common.tokenization import SegmentEncoder
-from common.vocabulary import fit_to_tokenizer
+from common.model.vocabulary import fit_to_tokenizer
+from common.runtime import progress
+from common.runtime.options import UserError
+from common.text.tokenizer import SegmentEncoder
 from step1_sft.data import Demonstration
 from step1_sft.evaluate import check_output, response_bytes, sample_answers
+from tests.end_to_end.test_bad_input import check_refusal
+from tests.end_to_end.test_launch import bash
 from tests.ranks import succeed
-from tests.test_bad_input import check_refusal
-from tests.test_launch import bash
-from tests.test_stages import ZERO, world  # noqa: F401 - world is a fixture
+from tests.stages import ZERO  # noqa: F401 - world is a fixture
 
 TURNS = [
     {"role": "user", "content": "Hello!"},
@@ -29,7 +29,7 @@ TURNS = [
 
 
 @pytest.fixture(scope="module")
-def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten short conversations and one of two replies."""
     file = tmp_path_factory.mktemp("data") / "held_out.jsonl"
     lines = (world / "demonstrations.jsonl").read_text().splitlines()[:10]
@@ -38,7 +38,7 @@ def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa
 
 
 @pytest.fixture(scope="module")
-def short(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def short(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model, which does not read more than 48 tokens."""
     folder = tmp_path_factory.mktemp("short") / "model"
     shutil.copytree(world / "model", folder)
@@ -81,7 +81,7 @@ def by_transformers(model: Path, lines: list[str]) -> tuple[float, int, float]:
     return nats / tokens, int(tokens), nats / math.log(2) / size
 
 
-def test_figures_are_those_of_plain_transformers(world: Path, data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_figures_are_those_of_plain_transformers(world: Path, data: Path, tmp_path: Path) -> None:
     (found,) = compare(tmp_path, [world / "model"], data)
     loss, tokens, bits = by_transformers(world / "model", data.read_text().splitlines())
     assert (found["records"], found["response_tokens"]) == (11, tokens)
@@ -92,7 +92,7 @@ def test_figures_are_those_of_plain_transformers(world: Path, data: Path, tmp_pa
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero3"])
-def test_two_ranks_are_one(world: Path, short: Path, data: Path, tmp_path: Path, zero: str) -> None:  # noqa: F811
+def test_two_ranks_are_one(world: Path, short: Path, data: Path, tmp_path: Path, zero: str) -> None:
     models, config = [world / "model", short], ["--zero_config", str(ZERO / f"{zero}.json")]
     alone = compare(tmp_path, models, data)
     together = compare(tmp_path, models, data, *config, "--micro_batch_size", "4", ranks=2)
@@ -101,7 +101,7 @@ def test_two_ranks_are_one(world: Path, short: Path, data: Path, tmp_path: Path,
 
 
 def test_all_models_are_measured_on_what_fits_them_all(
-    world: Path, short: Path, data: Path, tmp_path: Path  # noqa: F811
+    world: Path, short: Path, data: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(short)
     texts = {
@@ -125,7 +125,7 @@ def test_bytes_are_those_of_the_replies_alone():
 
 
 def test_answers_end_where_the_positions_do(
-    world: Path,  # noqa: F811
+    world: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
@@ -151,7 +151,7 @@ def test_answers_end_where_the_positions_do(
         (["--eval_data", "FOLDER/bad.jsonl"], ["bad.jsonl:2", "'completion'"]),
     ],
 )
-def test_a_mistake_is_one_line(world: Path, data: Path, tmp_path: Path, words, parts) -> None:  # noqa: F811
+def test_a_mistake_is_one_line(world: Path, data: Path, tmp_path: Path, words, parts) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     places = {"FOLDER": str(tmp_path), "MODEL": str(world / "model")}
     for name, place in places.items():
@@ -172,7 +172,7 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch
 
 
 def test_the_script_shows_a_table_and_leaves_nothing_behind(
-    world: Path, short: Path, data: Path, tmp_path: Path  # noqa: F811
+    world: Path, short: Path, data: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     words = ["--model_name_or_path", str(world / "model"), str(short), "--eval_data", str(data)]
     done = bash("evaluate_sft.sh", words, tmp_path, NUM_GPUS="2")

@@ -11,16 +11,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedModel
 
 import step1_sft.main
-from common.distributed import rank
-from common.models import response_logits
-from common.options import UserError
+from common.model.forward import response_logits
+from common.runtime.distributed import rank
+from common.runtime.options import UserError
 from step1_sft.data import Demonstration, collate
 from step1_sft.loss import sft_loss
 from step1_sft.packing import best_fit, check_packing, deal_packed, spread
 from tests.conftest import assert_close
+from tests.end_to_end.test_families import COMPLETE
 from tests.ranks import run_stage, succeed
-from tests.test_families import COMPLETE
-from tests.test_stages import LORA, ZERO, metrics, sft, world  # noqa: F401 - world is a fixture
+from tests.stages import (
+    LORA,  # noqa: F401 - world is a fixture
+    ZERO,  # noqa: F401 - world is a fixture
+    metrics,  # noqa: F401 - world is a fixture
+    sft,  # noqa: F401 - world is a fixture
+)
 from tests.word_encoder import EOS, PAD
 
 MIXED = ("opt", "falcon", "bloom", "qwen3_next")  # do not keep the examples of a row apart
@@ -131,14 +136,14 @@ PACKED = ["--packing", "--max_length", "96", "--micro_batch_size", "2"]
 
 
 @pytest.fixture(scope="module")
-def unpacked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def unpacked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unpacked")
     succeed("step1_sft.main", [*sft(world, folder / "sft"), "--max_length", "96"], folder)
     return folder / "sft"
 
 
 @pytest.mark.parametrize("ranks, zero", [(1, "zero0"), (2, "zero2"), (2, "zero3")])
-def test_a_packed_run_is_the_run(world: Path, unpacked: Path, tmp_path: Path, ranks: int, zero: str) -> None:  # noqa: F811
+def test_a_packed_run_is_the_run(world: Path, unpacked: Path, tmp_path: Path, ranks: int, zero: str) -> None:
     options = [*sft(world, tmp_path / "sft"), *PACKED, "--zero_config", str(ZERO / f"{zero}.json")]
     succeed("step1_sft.main", options, tmp_path, ranks)
     for name in NAMES:
@@ -147,7 +152,7 @@ def test_a_packed_run_is_the_run(world: Path, unpacked: Path, tmp_path: Path, ra
 
 
 def test_a_rank_without_rows_takes_part_for_nothing(
-    world: Path, unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    world: Path, unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     def first_rank_alone(lengths, options):
         whole = deal_packed(range(len(lengths)), lengths, options.micro_batch_size, options.max_length, 0, 1)
@@ -161,7 +166,7 @@ def test_a_rank_without_rows_takes_part_for_nothing(
         assert metrics(tmp_path / "sft", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
 
 
-def test_adapters_and_recomputation(world: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_adapters_and_recomputation(world: Path, tmp_path: Path) -> None:
     for name, options in (("plain", []), ("packed", [*PACKED, "--gradient_checkpointing"])):
         words = [*sft(world, tmp_path / name), "--max_length", "96", *LORA, *options]
         succeed("step1_sft.main", words, tmp_path)
@@ -170,7 +175,7 @@ def test_adapters_and_recomputation(world: Path, tmp_path: Path) -> None:  # noq
         assert metrics(tmp_path / "packed", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
 
 
-def test_the_share_of_padding(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_share_of_padding(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted anew where micro-batches are made: tokens of demonstrations, and all."""
 
     def counting(rows, pad):
@@ -190,7 +195,7 @@ def test_the_share_of_padding(world: Path, tmp_path: Path, monkeypatch: pytest.M
     assert share == pytest.approx([1 - tokens / all_tokens], rel=1e-6)
 
 
-def test_the_stage_refuses_opt_in_one_line(world: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_stage_refuses_opt_in_one_line(world: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     config = OPTConfig(
         vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,

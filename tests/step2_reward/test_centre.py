@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from step2_reward import evaluate
+from step2_reward.evaluation import main as evaluate
+from tests.end_to_end.test_resume import STOPPED, assert_same_end, checkpoints
 from tests.ranks import run_stage, succeed
-from tests.test_resume import STOPPED, assert_same_end, checkpoints
-from tests.test_stages import metrics, reward, world  # noqa: F401 - world is a fixture
+from tests.stages import (
+    metrics,  # noqa: F401 - world is a fixture
+    reward,  # noqa: F401 - world is a fixture
+)
 
 MAIN = "step2_reward.main"
 
@@ -30,7 +33,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
 
 
 def test_a_stop_after_the_last_step_is_finished_by_the_same_command(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """Also with fewer demonstrations to score, which a resumed run may change."""
     options = [*reward(world, world / "model", tmp_path / "out", 2), "--eval_fraction", "0"]
@@ -47,7 +50,7 @@ def test_a_stop_after_the_last_step_is_finished_by_the_same_command(
 
 
 def test_a_stop_before_best_is_written_is_made_up_for(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """The second best evaluation is that of step 1; the resumed run writes its best/ and goes on."""
     for name in ("whole", "parts"):

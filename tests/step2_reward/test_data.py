@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.data import load_examples
-from common.options import UserError
-from common.shapes import recognise
+from common.data.loading import load_examples
+from common.runtime.options import UserError
+from common.text.record_formats import recognise
 from step2_reward.data import Layout, Preference, check_margins, collate, preference
 from step2_reward.options import RewardOptions
 from tests.conftest import assert_close

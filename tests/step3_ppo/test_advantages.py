@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.tensor_ops import masked_whiten
+from common.numeric.tensor_ops import masked_whiten
 from step3_ppo.advantages import (
     discounted_sums,
     generalised_advantages,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common.tensor_ops import masked_mean
+from common.numeric.tensor_ops import masked_mean
 from step3_ppo.losses import LOG_RATIO_LIMIT, kl_loss, policy_loss, value_loss
 from tests.conftest import assert_close
 

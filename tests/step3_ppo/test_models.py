@@ -6,10 +6,16 @@ import pytest
 import torch
 
 import step3_ppo.main
-from common import engine, ensemble
+from common.model import engine
+from common.model import reward_ensemble as ensemble
 from step3_ppo.models import build_models
 from tests.ranks import succeed
-from tests.test_stages import CLOSE, ZERO, metrics, ppo, run, world  # noqa: F401 - run and world are fixtures
+from tests.stages import (
+    CLOSE,  # noqa: F401 - run and world are fixtures
+    ZERO,  # noqa: F401 - run and world are fixtures
+    metrics,  # noqa: F401 - run and world are fixtures
+    ppo,  # noqa: F401 - run and world are fixtures
+)
 
 SHOWN = ["reward/mean", "kl/mean", "policy/loss", "value/loss", "eval/score"]
 
@@ -19,7 +25,7 @@ def recomputes(model: torch.nn.Module) -> bool:
 
 
 def test_frozen_models_are_on_the_device_while_they_score(
-    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """float64 stands for another device while models are made, as in common/test_ensemble.py; then the run
     goes on as any other. The critic alone recomputes.
@@ -47,7 +53,7 @@ def test_frozen_models_are_on_the_device_while_they_score(
 
 
 def test_partitions_of_frozen_models_wait_too(
-    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """At ZeRO-3 DeepSpeed fetches them, layer by layer; those of trained models are left to the JSON."""
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from common.prompts import Prompt, prompt
-from common.tokenization import SegmentEncoder
+from common.text.prompts import Prompt, prompt
+from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import scored_response
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout

@@ -2,8 +2,8 @@
 
 import pytest
 
-from common.overlong import Dropped
-from common.shapes import recognise
+from common.text.record_formats import recognise
+from common.text.truncation import Dropped
 from step2_reward.direct.data import Choice, Dialogue, paired, unpaired
 from tests.word_encoder import EOS, WordEncoder
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from step2_reward.direct.loss import dpo_loss, ipo_loss, kto_loss, orpo_loss
-from step2_reward.direct.measure import pair_losses
+from step2_reward.direct.objective import pair_losses
 from step2_reward.direct.options import DirectOptions, complete
 from tests.conftest import assert_close
 

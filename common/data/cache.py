@@ -1,0 +1,240 @@
+"""Tokenise a source of data once: in parallel, into columns on disk, which later runs find again.
+
+The folder of a source is named by all that decides its content: the data, the tokenizer, the code that
+converts records, its settings. It appears by a rename, when it is whole; a lock lets one process prepare and
+others wait.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.data.columns import Row, Table, TableWriter, to_columns
+from common.data.readers import content_of, origin, read_source
+from common.data.records import BadRecords, fraction, parse_record
+from common.data.sources import kind_of
+from common.runtime.distributed import log
+from common.runtime.files import UMASK, flush_folder, write_json
+from common.runtime.options import CacheOptions, UserError
+from common.runtime.process import SIGNALS
+from common.runtime.progress import ReadingProgress
+from common.text.record_formats import Record
+from common.text.segments import find_prompt
+from common.text.truncation import Dropped
+
+Convert = Callable[[Record], tuple[Row, bool]]  # record -> row, and whether the length policy has cut it
+
+CHUNK = 500  # records that a worker converts at once
+FEW = 4  # chunks that are not worth starting workers for
+
+# The folders whose code decides what a record becomes, beside the file that `convert` is in.
+CODE = (Path(__file__).parent, Path(__file__).parents[1] / "text")
+
+
+class Note(NamedTuple):
+    """What is known of a row besides its content. Fractions are in [0, 1), of the prompt or record alone."""
+
+    number: int  # line of the file, or row of the dataset, from 1
+    length: int  # tokens
+    is_cut: bool  # lost a part to the length policy
+    is_string: bool  # its prompt is a string, used verbatim, not messages
+    held_out: float  # the fraction of the prompt that decides between training and evaluation
+    stage: float  # the one that --data_split goes by
+    weight: float  # the one that a source's weight goes by
+    record: float  # the fraction of the whole record: equal for duplicates
+
+
+class Prepared(NamedTuple):
+    """The rows of one source, and what became of the records that are none."""
+
+    name: str
+    rows: Table
+    notes: Table
+    read: int  # records
+    bad: int  # skipped by --skip_bad_records
+    first_bad: tuple[int, str] | None  # the number of the first of these, and what is wrong with it
+    dropped: dict[str, int]  # how many records by reason
+    key: str  # of all that decides the rows
+
+    def origin(self, row: int) -> str:
+        """Where the record of a row stands, for messages."""
+        return origin(self.name, int(self.notes.column("number")[row]))
+
+
+def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> Prepared:
+    """The rows of a file or hub dataset, from the cache if they are there.
+
+    convert: a `partial` of a function at the top of a module, whose arguments are all that its result depends
+    on; it raises ValueError for a bad record and Dropped for one that the length policy leaves out. Raises
+    UserError naming file and line of a bad record, unless --skip_bad_records.
+    """
+    cache = cache_folder(options)
+    folder = cache / _key(name, options.skip_bad_records, row_class, convert)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock"), name):
+            if not folder.exists():
+                _build(folder, name, options, row_class, convert)
+    except OSError as error:
+        raise UserError(f"--cache_dir {cache}: {error.strerror}") from None
+    except BrokenProcessPool:
+        raise UserError(
+            f"{name}: a process that tokenised it was killed; if memory was short, use fewer"
+            " --preprocessing_workers"
+        ) from None
+    found = json.loads((folder / "found.json").read_text())
+    tables = Table(folder / "rows", row_class), Table(folder / "notes", Note)
+    return Prepared(name, *tables, **found, key=folder.name)
+
+
+def cache_folder(options: CacheOptions) -> Path:
+    """Where tokenised data is kept, and what is made of it."""
+    named = options.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "triptych")
+    return Path(named).expanduser()
+
+
+def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:
+    function, settings = getattr(convert, "func", convert), getattr(convert, "keywords", {})
+    code = [file for folder in CODE for file in sorted(folder.glob("*.py"))]
+    code.append(Path(sys.modules[function.__module__].__file__))
+    parts = [
+        content_of(name),
+        kind_of(name),
+        *(path.read_text() for path in code),
+        f"{function.__qualname__} {row_class.__qualname__} {skip}",
+        *(f"{key} {getattr(value, 'digest', value)!r}" for key, value in sorted(settings.items())),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Hold a lock, waiting for as long as another process, which is preparing the same, has it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"{name}: waiting for another process that is tokenising it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: each prepares its own, and the first rename wins
+        yield
+
+
+def _build(folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> None:
+    for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+    try:
+        found = _write(beside, name, options, row_class, convert)
+        write_json(beside / "found.json", found)
+        beside.chmod(0o777 & ~UMASK)  # made for its owner alone, but a cache may be shared
+        if not folder.exists():  # without a lock, another process may have been faster
+            beside.rename(folder)
+        flush_folder(folder.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write(
+    beside: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert
+) -> dict[str, Any]:
+    """Convert all records into the columns of a new folder; what is counted on the way."""
+    (beside / "rows").mkdir()
+    (beside / "notes").mkdir()
+    writers = TableWriter(beside / "rows", row_class), TableWriter(beside / "notes", Note)
+    work = partial(
+        _convert_chunk, name=name, skip=options.skip_bad_records, row_class=row_class, convert=convert
+    )
+    read = bad = 0
+    dropped: Counter[str] = Counter()
+    first_bad: tuple[int, str] | None = None
+    progress = ReadingProgress(f"{name}: tokenising", partial(print, flush=True))  # off rank 0, too
+    for columns, count, share in _results(read_source(name), options.preprocessing_workers, work):
+        for writer, part in zip(writers, columns, strict=True):
+            writer.append(part)
+        read, bad = read + count["read"], bad + count["bad"]
+        first_bad = first_bad or count["first_bad"]
+        dropped.update(count["dropped"])
+        progress.update(read, share)
+    for writer in writers:
+        writer.close()
+    return {"read": read, "bad": bad, "first_bad": first_bad, "dropped": dict(dropped)}
+
+
+def _results(records: Iterator[Any], workers: int, work: Callable[[Any], Any]) -> Iterator[Any]:
+    """`work` done on each chunk of records, in order, by this process if they are few."""
+    chunks = iter(lambda: list(islice(records, CHUNK)), [])
+    first = list(islice(chunks, FEW))
+    workers = workers or len(os.sched_getaffinity(0))
+    if len(first) < FEW or workers == 1:
+        yield from map(work, chain(first, chunks))
+        return
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, initializer=_begin_worker, initargs=(work,)) as pool:
+        ahead: deque[Future[Any]] = deque()
+        for chunk in chain(first, chunks):
+            ahead.append(pool.submit(_do_work, chunk))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _convert_chunk(
+    chunk: list[tuple[int, float, Any]], name: str, skip: bool, row_class: type[Row], convert: Convert
+) -> tuple[Any, dict[str, Any], float]:
+    rows, notes = [], []
+    bad, dropped = BadRecords(skip), Counter()
+    for number, _, unparsed in chunk:
+        with bad.at(name, number):
+            record = parse_record(unparsed)
+            try:
+                row, is_cut = convert(record)
+            except Dropped as why:
+                dropped[str(why)] += 1
+                continue
+            prompt = find_prompt(record)
+            fractions = (fraction(prompt, purpose) for purpose in ("", "stage", "weight"))
+            notes.append(
+                Note(number, row.length, is_cut, isinstance(prompt, str), *fractions, fraction(record, ""))
+            )
+            rows.append(row)
+    count = {"read": len(chunk), "bad": bad.count, "first_bad": bad.first, "dropped": dropped}
+    return (to_columns(rows, row_class), to_columns(notes, Note)), count, chunk[-1][1]
+
+
+def _begin_worker(work: Callable[[Any], Any]) -> None:
+    """Signals are the parent's affair, and a worker ends with it."""
+    global _work
+    _work = work
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _do_work(chunk: Any) -> Any:
+    return _work(chunk)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -1,0 +1,186 @@
+"""A trained model inside DeepSpeed: make it, step it, and read its weights back."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.model.loading import is_partitioned
+from common.model.zero import fill_bucket_sizes, offloads
+from common.runtime.distributed import device, on_cpu
+from common.runtime.options import OptimiserOptions, world_size
+
+
+def make_engine(
+    model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float, total_steps: int
+) -> Any:
+    """A DeepSpeed engine with AdamW and the schedule of the options, over `total_steps` optimiser steps."""
+    import deepspeed
+    from transformers import get_scheduler
+
+    fill_bucket_sizes(zero, model.config.get_text_config().hidden_size)
+    model.train()  # it was loaded for evaluation, in which nothing is recomputed
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    schedule = partial(
+        get_scheduler,
+        options.lr_scheduler_type,
+        num_warmup_steps=int(options.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config=zero,
+        optimizer=_adamw(model, zero, options, learning_rate),
+        lr_scheduler=lambda optimizer: schedule(optimizer=optimizer),
+    )
+    if engine.zero_optimization_stage() == 0:
+        engine.clip_fp32_gradients = lambda: None  # `_clip_plain` has done it by then
+    if world_size() == 1 and engine.zero_optimization_stage() == 0:
+        # It would copy all gradients to a buffer and back, for nobody.
+        engine.enable_backward_allreduce = False
+    return engine
+
+
+def make_frozen(model: nn.Module, zero: dict[str, Any] | None, waits: bool = False) -> nn.Module:
+    """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device, or,
+    where it `waits`, in host memory from which a GPU copies by itself.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    model.requires_grad_(False).eval()
+    if zero is not None:
+        return deepspeed.initialize(model=model, config=zero)[0]
+    if not waits:
+        return model.to(device())
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = get_accelerator().pin_memory(tensor.data)
+    return model
+
+
+def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> float | None:
+    """Add the gradients of this rank's share of the global loss; at the last micro-batch, update the weights.
+
+    loss: a share such that the sum over ranks and micro-batches is the loss of the global batch. DeepSpeed
+    averages gradients over ranks, so the share is multiplied by their number. Returns the gradient norm after
+    an update. A loss or norm that is not finite leaves the update out, on all ranks, and returns inf.
+    """
+    engine.set_gradient_accumulation_boundary(is_last)
+    # An infinite loss can have finite gradients; this makes them NaN, which every rank gets to see.
+    poison = loss.detach() * 0 + 1
+    engine.backward(loss * poison * ranks, scale_wrt_gas=False)
+    is_plain = engine.zero_optimization_stage() == 0
+    norm = _clip_plain(engine) if is_last and is_plain else math.inf
+    engine.step()
+    if not is_last:
+        return None
+    if not engine.was_step_applied():
+        return math.inf
+    return norm if is_plain else float(engine.get_global_grad_norm())
+
+
+def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tensor] | None:
+    """All weights of the module as tensors on the CPU, on rank 0; None on the others.
+
+    Every rank must call it. Partitioned weights are gathered one at a time.
+    """
+    import deepspeed
+    import torch.distributed as dist
+
+    if engine.zero_optimization_stage() == 3:
+        engine.empty_partition_cache()  # the last forward may have begun to fetch weights for a next one
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # tied weights stay one tensor, so that they are saved once
+    trainable = {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        if trainable_only and name not in trainable:
+            continue
+        with deepspeed.zero.GatheredParameters([tensor], enabled=is_partitioned(tensor)):
+            if is_first:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                state[name] = copies[id(tensor)]
+    return state if is_first else None
+
+
+def is_partial(engine: Any) -> bool:
+    """Whether only some weights are trained, as with adapters; checkpoints then leave the frozen ones out."""
+    return any(not p.requires_grad for p in engine.module.parameters())
+
+
+def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
+    """The module's state without frozen weights. DeepSpeed's own keeps the second name of a frozen weight
+    that is tied, such as the output head's.
+    """
+    frozen = {n for n, p in engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in frozen}
+
+
+@contextlib.contextmanager
+def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
+    """The module with all its weights present, for generation.
+
+    At stage 3 the weights are gathered once and ZeRO's hooks are taken off, so that ranks may run unlike
+    numbers of forward passes at full speed; this needs room for the 16-bit model on every GPU. Without
+    `whole`, hooks stay on.
+    """
+    import deepspeed
+
+    if not whole or engine.zero_optimization_stage() != 3:
+        yield engine.module
+        return
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.clear()
+        for hook in offload.forward_hooks + offload.backward_hooks:
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield engine.module
+        finally:
+            offload._register_deepspeed_module(offload.module)
+
+
+def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    dimensions = {id(p): len(p.ds_shape) if is_partitioned(p) else p.dim() for p in trained}
+    groups = [
+        {"params": [p for p in trained if dimensions[id(p)] >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if dimensions[id(p)] < 2], "weight_decay": 0.0},
+    ]
+    settings = {
+        "lr": learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+    }
+    groups = [group for group in groups if group["params"]]
+    if offloads(zero, "offload_optimizer") and not on_cpu():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _clip_plain(engine: Any) -> float:
+    """Clip the gradients of a plain fp32 optimizer and return their norm from before.
+
+    DeepSpeed's own way at stage 0 does not say what the norm was, nor looks whether it is finite. If it is
+    not, the gradients go, and DeepSpeed is told that the update is left out.
+    """
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    engine.optimizer.overflow = not norm.isfinite()
+    if engine.optimizer.overflow:
+        engine.optimizer.zero_grad(set_to_none=True)
+    elif engine.gradient_clipping() > 0:
+        nn.utils.clip_grads_with_norm_(trained, engine.gradient_clipping(), norm)
+    return float(norm)

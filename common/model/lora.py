@@ -1,0 +1,84 @@
+"""Low-rank adapters: a thin layer over `peft`."""
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from common.model.loading import load_config
+from common.runtime.distributed import log
+from common.runtime.options import LoraOptions, UserError
+
+# Adapters usually take 10 to 100 times the learning rate of full weights. A rate below this many times the
+# default of a stage, which is one for full weights, draws a warning.
+LOW_RATE = 5
+
+
+def check_adapters(path: str, options: LoraOptions) -> None:
+    """`check_targets`, and a warning for each learning rate of an adapter that is one for full weights."""
+    check_targets(path, options)
+    rates = [field for field in dataclasses.fields(options) if field.name.endswith("learning_rate")]
+    if not getattr(options, "has_critic", True):
+        rates = [field for field in rates if not field.name.startswith("critic")]
+    for field in rates:
+        rate = getattr(options, field.name)
+        if options.lora_rank and rate < LOW_RATE * field.default:
+            log(
+                f"warning: --{field.name} {rate:g} is a rate for full weights; usual with --lora_rank is 10"
+                f" to 100 times the default: {10 * field.default:g} to {100 * field.default:g}"
+            )
+
+
+def check_targets(path: str, options: LoraOptions) -> None:
+    """Raise UserError when --lora_target_modules matches nothing, judged from the configuration alone."""
+    if not options.lora_rank or options.lora_target_modules == ["all-linear"]:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
+    ]
+    for target in options.lora_target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(
+                f"--lora_target_modules {target}: no such module in {path}; there are: {' '.join(known)}"
+            )
+
+
+def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
+    """Freeze the model and add adapters; a scalar head stays trainable, in a copy that peft saves along."""
+    if not options.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)  # the adapters' first factors must be the same on every rank
+    is_scalar = hasattr(model, "score")
+    targets = options.lora_target_modules
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM",
+        modules_to_save=["score"] if is_scalar else None,
+        exclude_modules=_beside_text(model),
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether the model carries peft adapters."""
+    return hasattr(module, "disable_adapter")
+
+
+def _beside_text(model: PreTrainedModel) -> str | None:
+    """A pattern of the modules of a multimodal model that a text does not go through, as vision."""
+    if model.config.get_text_config() is model.config:
+        return None
+    decoder, parts = model.get_decoder(), model.base_model.named_children()
+    return rf".*\b({'|'.join(name for name, part in parts if part is not decoder)})\b.*"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's transposed linear layer

@@ -1,0 +1,181 @@
+"""One reward model, or several whose scores become one: which, how they are held, and what they say."""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, assert_never
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from common.data.batching import pad_rows
+from common.model.engine import make_frozen
+from common.model.families import position_limit
+from common.model.forward import base_model, last_positions, token_scores
+from common.model.loading import is_partitioned, load_scalar_model
+from common.model.roles import check_scalar_model
+from common.model.zero import frozen_config, unpartitioned
+from common.runtime.distributed import device
+from common.runtime.options import UserError, option, world_size
+from common.runtime.progress import track
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+
+
+@dataclass
+class EnsembleOptions:
+    """Which reward models score, and how several scores become one."""
+
+    reward_model_name_or_path: list[str] = option(
+        [], "The reward model: `final/` of step 2; several are an ensemble."
+    )
+    reward_combine: Literal["mean", "min", "mean_std"] = option(
+        "mean", "The score of an ensemble: the mean, the least, or the mean less --reward_std_coef x std."
+    )
+    reward_std_coef: float = option(
+        1.0, "How much mean_std takes off where reward models disagree.", at_least=0
+    )
+    reward_weights: list[float] = option(
+        [], "Weights of the reward models in mean and std. Default: all alike."
+    )
+
+
+class RewardModel(NamedTuple):
+    """A frozen reward model, and the encoder of what it reads."""
+
+    encoder: SegmentEncoder
+    ready: Callable[[], AbstractContextManager[nn.Module]]  # the model, able to run inside a `with` block
+
+
+def combine_scores(
+    scores: Tensor, how: str = "mean", std_coef: float = 1.0, weights: Sequence[float] = ()
+) -> Tensor:
+    """The score of an ensemble: scores (M, B) of M members -> (B,), of one member its own.
+
+    `mean`; `min`, the worst case; or `mean_std`, the mean less std_coef standard deviations between members
+    (with M, not M - 1), which keeps a policy from where they disagree. Source: Coste et al. 2023 (arXiv
+    2310.02743), whose uncertainty-weighted objective takes the variance; the deviation has the scores' unit.
+    weights: of the members in mean and deviation, whatever their sum; none: all alike.
+    """
+    weight = scores.new_tensor(weights or [1.0] * len(scores))
+    weight = (weight / weight.sum())[:, None]  # (M, 1)
+    mean = (weight * scores).sum(0)  # (B,)
+    match how:
+        case "min":
+            return scores.amin(0)
+        case "mean":
+            return mean
+        case "mean_std":
+            return mean - std_coef * (weight * (scores - mean) ** 2).sum(0).sqrt()
+        case _:
+            assert_never(how)
+
+
+def combine(scores: Tensor, options: EnsembleOptions) -> Tensor:
+    """`combine_scores` as the options say."""
+    return combine_scores(scores, options.reward_combine, options.reward_std_coef, options.reward_weights)
+
+
+def load_encoders(options: EnsembleOptions, *known: SegmentEncoder) -> list[SegmentEncoder]:
+    """The encoder of each member; those that make the same ids of every text share one, also with `known`.
+
+    Raises UserError unless every member is a reward model, and weights, if given, fit them and matter.
+    """
+    encoders: list[SegmentEncoder] = []
+    for path in options.reward_model_name_or_path:
+        check_scalar_model(path, "reward_model_name_or_path")
+        tokenizer = load_tokenizer(path)
+        alike = [e for e in (*known, *encoders) if same_tokens(e.tokenizer, tokenizer)]
+        encoders.append(alike[0] if alike else SegmentEncoder(tokenizer))
+    weights = options.reward_weights
+    given = f"--reward_weights {' '.join(f'{weight:g}' for weight in weights)}"
+    if weights and (len(weights) != len(encoders) or not all(0 < weight < math.inf for weight in weights)):
+        raise UserError(f"{given}: must be a number above 0 for each of {len(encoders)} reward models")
+    if weights and options.reward_combine == "min":
+        raise UserError(f"{given}: mean nothing to --reward_combine min; allowed: mean mean_std")
+    return encoders
+
+
+def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
+    """Whether a text, and a conversation, becomes the same ids under both tokenizers."""
+    return (
+        a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str()
+        and a.chat_template == b.chat_template
+        and (a.eos_token_id, a.bos_token_id) == (b.eos_token_id, b.bos_token_id)
+    )
+
+
+def load_members(
+    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], waits: bool = False
+) -> list[RewardModel]:
+    """The frozen models, in the precision of a DeepSpeed configuration, and partitioned if it is of stage 3.
+
+    Those that wait are in host memory, and each is on the device for its own pass only; so are several that
+    are not partitioned.
+    """
+    members: list[RewardModel] = []
+    frozen = frozen_config(zero, waits)
+    for path, encoder in zip(options.reward_model_name_or_path, encoders, strict=True):
+        model = load_scalar_model(path, encoder.tokenizer, frozen or unpartitioned(zero))
+        model = make_frozen(model, frozen, waits or len(encoders) > 1)
+        members.append(RewardModel(encoder, partial(on_device, model)))
+    return members
+
+
+@contextlib.contextmanager
+def on_device(model: nn.Module) -> Iterator[nn.Module]:
+    """A frozen model with its weights on the device for the duration of a `with` block.
+
+    Nothing is copied back: the weights on the host are still what they were.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_partitioned(t)]
+    waiting = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device(), non_blocking=True)
+    try:
+        yield model
+    finally:
+        for tensor, data in zip(tensors, waiting, strict=True):
+            tensor.data = data
+
+
+@torch.no_grad()
+def member_scores(
+    members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]], batch_size: int,
+    title: str = "",
+) -> Tensor:  # fmt: skip
+    """What each of M members says of the same B texts: (M, B) fp32, one member after the other.
+
+    inputs: for each encoder of a member, the B texts as token ids that end in EOS, where the score is read.
+    title: of progress lines; none: be silent.
+    """
+    scores = []
+    for member in members:
+        with member.ready() as model:
+            rows, pad_token_id = inputs[member.encoder], member.encoder.tokenizer.pad_token_id
+            scores.append(score_rows(model, rows, batch_size, pad_token_id, title))
+    return torch.stack(scores) if scores else torch.zeros(0)
+
+
+def score_rows(
+    model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad_token_id: int, title: str = ""
+) -> Tensor:
+    """Scores (B,) fp32 at the last token of each row, rows of like length at once.
+
+    A row with more tokens than the model has positions loses its beginning.
+    """
+    room = position_limit(base_model(model).config) or sys.maxsize
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    scores = torch.zeros(len(rows), device=device())
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for chunk in track(title, chunks, len(order) * world_size()):
+        ids = [rows[row][-room:] for row in chunk]
+        input_ids = pad_rows(ids, pad_token_id).to(device())  # (b, T)
+        lengths = torch.tensor([len(row) for row in ids], device=device())
+        positions = last_positions(lengths, input_ids.shape[1])
+        scores[torch.tensor(chunk, device=device())] = token_scores(model, input_ids, positions)
+    return scores

@@ -1,0 +1,203 @@
+"""Read a DeepSpeed JSON, fill the values that options own, refuse what contradicts them.
+
+The JSON owns ZeRO stage, offload, precision and communication. Options own batch sizes, accumulation,
+clipping, AdamW and the schedule: in the JSON these are "auto" or absent, and a value that says otherwise is
+an error, never an override.
+"""
+
+import copy
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from common.runtime.distributed import on_cpu
+from common.runtime.options import OptimiserOptions, UserError, accumulation_steps, world_size
+
+CONFIG_FOLDER = Path(__file__).parents[1] / "zero_configs"
+
+# DeepSpeed accepts a misspelt top-level key in silence; we do not.
+KNOWN_KEYS = [
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast",
+    "amp", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "sparse_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
+    "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "flops_profiler",
+    "tensorboard", "csv_monitor", "wandb", "comet", "activation_checkpointing", "aio", "checkpoint",
+    "compile", "disable_allgather", "seed",
+    "gradient_allreduce_op", "dataloader_drop_last", "seq_parallel_communication_data_type",
+]  # fmt: skip
+SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
+
+
+def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float) -> dict[str, Any]:
+    """The DeepSpeed configuration of one trained model, without any "auto" left but the bucket sizes.
+
+    path: a JSON file; empty for the shipped default. learning_rate: what the options say for this model.
+    Raises UserError, naming the file and the key, for an unreadable file, an unknown key, an unknown ZeRO
+    stage, 16-bit precision at stage 0, and a value that contradicts an option.
+    """
+    source = Path(path) if path else CONFIG_FOLDER / ("zero0.json" if on_cpu() else "zero2.json")
+    config = _read(source)
+    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if stage == "auto" or stage not in (0, 1, 2, 3):
+        raise UserError(f"{source}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    _read_offload(config["zero_optimization"], source)
+    _fill_precision(config, source)
+    _fill_batch(config, source, options)
+    _take_optimizer(config, source, options, learning_rate)
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config.setdefault("steps_per_print", 1_000_000_000)
+    _refuse_auto(config, source)
+    return config
+
+
+def frozen_config(trained: dict[str, Any], waits: bool = False) -> dict[str, Any] | None:
+    """Configuration of a frozen model beside a trained one: partitioned at stage 3, else None (a plain
+    module). One that `waits` has its part in host memory.
+    """
+    if trained["zero_optimization"]["stage"] != 3:
+        return None
+    config = copy.deepcopy(trained)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    if waits:
+        config["zero_optimization"].setdefault("offload_param", {"device": "cpu", "pin_memory": True})
+    return config
+
+
+def unpartitioned(trained: dict[str, Any]) -> dict[str, Any]:
+    """The same precision at stage 0: for a copy of the model on one rank, outside any engine."""
+    return {**trained, "zero_optimization": {"stage": 0}}
+
+
+def fill_bucket_sizes(config: dict[str, Any], hidden_size: int) -> None:
+    """Replace "auto" bucket sizes of ZeRO by the usual multiples of the hidden size, as Hugging Face does."""
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero = config["zero_optimization"]
+    zero.update({key: size for key, size in sizes.items() if zero.get(key) == "auto"})
+
+
+def _read(source: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(source.read_text())
+    except OSError as error:
+        raise UserError(f"--zero_config {source}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except ValueError:
+        raise UserError(f"{source}: not a text file in UTF-8") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{source}: must hold one JSON object")
+    for key, value in config.items():
+        if key in SECTIONS:
+            _check_object(source, key, value)
+        if key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            raise UserError(
+                f"{source}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    return config
+
+
+def _check_object(source: Path, key: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: {key} is {value!r}; it must be an object")
+
+
+def offloads(config: dict[str, Any], section: str) -> bool:
+    """Whether a section, `offload_optimizer` or `offload_param`, names a device: {} and "none" do not."""
+    device = (config["zero_optimization"].get(section) or {}).get("device", "none")
+    return device not in (None, "none")
+
+
+def _read_offload(zero: dict[str, Any], source: Path) -> None:
+    """Check the offload sections, and remove those without a device: to DeepSpeed `{"device": "none"}`, {}
+    and null are off. So is any of them at stage 0.
+    """
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name)
+        device = section.get("device") if isinstance(section, dict) else section
+        if device not in (None, "none", "cpu", "nvme") or not isinstance(section, dict | None):
+            raise UserError(
+                f'{source}: zero_optimization.{name} is {section!r}; it must be {{"device": "cpu"}}, with'
+                " device one of none, cpu, nvme"
+            )
+        if not offloads({"zero_optimization": zero}, name) or zero["stage"] == 0:
+            zero.pop(name, None)
+
+
+def _fill_precision(config: dict[str, Any], source: Path) -> None:
+    stage = config["zero_optimization"]["stage"]
+    for name in ("bf16", "fp16"):
+        section = config.get(name, {})
+        if section.get("enabled") == "auto":
+            section["enabled"] = name == "bf16" and stage > 0 and not on_cpu() and _has_bf16()
+    enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
+    if enabled == ["bf16"]:
+        config["bf16"].setdefault("check_grad_overflow", True)  # skip an update that is not finite
+    if stage == 0 and enabled:
+        raise UserError(
+            f"{source}: {enabled[0]} needs ZeRO stage 1 or higher; at stage 0 DeepSpeed starts Adam wrongly"
+        )
+
+
+def _has_bf16() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_bf16_supported()
+
+
+def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions) -> None:
+    steps = accumulation_steps(options.global_batch_size, options.micro_batch_size, world_size())
+    owned = {
+        "train_batch_size": ("--global_batch_size", options.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("--micro_batch_size", options.micro_batch_size),
+        "gradient_accumulation_steps": ("--global_batch_size / --micro_batch_size / ranks", steps),
+        "gradient_clipping": ("--max_grad_norm", options.max_grad_norm),
+    }
+    for key, (name, value) in owned.items():
+        if config.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f'{source}: {key} is {config[key]} but {name} is {value}; write "auto" or the same value'
+            )
+        config[key] = value
+    # Triptych marks the accumulation boundary itself, so that a token mean over uneven micro-batches is
+    # exact.
+    config["gradient_accumulation_steps"] = 1
+    config["train_batch_size"] = options.micro_batch_size * world_size()
+
+
+def _take_optimizer(
+    config: dict[str, Any], source: Path, options: OptimiserOptions, learning_rate: float
+) -> None:
+    optimizer = config.pop("optimizer", {})
+    scheduler = config.pop("scheduler", {})
+    for name, section in (("optimizer", optimizer), ("scheduler", scheduler)):
+        _check_object(source, f"{name}.params", section.get("params", {}))
+    if optimizer and optimizer.get("type") not in ("Adam", "AdamW"):
+        raise UserError(f"{source}: optimizer.type is {optimizer.get('type')!r}; AdamW is the one there is")
+    owned = {
+        "lr": learning_rate,
+        "betas": [options.adam_beta1, options.adam_beta2],
+        "eps": options.adam_epsilon,
+        "weight_decay": options.weight_decay,
+    }
+    for key, value in optimizer.get("params", {}).items():
+        if key in owned and value not in ("auto", owned[key]):
+            raise UserError(f"{source}: optimizer.params.{key} is {value} but the options say {owned[key]}")
+    if any(value != "auto" for value in scheduler.get("params", {}).values()):
+        raise UserError(f"{source}: scheduler belongs to --lr_scheduler_type and --warmup_ratio; remove it")
+
+
+def _refuse_auto(config: dict[str, Any], source: Path, path: str = "") -> None:
+    buckets = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, source, f"{path}{key}.")
+        elif value == "auto" and key not in buckets:
+            raise UserError(f'{source}: {path}{key} cannot be "auto"; give a value or remove it')

@@ -1,0 +1,68 @@
+"""Options that need others, and options of a run that differ from those of its continuation."""
+
+import dataclasses
+import json
+from typing import Any
+
+from common.runtime.options import UserError, given_options
+
+
+def check_held_out(options: Any) -> None:
+    """Raise UserError for a --best_metric without held-out data, as far as the options tell."""
+    if options.best_metric != "none" and not options.eval_data and not options.eval_fraction:
+        raise UserError(
+            f"--best_metric {options.best_metric}: needs held-out data: --eval_data, or an --eval_fraction"
+            " above 0"
+        )
+
+
+def same_command(options: Any) -> str:
+    """How to continue a run that was stopped, as the beginning of a sentence."""
+    is_latest = options.resume_from_checkpoint == "latest"
+    return f"Run the same command{'' if is_latest else ' with --resume_from_checkpoint latest'}"
+
+
+def resolved(options: Any) -> dict[str, Any]:
+    """All options, ready for JSON, and under `given` the names of those on the command line."""
+    names = {field.name for field in dataclasses.fields(options)}
+    return json.loads(json.dumps(dataclasses.asdict(options))) | {"given": sorted(given_options() & names)}
+
+
+def default_values(options: Any) -> dict[str, Any]:
+    """The default of every option."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(options)
+    }
+
+
+def changed_options(
+    earlier: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any], free: set[str]
+) -> list[str]:
+    """How the options of two runs differ, by those that the user gave to one of them.
+
+    earlier, current: as from `resolved`; a run of a version without `given` gave all. Options that another
+    one decides, as --loss decides --beta, are listed only where they were given. free: options that
+    may differ.
+    """
+    given = {*earlier.get("given", earlier), *current["given"]} - free
+    changes = []
+    for option in sorted(given & (earlier.keys() | current.keys())):
+        before = earlier.get(option, defaults.get(option))
+        now = current.get(option, "(no such option)")
+        if before != now:
+            changes.append(f"--{option} {_in_words(before)} -> {_in_words(now)}")
+    return changes
+
+
+def changed_defaults(earlier: dict[str, Any], current: dict[str, Any], free: set[str]) -> list[str]:
+    """Options with their earlier values that differ although nobody gave them: this version has others."""
+    names = sorted((earlier.keys() & current.keys()) - free - {"given"})
+    return [f"--{name} {_in_words(earlier[name])}" for name in names if earlier[name] != current[name]]
+
+
+def _in_words(value: Any) -> str:
+    """An option's value as it stands on a command line."""
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "(none)"
+    return "(empty)" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,91 @@
+"""Write `final/`: a plain Hugging Face folder that transformers loads without Triptych."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from common.model.ema import averaged
+from common.model.engine import full_state_dict
+from common.model.lora import is_adapted
+from common.runtime.distributed import gather_objects, log, rank
+from common.runtime.files import flush_file, flush_folder
+from common.runtime.options import UserError, reason
+
+
+def export_model(*arguments: Any) -> None:
+    """`_export` of the arguments; UserError, on all ranks, when the disk does not take the folder."""
+    if problem := _export(*arguments):
+        raise UserError(f"{problem}; run the command again with --export_only")
+
+
+def export_best(*arguments: Any) -> None:
+    """`_export` of the arguments, of which a failure is no reason to end the run."""
+    if problem := _export(*arguments):
+        log(problem)
+
+
+def _export(
+    engine: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, load_base: Callable[[], PreTrainedModel],
+    average: Mapping[str, Tensor] | None = None,
+) -> str:  # fmt: skip
+    """Write the engine's model and the tokenizer to `folder`, by way of a folder beside it. Every rank must
+    call it; returns the problem, if there is one.
+
+    With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is
+    made on rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left
+    as it is. `average` of rank 0 takes the place of trained weights. When the disk does not take the folder,
+    what was there before stays.
+    """
+    state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
+    if average:
+        state = averaged(state, average)
+    problem = ""
+    if rank() == 0:
+        temporary = folder.with_name(folder.name + ".tmp")
+        try:
+            _write(engine, tokenizer, state, temporary, load_base)
+            _take_place(temporary, folder)
+            log(f"wrote {folder}")
+        except Exception as error:  # noqa: BLE001 - whatever a library raises, the checkpoint stays
+            problem = f"{folder}: not written: {reason(error)}"
+            shutil.rmtree(temporary, ignore_errors=True)
+    return gather_objects(problem)[0]
+
+
+def _write(
+    engine: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], folder: Path,
+    load_base: Callable[[], PreTrainedModel],
+) -> None:  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    if is_adapted(engine.module):
+        _save_merged(engine, state, folder, load_base())
+    else:
+        engine.module.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        flush_file(file)
+
+
+def _take_place(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    flush_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_merged(engine: Any, state: dict[str, Any], folder: Path, base: PreTrainedModel) -> None:
+    from peft import PeftModel
+
+    for name in ("reward_mean", "reward_std"):
+        if hasattr(engine.module.config, name):
+            setattr(base.config, name, getattr(engine.module.config, name))
+    engine.module.save_pretrained(folder / "adapter", state_dict=state)
+    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(folder)

@@ -1,0 +1,186 @@
+"""One writer for all that a run reports: metrics.jsonl, TensorBoard, a progress line. Silent off rank 0."""
+
+import contextlib
+import json
+import math
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.model.families import active_share, attention_widths
+from common.runtime.damaged_jsonl import is_step, read_lines
+from common.runtime.distributed import log, rank
+from common.runtime.files import write_text
+from common.runtime.options import world_size
+from common.runtime.progress import clock
+from common.training.means import Figures, Mean, add_step, take_means
+from common.training.train_state import TrainState
+
+# Dense bf16 FLOP/s of a GPU whose name has these words, from the makers' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12, "A800": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A40": 149.7e12,
+    "A30": 165e12, "A10": 125e12,
+}  # fmt: skip
+
+
+class MetricWriter:
+    """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in TensorBoard."""
+
+    def __init__(self, output_dir: str, start_step: int, total_steps: int, logging_steps: int) -> None:
+        self._metrics = _Lines(Path(output_dir) / "metrics.jsonl", start_step)
+        self._samples = _Lines(Path(output_dir) / "samples.jsonl", start_step)
+        self._board_dir = Path(output_dir) / "tensorboard"
+        self._board: Any = None
+        self._start_step, self._total_steps, self._logging_steps = start_step, total_steps, logging_steps
+        self._start_time = time.monotonic()
+        self._timed_steps, self._timed_seconds = -1, 0.0  # but for the first step, in which things compile
+
+    def step(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
+        """Add a finished step to the means since the last line; write them when a line is due.
+
+        A line is due every --logging_steps and after the last step; `flush` writes one where training ends
+        early. figures: with `time/step` in seconds.
+        """
+        add_step(state.window, figures)
+        self._timed_steps += 1
+        if self._timed_steps:
+            self._timed_seconds += figures["time/step"].total
+        if state.step == self._total_steps or state.step % self._logging_steps == 0:
+            self.flush(state, figures, shown)
+
+    def flush(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
+        """Write the means since the last line, if there was a step; figures: of the last step."""
+        if state.window:
+            self.log(state.step, take_means(state.window, figures), shown)
+
+    def log(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
+        """Write the metrics of a step, and show the named ones with the time that is left."""
+        if rank() != 0:
+            return
+        metrics = {name: float(f"{value:.7g}") for name, value in metrics.items()}
+        plain = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        values = " | ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+        log(f"step {step}/{self._total_steps} | {values} | {self._time(step)}")
+        self._metrics.write([{"step": step, **plain}])
+        try:
+            board = self._tensorboard()
+            for name, value in metrics.items():
+                board.add_scalar(name, value, step)
+            board.flush()
+        except OSError:
+            self._board = None  # its thread is dead; the next step opens another file
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Put a text (Markdown) into TensorBoard."""
+        if rank() == 0:
+            with contextlib.suppress(OSError):
+                self._tensorboard().add_text(tag, text, step)
+
+    def samples(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Append records to `output_dir/samples.jsonl`."""
+        if rank() == 0:
+            self._samples.write([{"step": step, **record} for record in records])
+
+    def _tensorboard(self) -> Any:
+        if self._board is None:
+            # Imported at the first use: it costs a second that a first step need not wait for.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._board_dir), purge_step=self._start_step + 1)
+        return self._board
+
+    def _time(self, step: int) -> str:
+        """The time that the steps to come will take; after the last one, how long this run has taken."""
+        if step == self._total_steps:
+            begin = f" since step {self._start_step}" * bool(self._start_step)
+            return f"elapsed {clock(time.monotonic() - self._start_time)}{begin}"
+        if self._timed_steps < 1:
+            return "ETA ?"
+        return f"ETA {clock(self._timed_seconds / self._timed_steps * (self._total_steps - step))}"
+
+
+class _Lines:
+    """A file of JSON lines, each with its step, that goes on where a resumed run does."""
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        self._path, self._start_step = path, start_step
+        self._is_begun = False
+        self._pending = ""  # lines that a full disk has not taken
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append the records and what is pending, or, on a full disk, nothing of it."""
+        self._pending += "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            if not self._is_begun:
+                self._forget_after(self._start_step)
+                self._is_begun = True
+            with self._path.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write(self._pending.encode())
+                    file.flush()
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            log(f"{self._path} not written yet: {error}")
+        else:
+            self._pending = ""
+
+    def _forget_after(self, step: int) -> None:
+        """Drop lines of steps that a resumed run is about to repeat, and damaged ones."""
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content.split(b"\n")
+        earlier = [
+            lines[number - 1].decode()
+            for number, record in read_lines(self._path).records
+            if step and is_step(record.get("step")) and record["step"] <= step
+        ]
+        text = "".join(f"{line}\n" for line in earlier)
+        if text.encode() != content:
+            write_text(self._path, text)
+
+
+def peak_memory_gib() -> float:
+    """Most memory this rank has held: on its GPU, or resident on the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
+    """Floating-point operations of one forward and backward pass over whole sequences.
+
+    lengths (B,) in tokens, without padding. Per token 6 for each parameter, of which 2 are for its gradient,
+    which a frozen one has not; for attention 12 x layers x heads x head size per token and token of its
+    sequence, causal or not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings count as parameters, and of
+    experts those that a token goes through; recomputation counts nothing.
+    """
+    share, per_token = active_share(model.config), 0.0
+    for name, p in model.named_parameters():
+        size = getattr(p, "ds_numel", p.numel()) * (share if "experts." in name else 1)
+        per_token += size * (6 if p.requires_grad else 4)
+    attention = 12 * sum(attention_widths(model.config)) * sum(length**2 for length in lengths)
+    return float(per_token * sum(lengths) + attention)
+
+
+def utilisation(flops: float, seconds: float) -> dict[str, Mean]:
+    """train/mfu: the part of the ranks' peak that `flops` of all of them in `seconds` make use of.
+
+    The peak is that of bf16, whatever the precision. Empty where it is not known, as on the CPU.
+    """
+    peak = _peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return {"train/mfu": Mean(flops, seconds * peak * world_size())} if peak else {}
+
+
+def _peak_flops(device_name: str) -> float | None:
+    words = set(device_name.replace("-", " ").split())
+    if "MIG" in words:  # a part of a GPU
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if words >= set(name.split())), None)

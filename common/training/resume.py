@@ -1,0 +1,165 @@
+"""Engines go on from a checkpoint: on as many ranks bit by bit, on others by DeepSpeed's universal form."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import deepspeed
+import torch
+
+from common.model.engine import is_partial
+from common.model.loading import is_partitioned
+from common.runtime.distributed import barrier, gather_objects, log, rank
+from common.runtime.files import flush_folder
+from common.runtime.option_checks import same_command
+from common.runtime.options import RunOptions, UserError, world_size
+from common.runtime.process import Stopped
+from common.training.checkpoint import Checkpoint, describe, save_checkpoint
+from common.training.train_state import TrainState
+
+
+def resume(
+    checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any], total_steps: int
+) -> TrainState:
+    """Load a checkpoint into the engines, for a run of so many steps; a fresh state when there is none.
+
+    Raises UserError when the optimiser state does not fit the engines and --resume_weights_only is not given.
+    """
+    if checkpoint is None:
+        return TrainState(total_steps=total_steps)
+    if options.resume_weights_only:
+        for name, engine in engines.items():
+            _load_weights(checkpoint, name, engine)
+            _follow_schedule(engine)
+        log(
+            f"resumed weights from {checkpoint.folder} at step {checkpoint.state.step}; optimisers start anew"
+        )
+        return _continued(checkpoint.state, options, total_steps)
+    for name, engine in engines.items():
+        _check_fit(checkpoint, name, engine)
+    for name, engine in engines.items():
+        if engine.zero_optimization_stage() and checkpoint.manifest["world_size"] != world_size():
+            _load_on_other_ranks(checkpoint, name, engine)
+        else:
+            engine.load_checkpoint(
+                str(checkpoint.folder), tag=name, load_module_strict=not is_partial(engine)
+            )
+        _follow_schedule(engine)
+    log(f"resumed from {checkpoint.folder} at step {checkpoint.state.step}")
+    return _continued(checkpoint.state, options, total_steps)
+
+
+def _continued(state: TrainState, options: RunOptions, total_steps: int) -> TrainState:
+    """The state in a run of so many steps; logs a change of their number."""
+    if state.total_steps not in (0, total_steps) and not options.export_only:
+        line = f"the run ends at step {total_steps} now, planned were {state.total_steps}"
+        if state.step < total_steps and options.lr_scheduler_type != "constant":
+            line += f": from step {state.step + 1} on the learning rate follows a schedule of"
+            line += f" {total_steps} steps"
+        log(line)
+    state.total_steps = total_steps
+    return state
+
+
+def stop_after_training(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> NoReturn:
+    """Stop between the last step and the exports: with a checkpoint, the same command makes them."""
+    folder = Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
+    if any(gather_objects(folder.exists())) or save_checkpoint(options, state, engines):
+        saved, purpose = f"checkpoint {folder}", "finish"
+    else:
+        saved, purpose = "its checkpoint was NOT saved", "resume from an older one, or to start again"
+    raise Stopped(f"Stopped after the last step; {saved}. {same_command(options)} to {purpose}.")
+
+
+def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+    saved, now = checkpoint.manifest["models"].get(name, {}), describe(engine)
+    stages = saved.get("zero_stage"), now["zero_stage"]
+    kinds = saved.get("precision"), now["precision"]
+    if (stages[0] != stages[1] and set(stages) != {1, 2}) or kinds[0] != kinds[1]:
+        raise UserError(
+            f"{checkpoint.folder}: {name} was trained at ZeRO stage {stages[0]} in {kinds[0]}, this run is"
+            f" at stage {stages[1]} in {kinds[1]}, which cannot take over the optimiser state (only stages 1"
+            " and 2 can, in the same precision); with --resume_weights_only it goes on from the weights alone"
+        )
+    if saved.get("layout") != now["layout"]:
+        raise UserError(
+            f"{checkpoint.folder}: {name} was trained with other settings in zero_optimization:"
+            f" {saved.get('layout')}, not {now['layout']}; restore them, or use --resume_weights_only"
+        )
+
+
+def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+    """Load a partitioned optimiser that was saved by another number of ranks."""
+    ranks = checkpoint.manifest["world_size"]
+    universal = checkpoint.folder / f"{name}.universal"
+    problem = ""
+    if rank() == 0 and not universal.exists():
+        log(f"converting {checkpoint.folder / name} from {ranks} to any number of ranks")
+        problem = _convert(checkpoint.folder / name, universal)
+    if problem := gather_objects(problem)[0]:
+        raise UserError(f"{checkpoint.folder}: not converted from {ranks} to {world_size()} ranks: {problem}")
+    decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
+    engine.load_checkpoint(
+        str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
+    )
+    engine._config.load_universal_checkpoint = False
+    # DeepSpeed gives all groups the settings of the first one, and at stage 3 one counter of steps to all
+    # weights, which each of them would then advance.
+    for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
+    for moments in engine.optimizer.state.values():
+        if torch.is_tensor(moments.get("step")):
+            moments["step"] = moments["step"].clone()
+
+
+def _convert(source: Path, universal: Path) -> str:
+    """Write the universal form beside its place and rename it; the last line of the error, if one happens."""
+    temporary = universal.with_name(universal.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(source), "--output_folder", str(temporary)]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(temporary, ignore_errors=True)
+        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+    temporary.rename(universal)
+    flush_folder(universal.parent)
+    return ""
+
+
+def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+    """Put the trained weights and the position of the schedule into a fresh engine, whatever its stage."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = checkpoint.folder / name
+    states = torch.load(next(folder.glob("*model_states.pt")), map_location="cpu", weights_only=True)
+    trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    is_mine = rank() == 0 or not any(is_partitioned(p) for _, p in trained)
+    weights = states["module"]
+    if checkpoint.manifest["models"][name]["zero_stage"] and is_mine:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=name)
+    for parameter_name, parameter in trained:
+        partitioned = is_partitioned(parameter)
+        with (
+            torch.no_grad(),
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
+        ):
+            if is_mine:
+                parameter.copy_(weights[parameter_name])
+    if hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+    engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
+    barrier()
+
+
+def _follow_schedule(engine: Any) -> None:
+    """Set the rates of the next step by this run's schedule: the saved ones are of the number of steps that
+    was planned when the checkpoint was written.
+    """
+    schedule = engine.lr_scheduler
+    places = zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, highest, share_at in places:
+        group["lr"] = highest * share_at(schedule.last_epoch)

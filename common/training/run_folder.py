@@ -1,0 +1,243 @@
+"""The output directory of a run: one run at a time, and always the same one."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from common.data.sources import files_of, parse_source
+from common.runtime.distributed import gather_objects, log, rank
+from common.runtime.files import lock_folder, read_json, sha256, write_json
+from common.runtime.option_checks import changed_defaults, changed_options, default_values, resolved
+from common.runtime.options import RunOptions, UserError
+from common.runtime.process import accept, on_refusal
+from common.training.checkpoint import Checkpoint, find_checkpoint
+
+# What may differ between a run and its continuation: places, intervals, how much is done at once, how many
+# steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
+DATA_OPTIONS = (
+    "train_data", "eval_data", "prompt_data", "preference_data", "demonstration_data", "ptx_data",
+    "constitution", "critique_template", "revision_template", "judge_template",
+)  # fmt: skip
+MODEL_OPTIONS = (
+    "model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path", "gold_reward_model",
+    "reference_model_name_or_path",
+)  # fmt: skip
+FUNCTION_OPTIONS = ("reward_function", "gold_function")
+# What may have another content, and what that means. Nothing is learnt from demonstrations.
+RENEWABLE = {
+    **dict.fromkeys(FUNCTION_OPTIONS, "its file has changed since; scores before and after differ"),
+    "demonstration_data": "other records than when the run began; final/ is centred on these",
+}
+FREE_OPTIONS = {
+    *DATA_OPTIONS, *MODEL_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only",
+    "export_only",
+    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
+    "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
+    "actor_gradient_checkpointing", "critic_gradient_checkpointing", "offload_frozen",
+    "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
+    "max_eval_samples", "num_samples", "sample_length", "cache_dir", "preprocessing_workers",
+    "packing", "share_prompts", "golden_data", "max_centre_samples", "early_stopping",
+}  # fmt: skip
+
+ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
+
+CLAIM = ("run.lock", "options.json", "fingerprint.json")  # what a run writes before its first step
+_locks: list[Any] = []  # open for as long as the process lives
+
+
+def check_folder(options: RunOptions) -> None:
+    """Raise UserError when the output directory holds another run, as far as the options tell.
+
+    Called before data is read; `open_run` and `prepare_output` look again, with the data.
+    """
+    folder, named = Path(options.output_dir), options.resume_from_checkpoint
+    if named == "none" and (folder / "options.json").exists():
+        raise UserError(f"--output_dir {folder}: holds a run; choose another folder or resume from 'latest'")
+    if named not in ("none", "latest") and not Path(named).is_dir():
+        raise UserError(f"--resume_from_checkpoint {named}: no such folder")
+    _compare_options("--output_dir", folder, options)
+    _compare_options("--resume_from_checkpoint", Path(named), options)
+
+
+def open_run(
+    options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast], total_steps: int
+) -> Checkpoint | None:
+    """Claim the output directory for a training run; the checkpoint from which it continues, if there is one.
+
+    As `prepare_output`. Raises UserError too when the run has taken more than `total_steps` already.
+    """
+    files = _on_first_rank(_claim, options, tokenizers)
+    checkpoint = find_checkpoint(options)
+    if checkpoint and checkpoint.state.step > total_steps and not options.export_only:
+        limit = f"--max_steps {options.max_steps}"
+        if not options.max_steps:
+            limit = f"--num_train_epochs {options.num_train_epochs:g} ({total_steps} steps)"
+        step = checkpoint.state.step
+        raise UserError(
+            f"{limit}: the run in {options.output_dir} is at step {step} already; allowed: {step} or more,"
+            " or --export_only, which writes final/ from its checkpoint"
+        )
+    if not options.export_only:
+        _on_first_rank(_write, options, files)
+    accept()
+    return checkpoint
+
+
+def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    """Claim the output directory for this run; every rank must call it.
+
+    Writes options.json, and fingerprint.json of data, tokenizers and templates. Raises UserError on every
+    rank, naming what differs, when the directory holds a different run, when another process uses it, and
+    when it holds any run although --resume_from_checkpoint is 'none'. Nothing is written then.
+    """
+    _on_first_rank(_write, options, _on_first_rank(_claim, options, tokenizers))
+    accept()
+
+
+def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
+    """Checksums of what a run learns from, by names that a message can use."""
+    found = {}
+    for name in DATA_OPTIONS:
+        value = getattr(options, name, [])
+        for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
+            found[f"--{name} {number}"] = _content(source, is_training=name != "eval_data")
+    for name in MODEL_OPTIONS:
+        value = getattr(options, name, [])
+        for number, path in enumerate([value] if isinstance(value, str) else value, start=1):
+            if path:
+                found[f"--{name} {number}"] = _weights(path)
+    for name in FUNCTION_OPTIONS:
+        value = getattr(options, name, [])
+        for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
+            if source:
+                found[f"--{name} {number}"] = sha256(Path(source.rpartition(".py:")[0] + ".py"))
+    for name, tokenizer in tokenizers.items():
+        special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+        found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
+        found[f"chat template of the {name}"] = _digest(str(tokenizer.chat_template))
+    return found
+
+
+def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, on rank 0; its UserError or OSError is a UserError on every rank."""
+    problem, result = "", None
+    if rank() == 0:
+        try:
+            result = work(*arguments)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if problem := gather_objects(problem)[0]:
+        raise UserError(problem)
+    return result
+
+
+def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
+    """Lock the folder and compare what it holds; returns the files to write there."""
+    folder = Path(options.output_dir)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    before = _names(folder)
+    lock = lock_folder(folder)
+    on_refusal(partial(_withdraw, folder, missing, before))
+    found = fingerprint(options, tokenizers)
+    check_folder(options)
+    if (folder / "fingerprint.json").exists():
+        _compare_data(options, read_json(folder / "fingerprint.json"), found)
+    _locks.append(lock)
+    return {"fingerprint.json": found, "options.json": resolved(options)}
+
+
+def _write(options: RunOptions, files: dict[str, Any]) -> None:
+    folder = Path(options.output_dir)
+    for left_over in (folder / "checkpoints").glob("*.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    for name, content in files.items():
+        write_json(folder / name, content)
+
+
+def _withdraw(folder: Path, missing: Sequence[Path], before: set[str]) -> None:
+    """Remove what a claim has added to the disk, if the run has written nothing since but empty files."""
+    added_files = [folder / name for name in _names(folder) - before - {"train.log"}]
+    if all(file.name in CLAIM or _is_empty(file) for file in added_files):
+        for file in added_files:
+            file.unlink()
+        for added in missing:
+            added.rmdir()  # fails where it holds anything
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
+    """Raise UserError for options that differ from those of the run in a folder."""
+    if not (folder / "options.json").exists():
+        return
+    earlier = read_json(folder / "options.json")
+    current = resolved(options)
+    if changes := changed_options(earlier, current, default_values(options), FREE_OPTIONS):
+        free = " ".join(f"--{option}" for option in sorted(FREE_OPTIONS & current.keys()))
+        raise UserError(
+            f"{name} {folder}: holds a different run ({', '.join(changes)}); choose another folder."
+            f" These may differ: {free}"
+        )
+    if renewed := changed_defaults(earlier, current, FREE_OPTIONS):
+        raise UserError(
+            f"{name} {folder}: its run began with other defaults; to continue it, add {' '.join(renewed)}"
+        )
+
+
+def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[str, str]) -> None:
+    """Raises UserError for what differs; a function may, because its file is mended after it has failed, and
+    what scores are centred on may too, because that is done after training.
+    """
+    names = [n for n in {**earlier, **current} if earlier.get(n) != current.get(n)]
+    for place, name in enumerate(names):
+        if name.startswith("--"):
+            option, number = name[2:].split()
+            value = getattr(options, option)
+            sources = [value] if isinstance(value, str) else value
+            names[place] = " ".join([name, *sources[int(number) - 1 : int(number)]])
+    renewed = {n: RENEWABLE[option] for n in names if (option := n.split()[0].lstrip("-")) in RENEWABLE}
+    if refused := [name for name in names if name not in renewed]:
+        raise UserError(
+            f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(refused)};"
+            " restore it or choose another folder"
+        )
+    for name, meaning in renewed.items():
+        log(f"{name}: {meaning}")
+
+
+def _content(text: str, is_training: bool) -> str:
+    """Checksum of a file or folder of data with its weight; of a hub dataset its name has to do."""
+    source = parse_source(text)
+    path = Path(source.name)
+    files = files_of(source, is_training) if path.is_dir() else [source.name] if path.is_file() else []
+    name = ":".join(filter(None, (source.name, source.config, source.split)))
+    return _digest(f"{source.weight} {[sha256(Path(file)) for file in files] or name}")
+
+
+def _weights(path: str) -> str:
+    """Fingerprint of a model folder: its configuration, and size and both ends of every file of weights."""
+    parts = [(Path(path) / "config.json").read_text()] if Path(path).is_dir() else [path]
+    for file in sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin")):
+        with file.open("rb") as content:
+            begin = content.read(ENDS)
+            content.seek(max(0, file.stat().st_size - ENDS))
+            parts.append(f"{file.name} {file.stat().st_size} {_digest(begin)} {_digest(content.read())}")
+    return _digest("\n".join(parts))
+
+
+def _digest(content: str | bytes) -> str:
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()

@@ -1,0 +1,153 @@
+# Sourced by every launch script: the virtual environment, the device, and how a stage is started.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+# Threads that spin while they wait take the cores from other jobs, and from other ranks.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+export PYTHONSAFEPATH=1  # a folder named `common` where the user stands must not be taken for ours
+
+# A signal before a command has begun.
+stop_early() {
+    echo "Stopped during preparation; nothing to save. Run the same command to start again." >&2
+    exit 75
+}
+trap stop_early TERM INT USR1
+
+# install FILE...: a virtual environment with what the files list; again only when they change.
+install() {
+    local venv="$ROOT/.venv" file
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    export PATH="$venv/bin:$PATH"
+    for file in "$@"; do
+        cmp -s "$ROOT/$file" "$venv/${file//\//-}.installed" && continue
+        echo "installing $file into .venv (once; this takes a few minutes)"
+        heed pip install --quiet --disable-pip-version-check -r "$ROOT/$file"
+        cp "$ROOT/$file" "$venv/${file//\//-}.installed"
+    done
+}
+
+# Without a GPU, ranks are processes that share the cores, and nothing is compiled at run time.
+choose_device() {
+    nvidia-smi -L >/dev/null 2>&1 && return
+    NUM_GPUS="${NUM_GPUS:-1}"
+    export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
+}
+
+# output_dir DEFAULT OPTIONS...: the value of --output_dir among the options.
+output_dir() {
+    local found="$1" previous="" word
+    for word in "${@:2}"; do
+        [[ "$previous" == --output[_-]dir ]] && found="$word"
+        [[ "$word" == --output[_-]dir=* ]] && found="${word#*=}"
+        previous="$word"
+    done
+    printf %s "$found"
+}
+
+# On one machine any free port will do, so that two runs do not collide.
+choose_port() {
+    [ -n "$MASTER_PORT$HOSTFILE" ] && return
+    MASTER_PORT="$(python "$ROOT/launch/lib/free_port.py")"
+}
+
+# needs_options OPTIONS...: without any, show how the script is called, by the comment at its top.
+needs_options() {
+    [ $# -gt 0 ] && return
+    local usage
+    usage="$(sed -n '/^#   bash /{:a;/\\$/{N;ba};s/\\\n#  *//g;s/^# *//;s/   *#.*//;p;q}' "$0")"
+    echo "error: options are required: $usage (--help lists all)" >&2
+    exit 2
+}
+
+# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: the ranks, in place of this script, whose signals they heed.
+run_stage() {
+    needs_options "${@:3}"
+    choose_device
+    [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec python -m "$1" --help
+    choose_port
+    exec python "$ROOT/launch/lib/supervise.py" "$(output_dir "${@:2}")" "$0" \
+        deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
+        --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
+}
+
+# run_alone MODULE OPTIONS...: one process, without a launcher, in place of this script.
+run_alone() {
+    needs_options "${@:2}"
+    choose_device
+    exec python "$ROOT/launch/lib/alone.py" "$@"
+}
+
+# heed COMMAND...: run a command, and pass on to it the signals that this script gets. 75 after a signal that
+# came too late to stop the command: what would follow does not begin either.
+heed() {
+    local code asked=0
+    "$@" &
+    trap "asked=75; kill -TERM $! 2>/dev/null || true" TERM INT USR1
+    while true; do
+        wait $! && code=0 || code=$?
+        kill -0 $! 2>/dev/null || break # a signal ends `wait` too
+    done
+    trap stop_early TERM INT USR1
+    # Also 128 + a signal: the command had no handler.
+    [[ "$asked" = 0 || "$code" != 0 && "$code" -le 128 ]] || code=$asked
+    return "$code"
+}
+
+# step FILE OPTIONS...: run another script, in bash or Python, as a part of this one. The last line names the
+# part that failed or was stopped. The file TIMES, if it is set, gets a line with its seconds and --output_dir.
+step() {
+    local code=0 started=$SECONDS interpreter=bash folder
+    [[ "$1" == *.py ]] && interpreter=python
+    folder="$(output_dir "" "${@:2}")"
+    heed "$interpreter" "$@" || code=$?
+    [ -z "${TIMES:-}" ] || echo "$((SECONDS - started)) $folder" >>"$TIMES"
+    local part="$(basename "$1")${folder:+ ($folder)}"
+    case "$code" in
+    0) ;;
+    75) echo "$(basename "$0"): stopped in $part. Run the same command to resume." >&2 ;;
+    *) echo "$(basename "$0"): $part ended with exit code $code" >&2 ;;
+    esac
+    return "$code"
+}
+
+# check COMMAND OPTIONS... -- COMMAND OPTIONS...: refuse wrong options before the first command begins.
+check() {
+    heed python "$ROOT/launch/lib/alone.py" launch.lib.check_options "$@"
+}
+
+# script_help OPTIONS...: with --help among them, show the comment at the top of the script.
+script_help() {
+    [[ " $* " == *" --help "* || " $* " == *" -h "* ]] || return 0
+    sed -n -e '1d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
+    exit 0
+}
+
+# require NAME MEANING: an environment variable that must be set.
+require() {
+    [ -n "${!1:-}" ] && return
+    echo "error: $(basename "$0") needs the variable $1: $2 (--help shows how)" >&2
+    exit 2
+}
+
+# recipe_options OPTIONS...: the options of every recipe, --model DIR --data DIR --output DIR, as variables.
+recipe_options() {
+    script_help "$@"
+    local name
+    while [ $# -gt 0 ]; do
+        case "$1" in
+        --model | --data | --output) ;;
+        *) echo "error: unknown option $1; allowed: --model --data --output" >&2 && exit 2 ;;
+        esac
+        [ -n "${2:-}" ] || { echo "error: $1 needs a folder" >&2 && exit 2; }
+        name="${1#--}"
+        printf -v "${name^^}" %s "$2"
+        shift 2
+    done
+    for name in model data output; do
+        name="${name^^}"
+        [ -n "${!name:-}" ] && continue
+        echo "error: --${name,,} is required, as in --model DIR --data DIR --output DIR" >&2
+        exit 2
+    done
+}

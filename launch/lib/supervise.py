@@ -1,0 +1,237 @@
+"""Run `deepspeed` for a launch script: one log, polite stops, no orphans, a last line that gives the reason.
+
+    python launch/lib/supervise.py OUTPUT_DIR SCRIPT deepspeed ... --module NAME OPTIONS
+
+A first SIGTERM, SIGINT or SIGUSR1 asks the ranks to stop, a second one kills them. Exits with 0, with 2 after
+a mistake of the user, with 75 after a stop from which the same command resumes, and with 1 after any other
+error.
+"""
+
+import contextlib
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+
+REFUSED, STOPPED = 2, 75  # as in common/runtime/process.py, which takes seconds to import
+ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal sends them to all processes
+ORPHANS_MAY_TAKE = 600.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
+EXPORTED = (
+    "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "TORCHDYNAMO_DISABLE",
+)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+# DeepSpeed's line about a rank that has ended. The last line of the command says that, and why.
+LAUNCHER_LINE = re.compile(rb"\[launch\.py:\d+:sigkill_handler\].* exits with return code = (-?\d+)")
+
+
+def main() -> int:
+    output, script, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    with tempfile.TemporaryDirectory() as folder:
+        endings = Path(folder)
+        # Ranks on other machines see the output directory alone.
+        stop_files = [place / "stop" for place in [endings, *[output] * ("--hostfile" in command)]]
+        environment = {**os.environ, "TRIPTYCH_ENDINGS": folder, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
+        if "--hostfile" in command:
+            environment["DS_ENV_FILE"] = str(exports(endings / "environment"))
+        child = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        signals = _listen(child, endings, stop_files)
+        threading.Thread(target=_end_orphans, args=(child,), daemon=True).start()
+        log, rank_code = Log(output, endings / "accepted", typed(script, command)), None
+        for line in child.stdout:
+            if found := LAUNCHER_LINE.search(line):
+                rank_code = int(found[1])
+            else:
+                log.write(line)
+        code = child.wait()
+        code, last = ending(endings, code if rank_code is None else rank_code, len(signals))
+        if code not in (0, REFUSED, STOPPED):
+            log.open()
+            last += f"Failed with exit code {code}{f'; log: {log.path}' if log.is_open else ''}\n"
+        log.write(last.encode())
+        log.close(is_refused=code == REFUSED)
+        for file in stop_files:
+            file.unlink(missing_ok=True)
+    return code
+
+
+def exports(file: Path) -> Path:
+    """Have DeepSpeed give the ranks of several machines, which it starts through ssh, what the launch scripts
+    set for those of one; lines of the user's own such file count more.
+    """
+    lines = [f"{name}={os.environ[name]}\n" for name in EXPORTED if os.environ.get(name)]
+    own = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for place in (Path.home() / own, Path(own)):
+        if place.is_file():
+            lines += [f"{line}\n" for line in place.read_text().splitlines() if "=" in line]
+    file.write_text("".join(lines))
+    return file
+
+
+class Log:
+    """Lines to the terminal and, once the command is accepted, to OUTPUT_DIR/train.log."""
+
+    def __init__(self, folder: Path, accepted: Path, command: str) -> None:
+        self.path = folder / "train.log"
+        self._accepted, self._command = accepted, command
+        self._waiting: list[bytes] = []  # lines before the command was accepted
+        self._file = None
+        self._missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        self._before = names(folder)
+
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None
+
+    def write(self, line: bytes) -> None:
+        """Write as long as terminal and disk take it."""
+        with contextlib.suppress(OSError):
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+        self._waiting.append(line)
+        if self._accepted.exists():
+            self.open()
+
+    def open(self) -> None:
+        """Begin to write the file, or add to that of an earlier start; write what is waiting."""
+        with contextlib.suppress(OSError):
+            if not self.is_open:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab")
+                self._file.write(self._header().encode())
+            self._file.write(b"".join(self._waiting))
+            self._file.flush()
+            self._waiting.clear()
+
+    def close(self, is_refused: bool) -> None:
+        """Close the file. After a refusal remove it and its folder if both are new and the command has left
+        nothing else: a refusal after hours of training keeps its log.
+        """
+        with contextlib.suppress(OSError):
+            if self.is_open:
+                self._file.close()
+            if is_refused:
+                if self.is_open and names(self.path.parent) - self._before - {"run.lock"} == {self.path.name}:
+                    self.path.unlink()
+                for folder in self._missing:
+                    folder.rmdir()  # which fails where it holds anything
+
+    def _header(self) -> str:
+        device = self._accepted.read_text() if self._accepted.exists() else "unknown"
+        return (
+            f"=== {time.strftime('%Y-%m-%d %H:%M:%S %z')}\ncommand: {self._command}\nversions: {versions()}\n"
+            f"device: {device}\n"
+        )
+
+
+def names(folder: Path) -> set[str]:
+    """Names of all that a folder holds; none when there is no folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def typed(script: str, command: Sequence[str]) -> str:
+    """The command line that was given to the script."""
+    options = command[command.index("--module") + 2 :] if "--module" in command else command
+    return shlex.join(["bash", script, *options])
+
+
+def versions() -> str:
+    """Python, the libraries that decide results, and the commit where the code is a checkout."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    names = [f"python {sys.version.split()[0]}"]
+    for name in ("torch", "deepspeed", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            names.append(f"{name} {version(name)}")
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (ROOT / ".git").exists():
+            commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+            names.append(f"triptych {commit.stdout.strip()}")
+    return ", ".join(names)
+
+
+def ending(endings: Path, code: int, signals: int) -> tuple[int, str]:
+    """The exit code, and what is shown last: one line, or the traceback of the rank that failed first.
+
+    code: of the rank that `deepspeed` names in an error, or its own. signals: that asked for a stop.
+    """
+    notes: dict[str, list[Path]] = {kind: [] for kind in ("began", "stopped", "refused", "failed", "lost")}
+    for path in endings.glob("*_*"):
+        notes[path.name.split("_")[0]].append(path)
+    ranks = {kind: {path.name.split("_")[1] for path in paths} for kind, paths in notes.items()}
+    silent = sorted(ranks["began"] - ranks["stopped"] - ranks["lost"], key=int)
+    error_code = code if 0 < code < 128 else 1
+    if signals and not notes["began"]:
+        return (
+            STOPPED,
+            "Stopped during preparation; nothing to save. Run the same command to start again.\n",
+        )
+    if notes["failed"]:
+        return error_code, f"\nThe first error:\n{_first(notes['failed'])}"
+    if notes["refused"]:
+        return REFUSED, f"{min(notes['refused']).read_text()}\n"
+    # `deepspeed` asks the other ranks to stop when one was killed: that is no stop.
+    if notes["stopped"] and not silent:
+        return STOPPED, f"{min(notes['stopped']).read_text()}\n"
+    if signals > 1:
+        return 1, "Ended at once by a second signal; what was not saved is lost.\n"
+    if notes["lost"] and not silent:
+        return error_code, f"\nThe first error:\n{_first(notes['lost'])}"
+    if code < 0 or notes["lost"] or notes["stopped"]:
+        who = f"Rank {' or '.join(silent)}" if silent else "A rank"
+        reason = f"signal {-code}" if code < 0 else "no error message"
+        return error_code, f"\n{who} was killed ({reason}): from outside, or because memory ran out.\n"
+    return (0 if code == 0 else error_code), ""
+
+
+def _first(notes: Sequence[Path]) -> str:
+    return min(notes, key=lambda path: path.stat().st_mtime_ns).read_text()
+
+
+def _listen(child: subprocess.Popen, endings: Path, stop_files: Sequence[Path]) -> list[float]:
+    """Heed signals; the times of those that count end up in the list."""
+    counted: list[float] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
+        now = time.monotonic()
+        if now - min(counted, default=-math.inf) <= ONE_SIGNAL:
+            return
+        counted.append(now)
+        if len(counted) > 1 or not any(endings.glob("began_*")):
+            _kill(child)  # ranks that still import their libraries have nothing to save
+            return
+        for file in stop_files:
+            with contextlib.suppress(OSError):
+                file.touch()
+        with contextlib.suppress(OSError):
+            os.write(1, b"stopping; a second signal ends the run at once\n")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+    return counted
+
+
+def _end_orphans(child: subprocess.Popen) -> None:
+    """Ranks outlive a killed `deepspeed`, whose output then does not end; they notice, and have some time."""
+    child.wait()
+    time.sleep(ORPHANS_MAY_TAKE)
+    _kill(child)
+
+
+def _kill(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

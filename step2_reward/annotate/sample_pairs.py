@@ -1,0 +1,144 @@
+"""Pairs for people to compare: responses to each prompt, drawn from one checkpoint or two.
+
+    bash launch/sample_pairs.sh --model_name_or_path OUT1/final --prompt_data F.jsonl --output_dir DIR
+
+writes DIR/pairs.jsonl, which launch/annotate.sh shows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any, ClassVar
+
+from common.data.journal import to_lines, work_through
+from common.data.multi_encoder import load_alike
+from common.generation.generate import (
+    Answer,
+    GenerationOptions,
+    check_generation,
+    load_policy,
+    sample_answers,
+)
+from common.model.roles import policy_config
+from common.model.zero import load_zero_config
+from common.runtime.distributed import gather_objects, init_distributed, log, rank
+from common.runtime.files import write_text
+from common.runtime.options import CacheOptions, UserError, option, parse_options, world_size
+from common.runtime.process import run_main
+from common.text.prompts import Prompt, prompt
+from common.text.record_formats import Record
+from common.text.segments import find_prompt
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.run_folder import prepare_output
+from step2_reward.options import RewardOptions
+
+
+@dataclass
+class SamplePairsOptions(CacheOptions, GenerationOptions):
+    """Responses of one policy or two to the same prompts, in pairs."""
+
+    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
+
+    model_name_or_path: list[str] = option([], "Folder or hub name of one policy, or of two. Required.")
+    prompt_data: list[str] = option([], "Records with prompts; F.jsonl:0.1 takes a tenth of them. Required.")
+    output_dir: str = option("output/sample_pairs", "Folder for pairs.jsonl.")
+    responses_per_prompt: int = option(
+        2, "Responses drawn per prompt, by two policies in turn; every two of them are a pair.", at_least=2
+    )
+    max_prompt_length: int = option(256, "Longest prompt in tokens; a longer one is left out.", at_least=1)
+    seed: int = option(0, "Seed of sampling.", at_least=0)
+    zero_config: str = option(
+        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+    )
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(SamplePairsOptions, required=["model_name_or_path", "prompt_data"])
+    paths, file = options.model_name_or_path, Path(options.output_dir) / "pairs.jsonl"
+    if len(paths) > 2:
+        raise UserError(f"--model_name_or_path {' '.join(paths)}: must be one model or two")
+    if file.exists():
+        raise UserError(
+            f"--output_dir {options.output_dir}: holds {file.name} already; choose another folder"
+        )
+    as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    for path in paths:
+        check_generation(options, policy_config(path, "model_name_or_path"))
+    encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
+    by_encoder = load_prompts(options, encoders)
+    init_distributed()
+    prepare_output(options, {f"tokenizer of policy {n}": e.tokenizer for n, e in enumerate(encoders, 1)})
+
+    # 2. One policy after the other; what an earlier run has drawn is kept.
+    names = [paths[draw % len(paths)] for draw in range(options.responses_per_prompt)]
+    answers: dict[int, list[Answer]] = {}
+    for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
+        draws = range(first, len(names), len(paths))
+        answers |= responses(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
+
+    # 3. Pairs.
+    prompts = [find_prompt(row.record) for row in by_encoder[0]] if rank() == 0 else []
+    drawn = [[answers[draw][number] for draw in range(len(names))] for number in range(len(prompts))]
+    records = [pair for asked, said in zip(prompts, drawn, strict=True) for pair in pairs(asked, said, names)]
+    possible = len(prompts) * len(names) * (len(names) - 1) // 2
+    if not gather_objects(len(records))[0]:
+        raise UserError("no pairs: the responses to each prompt are alike or empty")
+    if rank() == 0:
+        write_text(file, to_lines(records))
+    log(f"{file}: {len(records)} pairs; left out {possible - len(records)} that are alike or empty")
+    flags = [record[name] for record in records for name in ("response_a_ended", "response_b_ended")]
+    if not all(flags):
+        log(
+            f"{flags.count(False)} of {len(flags)} responses were cut at --max_response_length"
+            f" {options.max_response_length}: pairs.jsonl and the annotation page mark them"
+        )
+
+
+def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
+    """The prompts as each encoder reads them, without those too long for one. Raises UserError."""
+    convert = partial(prompt, max_length=options.max_prompt_length, overlong="drop")
+    converts = [partial(convert, encoder=encoder) for encoder in encoders]
+    return load_alike(options.prompt_data, options, Prompt, converts, is_training=True).rows
+
+
+def responses(
+    load: Callable[[], Any], encoder: SegmentEncoder, rows: Sequence[Prompt], draws: Sequence[int],
+    options: SamplePairsOptions,
+) -> dict[int, list[Answer]]:  # fmt: skip
+    """By draw, on rank 0, the responses of a policy, which is loaded once something is left to be drawn."""
+    policy, answers = cache(load), {}
+
+    def respond(asked: Mapping[int, Prompt], draw: int) -> list[Answer]:
+        prompts = {number: row.ids for number, row in asked.items()}
+        drawn = sample_answers(policy(), encoder, prompts, options, draw)
+        return [drawn[number] for number in asked]
+
+    for draw in draws:
+        log(f"response {draw + 1} of {options.responses_per_prompt} to {len(rows)} prompts")
+        journal = Path(options.output_dir) / f"responses_{draw + 1}.journal"
+        size = options.generation_batch_size * world_size()
+        made = work_through(rows, partial(respond, draw=draw), journal, size, "prompts")
+        answers[draw] = [Answer(*one) for one in made]  # the journal holds lists
+    return answers
+
+
+def pairs(asked: str | list, answers: Sequence[Answer], names: Sequence[str]) -> list[Record]:
+    """Every two responses to a prompt that differ and are not empty."""
+    if not isinstance(asked, str):  # the template has the space before a message
+        answers = [answer._replace(text=answer.text.strip()) for answer in answers]
+    return [
+        {
+            "prompt": asked, "response_a": a.text, "response_b": b.text, "response_a_ended": a.ended,
+            "response_b_ended": b.ended, "model_a": by_a, "model_b": by_b,
+        }
+        for (a, by_a), (b, by_b) in combinations(zip(answers, names, strict=True), 2)
+        if a.text != b.text and a.text.strip() and b.text.strip()
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,59 @@
+"""What a reward model says of held-out pairs, and the average that its scores are centred on.
+
+A part of step 2, and a command that judges a reward model, or several as one, on preferences:
+
+    bash launch/evaluate_reward.sh --reward_model_name_or_path OUT2/final --eval_data F.jsonl --output_dir DIR
+"""
+
+from pathlib import Path
+
+import torch
+
+from common.model.forward import base_model
+from common.model.loading import load_config, longest_input
+from common.model.reward_ensemble import combine, load_encoders, load_members
+from common.model.zero import load_zero_config
+from common.runtime.distributed import init_distributed
+from common.runtime.files import make_folder
+from common.runtime.options import parse_options, world_size
+from common.runtime.process import UNWRITTEN, accept, run_main, stop_anywhere, stop_between_steps
+from step2_reward.data import Layout
+from step2_reward.evaluation.report import judge, load_pairs, write_report
+from step2_reward.evaluation.scores import scored_pairs
+from step2_reward.options import EvaluateOptions, RewardOptions
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(EvaluateOptions, required=["reward_model_name_or_path", "eval_data"])
+    as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    encoders = load_encoders(options)
+    for path in options.reward_model_name_or_path:
+        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+    data = load_pairs(options.eval_data, encoders, options, options.max_length, options.max_eval_samples)
+    output = make_folder("output_dir", options.output_dir)
+    init_distributed()
+    accept()
+    stop_anywhere(UNWRITTEN)
+
+    # 2. One model after the other.
+    sides = []
+    for member in load_members(options, encoders, zero):
+        rows, layout = data.rows[member.encoder], Layout(member.encoder.tokenizer.pad_token_id)
+        with member.ready() as model:
+            sides.append(torch.stack(scored_pairs(model, rows, options.micro_batch_size, layout)))  # (2, P)
+            reward_std = getattr(base_model(model).config, "reward_std", 1.0)
+    members = torch.stack(sides)  # (M, 2, P)
+    better, worse = (combine(members[:, side], options) for side in (0, 1))  # (P,) each
+
+    # 3. What was found. Probabilities are of raw scores, which an ensemble has not.
+    history = Path(options.reward_model_name_or_path[0]).parent / "metrics.jsonl"
+    alone = len(members) == 1
+    judged = judge(data, rows, better, worse)
+    stop_between_steps()
+    write_report(judged, reward_std if alone else None, history if alone else None, output)
+
+
+if __name__ == "__main__":
+    run_main(main)

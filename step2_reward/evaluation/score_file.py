@@ -1,0 +1,204 @@
+"""Scores of responses, for other programs: a JSONL file of records in, the same with `score` added out.
+
+    bash launch/score.sh --reward_model_name_or_path OUT2/final --input F.jsonl --output G.jsonl
+
+The same command again goes on after the last whole line of the output.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from common.data.journal import stop_resumably
+from common.data.readers import read_source
+from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, parse_record, warn_of_left_out
+from common.data.rendering_report import Rendered, describe_rendering
+from common.data.sources import copies, files_to_read, parse_source
+from common.model.loading import load_config, longest_input
+from common.model.reward_ensemble import (
+    EnsembleOptions,
+    RewardModel,
+    combine,
+    load_encoders,
+    load_members,
+    member_scores,
+)
+from common.runtime.distributed import log, on_cpu
+from common.runtime.files import exists
+from common.runtime.options import UserError, option, parse_options
+from common.runtime.process import on_refusal, run_main, stop_between_steps
+from common.text.record_formats import Record
+from common.text.segments import find_prompt
+from common.text.tokenizer import SegmentEncoder
+from common.text.truncation import Dropped, fit_demonstration
+from step2_reward.data import Response
+
+WINDOW = 4096  # records that are read, sorted by length, scored and written together
+NEAR = 0.05  # as near are scores of the same models on another machine; those of other models hardly
+Example = tuple[Record, dict[SegmentEncoder, list[int]]]  # as it was read; token ids for each encoder
+
+
+@dataclass
+class ScoreOptions(EnsembleOptions):
+    """Scores of responses by one reward model or several."""
+
+    input: str = option(
+        "", "Records: prompt + response (or completion), or messages; F.jsonl:0.1: a tenth of them. Required."
+    )
+    output: str = option("", "JSONL file for the same records with `score`, in their order. Required.")
+    micro_batch_size: int = option(32, "Records scored at once.", at_least=1)
+    max_length: int = option(1024, "Longest sequence in tokens; prompts lose their beginning.", at_least=8)
+    bf16: bool = option(True, "Compute in bf16 where there is a GPU.")
+    skip_bad_records: bool = option(False, "Leave bad records out instead of stopping at the first.")
+
+
+def main() -> None:
+    # 1. What can be wrong with the options and the first records is found before a model is loaded.
+    options = parse_options(ScoreOptions, required=["reward_model_name_or_path", "input", "output"])
+    encoders = load_encoders(options)
+    for path in options.reward_model_name_or_path:
+        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+    file, done, end, written = open_output(options.output)
+    examples = read_examples(options, encoders, done)
+    windows = iter(lambda: list(islice(examples, WINDOW)), [])
+    first = next(windows, [])
+    describe(options, first, done, encoders[0])
+    zero = {"bf16": {"enabled": options.bf16 and not on_cpu()}, "zero_optimization": {"stage": 0}}
+    members = load_members(options, encoders, zero)
+
+    # 2. The window that was begun last is scored again: the same batches make the same bytes, and what is
+    # there already must be what these models say of these records.
+    for window in chain([first], windows):
+        stop_resumably(f"{done} records scored", options.output)
+        lines = score(members, window, options, f"scoring records {done + 1} to {done + len(window)}")
+        check_written(written, lines, options)
+        stop_between_steps()
+        file.seek(end)
+        file.truncate()
+        file.writelines(lines)
+        file.flush()
+        done, end, written = done + len(lines), file.tell(), []
+        log(f"{done} records scored")
+
+
+def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
+    """The output, for this process alone; the window that was begun last: the number of records and of bytes
+    before it, and its whole lines. A new file goes with a refusal. Raises UserError when it cannot be had.
+    """
+    is_new = not exists(path)
+    try:
+        file = Path(path).open("a+b")  # noqa: SIM115 - open, and locked, for as long as the process lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}") from None
+    if is_new:
+        on_refusal(lambda: Path(path).stat().st_size or Path(path).unlink())
+    file.seek(0)
+    done, begin, lines = 0, 0, []
+    for number, line in enumerate(whole for whole in file if whole.endswith(b"\n")):
+        if number % WINDOW == 0:
+            done, begin, lines = number, file.tell() - len(line), []
+        lines.append(line)
+    return file, done, begin, lines
+
+
+def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], done: int) -> Iterator[Example]:
+    """The records after the first `done` good ones, as often as the weight of the source says. Raises
+    UserError naming file and line of a bad one.
+    """
+    source = parse_source(options.input)
+    files = files_to_read(source, is_training=False)
+    records = chain.from_iterable(((name, *row) for row in read_source(name)) for name in files)
+    bad, good, is_begun = BadRecords(options.skip_bad_records), 0, done > 0
+    if not options.skip_bad_records and source.weight == 1:  # those done need not be looked at
+        records, done = islice(records, done, None), 0
+    read = cut = 0
+    for name, number, _, unparsed in records:
+        example, times, read = None, 1, read + 1
+        with bad.at(name, number):
+            whole = load_object(unparsed)
+            record = parse_record(whole)
+            rows = {e: token_ids(record, e, options.max_length) for e in encoders}
+            example = whole, {e: ids for e, (ids, _) in rows.items()}
+            cut += any(is_cut for _, is_cut in rows.values())
+            if source.weight != 1:
+                times = copies(source.weight, fraction(find_prompt(record), "weight"))
+        for _ in range(times * (example is not None)):
+            good += 1
+            if done:
+                done -= 1
+            else:
+                yield example
+    if not good and not is_begun:
+        others = f"{read - bad.count} left out by the weight" if read > bad.count else ""
+        raise bad.nothing_left(options.input, read, others)
+    if bad.count:
+        log(f"{options.input}: left out {bad.count} bad records")
+        warn_of_left_out(bad.count, read)
+    if cut > LARGE_SHARE * read:
+        log(f"warning: {cut / read:.0%} of the prompts are cut to --max_length {options.max_length}")
+
+
+def describe(options: ScoreOptions, first: Sequence[Example], done: int, encoder: SegmentEncoder) -> None:
+    """Print how the records of the first window became text."""
+    if not first:
+        return
+    is_all = not done and len(first) < WINDOW
+    name = options.input if is_all else f"{options.input}, records {done + 1} to {done + len(first)}"
+    is_string = [isinstance(find_prompt(parse_record(record)), str) for record, _ in first]
+    source = Rendered(name, np.array(is_string), Response(first[0][1][encoder]))
+    describe_rendering([source], encoder, learns_replies=False)
+
+
+def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> tuple[list[int], bool]:
+    """A prompt and response that ends in EOS, and whether the prompt was cut. Raises ValueError, in words for
+    the user.
+    """
+    if "response" in record:
+        record = {**record, "completion": record["response"]}
+    if "messages" not in record and not {"prompt", "completion"} <= record.keys():
+        raise ValueError("must have 'prompt' and 'response' (or 'completion'), or 'messages'")
+    try:
+        row, is_cut = fit_demonstration(record, encoder, max_length, "truncate_prompt", keep_end=True)
+    except Dropped as why:
+        raise ValueError(f"{why} for --max_length {max_length}") from None
+    if "messages" in record and record["messages"][-1]["role"] != "assistant":
+        raise ValueError("field 'messages' must end with an assistant message, the one to score")
+    return row.ids, is_cut
+
+
+def score(
+    members: list[RewardModel], window: list[Example], options: ScoreOptions, title: str
+) -> list[bytes]:
+    """A line of output for each record. title: of progress lines."""
+    inputs = {encoder: [ids[encoder] for _, ids in window] for encoder, _ in members}
+    scores = member_scores(members, inputs, options.micro_batch_size, title)  # (M, B)
+    lines = []
+    for (record, _), *found in zip(window, combine(scores, options).tolist(), *scores.tolist(), strict=True):
+        total, *parts = [round(score, 6) for score in found]
+        added = {"score": total, "scores": parts} if parts[1:] else {"score": total}
+        lines.append(f"{json.dumps({**record, **added}, default=str)}\n".encode())
+    return lines
+
+
+def check_written(written: list[bytes], lines: list[bytes], options: ScoreOptions) -> None:
+    """Raise UserError unless lines that are there already are, but for rounding, those to be written."""
+    same, added = 0, {"score": 0, "scores": 0}
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # what is there can be anything
+        for old, new in zip(map(json.loads, written), map(json.loads, lines), strict=False):
+            is_near = math.isclose(old["score"], new["score"], rel_tol=NEAR, abs_tol=NEAR)
+            same += is_near and {**old, **added} == {**new, **added}
+    if same < len(written):
+        raise UserError(f"--output {options.output}: not these models' scores of --input; choose another")
+
+
+if __name__ == "__main__":
+    run_main(main)

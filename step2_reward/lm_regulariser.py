@@ -1,0 +1,44 @@
+"""The loss of a language model beside that of preferences: the reward model keeps being able to write."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from common.model.loading import is_scalar, load_causal_lm, load_config
+from common.model.zero import unpartitioned
+from common.runtime.distributed import device
+from common.runtime.options import UserError
+from step2_reward.data import Batch
+from step2_reward.options import RewardOptions
+
+
+def load_language_head(
+    options: RewardOptions, tokenizer: PreTrainedTokenizerFast, zero: dict
+) -> nn.Module | None:
+    """The output head of the SFT model, frozen: what is learnt is the backbone. None without --lm_loss_coef.
+
+    It is read from --model_name_or_path at every start, and is no part of checkpoints or of the result.
+    """
+    if not options.lm_loss_coef:
+        return None
+    model = load_causal_lm(options.model_name_or_path, tokenizer, unpartitioned(zero))
+    return model.get_output_embeddings().requires_grad_(False).to(device())
+
+
+def check_language_model(options: RewardOptions) -> None:
+    """Raise UserError when there is no output head to learn language with."""
+    if options.lm_loss_coef and is_scalar(load_config(options.model_name_or_path)):
+        raise UserError(
+            f"--lm_loss_coef {options.lm_loss_coef:g}: {options.model_name_or_path} is a reward model,"
+            " without the output head of a language model; it must be 0"
+        )
+
+
+def best_response_logits(head: nn.Module, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) before each token of each record's best response, and these tokens (N,).
+
+    states: (R, T, hidden size).
+    """
+    before = torch.zeros_like(batch.is_best)
+    before[:, :-1] = batch.is_best[:, 1:]
+    return head(states[before]), batch.input_ids[batch.is_best]

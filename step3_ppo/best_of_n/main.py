@@ -1,0 +1,178 @@
+"""Rejection sampling: n responses to each prompt, scored, and the best of them as data for steps 1 and 2.
+
+    bash launch/best_of_n.sh --model_name_or_path OUT1/final --prompt_data F.jsonl \
+        --reward_model_name_or_path OUT2/final --output_dir DIR
+
+Writes samples.jsonl, demonstrations.jsonl, preferences.jsonl and report.json. The same command again goes on
+after the last whole chunk of prompts; when all are answered, it selects again.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from common.data.batching import batch_order
+from common.data.examples import Examples
+from common.data.journal import stop_resumably
+from common.data.loading import load_examples
+from common.generation.generate import check_generation, generate, load_policy, my_prompts
+from common.model.reward_ensemble import load_encoders, load_members
+from common.model.roles import policy_config
+from common.model.zero import load_zero_config
+from common.runtime.distributed import gather_objects, init_distributed, log, rank, ranks_in_words
+from common.runtime.files import make_folder
+from common.runtime.options import UserError, parse_options, world_size
+from common.runtime.process import run_main, stop_between_steps
+from common.runtime.progress import Progress
+from common.text.prompts import Prompt, prompt
+from common.text.segments import find_prompt
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.run_folder import prepare_output
+from step3_ppo.best_of_n.files import Sample, select, whole_samples, write_samples
+from step3_ppo.best_of_n.options import BestOfNOptions, check_options
+from step3_ppo.best_of_n.report import describe
+from step3_ppo.models import Scorer
+from step3_ppo.options import PPOOptions
+from step3_ppo.reward_functions import load_functions
+from step3_ppo.rollout import Rollout, assemble
+from step3_ppo.scoring import score_responses
+
+
+def main() -> None:
+    # 1. Everything that can be wrong is found before a model is loaded.
+    options = parse_options(BestOfNOptions, required=["model_name_or_path", "prompt_data"])
+    check_options(options)
+    as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
+    check_generation(options, policy_config(options.model_name_or_path, "model_name_or_path"))
+    functions = load_functions(options.reward_function, "reward_function")
+    encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
+    reward_encoders = load_encoders(options, encoder)
+    prompts = load_prompts(options, encoder)
+    if options.selection_dir:
+        make_folder("selection_dir", options.selection_dir)
+    init_distributed(options.timeout_minutes)
+    tokenizers = {f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(reward_encoders, 1)}
+    prepare_output(options.sampling, {"tokenizer": encoder.tokenizer, **tokenizers})
+
+    # 2. As many prompts at once as fill a batch of every rank; what they make is written before the next.
+    size, total = options.samples_per_prompt, len(prompts)
+    chunk = math.ceil(options.generation_batch_size * world_size() / size)
+    file = Path(options.output_dir) / "samples.jsonl"
+    done = on_first_rank(partial(whole_samples, file, chunk * size, total * size)) // size
+    start = f"; resuming: {done} of {total} prompts done" if done else ""
+    log(f"{total} prompts, {size} responses to each, on {ranks_in_words()}{start}")
+    if done < total:
+        policy = load_policy(options.model_name_or_path, encoder, zero)
+        scorer = Scorer(load_members(options, reward_encoders, zero), functions, options)
+    progress, start, tokens = Progress("prompts", total, done), time.perf_counter(), 0
+    while done < total:
+        stop_resumably(f"{done} of {total} prompts done", options.output_dir)
+        end = min(done + chunk, total)
+        samples = answer(policy, scorer, encoder, prompts, range(done * size, end * size), options)
+        on_first_rank(partial(write_samples, file, samples))
+        done, tokens = end, tokens + sum(sample["length"] for sample in samples)
+        score, seconds = fmean(sample["score"] for sample in samples), time.perf_counter() - start
+        progress.update(done, f"score {score:.3f} | {tokens / seconds:.0f} tokens/s")
+
+    # 3. What the other steps read.
+    stop_between_steps()  # rank 0 writes, the others wait for it
+    report = on_first_rank(partial(select, options))
+    log(f"{describe(report)}\nwrote {options.selection_dir or options.output_dir}")
+
+
+def load_prompts(options: BestOfNOptions, encoder: SegmentEncoder) -> Examples[Prompt]:
+    """The prompts of the round, of those that step 3 would learn from. Raises UserError."""
+    convert = partial(
+        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
+    )
+    prompts, _ = load_examples(options.prompt_data, options, Prompt, convert)
+    count = options.prompts_per_round
+    if not 0 < count < len(prompts):
+        return prompts
+    order = batch_order(prompts.notes("length"), count, options.seed, options.round - 1, grouped=False)
+    return prompts.take(np.array(next(order)))
+
+
+class RowIds(Sequence[list[int]]):
+    """Token ids of the prompt that each row of the round, of `size` rows for each prompt, responds to."""
+
+    def __init__(self, prompts: Sequence[Prompt], size: int) -> None:
+        self._prompts, self._size = prompts, size
+
+    def __len__(self) -> int:
+        return len(self._prompts) * self._size
+
+    def __getitem__(self, row: int) -> list[int]:
+        return self._prompts[row // self._size].ids
+
+
+def answer(
+    policy: Any, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
+    options: BestOfNOptions,
+) -> list[Sample]:  # fmt: skip
+    """Some rows of the round with their scores, on every rank, each having drawn a part of them.
+
+    What a row is depends on its number in the round, not on what is drawn beside it. Raises UserError for a
+    score that is not a finite number.
+    """
+    size = options.samples_per_prompt
+    numbers = [*rows, *[rows[0]] * (-len(rows) % world_size())]  # every rank has as many
+    asked = [prompts[number // size] for number in numbers]
+    mine = my_prompts([one.ids for one in asked])
+    drawn = generate(
+        policy, encoder, RowIds(prompts, size), [numbers[i] for i in mine], options, options.round
+    )
+    drawn = drawn._replace(support=drawn.support[..., :0])  # large, and of no use without an update
+    rollout = assemble(asked, mine, drawn, encoder.tokenizer.pad_token_id)
+    scores, parts = score_responses(scorer, encoder, asked, rollout, mine, options.generation_batch_size)
+    if bad := int((~scores.isfinite()).sum()):
+        raise UserError(f"--reward_model_name_or_path: {bad} scores are not finite numbers")
+    names = [f"reward_model_{number + 1}" for number in range(len(scorer.rewards))]
+    names += [function.name for function in scorer.functions]
+    return [
+        to_sample(rollout, place, numbers[place] // size, asked[place], encoder)
+        | {"score": round(scores[place].item(), 6)}
+        | ({"scores": dict(zip(names, said, strict=True))} if len(names) > 1 else {})
+        for place, said in zip(range(len(rows)), parts.tolist(), strict=False)
+    ]
+
+
+def to_sample(
+    rollout: Rollout, place: int, group: int, asked: Prompt, encoder: SegmentEncoder
+) -> dict[str, Any]:
+    """A response as a demonstration, with the number of its prompt, its tokens, and whether it ended."""
+    source = find_prompt(asked.record)
+    text = encoder.decode_response(rollout.prompt(place), rollout.reply(place))
+    return {
+        "group": group,
+        "prompt": source,
+        # The chat template decides about the space before a message.
+        "completion": text if isinstance(source, str) else text.strip(),
+        "length": int(rollout.response_lengths[place]),
+        "ended": bool(rollout.ended[place]),
+    }
+
+
+def on_first_rank(action: Callable[[], Any]) -> Any:
+    """What an action of rank 0 alone returns, on every rank; its error as a UserError on all of them."""
+    result, problem = None, ""
+    if rank() == 0:
+        try:
+            result = action()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    result, problem = gather_objects((result, problem))[0]
+    if problem:
+        raise UserError(problem)
+    return result
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,161 @@
+"""What a policy does on held-out prompts, and the figures that describe responses."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.numeric.tensor_ops import masked_mean, masked_var
+from common.runtime.distributed import rank
+from common.runtime.options import world_size
+from common.text.prompts import Prompt
+from common.training.means import Mean
+from step3_ppo.models import Models, Scorer
+from step3_ppo.options import PPOOptions
+from step3_ppo.rewards import repeated_share, token_kl
+from step3_ppo.rollout import Rollout, sample_rollout
+from step3_ppo.scoring import score_responses, score_rollout
+
+PERCENTILES = torch.tensor([0.1, 0.5, 0.9])
+# A sampling step that training never reaches: every evaluation draws the same numbers.
+EVALUATION_STEP = 1 << 40
+
+
+def evaluate(
+    models: Models, prompts: Sequence[Prompt], options: PPOOptions
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures on one response to each held-out prompt, and the first few with their scores."""
+    short = -len(prompts) % world_size()
+    prompts_of_all = [*prompts, *prompts[:1] * short]
+    title = "responses to held-out prompts"
+    rollout = sample_rollout(models.actor, models.encoder, prompts_of_all, options, EVALUATION_STEP, title)
+    rollout, _ = score_rollout(models, prompts_of_all, rollout, options, title=f"scores of {title}")
+    gold = None
+    if models.gold:
+        mine, size = range(rank(), len(prompts_of_all), world_size()), options.generation_batch_size
+        gold, _ = score_responses(
+            models.gold, models.encoder, prompts_of_all, rollout, mine, size, f"gold scores of {title}"
+        )
+        gold = gold[: len(prompts)]
+    rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
+    figures = {
+        "eval/score": rollout.scores.mean().item(),
+        "eval/score_std": rollout.scores.std(unbiased=False).item(),
+        "eval/kl": response_kl(rollout),
+        **({} if gold is None else {"eval/gold": gold.mean().item()}),
+        **{f"eval/{name}": value for name, value in describe_responses(rollout).items()},
+    }
+    return figures, samples(models, rollout, gold, options.num_samples)
+
+
+def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, Mean]:
+    """The figures of one training rollout; returns (B, R) where there is a critic."""
+    low, median, high = rollout.scores.float().quantile(PERCENTILES.to(rollout.scores)).tolist()
+    found = {
+        "reward/mean": rollout.scores.mean().item(),
+        "reward/std": rollout.scores.std(unbiased=False).item(),
+        "reward/p10": low,
+        "reward/median": median,
+        "reward/p90": high,
+        **describe_parts(models.scorer, rollout.score_parts),
+        "kl/mean": response_kl(rollout),
+        **kl_by_quarter(rollout),
+        "policy/perplexity": masked_mean(rollout.logprobs, rollout.response_mask).neg().exp().item(),
+        **({} if returns is None else describe_values(rollout, returns)),
+        **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
+    }
+    return {name: Mean(value) for name, value in found.items()}
+
+
+def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
+    """Mean of each part of the scores (B, M + F) if there are several; how far reward models are apart."""
+    count = len(scorer.rewards)
+    names = [*range(1, count + 1), *(function.name for function in scorer.functions)]
+    if len(names) == 1:
+        return {}
+    means = {f"reward/mean_{name}": part.item() for name, part in zip(names, parts.mean(0), strict=True)}
+    if count > 1:
+        means["reward/std_between"] = parts[:, :count].std(1, unbiased=False).mean().item()
+    return means
+
+
+def describe_values(rollout: Rollout, returns: Tensor) -> dict[str, float]:
+    """How much of the variance of the returns (B, R) the critic foresaw, and its mean."""
+    mask = rollout.response_mask
+    unexplained = masked_var(returns - rollout.values, mask) / masked_var(returns, mask).clamp(min=1e-8)
+    mean = masked_mean(rollout.values, mask).item()
+    return {"value/explained_var": 1.0 - unexplained.item(), "value/mean": mean}
+
+
+def response_kl(rollout: Rollout) -> float:
+    """KL against the reference: the k1 estimate summed over the response, averaged over responses."""
+    return token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask).sum(1).mean().item()
+
+
+def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
+    """KL per token, the k1 estimate, in the first to the last quarter of each response."""
+    kl, mask = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask), rollout.response_mask
+    place = torch.arange(mask.shape[1], device=mask.device)
+    quarters = 4 * place // rollout.response_lengths[:, None]  # (B, R)
+    return {f"kl/quarter_{q + 1}": masked_mean(kl, mask & (quarters == q)).item() for q in range(4)}
+
+
+def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str, Mean]:
+    """Time of the phases of an iteration, and what they got through: in the rollout tokens of responses, else
+    of prompts too; and of all positions that the rollout ran the actor at, the share that was not padding or
+    past the end of a response.
+
+    seconds: of sampling, scoring and training; passes: how often training went through the rollout.
+    """
+    tokens = int(rollout.lengths.sum())
+    amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes
+    useful = tokens - len(rollout.lengths)  # the last token of a response is drawn, not read
+    share = Mean(useful, int(rollout.computed.sum()))
+    found = {"time/step": Mean(sum(seconds)), "rollout/useful_share": share}
+    for name, spent, amount in zip(("rollout", "score", "train"), seconds, amounts, strict=True):
+        found |= {f"time/{name}": Mean(spent), f"{name}/tokens_per_second": Mean(amount, spent)}
+    return found
+
+
+def describe_responses(rollout: Rollout) -> dict[str, float]:
+    """Length in tokens, share that ended by themselves, distinct-1 and -2, share of repeated trigrams.
+
+    distinct_2: different pairs of neighbouring tokens / all such pairs within a response, averaged over
+    responses (Li et al. 2016, per response, so that it does not depend on how many there are).
+    """
+    responses = [rollout.response(row) for row in range(len(rollout.scores))]
+    repeated = [fmean(repeated_share(ids, size) for ids in responses) for size in (1, 2, 3)]
+    return {
+        "length": rollout.response_lengths.float().mean().item(),
+        "eos_rate": rollout.ended.float().mean().item(),
+        "distinct_1": 1.0 - repeated[0],
+        "distinct_2": 1.0 - repeated[1],
+        "repeated_3": repeated[2],
+    }
+
+
+def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -> list[dict[str, Any]]:
+    """The first responses with what is known of them; gold (B,)."""
+    found = []
+    for row in range(min(count, len(rollout.scores))):
+        prompt = rollout.prompt(row)
+        found.append({
+            "prompt": models.encoder.decode_prompt(prompt),
+            "response": models.encoder.decode_response(prompt, rollout.reply(row)),
+            "score": rollout.scores[row].item(),
+            **({} if gold is None else {"gold": gold[row].item()}),
+            "length": int(rollout.response_lengths[row]),
+            "ended": rollout.ended[row].item(),
+        })  # fmt: skip
+    return found
+
+
+def as_markdown(found: Sequence[dict[str, Any]]) -> str:
+    """A table of samples."""
+    lines = ["| score | prompt | response |", "|---|---|---|"]
+    for one in found:
+        texts = [one[name].replace("|", "\\|").replace("\n", " ") for name in ("prompt", "response")]
+        lines.append(f"| {one['score']:.2f} | {texts[0]} | {texts[1]} |")
+    return "\n".join(lines)

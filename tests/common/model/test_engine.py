@@ -1,0 +1,28 @@
+"""A trained model inside DeepSpeed."""
+
+from pathlib import Path
+
+import pytest
+
+import step1_sft.main
+from common.model.engine import make_engine
+from tests.ranks import succeed
+from tests.stages import sft  # noqa: F401 - world is a fixture
+
+
+@pytest.mark.parametrize(("words", "passes"), [([], 1), (["--gradient_checkpointing"], 2)])
+def test_layers_are_recomputed_from_the_first_step_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], passes: int
+) -> None:  # fmt: skip
+    """A model is loaded for evaluation, and without held-out data no evaluation puts it back to training."""
+
+    def make(*parts):
+        engine = make_engine(*parts)
+        count = (tmp_path / "passes").open("ab", buffering=0)
+        engine.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: count.write(b".") and None)
+        return engine
+
+    monkeypatch.setattr(step1_sft.main, "make_engine", make)
+    options = [*sft(world, tmp_path / "out", steps=1), "--micro_batch_size", "8", "--eval_fraction", "0"]
+    succeed("step1_sft.main", [*options, *words], tmp_path)
+    assert (tmp_path / "passes").read_text() == "." * passes

@@ -1,0 +1,85 @@
+"""Models with more rows than tokens and with several end tokens, wherever responses are drawn."""
+
+import json
+
+import pytest
+import torch
+from transformers import PhiConfig, PhiForCausalLM
+
+from common.generation.generate import GenerationOptions, Plain, generate, sample_answers
+from common.model.vocabulary import fit_to_tokenizer, spare_ids
+from common.text.tokenizer import SegmentEncoder
+from launch.chat.session import Chat, ChatOptions, Speaker
+from step1_sft import evaluate
+from step1_sft.data import Demonstration
+from tests.byte_encoder import byte_encoder
+
+SPARE = 8  # rows without a token
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SegmentEncoder:
+    """Bytes, and an end token that is not marked as special, so that decoding does not leave it out."""
+    return byte_encoder("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}")
+
+
+@pytest.fixture
+def model(encoder: SegmentEncoder) -> PhiForCausalLM:
+    """Spare rows are by far the likeliest; then <|end|>; EOS never comes."""
+    tokenizer = encoder.tokenizer
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=len(tokenizer) + SPARE, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = PhiForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.bias[-SPARE:] = 30.0
+        model.lm_head.bias[tokenizer.convert_tokens_to_ids("<|end|>")] = 4.0
+        model.lm_head.bias[tokenizer.eos_token_id] = -30.0
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|end|>"), 10**6]
+    return fit_to_tokenizer(model, tokenizer)
+
+
+def test_end_ids_are_those_of_tokenizer_and_model_and_are_saved(encoder, model, tmp_path):
+    end = len(encoder.tokenizer) - 1
+    assert model.num_tokens == len(encoder.tokenizer)
+    assert model.end_ids == [encoder.eos_token_id, end]
+    assert spare_ids(model) == list(range(end + 1, end + 1 + SPARE))
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [encoder.eos_token_id, end]
+
+
+def test_rollouts_end_at_any_end_token(encoder, model):
+    options = GenerationOptions(max_response_length=40, generation_batch_size=3)
+    options.seed = 0
+    prompts = {number: encoder.tokenizer("Say it").input_ids for number in range(6)}
+    found = generate(Plain(model), encoder, prompts, list(range(6)), options, step=1)
+    assert found.ended.all() and found.lengths.float().mean() < 30
+    assert (found.ids < model.num_tokens).all()
+    last = found.ids.gather(1, found.lengths[:, None] - 1)
+    assert (last == model.end_ids[1]).all()
+    answers = sample_answers(Plain(model), encoder, prompts, options, step=1)
+    assert all(answer.ended and "<|end|>" not in answer.text for answer in answers.values())
+    texts = [encoder.tokenizer.decode(ids[: n - 1]) for ids, n in zip(found.ids, found.lengths, strict=True)]
+    assert [answers[number].text for number in range(6)] == texts
+
+
+def test_sample_answers_of_step_1_end_there_too(encoder, model):
+    row = Demonstration(encoder.tokenizer("Say it").input_ids, [False] * 5 + [True])
+    (found,) = evaluate.sample_answers(model, [row], encoder, max_new_tokens=20)
+    assert found.answer == "", "the likeliest token is the end"
+    with torch.no_grad():
+        model.lm_head.bias[encoder.tokenizer("a").input_ids] = 20.0
+    (found,) = evaluate.sample_answers(model, [row], encoder, max_new_tokens=20)
+    assert found.answer == "a" * 20, "not a row without a token"
+
+
+def test_a_chat_ends_there_too(encoder, model, capsys):
+    options = ChatOptions(max_response_length=40, seed=1)
+    chat = Chat([Speaker("new", model, encoder, 24)], [], options)
+    chat.say("Hello")
+    (answer,) = chat._answers.values()
+    assert answer.text and not any("cut off" in flaw for flaw in answer.flaws)
+    assert "<|end|>" not in answer.text and "<|end|>" not in capsys.readouterr().out

@@ -1,0 +1,102 @@
+"""What a run and its continuation may differ in, and which differences are the user's."""
+
+import json
+
+import pytest
+
+from common.runtime.option_checks import (
+    changed_defaults,
+    changed_options,
+    check_held_out,
+    default_values,
+    resolved,
+)
+from common.runtime.options import UserError, parse_options
+from common.training.run_folder import FREE_OPTIONS, check_folder
+from step1_sft.options import SFTOptions
+from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.options import RewardOptions
+from step3_ppo.options import PPOOptions
+
+
+def direct(*words: str) -> dict:
+    options = parse_options(DirectOptions, [], list(words))
+    complete(options)
+    return resolved(options)
+
+
+def changes(earlier: dict, current: dict) -> list[str]:
+    return changed_options(earlier, current, default_values(DirectOptions()), FREE_OPTIONS)
+
+
+def test_what_another_option_decides_is_not_the_users_doing():
+    assert changes(direct(), direct("--loss", "simpo")) == ["--loss dpo -> simpo"]
+    both = direct("--loss", "simpo", "--beta", "3")
+    assert changes(direct(), both) == ["--beta 0.1 -> 3.0", "--loss dpo -> simpo"]
+
+
+def test_a_value_that_is_given_or_filled_in_is_the_same_value():
+    assert changes(direct(), direct("--beta", "0.1", "--seed", "0")) == []
+
+
+def test_an_option_that_is_left_out_of_the_second_command_counts():
+    assert changes(direct("--seed", "7"), direct()) == ["--seed 7 -> 0"]
+    assert changes(direct("--lora_target_modules", "q", "k"), direct()) == [
+        "--lora_target_modules q k -> all-linear"
+    ]
+    assert changes(direct("--max_steps", "7"), direct()) == [], "free"
+
+
+def test_options_that_another_version_does_not_have():
+    """A new one counts where it is given with another value than its default."""
+    earlier = direct()
+    del earlier["nll_coef"]
+    assert (
+        changes(earlier, direct()) == changes(earlier, direct("--loss", "cpo", "--nll_coef", "1"))[1:] == []
+    )
+    assert changes(earlier, direct("--nll_coef", "2", "--loss", "cpo"))[1:] == ["--nll_coef 1.0 -> 2.0"]
+    assert changes(direct() | {"gone": 3}, direct()) == [], "nobody gave it"
+    del earlier["given"]  # of a version that did not know
+    assert changes(earlier, direct("--seed", "3")) == ["--seed 0 -> 3"]
+
+
+def test_a_default_of_another_version_is_named_with_its_remedy(tmp_path):
+    options = parse_options(SFTOptions, [], ["--output_dir", str(tmp_path)])
+    earlier = resolved(options) | {"adam_beta2": 0.999, "logging_steps": 3}
+    assert changed_defaults(earlier, resolved(options), FREE_OPTIONS) == ["--adam_beta2 0.999"]
+    (tmp_path / "options.json").write_text(json.dumps(earlier))
+    with pytest.raises(UserError, match="began with other defaults; to continue it, add --adam_beta2 0.999$"):
+        check_folder(options)
+    check_folder(parse_options(SFTOptions, [], ["--output_dir", str(tmp_path), "--adam_beta2", "0.999"]))
+
+
+def test_a_checkpoint_folder_that_is_not_there_is_refused_before_data_is_read(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path / "step_9")]
+    with pytest.raises(UserError, match="step_9: no such folder"):
+        check_folder(parse_options(SFTOptions, [], words))
+
+
+STAGES = {
+    SFTOptions: {"eval/loss"},
+    RewardOptions: {"eval/loss", "eval/accuracy"},
+    DirectOptions: {"eval/loss", "eval/accuracy"},
+    PPOOptions: {"eval/score", "eval/gold"},
+}
+
+
+@pytest.mark.parametrize("options_class", STAGES)
+def test_a_stage_takes_the_metrics_that_it_measures(options_class):
+    for metric in {"none"}.union(*STAGES.values()):
+        words = ["--best_metric", metric]
+        if metric in STAGES[options_class] | {"none"}:
+            assert parse_options(options_class, [], words).best_metric == metric
+        else:
+            with pytest.raises(UserError, match=f"--best_metric.*'{metric}' .choose from 'none', "):
+                parse_options(options_class, [], words)
+
+
+def test_a_metric_needs_held_out_data():
+    words = ["--best_metric", "eval/loss", "--eval_fraction", "0"]
+    with pytest.raises(UserError, match="--best_metric eval/loss: needs held-out data"):
+        check_held_out(parse_options(SFTOptions, [], words))
+    check_held_out(parse_options(SFTOptions, [], [*words, "--eval_data", "a.jsonl"]))

@@ -1,0 +1,165 @@
+"""The command line: what is accepted, and that each mistake is one line that says what to write."""
+
+import dataclasses
+
+import pytest
+
+from common.runtime.options import (
+    TrainOptions,
+    UserError,
+    accumulation_steps,
+    given_options,
+    parse_options,
+    reason,
+)
+from launch.chat.session import ChatOptions
+from launch.plan.options import PlanOptions
+from step1_sft.critique import CritiqueOptions
+from step1_sft.options import EvaluateOptions as EvaluateSFTOptions
+from step1_sft.options import SFTOptions
+from step2_reward.annotate.main import AnnotateOptions
+from step2_reward.annotate.sample_pairs import SamplePairsOptions
+from step2_reward.direct.options import DirectOptions
+from step2_reward.evaluation.score_file import ScoreOptions
+from step2_reward.judge.main import JudgeOptions
+from step2_reward.options import EvaluateOptions as EvaluateRewardOptions
+from step2_reward.options import RewardOptions
+from step3_ppo.best_of_n.options import BestOfNOptions
+from step3_ppo.compare.options import EvaluateOptions as ComparisonOptions
+from step3_ppo.options import PPOOptions, check_options
+
+REQUIRED = ["model_name_or_path", "train_data"]
+GOOD = ["--model_name_or_path", "m", "--train_data", "a.jsonl", "b.csv"]
+
+
+def parse(*extra: str, given: list[str] = GOOD) -> SFTOptions:
+    return parse_options(SFTOptions, REQUIRED, [*given, *extra])
+
+
+def test_values_are_typed_and_lists_are_lists():
+    options = parse("--learning_rate", "1e-3", "--skip_bad_records", "--max_steps=7")
+    assert options.train_data == ["a.jsonl", "b.csv"]
+    assert (options.learning_rate, options.skip_bad_records, options.max_steps) == (1e-3, True, 7)
+    assert options.global_batch_size == 32
+
+
+@pytest.mark.parametrize(
+    "extra, parts",
+    [
+        (["--lerning_rate", "1"], ["--lerning_rate", "did you mean --learning_rate?"]),
+        (["--learning", "1"], ["unknown option --learning"]),  # no abbreviations
+        (["--zzz"], ["--zzz", "--help lists them"]),
+        (["--max_steps", "many"], ["--max_steps", "'many'", "int"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "float"]),
+        (["--skip_bad_records", "perhaps"], ["--skip_bad_records", "perhaps"]),
+        (["--lr_scheduler_type", "square"], ["--lr_scheduler_type", "square", "cosine", "linear"]),
+        (["--loss_on", "prompt"], ["--loss_on", "prompt_and_response"]),
+        (["--max_steps"], ["--max_steps", "expected one argument"]),
+        (["--max_steps", "-1"], ["--max_steps -1", "at least 0"]),
+        (["--learning_rate", "0"], ["--learning_rate 0", "above 0"]),
+        (["--learning_rate", "nan"], ["--learning_rate nan", "above 0"]),
+        (["--eval_fraction", "0.95"], ["--eval_fraction 0.95", "at most 0.9"]),
+        (["--max_length", "7"], ["--max_length 7", "at least 8"]),
+        (["--micro_batch_size", "0"], ["--micro_batch_size 0", "at least 1"]),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it_and_what_is_allowed(extra, parts):
+    with pytest.raises(UserError) as error:
+        parse(*extra)
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_an_infinite_learning_rate_is_refused():
+    with pytest.raises(UserError, match="--learning_rate inf"):
+        parse("--learning_rate", "inf")
+
+
+@pytest.mark.parametrize("missing", REQUIRED)
+def test_a_missing_option_is_named(missing):
+    given = [["--model_name_or_path", "m"], ["--train_data", "f"]]
+    kept = [word for words in given if words[0] != f"--{missing}" for word in words]
+    with pytest.raises(UserError, match=f"--{missing} is required"):
+        parse(given=kept)
+
+
+def test_global_batch_is_micro_batch_times_steps_times_ranks():
+    assert accumulation_steps(32, 4, 1) == 8
+    assert accumulation_steps(32, 4, 8) == 1
+    assert accumulation_steps(96, 4, 8) == 3
+
+
+@pytest.mark.parametrize("numbers", [(30, 4, 8), (32, 5, 1), (4, 8, 1), (32, 4, 16)])
+def test_batch_sizes_that_do_not_divide_are_all_named(numbers):
+    with pytest.raises(UserError) as error:
+        accumulation_steps(*numbers)
+    global_batch, micro_batch, ranks = numbers
+    message = str(error.value)
+    assert f"--global_batch_size {global_batch} " in message
+    assert f"--micro_batch_size {micro_batch} " in message
+    assert f"{ranks} rank" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "changed, parts",
+    [
+        ({"global_batch_size": 48}, ["--rollout_batch_size 128", "--global_batch_size 48"]),
+        ({"samples_per_prompt": 3}, ["--rollout_batch_size 128", "--samples_per_prompt 3"]),
+    ],
+)
+def test_a_rollout_that_is_not_whole_is_refused(changed, parts):
+    check_options(PPOOptions(reward_function=["f.py:f"]))
+    with pytest.raises(UserError) as error:
+        check_options(PPOOptions(reward_function=["f.py:f"], **changed))
+    assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize("options_class", [TrainOptions, SFTOptions, RewardOptions, PPOOptions])
+def test_defaults_are_within_their_limits_and_lists_are_not_shared(options_class):
+    first, second = (parse_options(options_class, [], []) for _ in range(2))
+    assert first == second
+    first.eval_data.append("x")
+    assert second.eval_data == []
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n\n  first \nsecond"), "first"), (IndexError(), "IndexError"),
+        (OSError(" \n"), "OSError"), (RuntimeError("alone"), "alone"),
+        (KeyError("rope_scaling"), "KeyError: 'rope_scaling'"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_an_error_is_one_line_and_never_empty(error, line):
+    assert reason(error) == line
+
+
+def test_the_help_of_a_switch_for_off_says_off(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(PPOOptions, [], ["--help"])
+    assert "Turn --whiten_advantages off." in " ".join(capsys.readouterr().out.split())
+    options = parse_options(PPOOptions, [], ["--no_whiten_advantages"])
+    assert not options.whiten_advantages and options.group_std
+
+
+@pytest.mark.parametrize(
+    "options_class",
+    [
+        SFTOptions, EvaluateSFTOptions, CritiqueOptions, RewardOptions, EvaluateRewardOptions, DirectOptions,
+        ScoreOptions, JudgeOptions, SamplePairsOptions, AnnotateOptions, PPOOptions, BestOfNOptions,
+        ComparisonOptions, ChatOptions, PlanOptions,
+    ],
+)  # fmt: skip
+def test_the_help_of_every_command_is_printed_as_it_is_written(options_class, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_options(options_class, [], ["--help"])
+    printed = "".join(capsys.readouterr().out.split())  # lines are also broken after hyphens
+    assert not end.value.code
+    for field in dataclasses.fields(options_class):
+        assert "".join(field.metadata["help"].split()) in printed
+
+
+def test_what_stands_on_the_command_line_is_known():
+    parse("--seed=0", "--packing", "false")
+    assert given_options() == {"model_name_or_path", "train_data", "seed", "packing"}

@@ -1,0 +1,160 @@
+"""How a process ends: stops at any moment and between steps, second signals, refusals."""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.runtime import process
+from common.runtime.options import UserError
+from common.runtime.process import (
+    REFUSED,
+    STOPPED,
+    UNWRITTEN,
+    stop_anywhere,
+    stop_between_steps,
+    stop_requested,
+)
+from step3_ppo.reward_functions import function_scores, load_functions
+from tests.ranks import FORK
+
+
+class Child:
+    """A process in which `run_main` runs a function, and what it prints."""
+
+    def __init__(self, main, folder: Path) -> None:
+        self.begun, self.log = folder / "begun", folder / "log"
+        self._process = FORK.Process(target=self._run, args=(main,))
+        self._process.start()
+
+    def _run(self, main) -> None:
+        descriptor = os.open(self.log, os.O_CREAT | os.O_WRONLY)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.environ.pop("TRIPTYCH_ENDINGS", None)
+        try:
+            process.run_main(main)
+        except SystemExit as end:
+            os._exit(end.code)
+
+    def signal(self, number: int) -> None:
+        deadline = time.monotonic() + 60
+        while not self.begun.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(self._process.pid, number)
+
+    def end(self, seconds: float) -> tuple[int, list[str]]:
+        """Exit code and lines, within some seconds."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, "still alive"
+        return self._process.exitcode, self.log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stop_ends_a_long_call_at_once(tmp_path: Path, number: int) -> None:
+    """Also one within the code of a library, or of the user, that catches every exception."""
+    removed = tmp_path / "removed"
+
+    def main() -> None:
+        stop_anywhere(UNWRITTEN)
+        try:
+            with contextlib.suppress(Exception):
+                (tmp_path / "begun").touch()
+                time.sleep(60)
+        finally:
+            removed.touch()
+
+    child = Child(main, tmp_path)
+    child.signal(number)
+    assert child.end(10) == (STOPPED, [UNWRITTEN])
+    assert removed.exists()
+
+
+def test_a_stop_within_a_reward_function_is_no_error_of_it(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\ndef slow(prompts, responses, records):\n"
+        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n    time.sleep(60)\n"
+    )
+
+    def main() -> None:
+        functions = load_functions([f"{tmp_path}/slow.py:slow"], "reward_function")
+        function_scores(functions, ["p"], ["r"], [{}])
+
+    child = Child(main, tmp_path)
+    child.signal(signal.SIGTERM)
+    assert child.end(10) == (STOPPED, [process.PREPARING])
+
+
+def test_a_stop_in_training_waits_for_the_step(tmp_path: Path) -> None:
+    def main() -> None:
+        stop_between_steps()
+        (tmp_path / "begun").touch()
+        for step in range(1, 1000):
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                time.sleep(0.01)
+            if stop_requested(""):
+                raise process.Stopped(f"Stopped at step {step}")
+
+    child = Child(main, tmp_path)
+    child.signal(signal.SIGTERM)
+    assert child.end(30) == (STOPPED, ["Stopped at step 1"])
+
+
+def test_a_stop_that_came_in_training_ends_what_follows_it(tmp_path: Path) -> None:
+    def main() -> None:
+        stop_between_steps()
+        (tmp_path / "begun").touch()
+        while not process._requested:
+            time.sleep(0.01)
+        stop_anywhere("Stopped after training")
+        print("not reached")
+
+    child = Child(main, tmp_path)
+    child.signal(signal.SIGTERM)
+    assert child.end(10) == (STOPPED, ["Stopped after training"])
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "ONE_SIGNAL", 0.05)
+
+    def main() -> None:
+        stop_between_steps()
+        (tmp_path / "begun").touch()
+        time.sleep(60)
+
+    child = Child(main, tmp_path)
+    child.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    child.signal(signal.SIGTERM)
+    assert child.end(10)[0] == 128 + signal.SIGTERM
+
+
+def test_code_that_swallows_a_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CLEAN_UP", 0.3)
+
+    def main() -> None:
+        with contextlib.suppress(BaseException):
+            (tmp_path / "begun").touch()
+            time.sleep(60)
+        time.sleep(60)
+
+    child = Child(main, tmp_path)
+    child.signal(signal.SIGTERM)
+    assert child.end(10) == (STOPPED, [process.PREPARING])
+
+
+def test_a_refusal_is_one_line_and_takes_back_what_was_begun(tmp_path: Path) -> None:
+    def main() -> None:
+        (tmp_path / "begun").touch()
+        process.on_refusal((tmp_path / "begun").unlink)
+        raise UserError("--seed x: must be a number")
+
+    assert Child(main, tmp_path).end(30) == (REFUSED, ["error: --seed x: must be a number"])
+    assert not (tmp_path / "begun").exists()

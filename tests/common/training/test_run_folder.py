@@ -1,0 +1,52 @@
+"""Claims of an output directory: damaged files of an earlier run, and the folder of another run."""
+
+from pathlib import Path
+
+import pytest
+
+from common.runtime import process
+from common.runtime.files import lock_folder
+from common.runtime.options import UserError
+from common.training import run_folder
+from common.training.run_folder import _compare_data, prepare_output
+from step1_sft.options import SFTOptions
+from step2_reward.options import RewardOptions
+
+
+@pytest.fixture(autouse=True)
+def undone(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What a refusal would undo; the process of the tests keeps nothing of it."""
+    monkeypatch.setattr(process, "_undo", [])
+    monkeypatch.setattr(run_folder, "_locks", [])
+    return process._undo
+
+
+@pytest.mark.parametrize("name", ["options.json", "fingerprint.json"])
+@pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe{"])
+def test_a_damaged_file_of_a_run_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name) as refused:
+        prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
+    assert "\n" not in str(refused.value) and (tmp_path / name).read_bytes() == content
+
+
+def test_a_command_refused_for_the_lock_undoes_nothing(tmp_path: Path, undone: list) -> None:
+    with lock_folder(tmp_path), pytest.raises(UserError, match="in use by process"):
+        prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
+    assert not undone
+    prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
+    assert len(undone) == 1
+
+
+def test_what_scores_are_centred_on_may_change(tmp_path: Path, capsys) -> None:
+    """Nothing is learnt from it; training data must stay as they are."""
+    options = RewardOptions(output_dir=str(tmp_path), train_data=["T"], demonstration_data=["D"])
+    earlier = {"--train_data 1": "a", "--demonstration_data 1": "b", "--demonstration_data 2": "c"}
+    _compare_data(options, earlier, {"--train_data 1": "a", "--demonstration_data 1": "d"})
+    first, second = capsys.readouterr().out.splitlines()
+    assert (
+        first.startswith("--demonstration_data 1 D: other records")
+        and second[:22] == "--demonstration_data 2"
+    )
+    with pytest.raises(UserError, match="another content of: --train_data 1 T;"):
+        _compare_data(options, earlier, {**earlier, "--train_data 1": "x", "--demonstration_data 1": "d"})

@@ -1,0 +1,345 @@
+"""The memory planner: against published figures, against what autograd keeps, and as a command."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from common.model.loading import load_config
+from common.model.lora import add_adapters
+from common.model.zero import CONFIG_FOLDER
+from common.numeric.top_k_top_p import pack
+from common.runtime.options import LoraOptions, parse_options
+from launch.plan import memory
+from launch.plan.main import CARDS, USABLE, verdicts
+from launch.plan.memory import Model, Parts, Shape, Zero, total
+from launch.plan.options import PlanOptions
+from launch.plan.phases import Sizes, step3
+from launch.plan.predict import GIB, predict
+from launch.plan.remedies import cached, least, remedies, ways
+from launch.plan.shapes import read_shape
+from step3_ppo.options import PPOOptions
+from tests.conftest import REPOSITORY
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SMALL, intermediate_size=176, num_key_value_heads=2),
+    "tied": LlamaConfig(**SMALL, intermediate_size=176, tie_word_embeddings=True),
+    "eager": LlamaConfig(**SMALL, intermediate_size=176),
+    "qwen3": Qwen3Config(**SMALL, intermediate_size=160, num_key_value_heads=2, head_dim=32),
+    "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=100),
+    "opt": OPTConfig(**SMALL, ffn_dim=256, word_embed_proj_dim=64),
+}
+LLAMA_2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+    max_position_embeddings=4096,
+)  # fmt: skip
+SIZES = Sizes(
+    micro_batch=2, accumulates=False, checkpointing=False, actor_checkpointing=False,
+    critic_checkpointing=False, length=0, prompt=8, response=16, generated=4, remembered=0, gathers=True,
+)  # fmt: skip
+PARAMETERS_OF_LLAMA_2_7B = 6_738_415_616  # as its authors' checkpoint has
+
+
+def written(config: PretrainedConfig, folder: Path) -> str:
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanOptions:
+    """Llama 2 7B on 8 GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    return PlanOptions(num_gpus=8, model_name_or_path=written(LLAMA_2_7B, tmp_path / "llama"))
+
+
+def plain(parameters: int, **sizes: int) -> Shape:
+    fields = dict.fromkeys(Shape.__dataclass_fields__, 0) | {"parameters": parameters, "trained": parameters}
+    return Shape(**fields | sizes)
+
+
+# Rajbhandari et al. 2020, figure 1: GB for 7.5 billion parameters on 64 GPUs.
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.88)])
+def test_model_states_are_those_of_the_zero_paper(stage: int, gigabytes: float):
+    model = Model(plain(7_500_000_000), Zero(stage, ranks=64))
+    parts = memory.weights(model) + memory.gradients(model) + memory.optimiser(model)
+    assert total(parts) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+
+
+def test_offload_moves_model_states_to_the_host():
+    zero = Zero(3, ranks=4, offloads_optimiser=True, offloads_weights=True)
+    model = Model(plain(1000), zero)
+    parts = memory.weights(model) + memory.gradients(model) + memory.optimiser(model)
+    assert total(parts) == 0
+    assert parts["host"] == (2 + 12 + 4 + 2) * 1000 / 4  # and gradients, in fp32 and as they come
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_parameters_are_those_of_the_model(tmp_path: Path, name: str, rank: int):
+    path = written(FAMILIES[name], tmp_path)
+    for is_scalar, kind in enumerate((AutoModelForCausalLM, AutoModelForSequenceClassification)):
+        config = load_config(path)
+        config.num_labels = 1
+        model = add_adapters(kind.from_config(config), LoraOptions(lora_rank=rank), seed=0)
+        shape = read_shape(path, bool(is_scalar), rank, ("all-linear",))
+        assert shape.parameters == sum(p.numel() for p in model.parameters())
+        assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_parameters_of_a_known_model(big: PlanOptions):
+    assert read_shape(big.model_name_or_path, False, 0, ()).parameters == PARAMETERS_OF_LLAMA_2_7B
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_activations_are_what_autograd_keeps(tmp_path: Path, name: str, dtype: torch.dtype, rank: int):
+    """Of a real forward pass over 2 x 48 tokens: distinct storages that are not the model's own."""
+    path = written(FAMILIES[name], tmp_path)
+    attention = "eager" if name == "eager" else "sdpa"
+    model = AutoModelForCausalLM.from_config(load_config(path), dtype=dtype, attn_implementation=attention)
+    model = add_adapters(model, LoraOptions(lora_rank=rank), seed=0).train()
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    backbone = (model.get_base_model() if rank else model).base_model
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backbone(input_ids=torch.randint(100, (2, 48)), use_cache=False)
+    found = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    shape = read_shape(path, False, rank, ("all-linear",))
+    shape = replace(shape, has_eager_attention=name == "eager")
+    planned = memory.activations(Model(shape, Zero(0, 1, size=dtype.itemsize)), rows=2, width=48)
+    assert planned == pytest.approx(found, rel=0.08)
+
+
+def test_checkpointing_keeps_what_goes_into_a_layer():
+    shape = plain(1000, layers=10, hidden=8, heads=2, queries=8, keys=4, mlp=32, kept_in_mlp=4, norms=2)
+    model = Model(replace(shape, has_rms_norm=True), Zero(0, 1, size=2))
+    layer = 3 * 5 * ((4 + 2 * 2) * 16 + 2 * (16 + 8) + 4 * 2 + 2 * 4 * 32)
+    last_norm = 3 * 5 * (4 + 2 * 2) * 8
+    assert memory.activations(model, 3, 5) == 10 * layer + last_norm
+    assert memory.activations(model, 3, 5, checkpointing=True) == 10 * 3 * 5 * 2 * 8 + last_norm
+    assert memory.in_layer(model, 3, 5) == layer
+
+
+def test_kv_cache_is_what_a_model_fills(tmp_path: Path, big: PlanOptions):
+    path = written(FAMILIES["qwen3"], tmp_path / "qwen")
+    cache = AutoModelForCausalLM.from_config(load_config(path))(torch.ones(2, 9).long(), use_cache=True)
+    held = sum(t.nbytes for layer in cache.past_key_values.layers for t in (layer.keys, layer.values))
+    model = Model(read_shape(path, False, 0, ()), Zero(0, 1, size=4))
+    assert memory.kv_cache(model, 2, 9) == held * 4 / 3  # three layers, and one of them twice
+    known = Model(read_shape(big.model_name_or_path, False, 0, ()), Zero(2, 8))
+    assert memory.kv_cache(known, 1, 1) == 2**19 * 33 / 32  # half a MiB per token
+
+
+def test_buffers_by_hand():
+    """Two buckets and a flat copy of one; a bucket and the largest gradient at stage 3; a copy at stage 0."""
+    shape = plain(1000, largest=300)
+    for zero, elements in {
+        Zero(0, 1, bucket=400): 0,
+        Zero(0, 2, bucket=400): 400,
+        Zero(2, 2, bucket=400, buffers=2): 400 * 3,
+        Zero(2, 2, bucket=4000): 4000 + 1000 / 2,  # what is kept of the only bucket takes the copy's place
+        Zero(2, 2, bucket=4000, on_cpu=True): 1000 + 1000 / 2,
+        Zero(3, 2, bucket=100): 100 + 300,
+    }.items():
+        assert memory.buffers_of_reduction(Model(shape, zero)) == 2 * elements
+    assert memory.copies_in_step(Model(shape, Zero(2, 2))) == (2 + 4) * 1000 / 2
+    assert memory.gathered(Model(shape, Zero(3, 2, live=600))) == 2 * 600
+    assert memory.gathered(Model(shape, Zero(3, 2, live=600)), is_known=False) == 2 * 300
+    assert memory.gathered(Model(shape, Zero(3, 1))) == memory.gathered(Model(shape, Zero(2, 2))) == 0
+
+
+def test_logits_by_hand():
+    model = Model(plain(1, vocabulary=32_000), Zero(2, 1, size=2))
+    assert memory.logits(model, 100) == 100 * 32_000 * 2
+    assert memory.gradient_of_logits(model, 100) == 100 * 32_000 * (4 + 4 + 4)
+    assert memory.logits_in_reading(model, 100) == 100 * 32_000 * (2 + 4 + 4)
+    assert memory.logits_in_reading(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
+
+
+def test_step_3_holds_four_copies_of_weights_and_two_with_adapters(big: PlanOptions):
+    one = 2 * PARAMETERS_OF_LLAMA_2_7B / GIB
+    for options, copies in (
+        (big, 4),
+        (replace(big, lora_rank=8), 2),
+        (replace(big, offload_frozen=True), 2),
+        (replace(big, advantage_estimator="rloo"), 3),  # no critic
+    ):
+        weights = predict(options)["step 3"].parts["weights"]
+        assert weights / GIB == pytest.approx(copies * one, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_models_that_wait_are_on_the_gpu_one_at_a_time(stage: int):
+    trained = Model(plain(1000), Zero(stage, 4))
+    frozen = Model(plain(1000), Zero(stage, 4, offloads_weights=True))
+    phases = [*step3(trained, trained, frozen, [frozen], SIZES, Parts())]
+    two = 2 * 2 * 1000 / (4 if stage == 3 else 1)
+    assert {(phase.parts["weights"], phase.parts["host"]) for phase in phases} == {(two, two)}
+    reference, reward, _ = [phase.parts for phase in phases if phase.name == "scoring"]
+    assert reference["buffers"] == reward["buffers"] == 2 * 1000
+
+
+def test_updates_of_step_3_by_hand():
+    """While the critic's first pass waits there are no gradients; later ones come beside those of both."""
+    widths = {"layers": 2, "hidden": 5, "mlp": 10, "kept_in_mlp": 4}
+    actor, critic = (Model(plain(size, **widths), Zero(0, 1, size=4)) for size in (1000, 700))
+    layer, inputs, last_norm = 48 * 4 * 4 * 10, 48 * 4 * 5, 48 * 8 * 5
+    ours, checkpointed = 2 * layer + last_norm, 2 * inputs + last_norm
+    for sizes, other, again in (
+        (SIZES, ours, 0),
+        (replace(SIZES, critic_checkpointing=True), checkpointed, layer),
+    ):
+        phases = [*step3(actor, critic, None, [], replace(sizes, accumulates=True), Parts())]
+        begins = [phase.parts for phase in phases if phase.name == "backward begins"]
+        found = [(parts["gradients"], parts["activations"]) for parts in begins]
+        assert found == [(0, ours + other), (6800, ours), (6800, other)]
+        found = [phase.parts["activations"] for phase in phases if phase.name == "recomputation"]
+        assert found == [ours + other, ours, other + again]
+        ends = [phase.parts["activations"] for phase in phases if phase.name == "backward ends"]
+        assert ends == [other, 0, 0]
+        alone = [*step3(actor, critic, None, [], sizes, Parts())]
+        assert [p.parts["gradients"] for p in alone if p.name == "backward begins"] == [0, 0, 0]
+
+
+def test_options_are_those_of_the_stages():
+    for name in ("max_response_length", "generation_batch_size", "advantage_estimator", "actor_zero_config"):
+        ours, theirs = PlanOptions.__dataclass_fields__[name], PPOOptions.__dataclass_fields__[name]
+        assert (ours.type, ours.default) == (theirs.type, theirs.default)
+        assert ours.metadata["help"] == theirs.metadata["help"]
+
+
+def test_what_could_be_drawn_is_remembered_of_a_whole_rollout(big: PlanOptions):
+    """On every rank, packed as it is by sampling."""
+    options = replace(big, rollout_batch_size=64, max_response_length=16)
+    whole, cut = (predict(replace(options, top_p=top_p))["step 3"].parts for top_p in (1.0, 0.9))
+    assert total(cut) - total(whole) == pack(torch.ones(64, 16, 32000, dtype=torch.bool)).nbytes
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 8, "advantage_estimator": "rloo"}], ids=str)
+def test_pasted_options_make_a_step_fit(big: PlanOptions, monkeypatch: pytest.MonkeyPatch, changes: dict):
+    """With the peak that is printed; without any one of the remedies it does not fit."""
+    options = replace(big, **changes)
+    room, predictor = CARDS["40 GB"] * USABLE, cached(options)
+    given = ["--num_gpus", "8", "--model_name_or_path", big.model_name_or_path]
+    given += [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+
+    def peak(words: list[str], step: str) -> float:
+        ours = [word for word in words if word not in ("--samples_per_prompt", "4")]
+        monkeypatch.setattr("sys.argv", ["plan", *given, *ours])
+        return total(predict(parse_options(PlanOptions, required=[]))[step].parts) / GIB
+
+    for step, phase in predict(options).items():
+        if total(phase.parts) / GIB <= room:
+            continue
+        found = ways(options, step, room, predictor)
+        assert found and len({way.options for way in found}) == len(found)
+        for way in found[:2] + found[-1:]:
+            words = way.options.split()
+            assert peak(words, step) == pytest.approx(way.peak) and way.peak <= room
+            starts = [place for place, word in enumerate(words) if word.startswith("--")]
+            starts = [place for place in starts if words[place] != "--samples_per_prompt"]
+            for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+                assert peak(words[:start] + words[end:], step) > room, (
+                    f"{way.options}: has more than it takes"
+                )
+            assert not any(f"--{name} " in f"{way.options} " for name in changes), "it is on already"
+        notes = [bool(way.notes) for way in found]
+        assert notes == sorted(notes), "first what changes nothing but speed and memory"
+
+
+def test_the_mildest_level_is_named(big: PlanOptions):
+    """The largest micro-batch that fits, and the largest generation batch."""
+    options = replace(big, num_gpus=8, micro_batch_size=4, max_length=512)
+    predictor = cached(options)
+    peaks = {size: total(predictor({"micro_batch_size": size})["step 2"].parts) / GIB for size in (4, 2, 1)}
+    for size in (2, 1):
+        found = ways(options, "step 2", peaks[size] + 0.01, predictor)
+        assert found[0].options == f"--micro_batch_size {size}" and found[0].peak == peaks[size]
+
+
+def test_zero_configs_go_where_the_user_has_them(big: PlanOptions):
+    own = replace(big, actor_zero_config=str(CONFIG_FOLDER / "zero1.json"))
+    found = ways(own, "step 3", CARDS["80 GB"] * USABLE, cached(own))
+    with_zero = [way.options for way in found if "zero" in way.options.replace("--", "")]
+    assert with_zero and all("--actor_zero_config" in o and "--critic_zero_config" in o for o in with_zero)
+    assert not any(" --zero_config" in f" {options}" for options in with_zero)
+
+
+def test_what_never_fits_names_the_least(big: PlanOptions):
+    (line,) = [line for line in verdicts(big, predict(big), 3.0, cached(big)) if "step 3" in line]
+    assert "nor with any options: the least is" in line and "zero3_offload.json" in line
+
+
+def test_more_remedies_together_than_are_combined_are_named_where_they_fit(big: PlanOptions):
+    predictor = cached(big)
+    room = least(big, "step 3", predictor).peak + 0.001
+    assert not ways(big, "step 3", room, predictor)
+    lines = [*verdicts(big, predict(big), room, predictor)]
+    last = next(place for place, line in enumerate(lines) if "step 3 does not fit" in line)
+    assert "add to launch/step3_ppo.sh" in lines[last] and len(lines) == last + 2
+    assert "zero3_offload.json" in lines[-1] and "--gather_for_generation false" in lines[-1]
+
+
+def test_every_option_of_a_remedy_belongs_to_the_steps():
+    known = set(PPOOptions.__dataclass_fields__)
+    for remedy in remedies(PlanOptions()):
+        assert all(level.keys() <= known for level in remedy.levels)
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(REPOSITORY / "launch/plan.sh"), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_the_command_prints_a_table_and_what_fits(big: PlanOptions):
+    done = run("--model_name_or_path", big.model_name_or_path, "--num_gpus", "8", "--gradient_checkpointing")
+    assert done.returncode == 0 and done.stderr == ""
+    found = predict(replace(big, gradient_checkpointing=True))
+    head, printed, *_ = done.stdout.split("\n\n")
+    assert (
+        "policy 6.74 B parameters, reward model 6.61 B; ZeRO-2, 16-bit weights, 8 GPUs; micro-batch 4" in head
+    )
+    assert "rows of 1024 tokens; step 3: prompts of 256 and responses of 128 tokens" in head
+    cells = {line[:16].strip(): line[16:].split() for line in printed.splitlines()}
+    assert cells["token masks"] == ["0.00"] * 3 and cells["CUDA context"] == ["1.00"] * 3
+    assert " ".join(cells["peak phase"]) == "optimiser step recomputation optimiser step"
+    assert cells["total"] == [f"{total(phase.parts) / GIB:.2f}" for phase in found.values()]
+    assert cells["optimiser"][0] == f"{12 * PARAMETERS_OF_LLAMA_2_7B / 8 / GIB:.2f}"
+    assert "On cards of 40 GB, 37.4 GiB of them usable:\n  step 1 fits, with" in done.stdout
+    assert "add to launch/step3_ppo.sh (the fastest first):\n      --" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "options are required: bash launch/plan.sh --model_name_or_path"),
+        (["--model_name_or_path=DIR", "--num_gpu", "2"], "did you mean --num_gpus?"),
+        (["--model_name_or_path=DIR", "--num_gpus", "3"], "not a multiple of --micro_batch_size 4 x 3 ranks"),
+        (["--model_name_or_path=DIR", "--zero_config", "absent.json"], "--zero_config absent.json: No such"),
+        (["--model_name_or_path=DIR"], "MixtralForCausalLM is not made of dense layers"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(tmp_path: Path, words: list[str], message: str):
+    sparse = MixtralConfig(**SMALL, intermediate_size=128, num_key_value_heads=2)
+    done = run(*(word.replace("DIR", written(sparse, tmp_path)) for word in words))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

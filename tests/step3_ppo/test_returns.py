@@ -1,0 +1,79 @@
+"""From the scores of a rollout to its rewards, by hand."""
+
+import pytest
+import torch
+
+from step3_ppo.options import PPOOptions
+from step3_ppo.returns import shape_rewards
+from step3_ppo.rollout import Rollout
+from tests.conftest import assert_close
+
+# Two responses after one token each: four tokens, of which a trigram repeats, cut off; two, ended.
+PLAIN = {"score_clip": 0.0, "missing_eos_penalty": 0.0, "kl_coef": 0.0}
+LOGPROBS, REF_LOGPROBS = (
+    [[-1.0, -2.0, -0.5, -1.0], [-1.5, -1.0, 0, 0]],
+    [[-1.5, -1.0, -1.0, -1.0], [-2, -2, 0, 0]],
+)
+
+
+def rollout(scores: list[float]) -> Rollout:
+    rows = torch.zeros(2, 4)
+    return Rollout(
+        torch.tensor([[1, 5, 5, 5, 5], [1, 6, 2, 0, 0]]), torch.tensor([1, 1]), torch.tensor([4, 2]),
+        torch.tensor([False, True]), logprobs=torch.tensor(LOGPROBS), ref_logprobs=torch.tensor(REF_LOGPROBS),
+        values=rows, last_values=rows[:, 0], scores=torch.tensor(scores), score_parts=rows[:, :0],
+        support=torch.zeros(2, 4, 0, dtype=torch.uint8), computed=torch.zeros(2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, expected, clipped, penalty",
+    [
+        ({}, [3.0, -7.0], 0, 0),
+        ({"score_clip": 5.0}, [3.0, -5.0], 0.5, 0),
+        ({"missing_eos_penalty": 2.0}, [1.0, -7.0], 0, 1.0),
+        ({"length_penalty": 0.25}, [2.0, -7.5], 0, 0.75),
+        ({"repetition_penalty": 4.0}, [1.0, -7.0], 0, 1.0),  # one of two trigrams stood there before
+        ({"normalise_scores": True}, [1.0, -1.0], 0, 0),  # mean -2, standard deviation 5
+        (
+            {"score_clip": 5.0, "missing_eos_penalty": 4.0},
+            [-1.0, -5.0],
+            0.5,
+            2.0,
+        ),  # penalties are not clipped
+    ],
+)
+def test_what_is_done_to_scores(options, expected, clipped, penalty):
+    rewards, figures = shape_rewards(rollout([3.0, -7.0]), PPOOptions(**PLAIN | options), {"kl_coef": 0.0})
+    assert_close(rewards, torch.tensor([[0, 0, 0, expected[0]], [0, expected[1], 0, 0]]))
+    assert figures["reward/clipped"].value == clipped
+    assert figures["reward/penalty"].value == pytest.approx(penalty)
+    assert figures["reward/total"].value == pytest.approx(sum(expected) / 2)
+
+
+def test_kl_is_paid_at_every_token_with_the_coefficient_of_now():
+    scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN)
+    rewards, figures = shape_rewards(scored, options, {"kl_coef": 0.5})
+    assert_close(rewards, torch.tensor([[-0.25, 0.5, -0.25, 3.0], [-0.25, -7.5, 0, 0]]))
+    assert figures["reward/total"].value == pytest.approx((3.0 - 7.75) / 2)
+    options.kl_penalty = "k2"
+    rewards, _ = shape_rewards(scored, options, {"kl_coef": 0.5})
+    assert_close(rewards, torch.tensor([[0, 0, 0, 3.0], [0, -7.0, 0, 0]]))
+
+
+def test_whitened_rewards_have_variance_one_and_keep_their_mean():
+    scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN, whiten_rewards=True)
+    rewards, figures = shape_rewards(scored, options, {"kl_coef": 0.5})
+    plain = torch.tensor([-0.25, 0.5, -0.25, 3.0, -0.25, -7.5])
+    found = torch.cat([rewards[0], rewards[1, :2]])
+    assert_close(found, (plain - plain.mean()) / plain.std() + plain.mean())
+    assert not rewards[1, 2:].any() and figures["reward/total"].value == pytest.approx(plain.sum().item() / 2)
+
+
+def test_scores_are_normalised_by_those_of_earlier_rollouts_too():
+    options, controllers = PPOOptions(**PLAIN, normalise_scores=True), {"kl_coef": 0.0}
+    shape_rewards(rollout([3.0, -7.0]), options, controllers)
+    rewards, _ = shape_rewards(rollout([1.0, 0.0]), options, controllers)
+    known = torch.tensor([3.0, -7.0, 1.0, 0.0])
+    expected = (known[2:] - known.mean()) / known.std(unbiased=False)
+    assert_close(rewards.sum(1), expected)
