@@ -1,6 +1,7 @@
 """The rules of the house: who imports whom, what is pure, and how long a file may be."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,11 @@ PURE = [
     path
     for path in PYTHON
     if path.name in ("loss.py", "losses.py", "advantages.py", "rewards.py", "tensor_ops.py")
-    or path.name in ("formatting.py", "conversation.py", "fields.py", "prompt_boundary.py")
+    or path.name in ("segments.py", "conversation.py", "fields.py", "prompt_boundary.py")
 ]
+# The folders of common/ in the order of imports: each imports those to its left alone.
+ORDER = ({"runtime", "numeric"}, {"text"}, {"data"}, {"model"}, {"generation", "training", "ai_feedback"})
+LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
 SCRIPTS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "launch").rglob("*.sh"))
 
 
@@ -42,7 +46,7 @@ def roots(path: Path) -> set[str]:
 
 def test_there_is_something_to_look_at():
     assert {path.parts[0] for path in PYTHON} >= {"common", *STAGES}
-    assert {str(path.parent) for path in PURE} >= {"common", *STAGES}
+    assert {str(path.parent) for path in PURE} >= {"common/numeric", "common/text", *STAGES}
     assert len(SCRIPTS) > 3
 
 
@@ -51,6 +55,20 @@ def test_no_module_reaches_into_a_stage_that_is_not_its_own(path):
     if path.parts[0] != "launch":
         assert not roots(path) & (set(STAGES) - {path.parts[0]})
     assert "tests" not in roots(path)
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if path.parts[0] == "common"], ids=str)
+def test_imports_inside_common_run_one_way(path):
+    assert roots(path).isdisjoint({"launch", *STAGES})
+    for name in imports(path):
+        if name.startswith("common."):
+            folder, other = path.parts[1], name.split(".")[1]
+            assert other == folder or LEVEL[other] < LEVEL[folder], f"{path} imports {name}"
+
+
+def test_no_imports_in_a_circle():
+    module_imports = {".".join(path.with_suffix("").parts): imports(path) for path in PYTHON}
+    graphlib.TopologicalSorter(module_imports).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", PURE, ids=str)
