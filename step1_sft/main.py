@@ -8,9 +8,7 @@ demonstrations.
 
 import time
 from functools import partial
-from pathlib import Path
 
-from common.data.batching import batch_order, steps_in_epochs
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
 from common.model.forward import base_model, logits_and_balance
@@ -19,19 +17,16 @@ from common.model.loading import load_causal_lm, longest_input
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config, unpartitioned
-from common.runtime.distributed import init_distributed, log, ranks_in_words, seed_everything, sum_over_ranks
+from common.runtime.distributed import sum_over_ranks
 from common.runtime.option_checks import check_held_out
 from common.runtime.options import parse_options, world_size
-from common.runtime.process import run_main, stop_between_steps
+from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from common.training.checkpoint import save_if_due
 from common.training.export import export_best, export_model
+from common.training.loop import TrainingLoop
 from common.training.means import Mean
-from common.training.metrics import MetricWriter, peak_memory_gib, training_flops, utilisation
-from common.training.resume import resume
-from common.training.run_folder import check_folder, open_run
-from common.training.stability import check_step
-from common.training.train_state import check_best_metric
+from common.training.metrics import peak_memory_gib, training_flops, utilisation
+from common.training.run_folder import check_folder
 from step1_sft.data import Demonstration, collate, demonstration
 from step1_sft.evaluate import as_markdown, evaluate, sample_answers
 from step1_sft.loss import sft_loss
@@ -55,55 +50,35 @@ def main() -> None:
         loss_on=options.loss_on,
     )  # fmt: skip
     train, held_out = load_examples(options.train_data, options, Demonstration, convert)
-    check_best_metric(options, held_out)
-    init_distributed(options.timeout_minutes)
-    total_steps = options.max_steps or steps_in_epochs(
-        len(train), options.global_batch_size, options.num_train_epochs
-    )
-    checkpoint = open_run(options, {"tokenizer": tokenizer}, total_steps)
+    loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
 
     # 2. The model, and where the run stands.
-    lengths = train.notes("length")
-    seed_everything(options.seed, step=0)
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
-    engine = make_engine(model, zero, options, options.learning_rate, total_steps)
+    engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     if options.packing:
         check_packing(engine, options.max_length)
-    engines = {"policy": engine}
-    state = resume(checkpoint, options, engines, total_steps)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
-    output = Path(options.output_dir)
+    loop.resume({"policy": engine}, "demonstrations")
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    log(f"{len(train)} demonstrations, {len(held_out)} held out, {total_steps} steps on {ranks_in_words()}")
 
     def evaluate_and_log() -> bool:
-        found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
-        metrics.log(state.step, found, ["eval/loss", "eval/perplexity"])
+        figures = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        is_best = loop.log_evaluation(figures, ["eval/loss", "eval/perplexity"])
         samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
-        metrics.text(state.step, "samples", as_markdown(samples))
-        if is_best := state.is_best(options.best_metric, found):
-            export_best(engine, tokenizer, output / "best", load_base)
+        loop.metrics.text(loop.state.step, "samples", as_markdown(samples))
+        if is_best:
+            export_best(engine, tokenizer, loop.folder / "best", load_base)
         return is_best
 
     # 3. Train.
-    if held_out and state.step == 0:
+    if loop.first_evaluation_is_due:
         evaluate_and_log()
-    order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
-    stop_between_steps()
-    while state.step < total_steps and not options.export_only:
-        seed_everything(options.seed, state.step + 1)
-        chosen = next(order)
-        measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
-        state.advance(options.global_batch_size, len(train))
-        check_step(state, options, measured, [train.origin(i) for i in chosen])
-        metrics.step(state, measured, ["train/loss", "train/lr", "train/tokens_per_second"])
-        is_last, is_best = state.step == total_steps, False
-        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            is_best = evaluate_and_log()
-        save_if_due(options, state, engines, is_best, is_last)
+    for indices in loop.batches():
+        figures = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
+        loop.finish_step(figures, ["train/loss", "train/lr", "train/tokens_per_second"])
+        loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
     # 4. What the other stages read.
-    export_model(engine, tokenizer, output / "final", load_base)
+    export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
 def train_step(

@@ -9,11 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
-from common.data.batching import batch_order, deal, steps_in_epochs
+from common.data.batching import deal
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
 from common.model.loading import load_scalar_model, longest_input
@@ -21,25 +20,19 @@ from common.model.lora import add_adapters, check_adapters
 from common.model.roles import start_config
 from common.model.zero import load_zero_config, unpartitioned
 from common.runtime.distributed import (
-    init_distributed,
     log,
     rank,
-    ranks_in_words,
-    seed_everything,
     sum_over_ranks,
 )
 from common.runtime.option_checks import check_held_out
 from common.runtime.options import parse_options, world_size
 from common.runtime.process import Stopped, run_main, stop_anywhere, stop_between_steps
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from common.training.checkpoint import save_if_due
 from common.training.export import export_best, export_model
+from common.training.loop import TrainingLoop
 from common.training.means import Mean
-from common.training.metrics import MetricWriter, peak_memory_gib
-from common.training.resume import resume, stop_after_training
-from common.training.run_folder import check_folder, open_run
-from common.training.stability import check_step
-from common.training.train_state import check_best_metric
+from common.training.metrics import peak_memory_gib
+from common.training.run_folder import check_folder
 from step2_reward.data import (
     Layout,
     Preference,
@@ -79,79 +72,59 @@ def main() -> None:
     golden = None
     if options.golden_data:
         golden = load_pairs(options.golden_data, [encoder], options, options.max_length)
-    check_best_metric(options, held_out)
-    init_distributed(options.timeout_minutes)
-    total_steps = options.max_steps or steps_in_epochs(
-        len(train), options.global_batch_size, options.num_train_epochs
-    )
-    checkpoint = open_run(options, {"tokenizer": tokenizer}, total_steps)
+    loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
 
     # 2. The model, and where the run stands.
-    lengths = train.notes("length")
-    seed_everything(options.seed, step=0)
     model = load_scalar_model(options.model_name_or_path, tokenizer, zero, options.seed)
     set_centre(model, 0.0, 1.0)  # raw scores, until the end centres them
     model = add_adapters(model, options, options.seed)
-    engine = make_engine(model, zero, options, options.learning_rate, total_steps)
-    engines = {"reward": engine}
+    engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     language_head = load_language_head(options, tokenizer, zero)
     layout = choose_layout(engine, train, options, tokenizer.pad_token_id)
-    state = resume(checkpoint, options, engines, total_steps)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
-    output = Path(options.output_dir)
+    loop.resume({"reward": engine}, "preferences")
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    log(f"{len(train)} preferences, {len(held_out)} held out, {total_steps} steps on {ranks_in_words()}")
 
     def evaluate_and_log() -> bool:
-        found = evaluate(engine, held_out, options.micro_batch_size, layout)
-        metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin"])
-        if is_best := state.is_best(options.best_metric, found):
+        figures = evaluate(engine, held_out, options.micro_batch_size, layout)
+        is_best = loop.log_evaluation(figures, ["eval/loss", "eval/accuracy", "eval/margin"])
+        if is_best:
             write_best()
         return is_best
 
     def write_best() -> None:
-        state.best_unwritten = not centre(engine, centre_rows, options, tokenizer.pad_token_id)
-        if not state.best_unwritten:
-            export_best(engine, tokenizer, output / "best", load_base)
+        loop.state.best_unwritten = not centre(engine, centre_rows, options, tokenizer.pad_token_id)
+        if not loop.state.best_unwritten:
+            export_best(engine, tokenizer, loop.folder / "best", load_base)
             set_centre(engine.module, 0.0, 1.0)
 
     # 3. Train.
-    if held_out and state.step == 0:
+    if loop.first_evaluation_is_due:
         evaluate_and_log()
-        if state.best_unwritten:
+        if loop.state.best_unwritten:
             raise Stopped("Stopped before the first step. Run the same command to start again.")
-    elif state.best_unwritten and not options.export_only:
+    elif loop.state.best_unwritten and not options.export_only:
         write_best()
-    order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
-    stop_between_steps()
-    while state.step < total_steps and not options.export_only:
-        seed_everything(options.seed, state.step + 1)
-        chosen = next(order)
-        measured = train_step(engine, [train[i] for i in chosen], options, layout, language_head)
-        state.advance(options.global_batch_size, len(train))
-        check_step(state, options, measured, [train.origin(i) for i in chosen])
-        metrics.step(state, measured, ["train/loss", "train/accuracy", "train/lr"])
-        is_last, is_best = state.step == total_steps, False
-        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            is_best = evaluate_and_log()
-        save_if_due(options, state, engines, is_best, is_last)
+    for indices in loop.batches():
+        figures = train_step(engine, [train[i] for i in indices], options, layout, language_head)
+        loop.finish_step(figures, ["train/loss", "train/accuracy", "train/lr"])
+        loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
     # 4. A preference fixes scores up to a constant: choose it such that demonstrations score 0 on average.
     if not centre(engine, centre_rows, options, tokenizer.pad_token_id):
-        stop_after_training(options, state, engines)
-    export_model(engine, tokenizer, output / "final", load_base)
+        loop.stop_after_training()
+    export_model(engine, tokenizer, loop.folder / "final", load_base)
 
     # 5. What it says of pairs that every run is judged on.
     if golden:
         stop_anywhere(
-            f"Stopped; {output}/final is written, the report on --golden_data is not. Run the same command to"
-            " write it."
+            f"Stopped; {loop.folder}/final is written, the report on --golden_data is not."
+            " Run the same command to write it."
         )
         rows = golden.rows[encoder]
         judged = judge(golden, rows, *scored_pairs(engine, rows, options.micro_batch_size, layout))
         std = engine.module.config.reward_std
         stop_between_steps()  # rank 0 writes, the others wait for it
-        write_report(judged, std, output / "metrics.jsonl", output / "golden")
+        write_report(judged, std, loop.folder / "metrics.jsonl", loop.folder / "golden")
 
 
 def train_step(

@@ -24,9 +24,8 @@ from safetensors.torch import load_file, save_file
 from common.model.engine import is_partial, trained_state_dict
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
-from common.runtime.option_checks import resolved, same_command
+from common.runtime.option_checks import resolved
 from common.runtime.options import RunOptions, UserError, reason, world_size
-from common.runtime.process import Stopped, stop_requested
 from common.training.train_state import TrainState
 
 AVERAGE = "average.safetensors"
@@ -66,7 +65,7 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
     False when the disk would not take it: that is logged, its rest is removed, the older ones stay.
     """
     start = time.perf_counter()
-    final = _folder(options, state)
+    final = checkpoint_folder(options, state)
     temporary = final.with_suffix(".tmp")
     problem = ""
     if rank() == 0:
@@ -87,22 +86,8 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
     return True
 
 
-def save_if_due(
-    options: RunOptions, state: TrainState, engines: dict[str, Any], is_best: bool, is_last: bool
-) -> None:
-    """After a step: a checkpoint when it is time for one, or when the run was asked to stop.
-
-    Raises Stopped, on all ranks, in the latter case.
-    """
-    is_stopped = stop_requested(options.output_dir) and not is_last
-    is_due = options.save_steps and (is_last or state.step % options.save_steps == 0)
-    is_saved = (is_stopped or is_best or is_due) and save_checkpoint(options, state, engines)
-    if is_stopped:
-        saved = f"checkpoint {_folder(options, state)}" if is_saved else "its checkpoint was NOT saved"
-        raise Stopped(f"Stopped at step {state.step}; {saved}. {same_command(options)} to resume.")
-
-
-def _folder(options: RunOptions, state: TrainState) -> Path:
+def checkpoint_folder(options: RunOptions, state: TrainState) -> Path:
+    """Where the checkpoint of the state's step is, or will be."""
     return Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
 
 

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,10 +13,8 @@ from common.model.engine import is_partial
 from common.model.loading import is_partitioned
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_folder
-from common.runtime.option_checks import same_command
 from common.runtime.options import RunOptions, UserError, world_size
-from common.runtime.process import Stopped
-from common.training.checkpoint import Checkpoint, describe, save_checkpoint
+from common.training.checkpoint import Checkpoint, describe
 from common.training.train_state import TrainState
 
 
@@ -61,16 +59,6 @@ def _continued(state: TrainState, options: RunOptions, total_steps: int) -> Trai
         log(line)
     state.total_steps = total_steps
     return state
-
-
-def stop_after_training(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> NoReturn:
-    """Stop between the last step and the exports: with a checkpoint, the same command makes them."""
-    folder = Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
-    if any(gather_objects(folder.exists())) or save_checkpoint(options, state, engines):
-        saved, purpose = f"checkpoint {folder}", "finish"
-    else:
-        saved, purpose = "its checkpoint was NOT saved", "resume from an older one, or to start again"
-    raise Stopped(f"Stopped after the last step; {saved}. {same_command(options)} to {purpose}.")
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:

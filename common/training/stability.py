@@ -8,21 +8,11 @@ from pathlib import Path
 from common.runtime.distributed import log
 from common.runtime.options import RunOptions, UserError
 from common.training.checkpoint import list_checkpoints
-from common.training.means import Mean
 from common.training.train_state import TrainState
 
 REMEMBERED = 32  # losses that a new one is compared with
 FEWEST = 8  # of them, before anything is called a spike
 SHOWN_RECORDS = 8
-
-
-def check_step(
-    state: TrainState, options: RunOptions, figures: dict[str, Mean | float], origins: Sequence[str]
-) -> None:
-    """`check_numbers` of a step with one update of one model; adds `train/skipped_updates` to its figures."""
-    skipped = int(not math.isfinite(figures["train/grad_norm"].value))
-    check_numbers(state, options, skipped, figures["train/loss"].value, origins)
-    figures["train/skipped_updates"] = state.skipped
 
 
 def check_numbers(

@@ -8,27 +8,22 @@ Teaches a policy to prefer the better responses of preference data, with no rewa
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from common.data.batching import batch_order, examples_of_steps, steps_in_epochs
+from common.data.batching import examples_of_steps
 from common.data.loading import load_examples
 from common.model.engine import make_engine
 from common.model.loading import load_causal_lm, longest_input
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config, unpartitioned
-from common.runtime.distributed import init_distributed, log, ranks_in_words, seed_everything
 from common.runtime.options import parse_options
-from common.runtime.process import run_main, stop_between_steps
+from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from common.training.checkpoint import save_if_due
 from common.training.export import export_best, export_model
+from common.training.loop import TrainingLoop
 from common.training.means import Mean
-from common.training.metrics import MetricWriter, peak_memory_gib
-from common.training.resume import resume
-from common.training.run_folder import check_folder, open_run
-from common.training.stability import check_step
-from common.training.train_state import check_best_metric
+from common.training.metrics import peak_memory_gib
+from common.training.run_folder import check_folder
 from step2_reward.direct.data import Choice, paired, unpaired
 from step2_reward.direct.objective import check_accuracy, evaluate, measure
 from step2_reward.direct.options import DirectOptions, complete
@@ -52,61 +47,43 @@ def main() -> None:
         max_length=options.max_length, overlong=options.overlong,
     )  # fmt: skip
     data = load_examples(options.train_data, options, Choice, convert)
-    check_best_metric(options, data[1])
     check_accuracy(options, data[1])
-    init_distributed(options.timeout_minutes)
-    lengths, origin = data[0].notes("length"), data[0].origin
-    total_steps = options.max_steps or steps_in_epochs(
-        len(lengths), options.global_batch_size, options.num_train_epochs
-    )
-    checkpoint = open_run(options, {"tokenizer": tokenizer}, total_steps)
+    loop = TrainingLoop(options, *data, {"tokenizer": tokenizer}, options.global_batch_size)
 
     # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
     #    before training, or another one, which has left by the time that the model comes. Exports need none.
-    seed_everything(options.seed, step=0)
-    used = examples_of_steps(lengths, options.global_batch_size, options.seed, total_steps)
+    lengths = data[0].notes("length")
+    used = examples_of_steps(lengths, options.global_batch_size, options.seed, loop.total_steps)
     needed = used, range(len(data[1]))
     read = partial(with_reference, data, needed, options, zero, tokenizer.pad_token_id)
-    is_over = options.export_only or (checkpoint is not None and checkpoint.state.step >= total_steps)
-    judged = data if is_over else None
-    if options.reference_model_name_or_path and not is_over:
+    judged = data if loop.is_over else None
+    if options.reference_model_name_or_path and not loop.is_over:
         judged = read(partial(load_reference, options, tokenizer, zero))
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
-    engine = make_engine(model, zero, options, options.learning_rate, total_steps)
+    engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     train, held_out = judged or read(lambda: engine)
-    engines = {"policy": engine}
-    state = resume(checkpoint, options, engines, total_steps)
-    metrics = MetricWriter(options.output_dir, state.step, total_steps, options.logging_steps)
-    output = Path(options.output_dir)
+    loop.resume({"policy": engine}, "records")
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
-    log(f"{len(train)} records, {len(held_out)} held out, {total_steps} steps on {ranks_in_words()}")
 
     def evaluate_and_log() -> bool:
-        found = evaluate(engine, held_out, options, tokenizer.pad_token_id)
-        metrics.log(state.step, found, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"])
-        if is_best := state.is_best(options.best_metric, found):
-            export_best(engine, tokenizer, output / "best", load_base)
+        figures = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        is_best = loop.log_evaluation(
+            figures, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"]
+        )
+        if is_best:
+            export_best(engine, tokenizer, loop.folder / "best", load_base)
         return is_best
 
     # 3. Train.
-    if held_out and state.step == 0:
+    if loop.first_evaluation_is_due:
         evaluate_and_log()
-    order = batch_order(lengths, options.global_batch_size, options.seed, state.step, grouped=True)
-    stop_between_steps()
-    while state.step < total_steps and not options.export_only:
-        seed_everything(options.seed, state.step + 1)
-        chosen = next(order)
-        measured = train_step(engine, [train[i] for i in chosen], options, tokenizer.pad_token_id)
-        state.advance(options.global_batch_size, len(train))
-        check_step(state, options, measured, [origin(i) for i in chosen])
-        metrics.step(state, measured, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
-        is_last, is_best = state.step == total_steps, False
-        if held_out and (is_last or (options.eval_steps and state.step % options.eval_steps == 0)):
-            is_best = evaluate_and_log()
-        save_if_due(options, state, engines, is_best, is_last)
+    for indices in loop.batches():
+        figures = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
+        loop.finish_step(figures, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
+        loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
     # 4. What step 3, or another program, reads.
-    export_model(engine, tokenizer, output / "final", load_base)
+    export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
 def train_step(

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.runtime.process import Stopped
-from common.training import resume
 from common.training.checkpoint import find_checkpoint, list_checkpoints
-from common.training.resume import _continued, stop_after_training
+from common.training.resume import _continued
 from common.training.train_state import TrainState
 from step1_sft.options import SFTOptions
 
@@ -43,21 +41,3 @@ def test_a_schedule_is_told_where_steps_follow_it(capsys, step: int, schedule: s
     line = capsys.readouterr().out
     assert line.startswith("the run ends at step 10 now, planned were 20")
     assert ("learning rate" in line) == is_told == ("from step 10 on" in line)
-
-
-@pytest.mark.parametrize(
-    ("is_saved", "chosen", "line"),
-    [
-        (True, "latest", "checkpoint {}. Run the same command to finish."),
-        (False, "latest", "NOT saved. Run the same command to resume from an older one, or to start again."),
-        (False, "none", "NOT saved. Run the same command with --resume_from_checkpoint latest to resume"),
-    ],
-)
-def test_a_stop_after_training_names_the_next_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved: bool, chosen: str, line: str
-) -> None:
-    monkeypatch.setattr(resume, "save_checkpoint", lambda *_: is_saved)
-    options = SFTOptions(output_dir=str(tmp_path), resume_from_checkpoint=chosen)
-    with pytest.raises(Stopped) as stopped:
-        stop_after_training(options, TrainState(step=3), {})
-    assert line.format(tmp_path / "checkpoints/step_000003") in str(stopped.value)
