@@ -6,4 +6,6 @@ NUM_GPUS=1  # one process, which computes next to nothing
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt
-run_alone launch.report.main "$@"
+needs_options "$@"
+choose_device
+exec python "$ROOT/launch/lib/alone.py" launch.report.main "$@"

@@ -9,7 +9,7 @@ section 3: a draft, then rounds of critique and revision, each by a principle dr
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from typing import Any
 from torch import nn
 
 from common.ai_feedback.constitution import (
-    SHIPPED,
-    ConstitutionOptions,
     as_text,
     draw_principle,
     fill,
@@ -28,27 +26,15 @@ from common.ai_feedback.constitution import (
 )
 from common.data.journal import to_lines, work_through
 from common.data.loading import load_examples
-from common.generation.generate import (
-    Answer,
-    GenerationOptions,
-    check_generation,
-    load_policy,
-    sample_answers,
-)
+from common.generation.generate import Answer, check_generation, load_policy, sample_answers
 from common.model.families import position_limit
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.numeric.intervals import share, share_in_words
 from common.runtime.distributed import init_distributed, log, rank
 from common.runtime.files import write_json, write_text
-from common.runtime.options import (
-    CacheOptions,
-    DataOptions,
-    OptimiserOptions,
-    option,
-    parse_options,
-    world_size,
-)
+from common.runtime.option_parser import parse_options
+from common.runtime.options import CacheOptions, DataOptions, OptimiserOptions, world_size
 from common.runtime.process import run_main
 from common.text.conversation import Message
 from common.text.prompts import Prompt, prompt
@@ -57,32 +43,15 @@ from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped
 from common.training.run_folder import prepare_output
+from step1_sft.options import CritiqueOptions
 
 CRITIQUE_PLACES = ("prompt", "response", "principle")
 REVISION_PLACES = (*CRITIQUE_PLACES, "critique")
 
 
-@dataclass
-class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
-    """Answers that a model has criticised and revised by a constitution, as demonstrations."""
-
-    prompt_data: list[str] = option([], "Red-team or ordinary prompts: files or hub names. Required.")
-    output_dir: str = option("output/critique", "Folder for demonstrations.jsonl and report.json.")
-    revision_rounds: int = option(2, "Critiques and revisions of each answer.", at_least=1)
-    max_response_length: int = option(
-        512, "Longest answer, critique or revision in tokens; a longer revision is not used.", at_least=1
-    )
-    critique_template: str = option(
-        str(SHIPPED / "critique.txt"), "How to ask for a critique: text with {prompt} {response} {principle}."
-    )
-    revision_template: str = option(
-        str(SHIPPED / "revision.txt"), "How to ask for a revision: the same places, and {critique}."
-    )
-
-
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(CritiqueOptions, required=["model_name_or_path", "prompt_data"])
+    options = parse_options(CritiqueOptions)
     principles = read_constitution(options.constitution)
     templates = (
         read_template("critique_template", options.critique_template, CRITIQUE_PLACES),

@@ -27,7 +27,8 @@ from common.model.vocabulary import spare_ids
 from common.model.zero import frozen_config, load_zero_config
 from common.runtime.distributed import init_distributed, log, rank, sum_over_ranks
 from common.runtime.files import is_folder, write_json
-from common.runtime.options import UserError, parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError, world_size
 from common.runtime.process import UNWRITTEN, run_main, stop_anywhere, stop_between_steps
 from common.runtime.progress import Progress, track
 from common.text.record_formats import Record
@@ -58,7 +59,7 @@ class Answer(NamedTuple):
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(EvaluateOptions, required=["model_name_or_path", "eval_data"])
+    options = parse_options(EvaluateOptions)
     check_output(options.output)
     as_trained = SFTOptions(
         max_length=options.max_length, micro_batch_size=options.micro_batch_size,

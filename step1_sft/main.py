@@ -18,8 +18,8 @@ from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config, unpartitioned
 from common.runtime.distributed import sum_over_ranks
-from common.runtime.option_checks import check_held_out
-from common.runtime.options import parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import world_size
 from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
@@ -36,8 +36,7 @@ from step1_sft.packing import check_packing, micro_batches
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(SFTOptions, required=["model_name_or_path", "train_data"])
-    check_held_out(options)
+    options = parse_options(SFTOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options.max_length = longest_input(config, options.max_length, "max_length")

@@ -24,8 +24,8 @@ from common.runtime.distributed import (
     rank,
     sum_over_ranks,
 )
-from common.runtime.option_checks import check_held_out
-from common.runtime.options import parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import world_size
 from common.runtime.process import Stopped, run_main, stop_anywhere, stop_between_steps
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
@@ -52,8 +52,7 @@ from step2_reward.shared_prompt import choose_layout, pair_scores_and_states
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(RewardOptions, required=["model_name_or_path", "train_data"])
-    check_held_out(options)
+    options = parse_options(RewardOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = start_config(options.model_name_or_path, "model_name_or_path")
     options.max_length = longest_input(config, options.max_length, "max_length")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.model.reward_ensemble import EnsembleOptions
+from common.model.options import EnsembleOptions
+from common.runtime.option_checks import check_held_out
 from common.runtime.options import BEST_METRIC, CacheOptions, TrainOptions, option
 
 
@@ -41,12 +42,19 @@ class RewardOptions(TrainOptions):
     )
     max_centre_samples: int = option(512, "Responses scored to find that average.", at_least=2)
 
+    def check(self) -> None:
+        """Raise UserError for options that contradict each other."""
+        check_held_out(self)
+
 
 @dataclass
 class EvaluateOptions(CacheOptions, EnsembleOptions):
     """A reward model, or several as one, judged on preferences."""
 
-    eval_data: list[str] = option([], "Preferences: files or hub names. Required.")
+    reward_model_name_or_path: list[str] = option(
+        [], "The reward model: `final/` of step 2; several are an ensemble.", required=True
+    )
+    eval_data: list[str] = option([], "Preferences: files or hub names.", required=True)
     max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0)
     output_dir: str = option("output/evaluate_reward", "Folder for report.json, pictures and TensorBoard.")
     max_length: int = option(1024, "Longest record in tokens; a longer one is left out.", at_least=8)
@@ -54,3 +62,21 @@ class EvaluateOptions(CacheOptions, EnsembleOptions):
     zero_config: str = option(
         "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
     )
+
+
+@dataclass
+class ScoreOptions(EnsembleOptions):
+    """Scores of responses by one reward model or several."""
+
+    reward_model_name_or_path: list[str] = option(
+        [], "The reward model: `final/` of step 2; several are an ensemble.", required=True
+    )
+    input: str = option(
+        "", "Records: prompt + response (or completion), or messages; F.jsonl:0.1: a tenth of them.",
+        required=True,
+    )  # fmt: skip
+    output: str = option("", "JSONL file for the same records with `score`, in their order.", required=True)
+    micro_batch_size: int = option(32, "Records scored at once.", at_least=1)
+    max_length: int = option(1024, "Longest sequence in tokens; prompts lose their beginning.", at_least=8)
+    bf16: bool = option(True, "Compute in bf16 where there is a GPU.")
+    skip_bad_records: bool = option(False, "Leave bad records out instead of stopping at the first.")

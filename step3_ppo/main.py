@@ -21,7 +21,8 @@ from common.model.zero import load_zero_config, unpartitioned
 from common.runtime.distributed import (
     seed_everything,
 )
-from common.runtime.options import UserError, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 from common.runtime.process import run_main
 from common.text.prompts import Prompt, prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
@@ -34,7 +35,7 @@ from step3_ppo.kl_advice import advise, warn_of_penalty
 from step3_ppo.metrics import as_markdown, evaluate, rollout_metrics, speed
 from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
-from step3_ppo.options import PPOOptions, check_options
+from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix, load_texts
 from step3_ppo.returns import estimate_advantages, kl_controller, shape_rewards
 from step3_ppo.reward_functions import FunctionError, load_functions
@@ -47,8 +48,7 @@ SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/e
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(PPOOptions, required=["actor_model_name_or_path", "prompt_data"])
-    check_options(options)
+    options = parse_options(PPOOptions)
     functions = load_functions(options.reward_function, "reward_function")
     gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
     if options.gold_reward_model:

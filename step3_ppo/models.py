@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from common.model.engine import make_engine, make_frozen
 from common.model.loading import initialise_head, load_causal_lm, load_scalar_model
 from common.model.lora import add_adapters
-from common.model.reward_ensemble import EnsembleOptions, RewardModel, load_encoders, load_members, on_device
+from common.model.options import EnsembleOptions
+from common.model.reward_ensemble import RewardModel, load_encoders, load_members, on_device
 from common.model.zero import frozen_config, unpartitioned
 from common.runtime.distributed import log
 from common.text.tokenizer import SegmentEncoder

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.generation.generate import GenerationOptions, PromptDataOptions
-from common.model.reward_ensemble import EnsembleOptions
+from common.generation.options import GenerationOptions, PromptDataOptions
+from common.model.options import EnsembleOptions
 from common.runtime.option_checks import check_held_out
 from common.runtime.options import (
     BEST_METRIC,
@@ -19,9 +19,9 @@ from common.runtime.options import (
 
 @dataclass
 class SamplingOptions(GenerationOptions):
-    """What responses are collected."""
+    """Prompts and rollouts."""
 
-    prompt_data: list[str] = option([], "Prompts: files or hub names. Required.")
+    prompt_data: list[str] = option([], "Prompts: files or hub names.", required=True)
     rollout_batch_size: int = option(128, "Responses collected per iteration, over all ranks.", at_least=1)
     samples_per_prompt: int = option(1, "Responses to each prompt of an iteration.", at_least=1)
     num_samples: int = option(4, "Held-out answers written to TensorBoard at each evaluation.", at_least=0)
@@ -29,7 +29,7 @@ class SamplingOptions(GenerationOptions):
 
 @dataclass
 class RewardOptions(EnsembleOptions):
-    """What makes a response good, besides reward models."""
+    """Scores, penalties and gold scorers."""
 
     reward_function: list[str] = option(
         [], "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too."
@@ -52,7 +52,7 @@ class RewardOptions(EnsembleOptions):
 
 @dataclass
 class KLOptions:
-    """How far the policy may move, from the reference and within an iteration."""
+    """KL penalty and limits on updates."""
 
     kl_coef: float = option(0.05, "Weight of the KL penalty; the first one, if adaptive.", at_least=0)
     kl_penalty: Literal["reward", "k2", "k3"] = option(
@@ -75,7 +75,7 @@ class KLOptions:
 
 @dataclass
 class AlgorithmOptions:
-    """The numbers of PPO."""
+    """PPO."""
 
     advantage_estimator: Literal["gae", "reinforce", "rloo", "group", "reinforce_pp"] = option(
         "gae",
@@ -127,7 +127,7 @@ class PPOOptions(
 
     output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
     best_metric: Literal["none", "eval/score", "eval/gold"] = option("none", BEST_METRIC)
-    actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1. Required.")
+    actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1.", required=True)
     actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
     critic_zero_config: str = option("", "DeepSpeed JSON of the critic. Default: --zero_config.")
     actor_gradient_checkpointing: bool = option(False, "--gradient_checkpointing, of the actor alone.")
@@ -160,44 +160,43 @@ class PPOOptions(
         """Optimiser steps of an iteration, unless --target_kl ends it earlier."""
         return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
 
-
-def check_options(options: PPOOptions) -> None:
-    """Raise UserError unless something scores, the estimator has all it needs, and a rollout is whole groups,
-    equal shares and whole optimiser steps.
-    """
-    if not options.reward_model_name_or_path and not options.reward_function:
-        raise UserError("--reward_model_name_or_path or --reward_function is required")
-    check_held_out(options)
-    rows, ranks = options.rollout_batch_size, world_size()
-    estimator = options.advantage_estimator
-    if estimator in ("rloo", "group") and options.samples_per_prompt < 2:
-        raise UserError(
-            f"--samples_per_prompt {options.samples_per_prompt}: --advantage_estimator {estimator} compares"
-            " responses to one prompt and needs at least 2"
-        )
-    if options.early_stopping and options.best_metric == "none":
-        raise UserError(
-            f"--early_stopping {options.early_stopping}: needs a --best_metric: eval/score or eval/gold"
-        )
-    if options.early_stopping and not options.eval_steps:
-        raise UserError(f"--early_stopping {options.early_stopping}: needs --eval_steps; it is 0")
-    if options.best_metric == "eval/gold" and not (options.gold_reward_model or options.gold_function):
-        raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
-    for name in ("critic_warmup_steps", "bootstrap_truncated"):
-        if getattr(options, name) and not options.has_critic:
+    def check(self) -> None:
+        """Raise UserError unless something scores, the estimator has all it needs, and a rollout is whole
+        groups, equal shares and whole optimiser steps.
+        """
+        if not self.reward_model_name_or_path and not self.reward_function:
+            raise UserError("--reward_model_name_or_path or --reward_function is required")
+        check_held_out(self)
+        rows, ranks = self.rollout_batch_size, world_size()
+        estimator = self.advantage_estimator
+        if estimator in ("rloo", "group") and self.samples_per_prompt < 2:
             raise UserError(
-                f"--{name} {getattr(options, name)}: --advantage_estimator {estimator} has no critic"
+                f"--samples_per_prompt {self.samples_per_prompt}: --advantage_estimator {estimator} compares"
+                " responses to one prompt and needs at least 2"
             )
-    if 0 < options.dual_clip <= 1:
-        raise UserError(f"--dual_clip {options.dual_clip} must be above 1, or 0 for none")
-    check_controller(options)
-    for name, divisor in {
-        "--global_batch_size": options.global_batch_size,
-        "--samples_per_prompt": options.samples_per_prompt,
-        "ranks": ranks,
-    }.items():
-        if rows % divisor:
-            raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
+        if self.early_stopping and self.best_metric == "none":
+            raise UserError(
+                f"--early_stopping {self.early_stopping}: needs a --best_metric: eval/score or eval/gold"
+            )
+        if self.early_stopping and not self.eval_steps:
+            raise UserError(f"--early_stopping {self.early_stopping}: needs --eval_steps; it is 0")
+        if self.best_metric == "eval/gold" and not (self.gold_reward_model or self.gold_function):
+            raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
+        for name in ("critic_warmup_steps", "bootstrap_truncated"):
+            if getattr(self, name) and not self.has_critic:
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: --advantage_estimator {estimator} has no critic"
+                )
+        if 0 < self.dual_clip <= 1:
+            raise UserError(f"--dual_clip {self.dual_clip} must be above 1, or 0 for none")
+        check_controller(self)
+        for name, divisor in {
+            "--global_batch_size": self.global_batch_size,
+            "--samples_per_prompt": self.samples_per_prompt,
+            "ranks": ranks,
+        }.items():
+            if rows % divisor:
+                raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
 
 
 def check_controller(options: PPOOptions) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from common.data.batching import pad_rows
 from common.generation.decoding import Responses
-from common.generation.generate import GenerationOptions, generate, my_prompts
+from common.generation.generate import generate, my_prompts
+from common.generation.options import GenerationOptions
 from common.model.forward import base_model, logits_and_balance
 from common.numeric.tensor_ops import label_logprobs
 from common.numeric.top_k_top_p import restrict

@@ -2,12 +2,14 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from launch.lib.check_options import COMMANDS
 from tests.conftest import REPOSITORY
 
 STAGES = ("step1_sft", "step2_reward", "step3_ppo")
@@ -111,6 +113,21 @@ def test_launch_scripts_are_short_strict_and_well_formed(path):
         assert len(lines) <= 40
     checked = subprocess.run(["bash", "-n", str(REPOSITORY / path)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_options_are_checked_before_a_library_is_loaded():
+    """So that --help and a refused option take a moment, not the seconds of an import."""
+    options = [imported.rpartition(".")[0] for imported in COMMANDS.values()]
+    heavy = {"torch", "deepspeed", "transformers", "numpy"}
+    code = f"import sys, {', '.join(options)}; print({heavy} & {{*sys.modules}})"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert printed.stdout.strip() == "set()", printed.stderr
+    runs_python = [
+        path.stem
+        for path in SCRIPTS
+        if re.search("^run_(stage|alone) ", (REPOSITORY / path).read_text(), re.M)
+    ]
+    assert sorted(runs_python) == sorted(COMMANDS)
 
 
 def test_formulas_import_without_deepspeed_or_transformers():

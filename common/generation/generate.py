@@ -1,7 +1,6 @@
 """Responses of a policy to any number of prompts, shared out among the ranks."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -9,45 +8,16 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.generation.decoding import Responses, sample_responses, uniforms_for
+from common.generation.options import GenerationOptions
 from common.model.engine import gathered, make_frozen
 from common.model.families import check_sampling, position_limit
 from common.model.forward import base_model
 from common.model.loading import load_causal_lm
 from common.model.zero import frozen_config, unpartitioned
 from common.runtime.distributed import device, gather_objects, rank
-from common.runtime.options import DataOptions, Overlong, UserError, option, world_size
+from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.text.tokenizer import SegmentEncoder
-
-
-@dataclass
-class PromptDataOptions(DataOptions):
-    """`DataOptions` of commands that read prompts."""
-
-    overlong: Overlong = option(
-        "truncate_prompt",
-        "Prompts longer than --max_prompt_length. truncate_prompt: take the oldest messages, then the"
-        " beginning, away; drop or truncate_response: leave them out; error: stop.",
-    )
-
-
-@dataclass
-class GenerationOptions:
-    """How responses are drawn."""
-
-    generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
-    max_prompt_length: int = option(
-        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
-    )
-    max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
-    temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
-    top_p: float = option(
-        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
-    )
-    gather_for_generation: bool = option(
-        True, "At ZeRO-3, gather all weights once to sample; turn off when they do not fit on one GPU."
-    )
 
 
 class Plain(nn.Module):

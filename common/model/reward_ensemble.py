@@ -5,9 +5,8 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +17,13 @@ from common.model.engine import make_frozen
 from common.model.families import position_limit
 from common.model.forward import base_model, last_positions, token_scores
 from common.model.loading import is_partitioned, load_scalar_model
+from common.model.options import EnsembleOptions
 from common.model.roles import check_scalar_model
 from common.model.zero import frozen_config, unpartitioned
 from common.runtime.distributed import device
-from common.runtime.options import UserError, option, world_size
+from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-
-
-@dataclass
-class EnsembleOptions:
-    """Which reward models score, and how several scores become one."""
-
-    reward_model_name_or_path: list[str] = option(
-        [], "The reward model: `final/` of step 2; several are an ensemble."
-    )
-    reward_combine: Literal["mean", "min", "mean_std"] = option(
-        "mean", "The score of an ensemble: the mean, the least, or the mean less --reward_std_coef x std."
-    )
-    reward_std_coef: float = option(
-        1.0, "How much mean_std takes off where reward models disagree.", at_least=0
-    )
-    reward_weights: list[float] = option(
-        [], "Weights of the reward models in mean and std. Default: all alike."
-    )
 
 
 class RewardModel(NamedTuple):

@@ -4,7 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
-from common.runtime.options import UserError, given_options
+from common.runtime.option_parser import given_options
+from common.runtime.options import UserError
 
 
 def check_held_out(options: Any) -> None:

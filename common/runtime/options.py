@@ -1,19 +1,12 @@
-"""Options that stages share, and the one parser. Every option is declared once, with its type, default and
-range.
+"""Options that stages share. Every option is declared once, with its type, default, help text and limits.
 
-A stage's options are one dataclass that inherits the groups it needs. Ranges stand beside the field
-(`at_least`, `above`, `at_most`), and `parse_options` checks them all before anything else happens.
+The options of a command are one dataclass that inherits the groups it needs; `parse_options` checks them.
 """
 
-import argparse
 import dataclasses
-import difflib
-import math
 import os
-import re
-import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 Options = TypeVar("Options")
 
@@ -33,17 +26,9 @@ def reason(error: BaseException) -> str:
     return ": ".join([type(error).__name__] * is_bare + lines[:1])
 
 
-class Help(str):
-    """A help text that carries the option's limits: HfArgumentParser leaves no other place for them."""
-
-    limits: dict[str, float]
-
-
-def option(default: Any, help: str, **limits: float) -> Any:
+def option(default: Any, help: str, required: bool = False, **limits: float) -> Any:
     """A dataclass field with its help text and, optionally, the limits `at_least`, `above` or `at_most`."""
-    text = Help(help)
-    text.limits = limits
-    metadata = {"help": text}
+    metadata = {"help": help, "required": required, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -51,12 +36,11 @@ def option(default: Any, help: str, **limits: float) -> Any:
 
 Overlong = Literal["truncate_prompt", "truncate_response", "drop", "error"]
 BEST_METRIC = "Keep the model with the best value of this in best/, and its checkpoint."
-_given: frozenset[str] = frozenset()  # what stands on the command line
 
 
 @dataclass
 class RunOptions:
-    """How long to run, what to write and when."""
+    """Length of the run, outputs and their intervals."""
 
     output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.")
     seed: int = option(0, "Seed of the data order, of new weights and of sampling.", at_least=0)
@@ -91,7 +75,7 @@ class RunOptions:
 
 @dataclass
 class CacheOptions:
-    """How data is tokenised, and what to do with bad records."""
+    """Tokenisation and bad records."""
 
     skip_bad_records: bool = option(
         False, "Count and skip malformed records instead of stopping at the first."
@@ -102,7 +86,7 @@ class CacheOptions:
 
 @dataclass
 class DataOptions(CacheOptions):
-    """Where held-out data comes from, and what to do with records that are too long."""
+    """Held-out data and long records."""
 
     stage: ClassVar[int] = 1
     eval_data: list[str] = option(
@@ -128,7 +112,7 @@ class DataOptions(CacheOptions):
 
 @dataclass
 class OptimiserOptions:
-    """Batch arithmetic and AdamW. global_batch_size = micro_batch_size x accumulation x ranks, exactly."""
+    """Batches and AdamW. global_batch_size = micro_batch_size x accumulation x ranks, exactly."""
 
     zero_config: str = option(
         "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2."
@@ -153,7 +137,7 @@ class OptimiserOptions:
 
 @dataclass
 class LoraOptions:
-    """Low-rank adapters through `peft`; off at rank 0."""
+    """LoRA adapters, through `peft`."""
 
     lora_rank: int = option(0, "Rank of the adapters; 0 trains all weights.", at_least=0)
     lora_alpha: float = option(
@@ -167,56 +151,14 @@ class LoraOptions:
 
 @dataclass
 class TrainOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions):
-    """What steps 1 and 2 share: one trained model and one file of training data."""
+    """Model and training data."""
 
-    model_name_or_path: str = option("", "Folder or hub name of the model to start from. Required.")
-    train_data: list[str] = option([], "Data: files (F.jsonl:0.3 takes 30 %), FOLDER, NAME:SPLIT. Required.")
+    model_name_or_path: str = option("", "Folder or hub name of the model to start from.", required=True)
+    train_data: list[str] = option(
+        [], "Data: files (F.jsonl:0.3 takes 30 %), FOLDER, NAME:SPLIT.", required=True
+    )
     max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", at_least=8)
     learning_rate: float = option(1e-5, "Highest learning rate.", above=0)
-
-
-def parse_options(
-    options_class: type[Options], required: list[str], argv: list[str] | None = None
-) -> Options:
-    """Parse and check the command line.
-
-    required: names of options that must not be empty. Raises UserError for an unknown option, a value of the
-    wrong type or outside its range, a missing required one, and for batch sizes that do not divide.
-    """
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            named = re.sub(r"^(--\w+)/[^:]*:", r"\1:", message.removeprefix("argument "))
-            raise UserError(named)
-
-        def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-            if names[0].startswith("--no_") and settings.get("action") == "store_false":
-                settings |= {"help": f"Turn --{settings['dest']} off.", "default": argparse.SUPPRESS}
-            settings["help"] = settings.get("help", "").replace("%", "%%")  # argparse formats it with %
-            return super().add_argument(*names, **settings)
-
-    title = (sys.modules["__main__"].__doc__ or "").split("\n\n")[0]
-    parser = Parser(options_class, allow_abbrev=False, usage="[--option value ...]", description=title)
-    global _given
-    (options, unknown) = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options)}")
-    for name in required:
-        if not getattr(options, name):
-            raise UserError(f"--{name} is required")
-    for field in dataclasses.fields(options):
-        _check_limits(field.name, getattr(options, field.name), field.metadata["help"].limits)
-    unset = object()
-    parser.set_defaults(**{field.name: unset for field in dataclasses.fields(options)})
-    values = vars(parser.parse_known_args(argv)[0])
-    _given = frozenset(name for name, value in values.items() if value is not unset)
-    return options
-
-
-def given_options() -> frozenset[str]:
-    """Names of the options that stand on the command line, as of the last `parse_options`."""
-    return _given
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
@@ -233,18 +175,3 @@ def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
 def world_size() -> int:
     """Number of ranks, as the launcher says; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _suggestion(unknown: str, options: Any) -> str:
-    names = [f"--{field.name}" for field in dataclasses.fields(options)]
-    near = difflib.get_close_matches(unknown, names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them"
-
-
-def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:
-    for kind, limit in limits.items():
-        allowed = {"at_least": value >= limit, "above": value > limit, "at_most": value <= limit}[kind]
-        if not allowed:
-            raise UserError(f"--{name} {value}: must be {kind.replace('_', ' ')} {limit:g}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name} {value}: must be a finite number")

@@ -20,17 +20,19 @@ from common.model.loading import load_causal_lm
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.runtime.distributed import on_cpu
-from common.runtime.options import UserError, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 from common.runtime.process import SIGNALS, run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from launch.chat.session import Chat, ChatOptions, Speaker
+from launch.chat.options import ChatOptions
+from launch.chat.session import Chat, Speaker
 
 
 def main() -> None:
     # 1. What can be wrong is found before a model is loaded. There is nothing to save, so a signal ends it.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    options = parse_options(ChatOptions, required=["model_name_or_path"])
+    options = parse_options(ChatOptions)
     paths = options.model_name_or_path
     if len(paths) > 2:
         raise UserError(f"--model_name_or_path {' '.join(paths)}: must be one model or two")

@@ -2,21 +2,21 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, TextStreamer
 
-from common.model.reward_ensemble import EnsembleOptions, RewardModel, combine, member_scores
+from common.model.reward_ensemble import RewardModel, combine, member_scores
 from common.model.vocabulary import spare_ids
 from common.runtime.distributed import device, seed_everything
-from common.runtime.options import UserError, option
+from common.runtime.options import UserError
 from common.text.conversation import Message
 from common.text.prompts import prompt
 from common.text.segments import dialogue_segments
 from common.text.tokenizer import SegmentEncoder
+from launch.chat.options import ChatOptions
 
 HELP = """\
 /regenerate        answer the last message again
@@ -25,22 +25,6 @@ HELP = """\
 /a /b /new /old    go on from this answer; otherwise it is the first model's, or the newest
 /reset             begin a new conversation
 /quit              leave, as Ctrl-D does; Ctrl-C only stops an answer"""
-
-
-@dataclass
-class ChatOptions(EnsembleOptions):
-    """A chat with a model, or with two that are compared; reward models score the answers."""
-
-    model_name_or_path: list[str] = option(
-        [], "Folder or hub name of the model, or of the two to compare. Required."
-    )
-    save_to: str = option("", "JSONL file to which /save adds preferences, for step 2.")
-    max_response_length: int = option(128, "Longest answer in tokens.", at_least=1)
-    temperature: float = option(1.0, "Temperature of sampling; 0: always the likeliest token.", at_least=0)
-    top_p: float = option(
-        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
-    )
-    seed: int = option(0, "Seed of sampling.", at_least=0)
 
 
 class Speaker(NamedTuple):

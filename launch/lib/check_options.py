@@ -1,46 +1,77 @@
-"""Refuse wrong options of commands that a script would reach hours later.
+"""Check the options of commands, or explain them, before any library is loaded.
 
-python -m launch.lib.check_options step2_direct --loss dpo --beta 0.3 -- evaluate_ppo --prompt_data F.jsonl
+    python -m launch.lib.check_options step1_sft --model_name_or_path M --train_data F
+    python -m launch.lib.check_options step1_sft --help
+    python -m launch.lib.check_options --later step2_direct --loss dpo -- evaluate_ppo --prompt_data F.jsonl
+
+--later: commands that a script runs hours later; options that are required may still be missing.
 """
 
+import re
 import sys
+from importlib import import_module
+from pathlib import Path
 
-from common.runtime.option_checks import check_held_out
-from common.runtime.options import UserError, parse_options
-from common.runtime.process import run_main
-from step1_sft.options import SFTOptions
-from step2_reward.direct.options import DirectOptions, complete
-from step2_reward.options import RewardOptions
-from step3_ppo.compare import options as evaluate_options
-from step3_ppo.compare.options import EvaluateOptions
-from step3_ppo.options import PPOOptions, check_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 
-# The options of a command, and the check of their combinations.
+REFUSED = 2  # as in common/runtime/process.py, which takes seconds to import
 COMMANDS = {
-    "step1_sft": (SFTOptions, check_held_out),
-    "step2_reward": (RewardOptions, check_held_out),
-    "step3_ppo": (PPOOptions, check_options),
-    "step2_direct": (DirectOptions, complete),
-    "evaluate_ppo": (EvaluateOptions, evaluate_options.check_options),
+    "annotate": "step2_reward.annotate.options.AnnotateOptions",
+    "best_of_n": "step3_ppo.best_of_n.options.BestOfNOptions",
+    "chat": "launch.chat.options.ChatOptions",
+    "critique": "step1_sft.options.CritiqueOptions",
+    "evaluate_ppo": "step3_ppo.compare.options.EvaluateOptions",
+    "evaluate_reward": "step2_reward.options.EvaluateOptions",
+    "evaluate_sft": "step1_sft.options.EvaluateOptions",
+    "judge": "step2_reward.judge.options.JudgeOptions",
+    "plan": "launch.plan.options.PlanOptions",
+    "sample_pairs": "step2_reward.annotate.options.SamplePairsOptions",
+    "score": "step2_reward.options.ScoreOptions",
+    "step1_sft": "step1_sft.options.SFTOptions",
+    "step2_direct": "step2_reward.direct.options.DirectOptions",
+    "step2_reward": "step2_reward.options.RewardOptions",
+    "step3_ppo": "step3_ppo.options.PPOOptions",
 }
 
 
 def main() -> None:
     words = sys.argv[1:]
-    while words:
-        end = words.index("--") if "--" in words else len(words)
-        check_command(*words[:end])
-        words = words[end + 1 :]
-
-
-def check_command(command: str, *words: str) -> None:
-    """Raise UserError, naming the command, for options that it would refuse."""
-    options_class, check = COMMANDS[command]
     try:
-        check(parse_options(options_class, [], [*words]))
+        if words[0] != "--later":
+            check_command(words[0], words[1:])
+            return
+        words = words[1:]
+        while words:
+            end = words.index("--") if "--" in words else len(words)
+            check_later_command(words[0], words[1:end])
+            words = words[end + 1 :]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
+
+
+def check_command(command: str, words: list[str]) -> None:
+    """Raise UserError for options that the command would refuse; with --help, print the help and exit."""
+    module, _, name = COMMANDS[command].rpartition(".")
+    parse_options(getattr(import_module(module), name), words, usage(command))
+
+
+def usage(command: str) -> str:
+    """How the script is called, by the comment at its top."""
+    script = Path(__file__).parents[1] / f"{command}.sh"
+    example = re.search(r"^#   (bash (?:.*\\\n)*.*)", script.read_text(), re.MULTILINE)[1]
+    return re.sub(r"\s*\\\n#\s*", " ", example).partition("   ")[0] + " [options]"
+
+
+def check_later_command(command: str, words: list[str]) -> None:
+    """Raise UserError, naming the command, for options that it would refuse."""
+    module, _, name = COMMANDS[command].rpartition(".")
+    try:
+        parse_options(getattr(import_module(module), name), words, check_required=False)
     except UserError as error:
         raise UserError(f"launch/{command}.sh: {error}") from None
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -60,11 +60,17 @@ needs_options() {
     exit 2
 }
 
+# check_options OPTIONS...: explain them with --help, and refuse wrong ones, before any library is loaded.
+check_options() {
+    needs_options "$@"
+    heed python -m launch.lib.check_options "$(basename "$0" .sh)" "$@" || exit $?
+    [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 || true
+}
+
 # run_stage MODULE DEFAULT_OUTPUT OPTIONS...: the ranks, in place of this script, whose signals they heed.
 run_stage() {
-    needs_options "${@:3}"
+    check_options "${@:3}"
     choose_device
-    [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exec python -m "$1" --help
     choose_port
     exec python "$ROOT/launch/lib/supervise.py" "$(output_dir "${@:2}")" "$0" \
         deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
@@ -73,7 +79,7 @@ run_stage() {
 
 # run_alone MODULE OPTIONS...: one process, without a launcher, in place of this script.
 run_alone() {
-    needs_options "${@:2}"
+    check_options "${@:2}"
     choose_device
     exec python "$ROOT/launch/lib/alone.py" "$@"
 }
@@ -113,7 +119,7 @@ step() {
 
 # check COMMAND OPTIONS... -- COMMAND OPTIONS...: refuse wrong options before the first command begins.
 check() {
-    heed python "$ROOT/launch/lib/alone.py" launch.lib.check_options "$@"
+    heed python -m launch.lib.check_options --later "$@"
 }
 
 # script_help OPTIONS...: with --help among them, show the comment at the top of the script.

@@ -11,7 +11,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from common.runtime.options import UserError, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase
@@ -48,7 +49,7 @@ SCRIPTS = {
 def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
     try:
-        options = parse_options(PlanOptions, required=["model_name_or_path"])
+        options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
         phases = predict(options)
         print(f"{setting(options)}\n\n{table(phases, options.device)}")

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.model.reward_ensemble import EnsembleOptions
+from common.model.options import EnsembleOptions
 from common.runtime.options import LoraOptions, OptimiserOptions, TrainOptions, option
 from step3_ppo.options import AlgorithmOptions, PPOOptions
 
@@ -15,7 +15,7 @@ def same_as(stage: type, name: str) -> Any:
     """The option of a stage, with its default, help and limits."""
     field = stage.__dataclass_fields__[name]
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-    return option(default, field.metadata["help"], **field.metadata["help"].limits)
+    return option(default, field.metadata["help"], field.metadata["required"], **field.metadata["limits"])
 
 
 @dataclass

@@ -26,11 +26,10 @@ def stage_of(options: dict[str, Any]) -> Stage | None:
 @cache
 def stages() -> list[Stage]:
     """All commands that write options.json."""
-    from step1_sft.critique import CritiqueOptions
-    from step1_sft.options import SFTOptions
-    from step2_reward.annotate.sample_pairs import SamplePairsOptions
+    from step1_sft.options import CritiqueOptions, SFTOptions
+    from step2_reward.annotate.options import SamplePairsOptions
     from step2_reward.direct.options import DirectOptions
-    from step2_reward.judge.main import JudgeOptions
+    from step2_reward.judge.options import JudgeOptions
     from step2_reward.options import RewardOptions
     from step3_ppo.best_of_n.options import SampleOptions
     from step3_ppo.options import PPOOptions

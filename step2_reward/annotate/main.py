@@ -12,42 +12,21 @@ import secrets
 import signal
 import socket
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.runtime.distributed import log
-from common.runtime.options import UserError, option, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 from common.runtime.process import SIGNALS, run_main
 from step2_reward.annotate.agreement import describe
 from step2_reward.annotate.click_log import Store, check_known, log_of, read_clicks, standing
+from step2_reward.annotate.options import AnnotateOptions
 from step2_reward.pairs import read_pairs
-
-
-@dataclass
-class AnnotateOptions:
-    """Preferences of people between two responses."""
-
-    pair_data: list[str] = option(
-        [],
-        "Pairs: prompt + response_a + response_b; a record that also has its answer, as `preference`, is a"
-        " golden question. Required.",
-    )
-    golden_data: list[str] = option(
-        [], "More golden questions, in any shape of step 2: asked among the others, never in --output."
-    )
-    output: str = option(
-        "", "JSONL file for step 2; every click is in FILE.clicks.jsonl beside it. Required."
-    )
-    agreement: bool = option(False, "Print how raters agree, and their biases, and end.")
-    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0: also for other machines, unencrypted.")
-    port: int = option(8700, "Port of the page; 0: any that is free.", at_least=0, at_most=65535)
-    seed: int = option(0, "Seed of the order of pairs, and of which response is on the left.", at_least=0)
-    skip_bad_records: bool = option(False, "Leave bad records out instead of stopping at the first.")
 
 
 def main() -> None:
     # 1. What can be wrong is found before anybody is let in.
-    options = parse_options(AnnotateOptions, required=["pair_data", "output"])
+    options = parse_options(AnnotateOptions)
     pairs = read_pairs(options.pair_data, options.golden_data, options.skip_bad_records)
     if options.agreement:
         file = log_of(Path(options.output))

@@ -6,57 +6,33 @@ writes DIR/pairs.jsonl, which launch/annotate.sh shows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from common.data.journal import to_lines, work_through
 from common.data.multi_encoder import load_alike
-from common.generation.generate import (
-    Answer,
-    GenerationOptions,
-    check_generation,
-    load_policy,
-    sample_answers,
-)
+from common.generation.generate import Answer, check_generation, load_policy, sample_answers
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import gather_objects, init_distributed, log, rank
 from common.runtime.files import write_text
-from common.runtime.options import CacheOptions, UserError, option, parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError, world_size
 from common.runtime.process import run_main
 from common.text.prompts import Prompt, prompt
 from common.text.record_formats import Record
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.run_folder import prepare_output
+from step2_reward.annotate.options import SamplePairsOptions
 from step2_reward.options import RewardOptions
-
-
-@dataclass
-class SamplePairsOptions(CacheOptions, GenerationOptions):
-    """Responses of one policy or two to the same prompts, in pairs."""
-
-    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
-
-    model_name_or_path: list[str] = option([], "Folder or hub name of one policy, or of two. Required.")
-    prompt_data: list[str] = option([], "Records with prompts; F.jsonl:0.1 takes a tenth of them. Required.")
-    output_dir: str = option("output/sample_pairs", "Folder for pairs.jsonl.")
-    responses_per_prompt: int = option(
-        2, "Responses drawn per prompt, by two policies in turn; every two of them are a pair.", at_least=2
-    )
-    max_prompt_length: int = option(256, "Longest prompt in tokens; a longer one is left out.", at_least=1)
-    seed: int = option(0, "Seed of sampling.", at_least=0)
-    zero_config: str = option(
-        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
-    )
 
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(SamplePairsOptions, required=["model_name_or_path", "prompt_data"])
+    options = parse_options(SamplePairsOptions)
     paths, file = options.model_name_or_path, Path(options.output_dir) / "pairs.jsonl"
     if len(paths) > 2:
         raise UserError(f"--model_name_or_path {' '.join(paths)}: must be one model or two")

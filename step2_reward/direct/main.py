@@ -16,7 +16,7 @@ from common.model.loading import load_causal_lm, longest_input
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config, unpartitioned
-from common.runtime.options import parse_options
+from common.runtime.option_parser import parse_options
 from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
@@ -26,14 +26,13 @@ from common.training.metrics import peak_memory_gib
 from common.training.run_folder import check_folder
 from step2_reward.direct.data import Choice, paired, unpaired
 from step2_reward.direct.objective import check_accuracy, evaluate, measure
-from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
 
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(DirectOptions, required=["model_name_or_path", "train_data"])
-    complete(options)
+    options = parse_options(DirectOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     for name in ("model_name_or_path", "reference_model_name_or_path"):
         if path := getattr(options, name):

@@ -86,15 +86,14 @@ class DirectOptions(TrainOptions):
     def is_paired(self) -> bool:
         return self.loss != "kto"
 
-
-def complete(options: DirectOptions) -> None:
-    """Fill in beta, if it is left to the loss. Raises UserError for options that contradict each other."""
-    check_held_out(options)
-    defaults = default_values(options)
-    for name, losses in BELONGS.items():
-        value = getattr(options, name)
-        if value != defaults[name] and options.loss not in losses:
-            raise UserError(
-                f"--{name} {value}: --loss {options.loss} does not take it; it belongs to {' '.join(losses)}"
-            )
-    options.beta = options.beta or options.kind.beta
+    def check(self) -> None:
+        """Set beta where it is left to the loss. Raises UserError for options that contradict each other."""
+        check_held_out(self)
+        defaults = default_values(self)
+        for name, losses in BELONGS.items():
+            value = getattr(self, name)
+            if value != defaults[name] and self.loss not in losses:
+                raise UserError(
+                    f"--{name} {value}: --loss {self.loss} does not take it; it belongs to {' '.join(losses)}"
+                )
+        self.beta = self.beta or self.kind.beta

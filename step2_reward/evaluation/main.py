@@ -15,7 +15,8 @@ from common.model.reward_ensemble import combine, load_encoders, load_members
 from common.model.zero import load_zero_config
 from common.runtime.distributed import init_distributed
 from common.runtime.files import make_folder
-from common.runtime.options import parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import world_size
 from common.runtime.process import UNWRITTEN, accept, run_main, stop_anywhere, stop_between_steps
 from step2_reward.data import Layout
 from step2_reward.evaluation.report import judge, load_pairs, write_report
@@ -25,7 +26,7 @@ from step2_reward.options import EvaluateOptions, RewardOptions
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(EvaluateOptions, required=["reward_model_name_or_path", "eval_data"])
+    options = parse_options(EvaluateOptions)
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     encoders = load_encoders(options)

@@ -10,7 +10,6 @@ import fcntl
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
@@ -23,46 +22,27 @@ from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, 
 from common.data.rendering_report import Rendered, describe_rendering
 from common.data.sources import copies, files_to_read, parse_source
 from common.model.loading import load_config, longest_input
-from common.model.reward_ensemble import (
-    EnsembleOptions,
-    RewardModel,
-    combine,
-    load_encoders,
-    load_members,
-    member_scores,
-)
+from common.model.reward_ensemble import RewardModel, combine, load_encoders, load_members, member_scores
 from common.runtime.distributed import log, on_cpu
 from common.runtime.files import exists
-from common.runtime.options import UserError, option, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 from common.runtime.process import on_refusal, run_main, stop_between_steps
 from common.text.record_formats import Record
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped, fit_demonstration
 from step2_reward.data import Response
+from step2_reward.options import ScoreOptions
 
 WINDOW = 4096  # records that are read, sorted by length, scored and written together
 NEAR = 0.05  # as near are scores of the same models on another machine; those of other models hardly
 Example = tuple[Record, dict[SegmentEncoder, list[int]]]  # as it was read; token ids for each encoder
 
 
-@dataclass
-class ScoreOptions(EnsembleOptions):
-    """Scores of responses by one reward model or several."""
-
-    input: str = option(
-        "", "Records: prompt + response (or completion), or messages; F.jsonl:0.1: a tenth of them. Required."
-    )
-    output: str = option("", "JSONL file for the same records with `score`, in their order. Required.")
-    micro_batch_size: int = option(32, "Records scored at once.", at_least=1)
-    max_length: int = option(1024, "Longest sequence in tokens; prompts lose their beginning.", at_least=8)
-    bf16: bool = option(True, "Compute in bf16 where there is a GPU.")
-    skip_bad_records: bool = option(False, "Leave bad records out instead of stopping at the first.")
-
-
 def main() -> None:
     # 1. What can be wrong with the options and the first records is found before a model is loaded.
-    options = parse_options(ScoreOptions, required=["reward_model_name_or_path", "input", "output"])
+    options = parse_options(ScoreOptions)
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
         options.max_length = longest_input(load_config(path), options.max_length, "max_length")

@@ -10,7 +10,6 @@ et al. 2023 (RLAIF), section 2.1, for both orders.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -20,8 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from common.ai_feedback.constitution import (
-    SHIPPED,
-    ConstitutionOptions,
     as_text,
     draw_principle,
     fill,
@@ -39,7 +36,8 @@ from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
 from common.runtime.files import write_json, write_text
-from common.runtime.options import OptimiserOptions, UserError, option, parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import OptimiserOptions, UserError, world_size
 from common.runtime.process import run_main
 from common.text.conversation import Message
 from common.text.prompts import prompt
@@ -48,6 +46,7 @@ from common.text.segments import dialogue_segments, prompt_segments
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped
 from common.training.run_folder import prepare_output
+from step2_reward.judge.options import JudgeOptions
 from step2_reward.judge.pairs import read_pairs
 from step2_reward.judge.report import debias, describe, measure, probability
 from step2_reward.pairs import Pair, ended_fields
@@ -56,29 +55,9 @@ BATCHES = 16  # judged before the journal is written: the same ones on any numbe
 PLACES = ("prompt", "response_a", "response_b", "principle")
 
 
-@dataclass
-class JudgeOptions(ConstitutionOptions):
-    """Two responses compared by a model, in both orders, by a constitution."""
-
-    preference_data: list[str] = option(
-        [],
-        "Pairs or rankings as step 2 reads them, with or without `preference`: files or hub names. Required.",
-    )
-    max_eval_samples: int = option(0, "Judge at most this many pairs; 0: all.", at_least=0)
-    output_dir: str = option("output/judge", "Folder for preferences.jsonl and report.json.")
-    max_length: int = option(
-        4096, "Longest question in tokens; a pair with a longer one is left out.", at_least=8
-    )
-    micro_batch_size: int = option(8, "Questions that one rank puts through the model at once.", at_least=1)
-    judge_template: str = option(
-        str(SHIPPED / "judge.txt"),
-        "How to ask for A or B: text with {prompt} {response_a} {response_b} {principle}.",
-    )
-
-
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(JudgeOptions, required=["model_name_or_path", "preference_data"])
+    options = parse_options(JudgeOptions)
     principles = read_constitution(options.constitution)
     template = read_template("judge_template", options.judge_template, PLACES)
     config = policy_config(options.model_name_or_path, "model_name_or_path")

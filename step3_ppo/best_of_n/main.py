@@ -27,7 +27,8 @@ from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import gather_objects, init_distributed, log, rank, ranks_in_words
 from common.runtime.files import make_folder
-from common.runtime.options import UserError, parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError, world_size
 from common.runtime.process import run_main, stop_between_steps
 from common.runtime.progress import Progress
 from common.text.prompts import Prompt, prompt
@@ -35,7 +36,7 @@ from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.run_folder import prepare_output
 from step3_ppo.best_of_n.files import Sample, select, whole_samples, write_samples
-from step3_ppo.best_of_n.options import BestOfNOptions, check_options
+from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.report import describe
 from step3_ppo.models import Scorer
 from step3_ppo.options import PPOOptions
@@ -46,8 +47,7 @@ from step3_ppo.scoring import score_responses
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(BestOfNOptions, required=["model_name_or_path", "prompt_data"])
-    check_options(options)
+    options = parse_options(BestOfNOptions)
     as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
     check_generation(options, policy_config(options.model_name_or_path, "model_name_or_path"))

@@ -3,21 +3,21 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from common.generation.generate import GenerationOptions, PromptDataOptions
-from common.model.reward_ensemble import EnsembleOptions
+from common.generation.options import GenerationOptions, PromptDataOptions
+from common.model.options import EnsembleOptions
 from common.runtime.options import UserError, option
 
 
 @dataclass
 class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
-    """All that decides what samples.jsonl holds; a folder with other samples is refused."""
+    """Samples. These options decide samples.jsonl: a folder with other samples is refused."""
 
     stage: ClassVar[int] = 3
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
 
-    model_name_or_path: str = option("", "The policy: a folder or hub name. Required.")
+    model_name_or_path: str = option("", "The policy: a folder or hub name.", required=True)
     prompt_data: list[str] = option(
-        [], "Prompts: files or hub names, but for those that step 3 holds out. Required."
+        [], "Prompts: files or hub names, but for those that step 3 holds out.", required=True
     )
     samples_per_prompt: int = option(8, "Responses drawn to each prompt.", at_least=1)
     prompts_per_round: int = option(
@@ -39,7 +39,7 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
 
 @dataclass
 class SelectOptions:
-    """What becomes of samples: they can be selected from again, with other settings, in seconds."""
+    """Selection. Samples can be selected from again with other settings, in seconds."""
 
     keep: Literal["best", "threshold", "quantile"] = option(
         "best", "Demonstrations: the best response to each prompt, or all that score enough."
@@ -72,13 +72,12 @@ class BestOfNOptions(SampleOptions, SelectOptions):
     def selection(self) -> SelectOptions:
         return SelectOptions(**{field.name: getattr(self, field.name) for field in fields(SelectOptions)})
 
-
-def check_options(options: BestOfNOptions) -> None:
-    """Raise UserError unless something scores, and only the --keep that is chosen has a limit."""
-    if not options.reward_model_name_or_path and not options.reward_function:
-        raise UserError("--reward_model_name_or_path or --reward_function is required")
-    defaults = SelectOptions()
-    for name in ("threshold", "quantile"):
-        value = getattr(options, name)
-        if value != getattr(defaults, name) and options.keep != name:
-            raise UserError(f"--{name} {value:g}: means nothing to --keep {options.keep}")
+    def check(self) -> None:
+        """Raise UserError unless something scores, and only the --keep that is chosen has a limit."""
+        if not self.reward_model_name_or_path and not self.reward_function:
+            raise UserError("--reward_model_name_or_path or --reward_function is required")
+        defaults = SelectOptions()
+        for name in ("threshold", "quantile"):
+            value = getattr(self, name)
+            if value != getattr(defaults, name) and self.keep != name:
+                raise UserError(f"--{name} {value:g}: means nothing to --keep {self.keep}")

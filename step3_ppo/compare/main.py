@@ -18,17 +18,19 @@ from common.data.loading import load_examples
 from common.data.summary import warn_of_few
 from common.generation.generate import check_generation
 from common.model.loading import longest_input
-from common.model.reward_ensemble import EnsembleOptions, load_encoders, same_tokens
+from common.model.options import EnsembleOptions
+from common.model.reward_ensemble import load_encoders, same_tokens
 from common.model.roles import check_scalar_model, policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import init_distributed, log, rank, ranks_in_words
 from common.runtime.files import make_folder, write_json
-from common.runtime.options import UserError, parse_options, world_size
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError, world_size
 from common.runtime.process import UNWRITTEN, accept, run_main, stop_anywhere, stop_between_steps
 from common.text.prompts import Prompt, prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step3_ppo.compare import statistics as compare
-from step3_ppo.compare.options import EvaluateOptions, check_options
+from step3_ppo.compare.options import EvaluateOptions
 from step3_ppo.compare.report import picture, table
 from step3_ppo.compare.responses import Judge, Policy, sample_all, score
 from step3_ppo.metrics import describe_responses
@@ -40,8 +42,7 @@ from step3_ppo.rollout import Rollout
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(EvaluateOptions, required=["model_name_or_path"])
-    check_options(options)
+    options = parse_options(EvaluateOptions)
     as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
     for path in options.model_name_or_path:

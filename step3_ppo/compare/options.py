@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.generation.generate import GenerationOptions, PromptDataOptions
-from common.model.reward_ensemble import EnsembleOptions
+from common.generation.options import GenerationOptions, PromptDataOptions
+from common.model.options import EnsembleOptions
 from common.runtime.options import UserError, option
 
 
@@ -15,7 +15,7 @@ class EvaluateOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
     stage: ClassVar[int] = 3
 
     model_name_or_path: list[str] = option(
-        [], "Folders or hub names of the policies. KL and wins are against the first. Required."
+        [], "Folders or hub names of the policies. KL and wins are against the first.", required=True
     )
     prompt_data: list[str] = option(
         [], "Prompts, of which those are used that training on the same files holds out."
@@ -51,11 +51,10 @@ class EvaluateOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
         "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
     )
 
-
-def check_options(options: EvaluateOptions) -> None:
-    """Raise UserError unless there are prompts, and something that scores."""
-    if not options.prompt_data and not options.eval_data:
-        raise UserError("--prompt_data or --eval_data is required")
-    names = ("reward_model_name_or_path", "reward_function", "gold_reward_model", "gold_function")
-    if not any(getattr(options, name) for name in names):
-        raise UserError(f"one of --{' --'.join(names)} is required")
+    def check(self) -> None:
+        """Raise UserError unless there are prompts, and something that scores."""
+        if not self.prompt_data and not self.eval_data:
+            raise UserError("--prompt_data or --eval_data is required")
+        names = ("reward_model_name_or_path", "reward_function", "gold_reward_model", "gold_function")
+        if not any(getattr(self, name) for name in names):
+            raise UserError(f"one of --{' --'.join(names)} is required")

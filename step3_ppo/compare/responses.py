@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from common.data.batching import deal
 from common.generation.generate import load_policy
-from common.model.reward_ensemble import EnsembleOptions, load_members
+from common.model.options import EnsembleOptions
+from common.model.reward_ensemble import load_members
 from common.runtime.distributed import rank, share_rows, sum_over_ranks
 from common.runtime.options import UserError, world_size
 from common.runtime.progress import track

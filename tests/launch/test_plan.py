@@ -21,7 +21,8 @@ from common.model.loading import load_config
 from common.model.lora import add_adapters
 from common.model.zero import CONFIG_FOLDER
 from common.numeric.top_k_top_p import pack
-from common.runtime.options import LoraOptions, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import LoraOptions
 from launch.plan import memory
 from launch.plan.main import CARDS, USABLE, verdicts
 from launch.plan.memory import Model, Parts, Shape, Zero, total
@@ -245,7 +246,7 @@ def test_pasted_options_make_a_step_fit(big: PlanOptions, monkeypatch: pytest.Mo
     def peak(words: list[str], step: str) -> float:
         ours = [word for word in words if word not in ("--samples_per_prompt", "4")]
         monkeypatch.setattr("sys.argv", ["plan", *given, *ours])
-        return total(predict(parse_options(PlanOptions, required=[]))[step].parts) / GIB
+        return total(predict(parse_options(PlanOptions))[step].parts) / GIB
 
     for step, phase in predict(options).items():
         if total(phase.parts) / GIB <= room:

@@ -24,8 +24,8 @@ from launch.report.scan import scan
 from launch.report.stages import stages
 from launch.report.trends import ends, error_of_change, peak, running_means
 from step1_sft.options import SFTOptions
-from step2_reward.annotate.sample_pairs import SamplePairsOptions
-from step2_reward.judge.main import JudgeOptions
+from step2_reward.annotate.options import SamplePairsOptions
+from step2_reward.judge.options import JudgeOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.best_of_n.options import SampleOptions
 from step3_ppo.options import PPOOptions

@@ -11,7 +11,8 @@ from common.generation.generate import Answer
 from common.numeric.intervals import wilson
 from common.text.prompts import Prompt
 from common.text.truncation import Dropped
-from step1_sft.critique import CritiqueOptions, Model, describe, measure, revise
+from step1_sft.critique import Model, describe, measure, revise
+from step1_sft.options import CritiqueOptions
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import start_stage, succeed
 from tests.stages import common as common_options

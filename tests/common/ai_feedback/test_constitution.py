@@ -5,14 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.ai_feedback.constitution import (
-    SHIPPED,
-    as_text,
-    draw_principle,
-    fill,
-    read_constitution,
-    read_template,
-)
+from common.ai_feedback.constitution import as_text, draw_principle, fill, read_constitution, read_template
+from common.ai_feedback.options import SHIPPED
 from common.runtime.options import UserError
 
 PLACES = {

@@ -17,7 +17,7 @@ from common.model.load_balancing import has_balance_loss
 from step1_sft.loss import sft_loss
 from step2_reward.direct.data import Choice
 from step2_reward.direct.objective import count, share
-from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example
 from tests.conftest import assert_close
 
@@ -69,7 +69,7 @@ def test_direct_optimisation_adds_it_in_training_alone():
     model = build(MIXTURES["mixtral"])
     row = Choice([*IDS[0].tolist(), *IDS[1, :5].tolist()], LENGTHS, [3, 3], [0.0, 1.0])
     options = DirectOptions(loss="dpo")
-    complete(options)
+    options.check()
     example = Example(row, [-3.0, -1.0], None, 0.0)
     losses = {}
     for training in (True, False):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from common.generation.generate import GenerationOptions, Plain, generate, sample_answers
+from common.generation.generate import Plain, generate, sample_answers
+from common.generation.options import GenerationOptions
 from common.model.vocabulary import fit_to_tokenizer, spare_ids
 from common.text.tokenizer import SegmentEncoder
-from launch.chat.session import Chat, ChatOptions, Speaker
+from launch.chat.options import ChatOptions
+from launch.chat.session import Chat, Speaker
 from step1_sft import evaluate
 from step1_sft.data import Demonstration
 from tests.byte_encoder import byte_encoder

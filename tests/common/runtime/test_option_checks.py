@@ -7,22 +7,20 @@ import pytest
 from common.runtime.option_checks import (
     changed_defaults,
     changed_options,
-    check_held_out,
     default_values,
     resolved,
 )
-from common.runtime.options import UserError, parse_options
+from common.runtime.option_parser import parse_options
+from common.runtime.options import UserError
 from common.training.run_folder import FREE_OPTIONS, check_folder
 from step1_sft.options import SFTOptions
-from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.direct.options import DirectOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.options import PPOOptions
 
 
 def direct(*words: str) -> dict:
-    options = parse_options(DirectOptions, [], list(words))
-    complete(options)
-    return resolved(options)
+    return resolved(parse_options(DirectOptions, list(words), check_required=False))
 
 
 def changes(earlier: dict, current: dict) -> list[str]:
@@ -61,19 +59,20 @@ def test_options_that_another_version_does_not_have():
 
 
 def test_a_default_of_another_version_is_named_with_its_remedy(tmp_path):
-    options = parse_options(SFTOptions, [], ["--output_dir", str(tmp_path)])
+    options = parse_options(SFTOptions, ["--output_dir", str(tmp_path)], check_required=False)
     earlier = resolved(options) | {"adam_beta2": 0.999, "logging_steps": 3}
     assert changed_defaults(earlier, resolved(options), FREE_OPTIONS) == ["--adam_beta2 0.999"]
     (tmp_path / "options.json").write_text(json.dumps(earlier))
     with pytest.raises(UserError, match="began with other defaults; to continue it, add --adam_beta2 0.999$"):
         check_folder(options)
-    check_folder(parse_options(SFTOptions, [], ["--output_dir", str(tmp_path), "--adam_beta2", "0.999"]))
+    words = ["--output_dir", str(tmp_path), "--adam_beta2", "0.999"]
+    check_folder(parse_options(SFTOptions, words, check_required=False))
 
 
 def test_a_checkpoint_folder_that_is_not_there_is_refused_before_data_is_read(tmp_path):
     words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path / "step_9")]
     with pytest.raises(UserError, match="step_9: no such folder"):
-        check_folder(parse_options(SFTOptions, [], words))
+        check_folder(parse_options(SFTOptions, words, check_required=False))
 
 
 STAGES = {
@@ -88,15 +87,16 @@ STAGES = {
 def test_a_stage_takes_the_metrics_that_it_measures(options_class):
     for metric in {"none"}.union(*STAGES.values()):
         words = ["--best_metric", metric]
+        words += ["--reward_function", "f.py:f", "--gold_function", "f.py:f"] * (options_class is PPOOptions)
         if metric in STAGES[options_class] | {"none"}:
-            assert parse_options(options_class, [], words).best_metric == metric
+            assert parse_options(options_class, words, check_required=False).best_metric == metric
         else:
             with pytest.raises(UserError, match=f"--best_metric.*'{metric}' .choose from 'none', "):
-                parse_options(options_class, [], words)
+                parse_options(options_class, words, check_required=False)
 
 
 def test_a_metric_needs_held_out_data():
     words = ["--best_metric", "eval/loss", "--eval_fraction", "0"]
     with pytest.raises(UserError, match="--best_metric eval/loss: needs held-out data"):
-        check_held_out(parse_options(SFTOptions, [], words))
-    check_held_out(parse_options(SFTOptions, [], [*words, "--eval_data", "a.jsonl"]))
+        parse_options(SFTOptions, words, check_required=False)
+    parse_options(SFTOptions, [*words, "--eval_data", "a.jsonl"], check_required=False)

@@ -1,39 +1,23 @@
 """The command line: what is accepted, and that each mistake is one line that says what to write."""
 
 import dataclasses
+from importlib import import_module
 
 import pytest
 
-from common.runtime.options import (
-    TrainOptions,
-    UserError,
-    accumulation_steps,
-    given_options,
-    parse_options,
-    reason,
-)
-from launch.chat.session import ChatOptions
-from launch.plan.options import PlanOptions
-from step1_sft.critique import CritiqueOptions
-from step1_sft.options import EvaluateOptions as EvaluateSFTOptions
+from common.runtime.option_parser import _metavar, given_options, parse_options
+from common.runtime.options import TrainOptions, UserError, accumulation_steps, reason
+from launch.lib.check_options import COMMANDS
 from step1_sft.options import SFTOptions
-from step2_reward.annotate.main import AnnotateOptions
-from step2_reward.annotate.sample_pairs import SamplePairsOptions
-from step2_reward.direct.options import DirectOptions
-from step2_reward.evaluation.score_file import ScoreOptions
-from step2_reward.judge.main import JudgeOptions
-from step2_reward.options import EvaluateOptions as EvaluateRewardOptions
 from step2_reward.options import RewardOptions
-from step3_ppo.best_of_n.options import BestOfNOptions
-from step3_ppo.compare.options import EvaluateOptions as ComparisonOptions
-from step3_ppo.options import PPOOptions, check_options
+from step3_ppo.options import PPOOptions
 
 REQUIRED = ["model_name_or_path", "train_data"]
 GOOD = ["--model_name_or_path", "m", "--train_data", "a.jsonl", "b.csv"]
 
 
 def parse(*extra: str, given: list[str] = GOOD) -> SFTOptions:
-    return parse_options(SFTOptions, REQUIRED, [*given, *extra])
+    return parse_options(SFTOptions, [*given, *extra])
 
 
 def test_values_are_typed_and_lists_are_lists():
@@ -109,15 +93,16 @@ def test_batch_sizes_that_do_not_divide_are_all_named(numbers):
     ],
 )
 def test_a_rollout_that_is_not_whole_is_refused(changed, parts):
-    check_options(PPOOptions(reward_function=["f.py:f"]))
+    PPOOptions(reward_function=["f.py:f"]).check()
     with pytest.raises(UserError) as error:
-        check_options(PPOOptions(reward_function=["f.py:f"], **changed))
+        PPOOptions(reward_function=["f.py:f"], **changed).check()
     assert all(part in str(error.value) for part in parts)
 
 
 @pytest.mark.parametrize("options_class", [TrainOptions, SFTOptions, RewardOptions, PPOOptions])
 def test_defaults_are_within_their_limits_and_lists_are_not_shared(options_class):
-    first, second = (parse_options(options_class, [], []) for _ in range(2))
+    words = ["--reward_function", "f.py:f"] if options_class is PPOOptions else []
+    first, second = (parse_options(options_class, words, check_required=False) for _ in range(2))
     assert first == second
     first.eval_data.append("x")
     assert second.eval_data == []
@@ -135,25 +120,32 @@ def test_the_reason_of_an_error_is_one_line_and_never_empty(error, line):
     assert reason(error) == line
 
 
-def test_the_help_of_a_switch_for_off_says_off(capsys):
-    with pytest.raises(SystemExit):
-        parse_options(PPOOptions, [], ["--help"])
-    assert "Turn --whiten_advantages off." in " ".join(capsys.readouterr().out.split())
-    options = parse_options(PPOOptions, [], ["--no_whiten_advantages"])
-    assert not options.whiten_advantages and options.group_std
-
-
-@pytest.mark.parametrize(
-    "options_class",
-    [
-        SFTOptions, EvaluateSFTOptions, CritiqueOptions, RewardOptions, EvaluateRewardOptions, DirectOptions,
-        ScoreOptions, JudgeOptions, SamplePairsOptions, AnnotateOptions, PPOOptions, BestOfNOptions,
-        ComparisonOptions, ChatOptions, PlanOptions,
-    ],
-)  # fmt: skip
-def test_the_help_of_every_command_is_printed_as_it_is_written(options_class, capsys):
+def test_help_shows_each_option_once_required_ones_first_with_default_and_limits(capsys):
     with pytest.raises(SystemExit) as end:
-        parse_options(options_class, [], ["--help"])
+        parse_options(PPOOptions, ["--help"], usage="bash launch/step3_ppo.sh [options]")
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and text.startswith("usage: bash launch/step3_ppo.sh [options]")
+    for field in dataclasses.fields(PPOOptions):
+        assert text.count(f" --{field.name} {_metavar(field)}") == 1, field.name
+    assert text.index("Required: ") < text.index("--actor_model_name_or_path MODEL") < text.index("--seed N")
+    assert "(default 0.05; at least 0)" in text and "turn off with --no_whiten_advantages" in text
+    assert "--learning-rate" not in text and "(default )" not in text and "(default [])" not in text
+
+
+def test_a_switch_is_turned_off_by_its_name_with_no_and_dashes_are_underscores():
+    words = ["--reward-function", "f.py:f", "--no_whiten_advantages", "--no-group-std"]
+    options = parse_options(PPOOptions, words, check_required=False)
+    assert options.reward_function == ["f.py:f"] and not options.whiten_advantages and not options.group_std
+    with pytest.raises(UserError, match="--skip_bad_records: must be true or false, not 'perhaps'"):
+        parse("--skip_bad_records", "perhaps")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_is_printed_as_it_is_written(command, capsys):
+    module, _, name = COMMANDS[command].rpartition(".")
+    options_class = getattr(import_module(module), name)
+    with pytest.raises(SystemExit) as end:
+        parse_options(options_class, ["--help"])
     printed = "".join(capsys.readouterr().out.split())  # lines are also broken after hyphens
     assert not end.value.code
     for field in dataclasses.fields(options_class):

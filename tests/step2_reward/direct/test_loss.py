@@ -5,7 +5,7 @@ import torch
 
 from step2_reward.direct.loss import dpo_loss, ipo_loss, kto_loss, orpo_loss
 from step2_reward.direct.objective import pair_losses
-from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.direct.options import DirectOptions
 from tests.conftest import assert_close
 
 OURS = {
@@ -19,7 +19,7 @@ OURS = {
 
 def settings(loss: str, **others) -> DirectOptions:
     options = DirectOptions(loss=loss, **others)
-    complete(options)
+    options.check()
     return options
 
 

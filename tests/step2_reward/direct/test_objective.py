@@ -10,7 +10,7 @@ from torch import nn
 from step2_reward.direct.data import Choice, Dialogue
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.objective import count, reference_point, share
-from step2_reward.direct.options import DirectOptions, complete
+from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example, Referenced
 from tests.conftest import assert_close
 
@@ -48,7 +48,7 @@ class Random(Says):
 
 def settings(loss: str, **others) -> DirectOptions:
     options = DirectOptions(loss=loss, **others)
-    complete(options)
+    options.check()
     return options
 
 

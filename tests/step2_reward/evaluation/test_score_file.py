@@ -14,7 +14,8 @@ import step2_reward.evaluation.score_file
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import scored_response
-from step2_reward.evaluation.score_file import ScoreOptions, check_written, describe, read_examples, token_ids
+from step2_reward.evaluation.score_file import check_written, describe, read_examples, token_ids
+from step2_reward.options import ScoreOptions
 from tests.common.text.test_chat_templates import CHATML, make_encoder
 from tests.end_to_end.test_ensemble import keep_scores, make_other
 from tests.end_to_end.test_launch import bash

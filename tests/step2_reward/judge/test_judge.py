@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import step2_reward.judge.main
-from common.ai_feedback.constitution import SHIPPED
+from common.ai_feedback.options import SHIPPED
 from common.generation.generate import Plain
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder, load_tokenizer

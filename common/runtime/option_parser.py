@@ -1,0 +1,159 @@
+"""The command line: options of a dataclass, parsed, checked and explained without loading any library."""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import shutil
+import typing
+from typing import Any, Literal, NoReturn, TypeVar
+
+from common.runtime.options import UserError
+
+Options = TypeVar("Options")
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+TEXT_METAVARS = {
+    "model_name_or_path": "MODEL", "_model": "MODEL", "_data": "FILE", "_config": "FILE", "_template": "FILE",
+    "_function": "FILE.py:NAME", "_dir": "DIR", "input": "FILE", "output": "FILE",
+}  # fmt: skip
+_given: frozenset[str] = frozenset()  # names of the options on the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(re.sub(r"^(--\w+)[^:]*:", r"\1:", message.removeprefix("argument ")))
+
+
+def parse_options(
+    options_class: type[Options], argv: list[str] | None = None, usage: str = "",
+    check_required: bool = True,
+) -> Options:  # fmt: skip
+    """Parse and check the command line.
+
+    usage: the first line of --help. Raises UserError for an unknown option, a value of the
+    wrong type or outside its limits, a missing required option, and options that contradict each other: those
+    are checked by the `check` method of the dataclass, if it has one.
+    """
+    global _given
+    parser = _make_parser(options_class, usage)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options_class)}")
+    options = options_class(**vars(given))
+    for field in dataclasses.fields(options):
+        _check_limits(field.name, getattr(options, field.name), field.metadata["limits"])
+        if check_required and field.metadata["required"] and not getattr(options, field.name):
+            raise UserError(f"--{field.name} is required")
+    if hasattr(options, "check"):
+        options.check()
+    _given = frozenset(vars(given))
+    return options
+
+
+def given_options() -> frozenset[str]:
+    """Names of the options on the command line, as of the last `parse_options`."""
+    return _given
+
+
+def _make_parser(options_class: type, usage: str) -> _Parser:
+    """A parser with a group of options for each class that declares some, the required ones first."""
+    fields = {field.name: field for field in dataclasses.fields(options_class)}
+    required = [field for field in fields.values() if field.metadata["required"]]
+    parser = _Parser(
+        usage=usage, description=options_class.__doc__, allow_abbrev=False, add_help=False,
+        argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    groups = {"Required": required}
+    for owner in options_class.__mro__:
+        names = owner.__dict__.get("__annotations__", {})
+        title = "Of this command" if owner is options_class else (owner.__doc__ or "").partition(".")[0]
+        groups[title] = [fields[name] for name in names if name in fields]
+    first_declared = {field.name: title for title, members in groups.items() for field in members}
+    first_declared |= {field.name: "Required" for field in required}
+    for title, members in groups.items():
+        group = parser.add_argument_group(title)
+        for field in members:
+            if first_declared[field.name] == title:
+                _add(group, field)
+    return parser
+
+
+def _add(group: Any, field: dataclasses.Field) -> None:
+    """Add an option, under its name with underscores and, unseen in --help, with dashes."""
+    settings: dict[str, Any] = {"help": _help(field), "metavar": _metavar(field), "type": field.type}
+    if field.type is bool:
+        settings |= {"type": _to_bool, "nargs": "?", "const": True}
+    elif typing.get_origin(field.type) is list:
+        settings |= {"type": typing.get_args(field.type)[0], "nargs": "+"}
+    elif typing.get_origin(field.type) is Literal:
+        settings |= {"type": str, "choices": typing.get_args(field.type)}
+    _add_names(group, field.name, settings)
+    if field.type is bool and field.default:
+        off = {"help": argparse.SUPPRESS, "action": "store_false", "dest": field.name}
+        _add_names(group, f"no_{field.name}", off)
+
+
+def _add_names(group: Any, name: str, settings: dict[str, Any]) -> None:
+    group.add_argument(f"--{name}", **settings)
+    if "_" in name:
+        hidden = settings | {"help": argparse.SUPPRESS, "dest": settings.get("dest", name)}
+        group.add_argument(f"--{name.replace('_', '-')}", **hidden)
+
+
+def _metavar(field: dataclasses.Field) -> str:
+    if field.type is bool:
+        return "true|false"
+    if typing.get_origin(field.type) is Literal:
+        return "|".join(typing.get_args(field.type))
+    kind = typing.get_args(field.type)[0] if typing.get_origin(field.type) is list else field.type
+    named = (metavar for ending, metavar in TEXT_METAVARS.items() if field.name.endswith(ending))
+    return next(named, METAVARS[kind]) if kind is str else METAVARS[kind]
+
+
+def _help(field: dataclasses.Field) -> str:
+    """The help text with the default and the limits."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    shown = str(default).lower() if isinstance(default, bool) else default
+    facts = [f"default {shown}"] * (default not in ("", []))
+    facts += [f"{kind.replace('_', ' ')} {limit:g}" for kind, limit in field.metadata["limits"].items()]
+    facts += [f"turn off with --no_{field.name}"] * (default is True)
+    text = field.metadata["help"] + (f" ({'; '.join(facts)})" if facts else "")
+    return text.replace("%", "%%")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Each option on a line of its own, its text indented below."""
+
+    def __init__(self, prog: str) -> None:
+        width = min(100, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=8, width=width)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.nargs == "+":
+            return f"{action.metavar} [{action.metavar} ...]"
+        return str(action.metavar) if action.nargs == "?" else super()._format_args(action, default_metavar)
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+
+
+def _suggestion(unknown: str, options_class: type) -> str:
+    names = [f"--{field.name}" for field in dataclasses.fields(options_class)]
+    near = difflib.get_close_matches(unknown, names, n=1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them"
+
+
+def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:
+    for kind, limit in limits.items():
+        allowed = {"at_least": value >= limit, "above": value > limit, "at_most": value <= limit}[kind]
+        if not allowed:
+            raise UserError(f"--{name} {value}: must be {kind.replace('_', ' ')} {limit:g}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value}: must be a finite number")
