@@ -254,7 +254,7 @@ def test_a_signal_in_the_last_step_of_a_run_ends_the_scripts_too(tmp_path: Path)
     """A run that is done ends with 0; what would come after it does not begin."""
     (tmp_path / "run.sh").write_text("trap 'echo asked' TERM\necho begun\nsleep 1 & wait || wait\nexit 0")
     (tmp_path / "inner.sh").write_text(
-        f"set -euo pipefail\nsource {LAUNCH}/environment.sh\nstep {tmp_path}/run.sh\necho went on"
+        f"set -euo pipefail\nsource {LAUNCH}/lib/environment.sh\nstep {tmp_path}/run.sh\necho went on"
     )
     outer = (tmp_path / "inner.sh").read_text().replace("run.sh", "inner.sh")
     for signals in (1, 0):
