@@ -30,7 +30,7 @@ from common.generation.generate import Answer, check_generation, load_policy, sa
 from common.model.families import position_limit
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
-from common.numeric.intervals import share, share_in_words
+from common.numeric.intervals import format_share, share
 from common.runtime.distributed import init_distributed, log, rank
 from common.runtime.files import write_json, write_text
 from common.runtime.option_parser import parse_options
@@ -193,7 +193,7 @@ def describe(figures: dict[str, Any]) -> str:
     lines = [
         f"{figures['demonstrations']} demonstrations; {left_out} prompts left out, whose answers were empty"
         " or longer than --max_response_length",
-        f"changed by revision: {share_in_words(figures['changed'])}",
+        f"changed by revision: {format_share(figures['changed'])}",
         f"revisions used: {figures['revisions_used']} of {figures['revisions']}; others are empty or cut off",
         f"mean characters: {figures['draft_length']:.0f} before, {figures['completion_length']:.0f} after",
     ]

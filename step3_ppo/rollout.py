@@ -15,7 +15,7 @@ from common.generation.options import GenerationOptions
 from common.model.forward import base_model, logits_and_balance
 from common.numeric.tensor_ops import label_logprobs
 from common.numeric.top_k_top_p import restrict
-from common.runtime.distributed import device, share_rows
+from common.runtime.distributed import device, gather_rows
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
 
@@ -130,7 +130,7 @@ def assemble(
 ) -> Rollout:
     """The whole rollout on every rank: each fills in its own rows, and the sum over ranks has them all."""
     fields = responses._replace(ended=responses.ended.long())
-    shared = (share_rows(field, mine, len(prompts)) for field in fields)
+    shared = (gather_rows(field, mine, len(prompts)) for field in fields)
     ids, lengths, ended, logprobs, support, computed = shared
     logprobs, support = (part[:, : int(lengths.max())] for part in (logprobs, support))
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.data.batching import deal
 from common.model.forward import last_positions, token_scores
 from common.model.reward_ensemble import combine, member_scores
-from common.runtime.distributed import device, rank, share_rows, sum_tensor_over_ranks
+from common.runtime.distributed import device, gather_rows, rank, sum_tensor_over_ranks
 from common.runtime.options import world_size
 from common.text.conversation import PROBE, Segment
 from common.text.prompts import Prompt
@@ -90,7 +90,7 @@ def score_rollout(
             first_pass.values, last = _value_pass(models.critic, rollout, first, options)
         passes.append((first_pass.values.detach(), last.detach()))
         found["values"] = _placed(rollout, batches, [values for values, _ in passes])
-        found["last_values"] = share_rows(torch.cat([last for _, last in passes]), mine, len(prompts))
+        found["last_values"] = gather_rows(torch.cat([last for _, last in passes]), mine, len(prompts))
     return replace(rollout, **found), first_pass
 
 
@@ -106,7 +106,7 @@ def score_responses(
     """
     parts = [*_member_scores(scorer, encoder, prompts, rollout, mine, batch_size, title)]
     parts += [*_function_scores(scorer, encoder, prompts, rollout, mine)]
-    whole = share_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
+    whole = gather_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
     of_members, of_functions = whole[:, : len(scorer.rewards)], whole[:, len(scorer.rewards) :]
     scores = of_functions @ whole.new_tensor([function.weight for function in scorer.functions])
     return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores, whole

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.runtime.distributed import log
-from common.runtime.files import exists, is_file, is_folder, is_no_hub_name
+from common.runtime.files import exists, is_file, is_folder, is_local_path
 from common.runtime.options import UserError, reason
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -91,7 +91,7 @@ def files_of(source: Source, is_training: bool = True) -> list[str]:
         if not exists(path):
             raise UserError(f"{source.name}: No such file")
         return [source.name]
-    if is_no_hub_name(source.name):
+    if is_local_path(source.name):
         raise UserError(f"{source.name}: No such file or folder")
     # `datasets` may have a split that is named without the network; where there is none, it lists the others.
     split = source.split or _choose(source, hub_splits(source.name, source.config), is_training)

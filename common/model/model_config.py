@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from common.runtime.files import exists, is_folder, is_no_hub_name, read_json
+from common.runtime.files import exists, is_folder, is_local_path, read_json
 from common.runtime.options import UserError, reason
 
 Kind = Any  # a class such as AutoModelForCausalLM
@@ -31,7 +31,7 @@ def read_config(path: str) -> PretrainedConfig:
         )
     if is_folder(path):
         read_json(Path(path) / "config.json")
-    elif is_no_hub_name(path):
+    elif is_local_path(path):
         raise UserError(f"{path}: No such folder; a model is a folder or a hub name")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

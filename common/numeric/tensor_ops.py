@@ -1,4 +1,4 @@
-"""Arithmetic on logits and masks that more than one stage needs. Pure: tensors in, tensors out."""
+"""Operations on logits and masked tensors, shared by the stages. Pure: tensors in, tensors out."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def label_logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability of each label under softmax(logits / temperature), computed in fp32.
+    """Log-probabilities of the labels under softmax(logits / temperature), computed in fp32.
 
     logits (..., V), labels (...) of token ids -> (...) fp32.
     """
     logits = scaled(logits, temperature)
-    # The library's fused kernel: three times as fast as a gather and a logsumexp, backward pass included.
+    # The fused kernel is three times as fast as gather and logsumexp, backward pass included.
     losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none")
     return -losses.view(labels.shape)
 
@@ -23,29 +23,29 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature in fp32; the same tensor when there is nothing to do, so that no copy is made."""
+    """logits / temperature in fp32. Makes no copy for fp32 logits and temperature 1."""
     logits = logits.float()
     return logits if temperature == 1.0 else logits / temperature
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of `values` where `mask` is true, over everything or along `dim`; 0 where nothing is selected."""
+    """Mean of `values` where `mask` is true, over all entries or along `dim`; 0 for an empty mask."""
     mask = mask.to(values.dtype)
     total, count = (values * mask).sum(dim), mask.sum(dim)
     return total / count.clamp(min=1.0)
 
 
 def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
-    """Variance of the selected entries; `unbiased` divides by n - 1 (Bessel), and needs two entries."""
+    """Variance where `mask` is true; `unbiased` divides by n - 1 (Bessel) and needs two entries."""
     variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
     count = mask.sum()
     return variance * count / (count - 1).clamp(min=1) if unbiased else variance
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Scale the selected entries to variance 1 and, with `shift_mean`, to mean 0. Other entries become 0.
+    """Whiten the entries where `mask` is true: variance 1, and mean 0 with `shift_mean`. Others become 0.
 
-    Source: Ziegler et al. 2019 (lm-human-preferences, `whiten`), with the mask that padded responses need.
+    Source: Ziegler et al. 2019 (lm-human-preferences, `whiten`), here with a mask for padded responses.
     """
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + eps)

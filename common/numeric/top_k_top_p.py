@@ -1,14 +1,14 @@
-"""Which tokens may be drawn, when --top_k or --top_p leaves some out; as bits, to be remembered. Pure."""
+"""Top-k and top-p sampling: masks of the allowed tokens, packed into bits for the rollout. Pure."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-OUTSIDE = -1e30  # a logit without probability; finite, so that 0 times its logarithm is 0
+OUTSIDE = -1e30  # logit of an excluded token; finite, so that 0 x log-probability is 0
 
 
 def support(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """True on the top_k likeliest tokens (0: all), and of these on the likeliest whose shares reach top_p.
+    """Mask of the allowed tokens: the top_k likeliest (0: all), and the likeliest of these that reach top_p.
 
     probabilities (..., V) -> (..., V) bool. Source: Holtzman et al. 2020, section 3.1; Fan et al. 2018.
     """
@@ -22,9 +22,9 @@ def support(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def restrict(logits: Tensor, packed: Tensor) -> Tensor:
-    """Logits (N, V) whose softmax is that of the drawn distribution: fp32, without what was left out.
+    """Mask excluded tokens, so that the softmax is the sampling distribution: (N, V) -> (N, V) fp32.
 
-    packed: `pack` of the support, (N, V / 8); with no columns nothing was left out.
+    packed: `pack` of the support, (N, V / 8); (N, 0) if all tokens are allowed.
     """
     if not packed.shape[-1]:
         return logits
@@ -32,12 +32,12 @@ def restrict(logits: Tensor, packed: Tensor) -> Tensor:
 
 
 def pack(flags: Tensor) -> Tensor:
-    """Eight flags to a byte: (..., V) bool -> (..., V / 8, rounded up) uint8."""
+    """Pack eight flags per byte: (..., V) bool -> (..., V / 8, rounded up) uint8."""
     bits = pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))  # (..., V / 8, 8)
     return (bits << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, size: int) -> Tensor:
-    """What `pack` was given: (..., size / 8) uint8 -> (..., size) bool."""
+    """Inverse of `pack`: (..., size / 8) uint8 -> (..., size) bool."""
     bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
     return (bits & 1).bool().flatten(-2)[..., :size]

@@ -1,4 +1,4 @@
-"""JSON Lines files that may be damaged: the records that can be read, and the lines that cannot."""
+"""Read JSON Lines files that may be damaged, and report the lines that are skipped."""
 
 import json
 import math
@@ -9,17 +9,17 @@ Record = dict[str, Any]
 
 
 class Lines(NamedTuple):
-    """JSON objects with their line numbers, and the numbers of the lines that hold none."""
+    """JSON objects with their line numbers, and the line numbers that were skipped."""
 
     records: list[tuple[int, Record]]
     skipped: list[int]
 
 
 def read_lines(path: Path) -> Lines:
-    """All objects of a file; blank lines do not count, and a missing file has no lines. Raises OSError."""
+    """Read all JSON objects of a file. Ignores blank lines; a missing file is empty. Raises OSError."""
     content = path.read_bytes() if path.is_file() else b""
     records, skipped = [], []
-    # Not `splitlines`: texts may hold other characters that it takes for the end of a line.
+    # `splitlines` would also split at other characters, such as U+2028 in a text.
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -34,8 +34,8 @@ def read_lines(path: Path) -> Lines:
     return Lines(records, skipped)
 
 
-def in_words(path: Path, skipped: list[int], what: str) -> list[str]:
-    """A sentence about skipped lines, in a list that is empty when there are none."""
+def skipped_message(path: Path, skipped: list[int], what: str) -> list[str]:
+    """A list with one sentence about the skipped lines; empty if no line was skipped."""
     if not skipped:
         return []
     lines = "1 line" if len(skipped) == 1 else f"{len(skipped)} lines"
@@ -43,7 +43,7 @@ def in_words(path: Path, skipped: list[int], what: str) -> list[str]:
 
 
 def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
-    """The lines of metrics.jsonl in the order of their steps, and sentences about what was skipped."""
+    """Read metrics.jsonl, sorted by step. Also returns one sentence per kind of skipped content."""
     records, damaged = read_lines(path)
     lines, without_step, bad_values = [], [], []
     for number, record in records:
@@ -57,8 +57,8 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
             else:
                 bad_values.append(f"{name} in line {number}")
         lines.append(line)
-    problems = in_words(path, damaged, "without a JSON object")
-    problems += in_words(path, without_step, "without a step")
+    problems = skipped_message(path, damaged, "without a JSON object")
+    problems += skipped_message(path, without_step, "without a step")
     if bad_values:
         problems.append(f"{path}: skipped {len(bad_values)} values that are not numbers ({bad_values[0]}).")
     return sorted(lines, key=lambda line: line["step"]), problems
@@ -69,7 +69,7 @@ def is_step(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A number that a float can hold."""
+    """Whether the value is a number in the range of a float."""
     try:
         return not isinstance(value, bool) and isinstance(value, int | float) and float(value) is not None
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Ranks: how they meet, their seeds, what rank 0 says, sums over all of them."""
+"""Ranks: process group, seeds, logging on rank 0, collectives."""
 
 import contextlib
 import os
@@ -19,13 +19,13 @@ def rank() -> int:
 
 
 def ranks_in_words() -> str:
-    """The number of ranks with its noun: 1 rank, 2 ranks."""
+    """The number of ranks for messages: "1 rank", "2 ranks"."""
     count = os.environ.get("WORLD_SIZE", "1")
     return f"{count} rank{'s' * (count != '1')}"
 
 
 def device() -> torch.device:
-    """The device of this rank: its GPU, or the CPU where there is none."""
+    """The device of this rank: its GPU, or the CPU on a machine without GPUs."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
@@ -38,9 +38,9 @@ def on_cpu() -> bool:
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:
-    """Join the process group that the launcher describes; alone, without a launcher.
+    """Join the launcher's process group. Without a launcher, create a group of one rank.
 
-    timeout_minutes: how long a collective waits for the slowest rank before it fails.
+    timeout_minutes: a collective that waits longer than this for a rank fails.
     """
     import deepspeed
     import deepspeed.ops
@@ -55,24 +55,23 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         "MASTER_ADDR": "127.0.0.1",
     }.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0")  # alone, any free port will do
+    os.environ.setdefault("MASTER_PORT", "0")  # any free port, for a single rank
     if on_cpu():
-        # DeepSpeed would compile a shared-memory op for a minute or two; gloo does without it.
+        # DeepSpeed would compile a shared-memory op for a minute or two; gloo does not need it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(minutes=timeout_minutes)
-    # DeepSpeed makes more groups, without saying how long these wait: they take the library's default.
+    # DeepSpeed creates further groups without a timeout argument, so change torch's default too.
     c10d = dist.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu() else None, timeout=timeout, verbose=False)
 
 
 def seed_everything(seed: int, step: int) -> None:
-    """Seed every generator from the run's seed and the step.
+    """Seed all random generators from the run's seed, the step and the rank.
 
-    Done at the start of each step, this makes randomness a function of the step and the rank, so that a
-    resumed run needs no saved generator states to repeat what an uninterrupted one does.
+    Call it at the start of each step. Resuming is then exact without saved generator states.
     """
     mixed = int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0])
     random.seed(mixed)
@@ -81,7 +80,7 @@ def seed_everything(seed: int, step: int) -> None:
 
 
 def log(message: str) -> None:
-    """Print a line, on rank 0 only, if there is still somebody to read it."""
+    """Print a line on rank 0. Ignores a closed stdout."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             print(message, flush=True)
@@ -89,18 +88,18 @@ def log(message: str) -> None:
 
 @lru_cache
 def log_once(message: str) -> None:
-    """`log`, but the same line only once: a model may be loaded several times."""
+    """Log each distinct message once: a model may be loaded several times."""
     log(message)
 
 
 def some(names: Collection[str], most: int = 3) -> str:
-    """The first few names, and the number of all if there are more."""
+    """List the first `most` names for messages, with the total if there are more."""
     listed = ", ".join([*names][:most])
     return listed if len(names) <= most else f"{listed}, ... ({len(names)} in all)"
 
 
 def sum_over_ranks(*values: Tensor | float) -> list[float]:
-    """Sum of each scalar over all ranks, in one message, as floats."""
+    """Sum each scalar over all ranks, with one all-reduce. Returns floats."""
     stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
     if dist.is_initialized() and dist.get_world_size() > 1:
         stacked = stacked.to(device())
@@ -109,23 +108,23 @@ def sum_over_ranks(*values: Tensor | float) -> list[float]:
 
 
 def sum_tensor_over_ranks(tensor: Tensor) -> Tensor:
-    """Add up the tensors of all ranks, in place. All must have the same shape and dtype."""
+    """Sum a tensor over all ranks, in place. Shape and dtype must be the same on all ranks."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def share_rows(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """Every rank's rows in one tensor, on all ranks: part (b, ...) holds these rows -> (count, ...).
+def gather_rows(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """Gather the rows of all ranks in one tensor, on all ranks: part (b, ...) -> (count, ...).
 
-    Each row must be given by one rank; those of none are 0.
+    rows: indices of this rank's rows in the result. At most one rank may have a row; rows of no rank are 0.
     """
-    whole = torch.zeros(count, *part.shape[1:], dtype=part.dtype, device=part.device)
-    return sum_tensor_over_ranks(whole.index_copy(0, torch.tensor(rows, device=part.device), part))
+    result = torch.zeros(count, *part.shape[1:], dtype=part.dtype, device=part.device)
+    return sum_tensor_over_ranks(result.index_copy(0, torch.tensor(rows, device=part.device), part))
 
 
 def gather_objects(local: Any) -> list[Any]:
-    """What every rank gives, on every rank, in order of rank; small things only."""
+    """Gather one small Python object per rank, on all ranks, ordered by rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [local]
     parts: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, free space, and the lock of a folder."""
+"""Files: atomic writes, checksums, free space, folder locks."""
 
 import contextlib
 import errno
@@ -15,11 +15,11 @@ from common.runtime.distributed import log
 from common.runtime.options import UserError, reason
 
 CHUNK = 1 << 22  # bytes read at once
-UMASK = os.umask(0o077)  # what this process was started with; it can be read by setting it only
+UMASK = os.umask(0o077)  # of this process; reading it requires setting it
 os.umask(UMASK)
 
 
-# The same methods of Path raise OSError for a name that is too long, and in a forbidden folder.
+# The methods of Path raise OSError for a name that is too long and for a folder without permission.
 def exists(path: str | Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110
 
@@ -32,29 +32,29 @@ def is_file(path: str | Path) -> bool:
     return os.path.isfile(path)  # noqa: PTH113
 
 
-def is_no_hub_name(name: str) -> bool:
-    """Whether a name can only be that of a file or folder."""
+def is_local_path(name: str) -> bool:
+    """Whether a name can only be a local path, not a hub name."""
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file beside its place, flush it to disk, and rename it into place."""
+    """Write a JSON file atomically: write a temporary file, flush it to disk, rename it."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Like `write_json`, for text."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as file:
+    """Write a text file atomically, like `write_json`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     flush_folder(path.parent)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file. Raises UserError."""
+    """Read a JSON object of a model folder. Raises UserError."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,14 +62,14 @@ def read_json(file: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not read: {reason(error)}") from None
+        raise UserError(f"{file}: not readable: {reason(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: must hold one JSON object")
     return values
 
 
 def make_folder(option: str, path: str) -> Path:
-    """The folder that an option names, made if it is not there. Raises UserError when it cannot be had."""
+    """Create the folder of an option if it is missing. Raises UserError if it is not writable."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -80,8 +80,9 @@ def make_folder(option: str, path: str) -> Path:
 
 
 def flush_file(path: Path) -> None:
-    """Have the disk hold what a library wrote, with the mode that the umask gives a new file: some libraries
-    write through a temporary file that only its owner can read.
+    """Flush a file that a library has written, and give it the default mode of new files.
+
+    Some libraries write through a temporary file that only its owner can read.
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -90,7 +91,7 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Have the disk hold the names in a folder: a rename is not safe before that."""
+    """Flush the directory entries of a folder, so that a rename survives a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +100,7 @@ def flush_folder(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file's content."""
+    """SHA-256 checksum of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -112,15 +113,15 @@ def free_bytes(folder: Path) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of all files below a folder; 0 when there is none."""
+    """Total size of all files below a folder; 0 for a missing folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """Claim a folder for this process: for as long as the returned file stays open, or the process lives.
+    """Lock a folder for this process, until the returned file is closed or the process ends.
 
-    The system gives the lock up when its holder dies, so a stale one cannot exist. Raises UserError, naming
-    the holder, when another process has it.
+    The system releases the lock when the process dies, so there are no stale locks. Raises UserError with
+    the name of the process that holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "run.lock").open("a+")
@@ -132,7 +133,7 @@ def lock_folder(folder: Path) -> TextIO:
             f"--output_dir {folder}: in use by {file.read().strip()}; stop that run or choose another folder"
         ) from None
     except OSError as error:
-        log(f"--output_dir {folder}: cannot be locked ({error}); see to it that only one run uses it")
+        log(f"--output_dir {folder}: cannot be locked ({error}); make sure that only one run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -1,4 +1,4 @@
-"""The command line: options of a dataclass, parsed, checked and explained without loading any library."""
+"""Command-line parser: options of a dataclass, their checks and --help. Imports no library."""
 
 import argparse
 import dataclasses
@@ -31,33 +31,33 @@ def parse_options(
 ) -> Options:  # fmt: skip
     """Parse and check the command line.
 
-    usage: the first line of --help. Raises UserError for an unknown option, a value of the
-    wrong type or outside its limits, a missing required option, and options that contradict each other: those
-    are checked by the `check` method of the dataclass, if it has one.
+    Options that depend on each other are checked by the `check` method of the dataclass, if it has one.
+    usage: the first line of --help. Raises UserError for an unknown option, a value of the wrong type or
+    outside its limits, a missing required option and contradicting options.
     """
     global _given
     parser = _make_parser(options_class, usage)
-    given, unknown = parser.parse_known_args(argv)
+    parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options_class)}")
-    options = options_class(**vars(given))
+    options = options_class(**vars(parsed))
     for field in dataclasses.fields(options):
         _check_limits(field.name, getattr(options, field.name), field.metadata["limits"])
         if check_required and field.metadata["required"] and not getattr(options, field.name):
             raise UserError(f"--{field.name} is required")
     if hasattr(options, "check"):
         options.check()
-    _given = frozenset(vars(given))
+    _given = frozenset(vars(parsed))
     return options
 
 
 def given_options() -> frozenset[str]:
-    """Names of the options on the command line, as of the last `parse_options`."""
+    """Names of the options on the command line, from the last call of `parse_options`."""
     return _given
 
 
 def _make_parser(options_class: type, usage: str) -> _Parser:
-    """A parser with a group of options for each class that declares some, the required ones first."""
+    """Build the parser: required options first, then a group for each class that declares options."""
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     required = [field for field in fields.values() if field.metadata["required"]]
     parser = _Parser(
@@ -68,7 +68,8 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
     groups = {"Required": required}
     for owner in options_class.__mro__:
         names = owner.__dict__.get("__annotations__", {})
-        title = "Of this command" if owner is options_class else (owner.__doc__ or "").partition(".")[0]
+        summary = (owner.__doc__ or "").partition(".")[0]
+        title = "Options of this command" if owner is options_class else summary
         groups[title] = [fields[name] for name in names if name in fields]
     first_declared = {field.name: title for title, members in groups.items() for field in members}
     first_declared |= {field.name: "Required" for field in required}
@@ -81,7 +82,7 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
 
 
 def _add(group: Any, field: dataclasses.Field) -> None:
-    """Add an option, under its name with underscores and, unseen in --help, with dashes."""
+    """Add an option with underscores and, hidden from --help, with dashes in its name."""
     settings: dict[str, Any] = {"help": _help(field), "metavar": _metavar(field), "type": field.type}
     if field.type is bool:
         settings |= {"type": _to_bool, "nargs": "?", "const": True}
@@ -108,12 +109,12 @@ def _metavar(field: dataclasses.Field) -> str:
     if typing.get_origin(field.type) is Literal:
         return "|".join(typing.get_args(field.type))
     kind = typing.get_args(field.type)[0] if typing.get_origin(field.type) is list else field.type
-    named = (metavar for ending, metavar in TEXT_METAVARS.items() if field.name.endswith(ending))
-    return next(named, METAVARS[kind]) if kind is str else METAVARS[kind]
+    matching = (metavar for ending, metavar in TEXT_METAVARS.items() if field.name.endswith(ending))
+    return next(matching, METAVARS[kind]) if kind is str else METAVARS[kind]
 
 
 def _help(field: dataclasses.Field) -> str:
-    """The help text with the default and the limits."""
+    """Help text of an option, with its default and limits."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = str(default).lower() if isinstance(default, bool) else default
     facts = [f"default {shown}"] * (default not in ("", []))
@@ -124,7 +125,7 @@ def _help(field: dataclasses.Field) -> str:
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Each option on a line of its own, its text indented below."""
+    """Prints each option on its own line, with its help text indented below."""
 
     def __init__(self, prog: str) -> None:
         width = min(100, shutil.get_terminal_size().columns)
@@ -147,7 +148,7 @@ def _to_bool(text: str) -> bool:
 def _suggestion(unknown: str, options_class: type) -> str:
     names = [f"--{field.name}" for field in dataclasses.fields(options_class)]
     near = difflib.get_close_matches(unknown, names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them"
+    return f"; did you mean {near[0]}?" if near else "; --help lists all options"
 
 
 def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:

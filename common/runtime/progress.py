@@ -1,4 +1,4 @@
-"""Progress lines of long passes outside training: how far, how fast, how long still."""
+"""Progress lines of long passes outside training: share done, rate, ETA."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -6,15 +6,15 @@ from typing import TypeVar
 
 from common.runtime.distributed import log
 
-FIRST_LINE = 2.0  # seconds; a pass that takes less stays silent
+FIRST_LINE = 2.0  # seconds; a shorter pass logs nothing
 NEXT_LINES = 10.0  # seconds between further lines
 Batch = TypeVar("Batch")
 
 
 class Progress:
-    """Log the progress of a pass over `total` items: a first line after two seconds, then one every ten.
+    """Log the progress of a pass over `total` items: one line after 2 s, then one every 10 s.
 
-    done: items that an earlier run has finished; rate and ETA are of the others.
+    done: items finished by an earlier run; rate and ETA do not count them.
     """
 
     def __init__(self, title: str, total: int, done: int = 0) -> None:
@@ -24,7 +24,7 @@ class Progress:
         self._is_shown = False
 
     def update(self, done: int, note: str = "") -> bool:
-        """Count `done` items as finished; true when a line was due and was logged, with a note at its end."""
+        """Set the number of finished items. Returns whether a line was due and logged, ending in `note`."""
         now = time.monotonic()
         is_end = done >= self._total and self._is_shown
         if (now < self._next and not is_end) or done <= self._first:
@@ -40,9 +40,9 @@ class Progress:
 
 
 def track(title: str, batches: Sequence[Batch], total: int) -> Iterator[Batch]:
-    """Yield this rank's batches of a pass over `total` items of all ranks, and log its progress.
+    """Yield this rank's batches and log the progress of the pass. Logs nothing without a title.
 
-    Every rank has as many batches, see `common.data.batching.deal`. Without a title nothing is logged.
+    total: items of all ranks. Every rank has the same number of batches, see `common.data.batching.deal`.
     """
     if not title:
         yield from batches
@@ -54,14 +54,14 @@ def track(title: str, batches: Sequence[Batch], total: int) -> Iterator[Batch]:
 
 
 class ReadingProgress:
-    """The same for records that are read, of which only the share is known that is done."""
+    """Log the progress of reading records whose total number is unknown."""
 
     def __init__(self, title: str, log: Callable[[str], None] = log) -> None:
         self._title, self._log, self._start = title, log, time.monotonic()
         self._next = self._start + FIRST_LINE
 
     def update(self, count: int, share: float) -> None:
-        """Count the records and the share, above 0, of the file that are done."""
+        """Set the number of records read and the share (above 0) of the file that they take."""
         now = time.monotonic()
         if now < self._next:
             return
@@ -71,6 +71,6 @@ class ReadingProgress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds: 0:03:25."""
+    """Format seconds as h:mm:ss, such as 0:03:25."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from common.runtime.files import exists, is_file, is_folder, is_no_hub_name
+from common.runtime.files import exists, is_file, is_folder, is_local_path
 from common.runtime.options import UserError, reason
 from common.text.chat_template import MARK, ChatTemplate
 from common.text.conversation import DEFAULT_CHAT_TEMPLATE, Message, Segment
@@ -42,7 +42,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
     Raises UserError when there is no tokenizer, or it has no EOS.
     """
     folder = Path(path)
-    if not exists(folder) and is_no_hub_name(path):
+    if not exists(folder) and is_local_path(path):
         raise UserError(f"{path}: No such folder; a model is a folder or a hub name")
     _check_files(folder)
     try:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.runtime.damaged_jsonl import in_words, is_number, read_lines, read_metrics
+from common.runtime.damaged_jsonl import is_number, read_lines, read_metrics, skipped_message
 from common.runtime.options import reason
 from launch.report.stages import Known, Stage
 
@@ -88,8 +88,8 @@ def read_samples(path: Path) -> tuple[list[Line], list[str]]:
             samples.append({name: value for name, value in record.items() if _is_shown(name, value)})
         else:
             other.append(number)
-    problems = in_words(path, damaged, "without a JSON object")
-    return samples, problems + in_words(path, other, "without the fields of a sample")
+    problems = skipped_message(path, damaged, "without a JSON object")
+    return samples, problems + skipped_message(path, other, "without the fields of a sample")
 
 
 def given_options(log: Path) -> set[str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.numeric.intervals import share, share_in_words
+from common.numeric.intervals import format_share, share
 from common.text.record_formats import Record
 
 
@@ -77,11 +77,11 @@ def describe(figures: dict[str, Any]) -> str:
     lines += [
         f"probability of the letters A and B: {figures['letters']:.1%} of all that could be answered",
         f"position bias: {position['shown_first']:.1%} for what is shown first, {position['nats']:+.3f} nats",
-        f"same response in both orders: {share_in_words(position['consistent'])}",
-        f"the one shown first in both: {share_in_words(position['always_first'])}",
-        f"the one shown second in both: {share_in_words(position['always_second'])}",
-        f"agreement with people, both orders together: {share_in_words(agreement['both_orders'])}",
-        f"agreement with people, one order alone: {share_in_words(agreement['one_order'])}",
+        f"same response in both orders: {format_share(position['consistent'])}",
+        f"the one shown first in both: {format_share(position['always_first'])}",
+        f"the one shown second in both: {format_share(position['always_second'])}",
+        f"agreement with people, both orders together: {format_share(agreement['both_orders'])}",
+        f"agreement with people, one order alone: {format_share(agreement['one_order'])}",
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from common.data.batching import deal
 from common.generation.generate import load_policy
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_members
-from common.runtime.distributed import rank, share_rows, sum_over_ranks
+from common.runtime.distributed import gather_rows, rank, sum_over_ranks
 from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.text.prompts import Prompt
@@ -90,7 +90,7 @@ def response_logprobs(model: nn.Module, rollout: Rollout, options: EvaluateOptio
         logprobs = policy_pass(model, take_rows(rollout, batch), options.temperature).logprobs  # (N,)
         lengths = rollout.response_lengths[batch].tolist()
         totals += [part.sum() for part in logprobs.double().split(lengths)]
-    return share_rows(torch.stack(totals), mine, len(rollout.scores))
+    return gather_rows(torch.stack(totals), mine, len(rollout.scores))
 
 
 @torch.no_grad()

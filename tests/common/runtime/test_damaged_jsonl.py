@@ -2,7 +2,7 @@
 
 import json
 
-from common.runtime.damaged_jsonl import in_words, read_lines, read_metrics
+from common.runtime.damaged_jsonl import read_lines, read_metrics, skipped_message
 from common.training.metrics import MetricWriter
 
 
@@ -15,8 +15,8 @@ def test_objects_are_read_and_other_lines_counted(tmp_path):
     assert [(number, *record) for number, record in lines.records] == [(1, "a"), (7, "c")]
     assert lines.records[0][1]["a"] == "\u2028"
     assert lines.skipped == [3, 4, 5, 6]
-    assert in_words(path, [4], "odd") == [f"{path}: skipped 1 line odd (first: line 4)."]
-    assert in_words(path, [], "odd") == [] and read_lines(tmp_path / "none") == ([], [])
+    assert skipped_message(path, [4], "odd") == [f"{path}: skipped 1 line odd (first: line 4)."]
+    assert skipped_message(path, [], "odd") == [] and read_lines(tmp_path / "none") == ([], [])
 
 
 def test_metrics_are_finite_numbers_or_none_by_step(tmp_path):
