@@ -26,7 +26,7 @@ from common.ai_feedback.constitution import (
 )
 from common.data.journal import to_lines, work_through
 from common.data.loading import load_examples
-from common.generation.generate import Answer, check_generation, load_policy, sample_answers
+from common.generation.generate import PolicyAnswer, check_generation, load_policy, sample_answers
 from common.model.families import position_limit
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -100,11 +100,11 @@ class Model:
         self._sample = partial(sample_answers, policy, encoder, options=options)
         self._encode = partial(prompt, encoder=encoder, max_length=room, overlong="drop")
 
-    def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, Answer]:
+    def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, PolicyAnswer]:
         """An answer to each prompt of token ids, by the number of its record."""
         return self._sample(prompts, step=step) if prompts else {}
 
-    def ask(self, questions: Mapping[int, list[Message]], step: int) -> dict[int, Answer]:
+    def ask(self, questions: Mapping[int, list[Message]], step: int) -> dict[int, PolicyAnswer]:
         """An answer to each question that leaves the model room for one."""
         prompts = {}
         for place, question in questions.items():
@@ -148,7 +148,9 @@ def revise(
     return [demonstration(row, drafts[place], answers[place], traces[place]) for place, row in rows.items()]
 
 
-def demonstration(row: Prompt, draft: Answer, answer: Answer, trace: list[dict[str, Any]]) -> Record:
+def demonstration(
+    row: Prompt, draft: PolicyAnswer, answer: PolicyAnswer, trace: list[dict[str, Any]]
+) -> Record:
     """What step 1 reads, with what led to it. A verbatim prompt keeps the space that the draft began with."""
     asked = find_prompt(row.record)
     begin = draft.text[: -len(draft.text.lstrip())] if isinstance(asked, str) else ""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from common.data.multi_encoder import load_alike
-from common.model.engine import gathered, make_frozen
+from common.model.engine import gathered_weights, make_frozen
 from common.model.families import position_limit
 from common.model.forward import base_model, response_logits
 from common.model.loading import load_causal_lm, longest_input
@@ -136,7 +136,7 @@ def sample_answers(
     answers = []
     is_engine = hasattr(model, "module")
     progress = Progress("sample answers", len(rows))
-    with gathered(model) if is_engine else contextlib.nullcontext(model) as whole_model:
+    with gathered_weights(model) if is_engine else contextlib.nullcontext(model) as whole_model:
         limit = position_limit(whole_model.config) or math.inf
         for number, row in enumerate(rows, start=1):
             prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)

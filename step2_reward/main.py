@@ -17,7 +17,7 @@ from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
 from common.model.loading import load_scalar_model, longest_input
 from common.model.lora import add_adapters, check_adapters
-from common.model.roles import start_config
+from common.model.roles import backbone_config
 from common.model.zero import load_zero_config, unpartitioned
 from common.runtime.distributed import (
     log,
@@ -54,7 +54,7 @@ def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
     options = parse_options(RewardOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
-    config = start_config(options.model_name_or_path, "model_name_or_path")
+    config = backbone_config(options.model_name_or_path, "model_name_or_path")
     options.max_length = longest_input(config, options.max_length, "max_length")
     check_adapters(options.model_name_or_path, options)
     check_language_model(options)

@@ -11,7 +11,7 @@ from functools import partial
 
 from common.data.loading import load_examples
 from common.generation.generate import check_generation
-from common.model.ema import update_average
+from common.model.ema import update_ema_weights
 from common.model.families import check_scalar
 from common.model.loading import load_causal_lm
 from common.model.lora import check_adapters
@@ -139,7 +139,7 @@ def main() -> None:
             models, rollout, first_pass, advantages, returns, options, kl.coef, pretraining, step
         )
         if options.ema_decay:
-            update_average(loop.state.average, models.actor, options.ema_decay)
+            update_ema_weights(loop.state.average, models.actor, options.ema_decay)
         seconds = sampled - start, scored - sampled, time.perf_counter() - scored
 
         # 7. Record.

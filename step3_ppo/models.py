@@ -104,7 +104,7 @@ def build_models(
     if options.gold_reward_model or gold_function:
         alone = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
         encoders = load_encoders(alone, encoder, *reward_encoders)
-        gold = Scorer(load_members(alone, encoders, critic_zero, waits=True), gold_function, alone)
+        gold = Scorer(load_members(alone, encoders, critic_zero, offload=True), gold_function, alone)
     return Models(actor, critic, reference, Scorer(rewards, functions, options), gold, encoder)
 
 

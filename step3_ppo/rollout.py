@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.data.batching import pad_rows
 from common.generation.decoding import Responses
-from common.generation.generate import generate, my_prompts
+from common.generation.generate import generate, prompts_of_rank
 from common.generation.options import GenerationOptions
 from common.model.forward import base_model, logits_and_balance
 from common.numeric.tensor_ops import label_logprobs
@@ -120,7 +120,7 @@ def sample_rollout(
     be a multiple of the number of ranks. title: of progress lines; none: be silent.
     """
     ids = [prompt.ids for prompt in prompts]
-    mine = my_prompts(ids)
+    mine = prompts_of_rank(ids)
     responses = generate(policy, encoder, ids, mine, options, step, title)
     return assemble(prompts, mine, responses, encoder.tokenizer.pad_token_id)
 

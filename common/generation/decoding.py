@@ -64,10 +64,10 @@ def draw(
 @torch.no_grad()
 def sample_responses(
     model: nn.Module, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, top_p: float,
-    eos_token_id: int | Sequence[int], pad_token_id: int, synced: bool, top_k: int = 0,
+    eos_token_id: int | Sequence[int], pad_token_id: int, synced_gpus: bool, top_k: int = 0,
     num_tokens: int | None = None,
 ) -> Responses:  # fmt: skip
-    """Responses of at most R tokens; uniforms (B, R). synced: a rank goes on for as long as any has to.
+    """Responses of at most R tokens; uniforms (B, R). synced_gpus: a rank goes on for as long as any has to.
 
     eos_token_id: what ends a response, one id or several. num_tokens: only ids below it are drawn, where the
     model has more rows than the tokenizer has tokens.
@@ -91,7 +91,7 @@ def sample_responses(
                 pad_token_id=pad_token_id,
             ),
             custom_generate=partial(
-                _decode, uniforms=uniforms, choose=choose, synced=synced, num_tokens=num_tokens
+                _decode, uniforms=uniforms, choose=choose, synced_gpus=synced_gpus, num_tokens=num_tokens
             ),
         )
     finally:
@@ -100,7 +100,8 @@ def sample_responses(
 
 def _decode(
     model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, uniforms: Tensor,
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced: bool, num_tokens: int | None, **inputs: Any,
+    choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced_gpus: bool, num_tokens: int | None,
+    **inputs: Any,
 ) -> Responses:  # fmt: skip
     """The loop of `generate`, without rows that have ended: they would cost as much as those that go on."""
     (count, limit), device = uniforms.shape, uniforms.device
@@ -110,14 +111,14 @@ def _decode(
     is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs["output_router_logits"] = False  # nothing is learnt here
-    logits, computed = _read_prompts(model, input_ids, inputs, cache, synced)  # (b, V), (B,)
+    logits, computed = _read_prompts(model, input_ids, inputs, cache, synced_gpus)  # (b, V), (B,)
     steps: list[tuple[Tensor, ...]] = []
     for step in range(limit):
         drawn = choose(logits[:, :num_tokens], uniforms[rows, step])
         steps.append(tuple(_placed(part, rows, count) for part in drawn))
         is_open &= ~torch.isin(drawn[0], ends)
         num_open = int(is_open.sum())
-        any_open = sum_tensor_over_ranks(is_open.any().long()) if synced else num_open
+        any_open = sum_tensor_over_ranks(is_open.any().long()) if synced_gpus else num_open
         if not any_open or step == limit - 1:
             break
         input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
@@ -136,7 +137,7 @@ def _decode(
 
 
 def _read_prompts(
-    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], cache: str, synced: bool
+    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], cache: str, synced_gpus: bool
 ) -> tuple[Tensor, Tensor]:
     """Logits (B, V) after each prompt of input_ids (B, P), and the positions (B,) at which the model was run.
 
@@ -146,7 +147,7 @@ def _read_prompts(
     """
     empty, mask = inputs[cache], inputs.get("attention_mask")
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
-    groups = like_lengths(lengths) if _is_plain(empty) and not synced else [slice(0, len(lengths))]
+    groups = like_lengths(lengths) if _is_plain(empty) and not synced_gpus else [slice(0, len(lengths))]
     logits, caches, computed = [], [], []
     for group in groups:
         width = max(lengths[group])

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from common.generation.decoding import Responses, sample_responses, uniforms_for
 from common.generation.options import GenerationOptions
-from common.model.engine import gathered, make_frozen
+from common.model.engine import gathered_weights, make_frozen
 from common.model.families import check_sampling, position_limit
 from common.model.forward import base_model
 from common.model.loading import load_causal_lm
@@ -20,7 +20,7 @@ from common.runtime.progress import track
 from common.text.tokenizer import SegmentEncoder
 
 
-class Plain(nn.Module):
+class PlainEngine(nn.Module):
     """A model outside any engine, with what sampling asks of one."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -34,7 +34,7 @@ class Plain(nn.Module):
         return 0
 
 
-class Answer(NamedTuple):
+class PolicyAnswer(NamedTuple):
     """A response as text, without the token that ended it."""
 
     text: str
@@ -45,7 +45,7 @@ def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.
     """A frozen policy: partitioned at stage 3, else whole on every rank."""
     frozen = frozen_config(zero)
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
-    return model if frozen else Plain(model)
+    return model if frozen else PlainEngine(model)
 
 
 def check_generation(options: GenerationOptions, config: PretrainedConfig) -> None:
@@ -66,7 +66,7 @@ def check_generation(options: GenerationOptions, config: PretrainedConfig) -> No
     options.max_prompt_length = min(options.max_prompt_length, room)
 
 
-def my_prompts(prompts: Sequence[list[int]]) -> list[int]:
+def prompts_of_rank(prompts: Sequence[list[int]]) -> list[int]:
     """Which of the prompts this rank responds to: its share of short and of long ones, the shorter first."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return order[rank() :: world_size()]
@@ -84,7 +84,7 @@ def generate(
     tokenizer, size = encoder.tokenizer, options.generation_batch_size
     parts: list[Responses] = []
     policy.eval()
-    with gathered(policy, options.gather_for_generation) as module:
+    with gathered_weights(policy, options.gather_for_generation) as module:
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         for chunk in track(title, chunks, len(rows) * world_size()):
             uniforms = uniforms_for(options.seed, step, chunk, options.max_response_length)
@@ -97,7 +97,7 @@ def generate(
                     options.top_p,
                     base_model(module).end_ids,
                     tokenizer.pad_token_id,
-                    synced=policy.zero_optimization_stage() == 3 and not options.gather_for_generation,
+                    synced_gpus=policy.zero_optimization_stage() == 3 and not options.gather_for_generation,
                     top_k=options.top_k,
                     num_tokens=base_model(module).num_tokens,
                 )
@@ -108,16 +108,16 @@ def generate(
 def sample_answers(
     policy: Any, encoder: SegmentEncoder, prompts: Mapping[int, list[int]], options: GenerationOptions,
     step: int,
-) -> dict[int, Answer]:  # fmt: skip
+) -> dict[int, PolicyAnswer]:  # fmt: skip
     """An answer to each prompt, by its number, on every rank: see `generate`. What else is asked with it does
     not matter.
     """
     even = [*prompts, *[*prompts][:1] * (-len(prompts) % world_size())]
-    mine = [even[place] for place in my_prompts([prompts[number] for number in even])]
+    mine = [even[place] for place in prompts_of_rank([prompts[number] for number in even])]
     drawn = generate(policy, encoder, prompts, mine, options, step)
     parts = (mine, *(part.tolist() for part in (drawn.ids, drawn.lengths, drawn.ended)))
     found = {
-        number: Answer(encoder.decode_response(prompts[number], ids[: length - ended]), ended)
+        number: PolicyAnswer(encoder.decode_response(prompts[number], ids[: length - ended]), ended)
         for number, ids, length, ended in zip(*parts, strict=True)
     }
     return {number: answer for part in gather_objects(found) for number, answer in part.items()}

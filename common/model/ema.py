@@ -9,7 +9,7 @@ from common.model.engine import full_state_dict
 from common.model.lora import is_adapted
 
 
-def update_average(average: dict[str, Tensor], engine: Any, decay: float) -> None:
+def update_ema_weights(average: dict[str, Tensor], engine: Any, decay: float) -> None:
     """average <- decay x average + (1 - decay) x the trained weights; the first time, the weights. Every rank
     must call it; the average is rank 0's.
 
@@ -23,7 +23,7 @@ def update_average(average: dict[str, Tensor], engine: Any, decay: float) -> Non
             average.setdefault(name, weight.float()).lerp_(weight.float(), 1.0 - decay)
 
 
-def averaged(weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_ema_weights(weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights with their averages in their place, in their own dtype; tied ones stay one tensor."""
     replaced: dict[int, Tensor] = {}
     for name, weight in weights.items():

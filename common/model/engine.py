@@ -46,9 +46,9 @@ def make_engine(
     return engine
 
 
-def make_frozen(model: nn.Module, zero: dict[str, Any] | None, waits: bool = False) -> nn.Module:
+def make_frozen(model: nn.Module, zero: dict[str, Any] | None, offload: bool = False) -> nn.Module:
     """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device, or,
-    where it `waits`, in host memory from which a GPU copies by itself.
+    with `offload`, in host memory from which a GPU copies by itself.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -56,7 +56,7 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None, waits: bool = Fal
     model.requires_grad_(False).eval()
     if zero is not None:
         return deepspeed.initialize(model=model, config=zero)[0]
-    if not waits:
+    if not offload:
         return model.to(device())
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = get_accelerator().pin_memory(tensor.data)
@@ -123,16 +123,16 @@ def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def gathered(engine: Any, whole: bool = True) -> Iterator[nn.Module]:
+def gathered_weights(engine: Any, gather_weights: bool = True) -> Iterator[nn.Module]:
     """The module with all its weights present, for generation.
 
     At stage 3 the weights are gathered once and ZeRO's hooks are taken off, so that ranks may run unlike
     numbers of forward passes at full speed; this needs room for the 16-bit model on every GPU. Without
-    `whole`, hooks stay on.
+    `gather_weights`, hooks stay on.
     """
     import deepspeed
 
-    if not whole or engine.zero_optimization_stage() != 3:
+    if not gather_weights or engine.zero_optimization_stage() != 3:
         yield engine.module
         return
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)

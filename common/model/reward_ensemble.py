@@ -92,7 +92,7 @@ def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
 
 
 def load_members(
-    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], waits: bool = False
+    options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], offload: bool = False
 ) -> list[RewardModel]:
     """The frozen models, in the precision of a DeepSpeed configuration, and partitioned if it is of stage 3.
 
@@ -100,10 +100,10 @@ def load_members(
     are not partitioned.
     """
     members: list[RewardModel] = []
-    frozen = frozen_config(zero, waits)
+    frozen = frozen_config(zero, offload)
     for path, encoder in zip(options.reward_model_name_or_path, encoders, strict=True):
         model = load_scalar_model(path, encoder.tokenizer, frozen or unpartitioned(zero))
-        model = make_frozen(model, frozen, waits or len(encoders) > 1)
+        model = make_frozen(model, frozen, offload or len(encoders) > 1)
         members.append(RewardModel(encoder, partial(on_device, model)))
     return members
 

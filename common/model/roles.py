@@ -45,7 +45,7 @@ def check_scalar_model(path: str, option: str) -> None:
     _check_centre(path, config)
 
 
-def start_config(path: str, option: str) -> PretrainedConfig:
+def backbone_config(path: str, option: str) -> PretrainedConfig:
     """The configuration of what a reward model is trained from: a language model, or a reward model, of which
     the head is trained on. Raises UserError, naming the option, for any other model.
     """

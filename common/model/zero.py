@@ -53,15 +53,15 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
     return config
 
 
-def frozen_config(trained: dict[str, Any], waits: bool = False) -> dict[str, Any] | None:
+def frozen_config(trained: dict[str, Any], offload: bool = False) -> dict[str, Any] | None:
     """Configuration of a frozen model beside a trained one: partitioned at stage 3, else None (a plain
-    module). One that `waits` has its part in host memory.
+    module). With `offload` it has its part in host memory.
     """
     if trained["zero_optimization"]["stage"] != 3:
         return None
     config = copy.deepcopy(trained)
     config["zero_optimization"].pop("offload_optimizer", None)
-    if waits:
+    if offload:
         config["zero_optimization"].setdefault("offload_param", {"device": "cpu", "pin_memory": True})
     return config
 

@@ -125,7 +125,7 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def describe(engine: Any) -> dict[str, Any]:
+def engine_settings(engine: Any) -> dict[str, Any]:
     """What must be the same, or nearly, where the engine's files are to be read again."""
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     layout = {"round_robin_gradients": engine.zero_round_robin_gradients()}
@@ -166,7 +166,7 @@ def _write_engines(temporary: Path, engines: dict[str, Any]) -> tuple[dict[str, 
 
 
 def _manifest(engines: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
-    models = {name: describe(engine) for name, engine in engines.items()}
+    models = {name: engine_settings(engine) for name, engine in engines.items()}
     return {"world_size": world_size(), "models": models, "files": dict(sorted(files.items()))}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from common.model.ema import averaged
+from common.model.ema import with_ema_weights
 from common.model.engine import full_state_dict
 from common.model.lora import is_adapted
 from common.runtime.distributed import gather_objects, log, rank
@@ -42,7 +42,7 @@ def _export(
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
     if average:
-        state = averaged(state, average)
+        state = with_ema_weights(state, average)
     problem = ""
     if rank() == 0:
         temporary = folder.with_name(folder.name + ".tmp")

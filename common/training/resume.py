@@ -14,7 +14,7 @@ from common.model.loading import is_partitioned
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_folder
 from common.runtime.options import RunOptions, UserError, world_size
-from common.training.checkpoint import Checkpoint, describe
+from common.training.checkpoint import Checkpoint, engine_settings
 from common.training.train_state import TrainState
 
 
@@ -62,7 +62,7 @@ def _continued(state: TrainState, options: RunOptions, total_steps: int) -> Trai
 
 
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:
-    saved, now = checkpoint.manifest["models"].get(name, {}), describe(engine)
+    saved, now = checkpoint.manifest["models"].get(name, {}), engine_settings(engine)
     stages = saved.get("zero_stage"), now["zero_stage"]
     kinds = saved.get("precision"), now["precision"]
     if (stages[0] != stages[1] and set(stages) != {1, 2}) or kinds[0] != kinds[1]:

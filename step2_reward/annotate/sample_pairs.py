@@ -13,7 +13,7 @@ from typing import Any
 
 from common.data.journal import to_lines, work_through
 from common.data.multi_encoder import load_alike
-from common.generation.generate import Answer, check_generation, load_policy, sample_answers
+from common.generation.generate import PolicyAnswer, check_generation, load_policy, sample_answers
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import gather_objects, init_distributed, log, rank
@@ -51,7 +51,7 @@ def main() -> None:
 
     # 2. One policy after the other; what an earlier run has drawn is kept.
     names = [paths[draw % len(paths)] for draw in range(options.responses_per_prompt)]
-    answers: dict[int, list[Answer]] = {}
+    answers: dict[int, list[PolicyAnswer]] = {}
     for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
         draws = range(first, len(names), len(paths))
         answers |= responses(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
@@ -84,11 +84,11 @@ def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]
 def responses(
     load: Callable[[], Any], encoder: SegmentEncoder, rows: Sequence[Prompt], draws: Sequence[int],
     options: SamplePairsOptions,
-) -> dict[int, list[Answer]]:  # fmt: skip
+) -> dict[int, list[PolicyAnswer]]:  # fmt: skip
     """By draw, on rank 0, the responses of a policy, which is loaded once something is left to be drawn."""
     policy, answers = cache(load), {}
 
-    def respond(asked: Mapping[int, Prompt], draw: int) -> list[Answer]:
+    def respond(asked: Mapping[int, Prompt], draw: int) -> list[PolicyAnswer]:
         prompts = {number: row.ids for number, row in asked.items()}
         drawn = sample_answers(policy(), encoder, prompts, options, draw)
         return [drawn[number] for number in asked]
@@ -98,11 +98,11 @@ def responses(
         journal = Path(options.output_dir) / f"responses_{draw + 1}.journal"
         size = options.generation_batch_size * world_size()
         made = work_through(rows, partial(respond, draw=draw), journal, size, "prompts")
-        answers[draw] = [Answer(*one) for one in made]  # the journal holds lists
+        answers[draw] = [PolicyAnswer(*one) for one in made]  # the journal holds lists
     return answers
 
 
-def pairs(asked: str | list, answers: Sequence[Answer], names: Sequence[str]) -> list[Record]:
+def pairs(asked: str | list, answers: Sequence[PolicyAnswer], names: Sequence[str]) -> list[Record]:
     """Every two responses to a prompt that differ and are not empty."""
     if not isinstance(asked, str):  # the template has the space before a message
         answers = [answer._replace(text=answer.text.strip()) for answer in answers]

@@ -21,7 +21,7 @@ from common.data.batching import batch_order
 from common.data.examples import Examples
 from common.data.journal import stop_resumably
 from common.data.loading import load_examples
-from common.generation.generate import check_generation, generate, load_policy, my_prompts
+from common.generation.generate import check_generation, generate, load_policy, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -125,7 +125,7 @@ def answer(
     size = options.samples_per_prompt
     numbers = [*rows, *[rows[0]] * (-len(rows) % world_size())]  # every rank has as many
     asked = [prompts[number // size] for number in numbers]
-    mine = my_prompts([one.ids for one in asked])
+    mine = prompts_of_rank([one.ids for one in asked])
     drawn = generate(
         policy, encoder, RowIds(prompts, size), [numbers[i] for i in mine], options, options.round
     )

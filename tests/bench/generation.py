@@ -76,7 +76,7 @@ def main() -> None:
     def ours(greedy: bool) -> list[list[int]]:
         temperature = 1e-6 if greedy else 1.0
         return sample_responses(
-            model, prompts, uniforms, temperature, 1.0, no_token, tokenizer.pad_token_id, synced=False
+            model, prompts, uniforms, temperature, 1.0, no_token, tokenizer.pad_token_id, synced_gpus=False
         ).ids.tolist()
 
     def continuous(greedy: bool) -> list[list[int]]:

@@ -63,7 +63,7 @@ def judge(path: str, reference: torch.nn.Module, encoder: SegmentEncoder, prompt
     tokenizer = encoder.tokenizer
     uniforms = uniforms_for(SEED, 0, range(len(prompts)), LENGTH)
     sampled = sample_responses(
-        model, prompts, uniforms, 1.0, 1.0, tokenizer.eos_token_id, tokenizer.pad_token_id, synced=False
+        model, prompts, uniforms, 1.0, 1.0, tokenizer.eos_token_id, tokenizer.pad_token_id, synced_gpus=False
     )
     responses = [row[:n].tolist() for row, n in zip(sampled.ids, sampled.lengths.tolist(), strict=True)]
     texts = [encoder.decode_response(p, r) for p, r in zip(prompts, responses, strict=True)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.generation.generate import Answer
+from common.generation.generate import PolicyAnswer
 from common.numeric.intervals import wilson
 from common.text.prompts import Prompt
 from common.text.truncation import Dropped
@@ -22,12 +22,12 @@ from tests.stages import sft  # noqa: F401 - world is a fixture
 class Script(Model):
     """A model that says what is written down, in this order, and has no room for questions with 'long'."""
 
-    def __init__(self, said: list[list[Answer]]) -> None:
+    def __init__(self, said: list[list[PolicyAnswer]]) -> None:
         self._said, self.questions = iter(said), []
         self.steps = []
         self._sample, self._encode = self.sample, self.encode
 
-    def sample(self, prompts: dict, step: int) -> dict[int, Answer]:
+    def sample(self, prompts: dict, step: int) -> dict[int, PolicyAnswer]:
         self.steps.append(step)
         return dict(zip(prompts, next(self._said), strict=True))
 
@@ -39,9 +39,9 @@ class Script(Model):
         return Prompt([0], ""), False
 
 
-def said(*texts: str) -> list[Answer]:
+def said(*texts: str) -> list[PolicyAnswer]:
     """Answers; one that ends in a dash was cut off."""
-    return [Answer(text.rstrip("-"), not text.endswith("-")) for text in texts]
+    return [PolicyAnswer(text.rstrip("-"), not text.endswith("-")) for text in texts]
 
 
 CHAT = Prompt([1, 2], json.dumps({"prompt": [{"role": "user", "content": "Hi?"}]}))

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from common.model.loading import load_causal_lm, load_scalar_model
-from common.model.roles import check_scalar_model, policy_config, start_config
+from common.model.roles import backbone_config, check_scalar_model, policy_config
 from common.runtime.distributed import log_once
 from common.runtime.options import UserError
 
@@ -214,7 +214,7 @@ def test_a_broken_folder_is_refused_in_one_line(
     spoil(policy)
     messages = [
         refusal(policy_config, str(policy), "model_name_or_path"),
-        refusal(start_config, str(policy), "model_name_or_path"),
+        refusal(backbone_config, str(policy), "model_name_or_path"),
         refusal(load_causal_lm, str(policy), tokenizer, None),
     ]
     assert str(policy) in messages[0]
@@ -286,7 +286,7 @@ def test_a_new_head_draws_no_warning(
 ) -> None:
     """A language model has an output head instead; a reward model has its own."""
     for folder in (policy, reward):
-        start_config(str(folder), "model_name_or_path")
+        backbone_config(str(folder), "model_name_or_path")
         load_scalar_model(str(folder), tokenizer, None)
     assert not capsys.readouterr().out
 
@@ -323,14 +323,14 @@ def test_each_option_takes_its_kind_of_model(policy: Path, reward: Path, tmp_pat
     LlamaForSequenceClassification(LlamaConfig(**SIZE, num_labels=2)).save_pretrained(two)
     policy_config(str(policy), "x")
     check_scalar_model(str(reward), "x")
-    start_config(str(policy), "x")
-    start_config(str(reward), "x")
+    backbone_config(str(policy), "x")
+    backbone_config(str(reward), "x")
     for check, folder, parts in [
         (policy_config, reward, ["--x", "not a language model", "with 1 output", "`final/` of step 1"]),
         (policy_config, two, ["--x", "not a language model", "with 2 outputs", "`final/` of step 1"]),
         (check_scalar_model, policy, ["--x", "not a reward model", "LlamaForCausalLM", "`final/` of step 2"]),
         (check_scalar_model, two, ["--x", "not a reward model", "with 2 outputs", "`final/` of step 2"]),
-        (start_config, two, ["--x", "with 2 outputs", "reward model with one output"]),
+        (backbone_config, two, ["--x", "with 2 outputs", "reward model with one output"]),
     ]:
         message = refusal(check, str(folder), "x")
         assert str(folder) in message and all(part in message for part in parts), message
@@ -338,7 +338,7 @@ def test_each_option_takes_its_kind_of_model(policy: Path, reward: Path, tmp_pat
 
 def test_a_reward_model_without_its_head_is_refused(reward: Path) -> None:
     weights(lambda state: state.pop("score.weight"))(reward)
-    for check in (check_scalar_model, start_config):
+    for check in (check_scalar_model, backbone_config):
         assert "missing: score.weight" in refusal(check, str(reward), "x")
 
 
@@ -353,7 +353,7 @@ def test_a_reward_model_without_its_head_is_refused(reward: Path) -> None:
 def test_scores_that_cannot_be_centred_are_refused(reward: Path, values: dict) -> None:
     configure(**values)(reward)
     ((name, _),) = values.items()
-    for check in (check_scalar_model, start_config):
+    for check in (check_scalar_model, backbone_config):
         assert f"config.json: {name} is" in refusal(check, str(reward), "x")
 
 

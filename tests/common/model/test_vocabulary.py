@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from common.generation.generate import Plain, generate, sample_answers
+from common.generation.generate import PlainEngine, generate, sample_answers
 from common.generation.options import GenerationOptions
 from common.model.vocabulary import fit_to_tokenizer, spare_ids
 from common.text.tokenizer import SegmentEncoder
@@ -57,12 +57,12 @@ def test_rollouts_end_at_any_end_token(encoder, model):
     options = GenerationOptions(max_response_length=40, generation_batch_size=3)
     options.seed = 0
     prompts = {number: encoder.tokenizer("Say it").input_ids for number in range(6)}
-    found = generate(Plain(model), encoder, prompts, list(range(6)), options, step=1)
+    found = generate(PlainEngine(model), encoder, prompts, list(range(6)), options, step=1)
     assert found.ended.all() and found.lengths.float().mean() < 30
     assert (found.ids < model.num_tokens).all()
     last = found.ids.gather(1, found.lengths[:, None] - 1)
     assert (last == model.end_ids[1]).all()
-    answers = sample_answers(Plain(model), encoder, prompts, options, step=1)
+    answers = sample_answers(PlainEngine(model), encoder, prompts, options, step=1)
     assert all(answer.ended and "<|end|>" not in answer.text for answer in answers.values())
     texts = [encoder.tokenizer.decode(ids[: n - 1]) for ids, n in zip(found.ids, found.lengths, strict=True)]
     assert [answers[number].text for number in range(6)] == texts

@@ -212,13 +212,13 @@ def test_frozen_models_are_partitioned_at_stage_3_only(tmp_path):
 @pytest.mark.parametrize("section", [None, {}, {"device": "none"}, {"device": "none", "pin_memory": True}])
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
 def test_an_offload_without_a_device_is_off(tmp_path, monkeypatch, name, section):
-    """The optimiser stays on the GPU, and a frozen model that waits in host memory is offloaded there."""
+    """The optimiser stays on the GPU, and a frozen model with offload is in host memory."""
     monkeypatch.setattr("common.model.engine.on_cpu", lambda: False)
     config = load(tmp_path, {"zero_optimization": {"stage": 3, name: section}})
     assert name not in config["zero_optimization"]
     optimiser = _adamw(torch.nn.Linear(2, 2), config, OPTIONS, 1e-3)
     assert type(optimiser) is torch.optim.AdamW
-    assert frozen_config(config, waits=True)["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert frozen_config(config, offload=True)["zero_optimization"]["offload_param"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize("section", [{}, {"device": "none"}, {"device": None}, {"device": "cpu"}])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from common.generation.generate import Plain
+from common.generation.generate import PlainEngine
 from common.runtime import files
 from common.runtime.options import UserError
 from common.training.export import export_best, export_model
@@ -20,11 +20,11 @@ from tests.stages import (
 
 
 @pytest.fixture
-def engine() -> Plain:
+def engine() -> PlainEngine:
     config = LlamaConfig(
         vocab_size=10, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2
     )
-    return Plain(LlamaForCausalLM(config))
+    return PlainEngine(LlamaForCausalLM(config))
 
 
 def tokenizer(error: Exception | None = None) -> SimpleNamespace:
@@ -39,7 +39,7 @@ def tokenizer(error: Exception | None = None) -> SimpleNamespace:
 
 @pytest.mark.parametrize("error", [KeyError("merges"), ValueError("a\nb"), TypeError(), OSError("disk")])
 def test_a_failed_export_is_one_line_and_leaves_what_was_there(
-    engine: Plain, tmp_path: Path, capsys: pytest.CaptureFixture, error: Exception
+    engine: PlainEngine, tmp_path: Path, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
     folder = tmp_path / "final"
     export_model(engine, tokenizer(), folder, None)
@@ -54,7 +54,9 @@ def test_a_failed_export_is_one_line_and_leaves_what_was_there(
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
 
 
-def test_others_can_read_an_export(engine: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_can_read_an_export(
+    engine: PlainEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also files that a library made for their owner alone."""
     monkeypatch.setattr(files, "UMASK", 0o022)
     private = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").touch(0o600))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.generation.generate import Answer
+from common.generation.generate import PolicyAnswer
 from step2_reward.annotate.sample_pairs import pairs
 from step2_reward.pairs import read_pairs
 from tests.end_to_end.test_bad_input import check_refusal
@@ -121,14 +121,19 @@ def test_a_cold_response_is_the_likeliest(few: Path, noise: Path, tmp_path: Path
 
 def test_what_is_a_pair() -> None:
     names = ["m", "n", "m", "n"]
-    answers = [Answer(" yes", True), Answer("yes", False), Answer(" ", True), Answer("no ", True)]
+    answers = [
+        PolicyAnswer(" yes", True),
+        PolicyAnswer("yes", False),
+        PolicyAnswer(" ", True),
+        PolicyAnswer("no ", True),
+    ]
     found = pairs([{"role": "user", "content": "a"}], answers, names)
     assert [(p["response_a"], p["response_b"], p["model_a"], p["model_b"]) for p in found] == [
         ("yes", "no", "m", "n"),
         ("yes", "no", "n", "n"),
     ]
     assert [(p["response_a_ended"], p["response_b_ended"]) for p in found] == [(True, True), (False, True)]
-    verbatim = pairs("a", [Answer(" yes", True), Answer(" no", True)], names[:2])
+    verbatim = pairs("a", [PolicyAnswer(" yes", True), PolicyAnswer(" no", True)], names[:2])
     assert [p["response_a"] for p in verbatim] == [" yes"]
 
 

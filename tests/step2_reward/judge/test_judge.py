@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import step2_reward.judge.main
 from common.ai_feedback.options import SHIPPED
-from common.generation.generate import Plain
+from common.generation.generate import PlainEngine
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step2_reward.judge.main import answer_logprobs, letters_of, read_pairs
@@ -160,7 +160,7 @@ def test_answers_of_several_tokens(world: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "model")
     asked = [[5, 6, 7], [8, 9], list(range(10, 30)), [40]]
     for answers in ([[11], [12]], [[11, 12], [11, 13]], [[11, 12, 13], [14]]):
-        found = answer_logprobs(Plain(model), asked, answers, 3, 0)
+        found = answer_logprobs(PlainEngine(model), asked, answers, 3, 0)
         for row, question in enumerate(asked):
             for column, answer in enumerate(answers):
                 logits = model(torch.tensor([question + answer])).logits[0].double().log_softmax(-1)
