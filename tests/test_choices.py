@@ -23,7 +23,7 @@ from step2_reward.direct.options import DirectOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.best_of_n import files as best_of_n_files
 from step3_ppo.best_of_n.options import BestOfNOptions
-from step3_ppo.best_of_n.select import worse
+from step3_ppo.best_of_n.select import rejected
 from step3_ppo.losses import kl_loss
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import estimate_advantages, kl_controller, shape_rewards
@@ -69,7 +69,7 @@ def estimate(**options: Any) -> None:
 
 def keep(value: str) -> None:
     scores = np.array([[1.0, 2.0]])
-    best_of_n_files._keep(scores, scores > 0, {}, BestOfNOptions(keep=value))
+    best_of_n_files._demonstrations(scores, scores > 0, {}, BestOfNOptions(keep=value))
 
 
 def schedule(value: str) -> None:
@@ -97,7 +97,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "advantage_estimator": lambda v: estimate(advantage_estimator=v),
     "reinforce_baseline": lambda v: estimate(advantage_estimator="reinforce", reinforce_baseline=v),
     "keep": keep,
-    "pairs": lambda v: worse(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),
+    "pairs": lambda v: rejected(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),
 }
 ELSEWHERE = {"device"}  # of the plan: its tests predict for both
 

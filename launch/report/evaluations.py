@@ -54,9 +54,9 @@ def _renderer(kind: str) -> Callable[[dict[str, Any]], str]:
 
         return describe
     if kind == "best_of_n":
-        from step3_ppo.best_of_n.report import describe
+        from step3_ppo.best_of_n.report import describe_selection
 
-        return describe
+        return describe_selection
     return _flat
 
 

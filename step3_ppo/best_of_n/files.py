@@ -1,4 +1,4 @@
-"""samples.jsonl, and the demonstrations and preferences that are selected from it."""
+"""samples.jsonl, and the demonstrations and preferences selected from it."""
 
 import contextlib
 import json
@@ -16,17 +16,17 @@ from common.runtime.files import flush_folder, write_json
 from common.runtime.options import UserError
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.report import advise, describe_unused
-from step3_ppo.best_of_n.select import CUT, EMPTY, REPEATED, USABLE, at_least, best, sort_out, worse
+from step3_ppo.best_of_n.select import CUT, EMPTY, REPEATED, USABLE, above, best, classify, rejected
 
-PAIR_STREAM = 4  # apart from the random numbers that order data and draw responses
+PAIR_STREAM = 4  # random stream of pairs, separate from those of data order and sampling
 DEMONSTRATION = ("prompt", "completion", "ended", "score")  # fields of a sample
 Sample = dict[str, Any]
 
 
-def whole_samples(path: Path, chunk: int, total: int) -> int:
-    """Cut the file after its last whole chunk of so many lines; returns the number of lines that are left.
+def truncate_to_chunks(path: Path, chunk: int, total: int) -> int:
+    """Truncate the file after its last complete chunk of `chunk` lines; returns the number of lines left.
 
-    Of `total` lines the last chunk may have fewer. Raises UserError for a line that holds no sample.
+    The last chunk of `total` lines may be shorter. Raises UserError for a line without a sample.
     """
     position = done = end = 0
     with path.open("a+b") as file:
@@ -44,16 +44,16 @@ def whole_samples(path: Path, chunk: int, total: int) -> int:
 def _check_sample(line: bytes, origin: str) -> None:
     try:
         sample = json.loads(line)
-        is_whole = isinstance(sample["completion"], str) and isinstance(sample["ended"], bool)
-        is_whole = is_whole and "prompt" in sample and math.isfinite(sample["score"] + sample["length"])
+        is_valid = isinstance(sample["completion"], str) and isinstance(sample["ended"], bool)
+        is_valid = is_valid and "prompt" in sample and math.isfinite(sample["score"] + sample["length"])
     except (ValueError, TypeError, KeyError, RecursionError):
-        is_whole = False
-    if not is_whole:
+        is_valid = False
+    if not is_valid:
         raise UserError(f"{origin}: not a sample of this command; restore the line, or delete the file")
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Append to the file, and return when the disk holds it."""
+    """Append to the file and flush it to disk."""
     with path.open("ab") as file:
         file.writelines(_line(sample) for sample in samples)
         file.flush()
@@ -63,7 +63,7 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> None:
 def select(options: BestOfNOptions) -> dict[str, Any]:
     """Write demonstrations.jsonl, preferences.jsonl and report.json from samples.jsonl; returns the report.
 
-    Raises UserError when nothing is kept.
+    Raises UserError when no demonstration is left.
     """
     size = options.samples_per_prompt
     samples = Path(options.output_dir) / "samples.jsonl"
@@ -74,22 +74,25 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
         for name in ("score", "ended", "length"):
             columns[name].append([sample[name] for sample in group])
         texts = [sample["completion"] for sample in group]
-        columns["verdict"].append(sort_out(texts, columns["ended"][-1], options.keep_truncated))
+        columns["verdict"].append(classify(texts, columns["ended"][-1], options.keep_truncated))
         distinct += len(set(texts))
     scores, ended, lengths, verdicts = (np.array(column) for column in columns.values())  # (P, n) each
     usable = verdicts == USABLE
     unused = {name: int((verdicts == name).sum()) for name in (CUT, EMPTY, REPEATED)}
 
-    kept, threshold = _keep(scores, usable, unused, options)
+    selected, threshold = _demonstrations(scores, usable, unused, options)
     top = best(scores, usable)
-    lower = worse(scores, usable, options.pairs, (options.seed, PAIR_STREAM, options.round))
-    with _whole(folder / "demonstrations.jsonl") as one, _whole(folder / "preferences.jsonl") as two:
-        for place, group in enumerate(_groups(samples, size)):
-            for number in np.flatnonzero(kept[place]):
-                one.write(_line({name: group[number][name] for name in DEMONSTRATION}))
-            if lower[place].any():
-                chosen, rejected = (group[mask[place].argmax()] for mask in (top, lower))
-                two.write(_line(_preference(chosen, rejected)))
+    lower = rejected(scores, usable, options.pairs, (options.seed, PAIR_STREAM, options.round))
+    with (
+        _replace_when_done(folder / "demonstrations.jsonl") as demonstrations,
+        _replace_when_done(folder / "preferences.jsonl") as preferences,
+    ):
+        for index, group in enumerate(_groups(samples, size)):
+            for number in np.flatnonzero(selected[index]):
+                demonstrations.write(_line({name: group[number][name] for name in DEMONSTRATION}))
+            if lower[index].any():
+                pair = (group[mask[index].argmax()] for mask in (top, lower))
+                preferences.write(_line(_preference(*pair)))
 
     report = {
         "prompts": len(scores),
@@ -101,9 +104,9 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
         "distinct": distinct / scores.size,
         "unused": unused,
         "threshold": threshold,
-        "demonstrations": int(kept.sum()),
-        "prompts_with_demonstrations": int(kept.any(1).sum()),
-        "score_of_demonstrations": scores[kept].mean(),
+        "demonstrations": int(selected.sum()),
+        "prompts_with_demonstrations": int(selected.any(1).sum()),
+        "score_of_demonstrations": scores[selected].mean(),
         "preferences": int(lower.sum()),
         "selection": {k: v for k, v in asdict(options.selection).items() if k != "selection_dir"},
     }
@@ -111,13 +114,13 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
     return report
 
 
-def _keep(
+def _demonstrations(
     scores: np.ndarray, usable: np.ndarray, unused: dict[str, int], options: BestOfNOptions
 ) -> tuple[np.ndarray, float | None]:
-    """The demonstrations (P, n) bool, and the threshold if there is one. Raises UserError for none."""
+    """Mask of the demonstrations (P, n), and the threshold if any. Raises UserError when there are none."""
     if not usable.any():
         raise UserError(
-            f"{options.output_dir}/samples.jsonl: nothing to keep of {usable.size} responses;"
+            f"{options.output_dir}/samples.jsonl: none of the {usable.size} responses is usable;"
             f" {describe_unused(unused, options.max_response_length)}{advise(unused, usable.size)}"
         )
     match options.keep:
@@ -129,14 +132,14 @@ def _keep(
             threshold = float(np.quantile(scores[usable], options.quantile))
         case _:
             assert_never(options.keep)
-    kept = at_least(scores, usable, threshold)
-    if not kept.any():
+    selected = above(scores, usable, threshold)
+    if not selected.any():
         median, highest = np.quantile(scores[usable], (0.5, 1))
         raise UserError(
-            f"--threshold {threshold:g}: no response scores as much: of the usable ones the median is"
-            f" {median:.3f}, the best has {highest:.3f}"
+            f"--threshold {threshold:g}: no usable response reaches it (median score {median:.3f},"
+            f" highest {highest:.3f})"
         )
-    return kept, threshold
+    return selected, threshold
 
 
 def _preference(chosen: Sample, rejected: Sample) -> dict[str, Any]:
@@ -147,20 +150,20 @@ def _preference(chosen: Sample, rejected: Sample) -> dict[str, Any]:
 
 
 def _groups(path: Path, size: int) -> Iterator[list[Sample]]:
-    """The samples, those to one prompt together."""
+    """The samples, grouped by prompt."""
     with path.open("rb") as lines:
         yield from iter(lambda: [json.loads(line) for line in islice(lines, size)], [])
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place at the end of the `with` block, when the disk holds it."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("wb") as file:
+def _replace_when_done(path: Path) -> Iterator[BinaryIO]:
+    """Write to a temporary file that replaces `path` at the end of the `with` block."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
     flush_folder(path.parent)
 
 

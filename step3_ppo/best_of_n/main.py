@@ -1,10 +1,10 @@
-"""Rejection sampling: n responses to each prompt, scored, and the best of them as data for steps 1 and 2.
+"""Rejection sampling: draw and score n responses per prompt; write the best as data for steps 1 and 2.
 
     bash launch/best_of_n.sh --model_name_or_path OUT1/final --prompt_data F.jsonl \
         --reward_model_name_or_path OUT2/final --output_dir DIR
 
-Writes samples.jsonl, demonstrations.jsonl, preferences.jsonl and report.json. The same command again goes on
-after the last whole chunk of prompts; when all are answered, it selects again.
+Writes samples.jsonl, demonstrations.jsonl, preferences.jsonl and report.json. Running the same command again
+resumes after the last complete chunk of prompts, or repeats the selection when sampling is done.
 """
 
 import math
@@ -35,9 +35,9 @@ from common.text.prompts import Prompt, prompt
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.run_folder import prepare_output
-from step3_ppo.best_of_n.files import Sample, select, whole_samples, write_samples
+from step3_ppo.best_of_n.files import Sample, select, truncate_to_chunks, write_samples
 from step3_ppo.best_of_n.options import BestOfNOptions
-from step3_ppo.best_of_n.report import describe
+from step3_ppo.best_of_n.report import describe_selection
 from step3_ppo.models import Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.reward_functions import load_functions
@@ -46,10 +46,10 @@ from step3_ppo.scoring import score_responses
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Check options and data before a model is loaded.
     options = parse_options(BestOfNOptions)
-    as_trained = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, as_trained, as_trained.actor_learning_rate)
+    training = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
+    zero = load_zero_config(options.zero_config, training, training.actor_learning_rate)
     check_generation(options, policy_config(options.model_name_or_path, "model_name_or_path"))
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
@@ -61,13 +61,13 @@ def main() -> None:
     tokenizers = {f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(reward_encoders, 1)}
     prepare_output(options.sampling, {"tokenizer": encoder.tokenizer, **tokenizers})
 
-    # 2. As many prompts at once as fill a batch of every rank; what they make is written before the next.
+    # 2. Sample in chunks of one batch per rank. Each chunk is written before the next one starts.
     size, total = options.samples_per_prompt, len(prompts)
     chunk = math.ceil(options.generation_batch_size * world_size() / size)
     file = Path(options.output_dir) / "samples.jsonl"
-    done = on_first_rank(partial(whole_samples, file, chunk * size, total * size)) // size
+    done = on_first_rank(partial(truncate_to_chunks, file, chunk * size, total * size)) // size
     start = f"; resuming: {done} of {total} prompts done" if done else ""
-    log(f"{total} prompts, {size} responses to each, on {ranks_in_words()}{start}")
+    log(f"{total} prompts, {size} responses per prompt, on {ranks_in_words()}{start}")
     if done < total:
         policy = load_policy(options.model_name_or_path, encoder, zero)
         scorer = Scorer(load_members(options, reward_encoders, zero), functions, options)
@@ -75,20 +75,20 @@ def main() -> None:
     while done < total:
         stop_resumably(f"{done} of {total} prompts done", options.output_dir)
         end = min(done + chunk, total)
-        samples = answer(policy, scorer, encoder, prompts, range(done * size, end * size), options)
+        samples = sample_and_score(policy, scorer, encoder, prompts, range(done * size, end * size), options)
         on_first_rank(partial(write_samples, file, samples))
         done, tokens = end, tokens + sum(sample["length"] for sample in samples)
         score, seconds = fmean(sample["score"] for sample in samples), time.perf_counter() - start
         progress.update(done, f"score {score:.3f} | {tokens / seconds:.0f} tokens/s")
 
-    # 3. What the other steps read.
+    # 3. Select demonstrations and preferences for the other steps.
     stop_between_steps()  # rank 0 writes, the others wait for it
     report = on_first_rank(partial(select, options))
-    log(f"{describe(report)}\nwrote {options.selection_dir or options.output_dir}")
+    log(f"{describe_selection(report)}\nwrote {options.selection_dir or options.output_dir}")
 
 
 def load_prompts(options: BestOfNOptions, encoder: SegmentEncoder) -> Examples[Prompt]:
-    """The prompts of the round, of those that step 3 would learn from. Raises UserError."""
+    """The prompts of the round, from the training part of the data. Raises UserError."""
     convert = partial(
         prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
@@ -101,7 +101,7 @@ def load_prompts(options: BestOfNOptions, encoder: SegmentEncoder) -> Examples[P
 
 
 class RowIds(Sequence[list[int]]):
-    """Token ids of the prompt that each row of the round, of `size` rows for each prompt, responds to."""
+    """Prompt token ids of each row of the round; every prompt has `size` rows."""
 
     def __init__(self, prompts: Sequence[Prompt], size: int) -> None:
         self._prompts, self._size = prompts, size
@@ -113,55 +113,57 @@ class RowIds(Sequence[list[int]]):
         return self._prompts[row // self._size].ids
 
 
-def answer(
+def sample_and_score(
     policy: Any, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
     options: BestOfNOptions,
 ) -> list[Sample]:  # fmt: skip
-    """Some rows of the round with their scores, on every rank, each having drawn a part of them.
+    """Sample and score some rows of the round. Each rank draws a part; every rank gets all of them.
 
-    What a row is depends on its number in the round, not on what is drawn beside it. Raises UserError for a
-    score that is not a finite number.
+    A response depends on the row's number in the round, not on the other rows of the batch. Raises UserError
+    for a score that is not a finite number.
     """
     size = options.samples_per_prompt
-    numbers = [*rows, *[rows[0]] * (-len(rows) % world_size())]  # every rank has as many
-    asked = [prompts[number // size] for number in numbers]
-    mine = prompts_of_rank([one.ids for one in asked])
-    drawn = generate(
-        policy, encoder, RowIds(prompts, size), [numbers[i] for i in mine], options, options.round
+    numbers = [*rows, *[rows[0]] * (-len(rows) % world_size())]  # padded: each rank draws as many
+    row_prompts = [prompts[number // size] for number in numbers]
+    rank_rows = prompts_of_rank([prompt.ids for prompt in row_prompts])
+    responses = generate(
+        policy, encoder, RowIds(prompts, size), [numbers[i] for i in rank_rows], options, options.round
     )
-    drawn = drawn._replace(support=drawn.support[..., :0])  # large, and of no use without an update
-    rollout = assemble(asked, mine, drawn, encoder.tokenizer.pad_token_id)
-    scores, parts = score_responses(scorer, encoder, asked, rollout, mine, options.generation_batch_size)
+    responses = responses._replace(support=responses.support[..., :0])  # large, and only used by updates
+    rollout = assemble(row_prompts, rank_rows, responses, encoder.tokenizer.pad_token_id)
+    scores, parts = score_responses(
+        scorer, encoder, row_prompts, rollout, rank_rows, options.generation_batch_size
+    )
     if bad := int((~scores.isfinite()).sum()):
         raise UserError(f"--reward_model_name_or_path: {bad} scores are not finite numbers")
     names = [f"reward_model_{number + 1}" for number in range(len(scorer.rewards))]
     names += [function.name for function in scorer.functions]
     return [
-        to_sample(rollout, place, numbers[place] // size, asked[place], encoder)
-        | {"score": round(scores[place].item(), 6)}
-        | ({"scores": dict(zip(names, said, strict=True))} if len(names) > 1 else {})
-        for place, said in zip(range(len(rows)), parts.tolist(), strict=False)
+        to_sample(rollout, row, numbers[row] // size, row_prompts[row], encoder)
+        | {"score": round(scores[row].item(), 6)}
+        | ({"scores": dict(zip(names, row_parts, strict=True))} if len(names) > 1 else {})
+        for row, row_parts in zip(range(len(rows)), parts.tolist(), strict=False)
     ]
 
 
 def to_sample(
-    rollout: Rollout, place: int, group: int, asked: Prompt, encoder: SegmentEncoder
+    rollout: Rollout, row: int, group: int, prompt: Prompt, encoder: SegmentEncoder
 ) -> dict[str, Any]:
-    """A response as a demonstration, with the number of its prompt, its tokens, and whether it ended."""
-    source = find_prompt(asked.record)
-    text = encoder.decode_response(rollout.prompt(place), rollout.reply(place))
+    """A response as a demonstration, with the index of its prompt, its length, and whether it ended."""
+    source = find_prompt(prompt.record)
+    text = encoder.decode_response(rollout.prompt(row), rollout.reply(row))
     return {
         "group": group,
         "prompt": source,
-        # The chat template decides about the space before a message.
+        # The chat template adds the space before a message.
         "completion": text if isinstance(source, str) else text.strip(),
-        "length": int(rollout.response_lengths[place]),
-        "ended": bool(rollout.ended[place]),
+        "length": int(rollout.response_lengths[row]),
+        "ended": bool(rollout.ended[row]),
     }
 
 
 def on_first_rank(action: Callable[[], Any]) -> Any:
-    """What an action of rank 0 alone returns, on every rank; its error as a UserError on all of them."""
+    """Run an action on rank 0 and return its result on every rank. Its error is a UserError on all ranks."""
     result, problem = None, ""
     if rank() == 0:
         try:

@@ -1,4 +1,4 @@
-"""Options of rejection sampling: what is sampled, and what is selected from that."""
+"""Options of rejection sampling: sampling, and selection."""
 
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
@@ -10,50 +10,53 @@ from common.runtime.options import UserError, option
 
 @dataclass
 class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
-    """Samples. These options decide samples.jsonl: a folder with other samples is refused."""
+    """Sampling. These options determine samples.jsonl; a folder sampled with others is refused."""
 
     stage: ClassVar[int] = 3
-    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
+    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
 
     model_name_or_path: str = option("", "The policy: a folder or hub name.", required=True)
     prompt_data: list[str] = option(
-        [], "Prompts: files or hub names, but for those that step 3 holds out.", required=True
+        [], "Prompts: files or hub names. Prompts that step 3 holds out are skipped.", required=True
     )
-    samples_per_prompt: int = option(8, "Responses drawn to each prompt.", at_least=1)
+    samples_per_prompt: int = option(8, "Responses sampled per prompt.", at_least=1)
     prompts_per_round: int = option(
-        0, "Answer this many prompts, in each round the next ones in random order; 0: all.", at_least=0
+        0, "Prompts per round; each round takes the next ones in random order. 0: all.", at_least=0
     )
-    round: int = option(1, "Number of the round: each draws other responses.", at_least=1)
+    round: int = option(1, "Number of the round. Each round samples different responses.", at_least=1)
     reward_function: list[str] = option(
-        [], "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too."
+        [], "Reward functions of prompts, responses and records: FILE.py:NAME or FILE.py:NAME:WEIGHT."
     )
-    output_dir: str = option("output/best_of_n", "Folder for samples.jsonl, and for what is selected.")
-    seed: int = option(0, "Seed of sampling, and of random pairs.", at_least=0)
+    output_dir: str = option("output/best_of_n", "Folder for samples.jsonl and the selection.")
+    seed: int = option(0, "Seed of sampling and of random pairs.", at_least=0)
     zero_config: str = option(
-        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+        "", "DeepSpeed JSON: precision, and partitioning at stage 3. Default: as in training."
     )
     timeout_minutes: float = option(
-        30.0, "How long a rank waits for the slowest one before it gives up.", above=0
+        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0
     )
 
 
 @dataclass
 class SelectOptions:
-    """Selection. Samples can be selected from again with other settings, in seconds."""
+    """Selection. It takes seconds, and can be repeated with other settings."""
 
     keep: Literal["best", "threshold", "quantile"] = option(
-        "best", "Demonstrations: the best response to each prompt, or all that score enough."
+        "best",
+        "Demonstrations. best: the best response to each prompt; threshold: all with at least the score"
+        " --threshold; quantile: all at or above --quantile.",
     )
-    threshold: float = option(0.0, "The least score, with --keep threshold.")
+    threshold: float = option(0.0, "Lowest score, with --keep threshold.")
     quantile: float = option(
-        0.5, "With --keep quantile, it is the one that this share of all usable responses is below.",
+        0.5, "Score quantile of the usable responses, used as threshold with --keep quantile.",
         at_least=0, at_most=1,
     )  # fmt: skip
     pairs: Literal["worst", "random", "none"] = option(
-        "worst", "Preferences: the best response to each prompt against the worst, or any worse one."
+        "worst",
+        "Preferences: the best response to each prompt against the worst one, or a random worse one.",
     )
     keep_truncated: bool = option(
-        False, "Select responses that --max_response_length cut, too; they are marked `ended: false`."
+        False, "Also use responses cut by --max_response_length; they are marked `ended: false`."
     )
     selection_dir: str = option(
         "", "Folder for demonstrations.jsonl, preferences.jsonl and report.json. Default: --output_dir."
@@ -62,7 +65,7 @@ class SelectOptions:
 
 @dataclass
 class BestOfNOptions(SampleOptions, SelectOptions):
-    """Responses of a policy, the best of them as demonstrations and preferences."""
+    """Rejection sampling: responses of a policy, the best ones as demonstrations and preferences."""
 
     @property
     def sampling(self) -> SampleOptions:
@@ -73,11 +76,11 @@ class BestOfNOptions(SampleOptions, SelectOptions):
         return SelectOptions(**{field.name: getattr(self, field.name) for field in fields(SelectOptions)})
 
     def check(self) -> None:
-        """Raise UserError unless something scores, and only the --keep that is chosen has a limit."""
+        """Raise UserError without a scorer, and for a limit that the chosen --keep does not use."""
         if not self.reward_model_name_or_path and not self.reward_function:
             raise UserError("--reward_model_name_or_path or --reward_function is required")
         defaults = SelectOptions()
         for name in ("threshold", "quantile"):
             value = getattr(self, name)
             if value != getattr(defaults, name) and self.keep != name:
-                raise UserError(f"--{name} {value:g}: means nothing to --keep {self.keep}")
+                raise UserError(f"--{name} {value:g}: not used with --keep {self.keep}; use --keep {name}")

@@ -1,13 +1,13 @@
-"""The report of rejection sampling in words: what was kept, and why the rest was not. Pure."""
+"""The report of rejection sampling as text: responses selected, and reasons why others were not. Pure."""
 
 from collections.abc import Mapping
 from typing import Any
 
-MANY = 0.25  # share of the responses that are unusable for one reason
+MANY = 0.25  # share of responses unusable for one reason, above which advice is given
 
 
-def describe(report: Mapping[str, Any]) -> str:
-    """One line: demonstrations and pairs, their scores, and what could not be used."""
+def describe_selection(report: Mapping[str, Any]) -> str:
+    """One line: demonstrations and pairs, their scores, and unused responses."""
     line = (
         f"kept {report['demonstrations']} of {report['samples']} responses (mean score"
         f" {report['score_of_demonstrations']:.3f}; all: {report['score']['mean']:.3f}),"
@@ -22,17 +22,17 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def describe_unused(unused: Mapping[str, int], max_response_length: int) -> str:
-    """How many responses could not be used, by their reason; empty when all could."""
+    """Unused responses by reason; empty when all are usable."""
     texts = {
         "cut": f"cut at {max_response_length} tokens",
         "empty": "empty",
-        "repeated": "the same as another response to their prompt",
+        "repeated": "identical to another response to the same prompt",
     }
     return ", ".join(f"{unused[name]} {text}" for name, text in texts.items() if unused[name])
 
 
 def advise(unused: Mapping[str, int], total: int) -> str:
-    """What to change, after a colon; empty where no reason is frequent."""
+    """Advice after a colon; empty when no reason is frequent."""
     advice = {
         "cut": "pass --keep_truncated, or raise --max_response_length in another --output_dir",
         "empty": "use a policy that answers these prompts, in another --output_dir",

@@ -1,8 +1,8 @@
-"""Which of n responses to each of P prompts are kept, and which are compared. Pure numpy.
+"""Selection of demonstrations and preferences from n responses to each of P prompts. Pure numpy.
 
-Best of n: Stiennon et al. 2020; to learn from it: RAFT, Dong et al. 2023 (arXiv 2304.06767), algorithm 1. All
-that score enough: ReST, Gulcehre et al. 2023 (arXiv 2308.08998), algorithm 1, whose filter wants more than
-the threshold; here as much will do, so that a quantile keeps something also where many score the same.
+Best of n: Stiennon et al. 2020; training on it: RAFT, Dong et al. 2023 (arXiv 2304.06767), algorithm 1.
+Threshold: ReST, Gulcehre et al. 2023 (arXiv 2308.08998), algorithm 1, with >= instead of >, so that a
+quantile selects responses even when many have the same score.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ import numpy as np
 USABLE, EMPTY, CUT, REPEATED = "usable", "empty", "cut", "repeated"
 
 
-def sort_out(texts: Sequence[str], ended: Sequence[bool], keep_truncated: bool) -> list[str]:
-    """Which of n responses to one prompt are usable, and why the others are not: empty, cut by the length
-    limit (usable if keep_truncated), or the same as an earlier usable one.
+def classify(texts: Sequence[str], ended: Sequence[bool], keep_truncated: bool) -> list[str]:
+    """Classify n responses to one prompt: usable, empty, cut by the length limit (usable with
+    keep_truncated), or a repetition of an earlier usable one.
     """
     verdicts: list[str] = []
     seen: set[str] = set()
@@ -31,24 +31,24 @@ def sort_out(texts: Sequence[str], ended: Sequence[bool], keep_truncated: bool) 
 
 
 def best(scores: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """The usable response with the highest score to each prompt, the first of equals: (P, n) bool.
+    """Mask (P, n) of the usable response with the highest score per prompt; the first one of equals.
 
-    scores, usable: (P, n). To a prompt without a usable response there is none.
+    scores, usable: (P, n). A prompt without a usable response has no best one.
     """
     highest = np.where(usable, scores, -np.inf).argmax(1)  # (P,)
     return usable & (np.arange(scores.shape[1]) == highest[:, None])
 
 
-def at_least(scores: np.ndarray, usable: np.ndarray, threshold: float) -> np.ndarray:
-    """The usable responses that score no less than the threshold: (P, n) bool."""
+def above(scores: np.ndarray, usable: np.ndarray, threshold: float) -> np.ndarray:
+    """Mask (P, n) of the usable responses with a score of at least the threshold."""
     return usable & (scores >= threshold)
 
 
-def worse(scores: np.ndarray, usable: np.ndarray, how: str, seed: Sequence[int]) -> np.ndarray:
-    """What the best response to each prompt is to be preferred to: (P, n) bool, at most one for each.
+def rejected(scores: np.ndarray, usable: np.ndarray, how: str, seed: Sequence[int]) -> np.ndarray:
+    """Mask (P, n) of the rejected response of each prompt, at most one; the best one is the chosen response.
 
-    how: `worst`, the first of equals; `random`, any usable response with a lower score than the best, each as
-    likely; `none`. Responses of equal score are no preference.
+    how: `worst`, the lowest score, the first one of equals; `random`, uniform over usable responses that
+    score below the best; `none`. Responses of equal score make no pair.
     """
     highest = np.where(usable, scores, -np.inf).max(1, keepdims=True)  # (P, 1)
     lower = usable & (scores < highest)

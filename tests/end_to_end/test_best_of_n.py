@@ -1,4 +1,4 @@
-"""Rejection sampling: the same files on any ranks and after any stop, as the other steps read them."""
+"""Rejection sampling: files do not depend on ranks or stops, and steps 1 and 2 can train on them."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def one(prompts, responses, records):
 
 
 def options(world: Path, run: Path, output: Path, *words: str) -> list[str]:
-    """Three responses to each of 25 prompts, four of these at once."""
+    """Three responses to each of 25 prompts, in chunks of four prompts."""
     return [
         "--model_name_or_path", str(run / "sft/final"), "--prompt_data", str(world / "prompts.jsonl"),
         "--reward_model_name_or_path", str(run / "reward/final"), "--output_dir", str(output),
@@ -59,21 +59,21 @@ def rules(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def done(world: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one rank writes, undisturbed."""
+    """The files of one uninterrupted rank."""
     folder = tmp_path_factory.mktemp("best_of_n")
     succeed(MODULE, options(world, run, folder), folder)
     return folder
 
 
-def test_samples_and_what_is_selected(done: Path) -> None:
-    """Three usable responses to each prompt that is not held out, the best of them, and the worst."""
+def test_samples_and_selection(done: Path) -> None:
+    """Three responses to each training prompt; the best is a demonstration, best and worst are a pair."""
     samples, report = records(done / "samples.jsonl"), json.loads((done / "report.json").read_text())
-    assert [one["group"] for one in samples] == [place // 3 for place in range(75)]
+    assert [one["group"] for one in samples] == [row // 3 for row in range(75)]
     assert min(fraction(one["prompt"], "") for one in samples) >= 0.1
     assert len({json.dumps(one["prompt"]) for one in samples}) == 25
     demonstrations, preferences = [], []
-    for place in range(0, 75, 3):
-        group = [one for one in samples[place : place + 3] if one["completion"]]
+    for start in range(0, 75, 3):
+        group = [one for one in samples[start : start + 3] if one["completion"]]
         ordered = sorted(group, key=lambda one: -one["score"])
         top, last = ordered[0], ordered[-1]
         demonstrations.append({name: top[name] for name in ("prompt", "completion", "ended", "score")})
@@ -88,14 +88,14 @@ def test_samples_and_what_is_selected(done: Path) -> None:
     assert report["score"]["mean"] == pytest.approx(np.mean([one["score"] for one in samples]))
 
 
-def test_two_ranks_say_what_one_says(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
-    """Also with partitioned weights, and in other chunks, which do not divide what there is."""
+def test_two_ranks_equal_one(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
+    """With partitioned weights, and with chunks that do not divide the number of prompts."""
     words = ["--generation_batch_size", "7", "--zero_config", str(ZERO / "zero3.json")]
     succeed(MODULE, options(world, run, tmp_path, *words), tmp_path, ranks=2)
     for name in FILES[:3]:
         assert without_scores(tmp_path / name) == without_scores(done / name)
-    found, wanted = ([one["score"] for one in records(folder / FILES[0])] for folder in (tmp_path, done))
-    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    scores, expected = ([one["score"] for one in records(folder / FILES[0])] for folder in (tmp_path, done))
+    assert scores == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_each_round_has_its_own_prompts_and_responses(world: Path, run: Path, tmp_path: Path) -> None:
@@ -103,19 +103,19 @@ def test_each_round_has_its_own_prompts_and_responses(world: Path, run: Path, tm
     (tmp_path / "few.jsonl").write_text("\n".join(lines))
     words = ["--prompt_data", str(tmp_path / "few.jsonl"), "--eval_fraction", "0"]
     words += ["--reward_function", f"{rules(tmp_path)}:letters:2", f"{rules(tmp_path)}:one:-1"]
-    seen = []
+    rounds = []
     for name, more in {
         "1": ["--prompts_per_round", "5"], "2": ["--prompts_per_round", "5", "--round", "2"],
         "all": ["--prompts_per_round", "0"], "again": ["--prompts_per_round", "0", "--round", "2"],
     }.items():  # fmt: skip
         succeed(MODULE, options(world, run, tmp_path / name, *words, *more), tmp_path)
-        seen.append(records(tmp_path / name / "samples.jsonl"))
-    one, two, whole, again = ({json.dumps(sample["prompt"]) for sample in samples} for samples in seen)
+        rounds.append(records(tmp_path / name / "samples.jsonl"))
+    one, two, complete, again = ({json.dumps(sample["prompt"]) for sample in samples} for samples in rounds)
     assert len(one) == len(two) == 5 and not one & two
-    assert whole == again == {json.dumps(json.loads(line)["prompt"]) for line in lines}
-    pairs = list(zip(seen[2], seen[3], strict=True))
+    assert complete == again == {json.dumps(json.loads(line)["prompt"]) for line in lines}
+    pairs = list(zip(rounds[2], rounds[3], strict=True))
     assert sum(a["completion"] == b["completion"] for a, b in pairs) < len(pairs) / 4
-    for sample in seen[0]:
+    for sample in rounds[0]:
         parts = sample["scores"]
         assert list(parts) == ["reward_model_1", "letters", "one"] and parts["one"] == 1
         assert sample["score"] == pytest.approx(parts["reward_model_1"] + 2 * parts["letters"] - 1, abs=1e-4)
@@ -123,10 +123,10 @@ def test_each_round_has_its_own_prompts_and_responses(world: Path, run: Path, tm
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_round_ends_the_same(
+def test_resumed_round_writes_the_same_files(
     world: Path, run: Path, done: Path, tmp_path: Path, number: int
 ) -> None:  # fmt: skip
-    """After a polite stop, or a kill in the middle of a line."""
+    """After a graceful stop, or a kill in the middle of a line."""
     output, words = tmp_path / "out", options(world, run, tmp_path / "out")
     running = start_stage(MODULE, words, tmp_path)
     running.wait_for(lambda: (output / FILES[0]).exists() and (output / FILES[0]).stat().st_size > 0)
@@ -134,17 +134,17 @@ def test_a_stopped_round_ends_the_same(
     result = running.result()
     assert result.codes == [STOPPED if number == signal.SIGTERM else -number], result.output
     written = (output / FILES[0]).read_bytes()
-    whole = (done / FILES[0]).read_bytes()
-    assert 0 < len(written) < len(whole) and whole.startswith(written)
+    complete = (done / FILES[0]).read_bytes()
+    assert 0 < len(written) < len(complete) and complete.startswith(written)
     if number == signal.SIGKILL:
-        (output / FILES[0]).write_bytes(whole[: len(written) + 500])
+        (output / FILES[0]).write_bytes(complete[: len(written) + 500])
     succeed(MODULE, words, tmp_path)
     for name in FILES:
         assert (output / name).read_bytes() == (done / name).read_bytes()
 
 
-def test_a_finished_round_is_selected_from_again(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
-    """Nothing is sampled; a quantile keeps the share that it names; another round is refused."""
+def test_selection_can_be_repeated(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
+    """Nothing is sampled again; --quantile selects its share; other sampling options are refused."""
     before = {name: (done / name).read_bytes() for name in FILES}
     choice = ["--selection_dir", str(tmp_path / "choice"), "--keep", "quantile", "--quantile", "0.75"]
     result = run_stage(MODULE, options(world, run, done, *choice, "--pairs", "none"), tmp_path)
@@ -153,9 +153,9 @@ def test_a_finished_round_is_selected_from_again(world: Path, run: Path, done: P
     )
     samples = [one for one in records(done / FILES[0]) if one["completion"]]
     limit = sorted(one["score"] for one in samples)[int(0.75 * len(samples)) - 1]
-    kept = [one["score"] for one in samples if one["score"] > limit]
-    assert [one["score"] for one in records(tmp_path / "choice/demonstrations.jsonl")] == kept
-    assert abs(len(kept) - len(samples) / 4) <= 1 and not records(tmp_path / "choice/preferences.jsonl")
+    scores = [one["score"] for one in samples if one["score"] > limit]
+    assert [one["score"] for one in records(tmp_path / "choice/demonstrations.jsonl")] == scores
+    assert abs(len(scores) - len(samples) / 4) <= 1 and not records(tmp_path / "choice/preferences.jsonl")
     limit = json.loads((tmp_path / "choice/report.json").read_text())["threshold"]
     words = ["--selection_dir", str(tmp_path / "same"), "--keep", "threshold", "--threshold", str(limit)]
     succeed(MODULE, options(world, run, done, *words), tmp_path)
@@ -170,7 +170,7 @@ def test_a_finished_round_is_selected_from_again(world: Path, run: Path, done: P
     assert {name: (done / name).read_bytes() for name in FILES} == before
 
 
-def test_steps_1_and_2_read_what_is_written(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
+def test_steps_1_and_2_train_on_the_files(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
     words = sft(world, tmp_path / "sft", 1)
     succeed("step1_sft.main", [*words, "--train_data", str(done / "demonstrations.jsonl")], tmp_path)
     words = reward(world, run / "sft/final", tmp_path / "reward", 1)
@@ -181,9 +181,9 @@ def test_steps_1_and_2_read_what_is_written(world: Path, run: Path, done: Path, 
 
 def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Path) -> None:
     without = [word for word in options(world, run, tmp_path / "out") if word != "--keep_truncated"]
-    place = without.index("--reward_model_name_or_path")
+    index = without.index("--reward_model_name_or_path")
     for words, parts in (
-        (without[:place] + without[place + 2 :], ["--reward_function is required"]),
+        (without[:index] + without[index + 2 :], ["--reward_function is required"]),
         ([*without, "--quantile", "0.9"], ["--quantile 0.9", "--keep best"]),
         ([*without, "--samples_per_prompt", "0"], ["--samples_per_prompt 0", "at least 1"]),
         ([*without, "--max_response_length", "400"], ["--max_response_length 400", "256 positions"]),
@@ -195,7 +195,7 @@ def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Pat
         (
             [*without, "--output_dir", str(tmp_path / "short"), "--max_response_length", "1"],
             [
-                "samples.jsonl: nothing to keep of 75 responses",
+                "samples.jsonl: none of the 75 responses is usable",
                 "cut at 1 tokens",
                 "pass --keep_truncated, or raise --max_response_length in another --output_dir",
             ],
@@ -241,8 +241,8 @@ def test_options_of_later_commands_are_refused_before_sampling(
     assert f"error: {part}" in result.stdout
 
 
-def test_rounds_of_raft_go_on_after_a_stop(world: Path, run: Path, tmp_path: Path) -> None:
-    """Two rounds through the script, stopped in the first one: a report that has both, and a model."""
+def test_raft_resumes_after_a_stop(world: Path, run: Path, tmp_path: Path) -> None:
+    """Two rounds through the script, stopped in the first one: a model, and a report on both rounds."""
     output = tmp_path / "out"
     given = options(world, run, output)
     variables = {
@@ -258,8 +258,8 @@ def test_rounds_of_raft_go_on_after_a_stop(world: Path, run: Path, tmp_path: Pat
             assert running.poll() is None, running.stdout.read()
             time.sleep(0.05)
         running.send_signal(signal.SIGTERM)
-        said = running.stdout.read()
-    assert running.returncode == STOPPED and not (output / "final").exists(), said
+        log = running.stdout.read()
+    assert running.returncode == STOPPED and not (output / "final").exists(), log
     done = bash("raft.sh", words, tmp_path, **variables)
     assert done.returncode == 0, done.stdout
     assert (output / "final").resolve() == (output / "round_2/step1_sft/final").resolve()
@@ -267,6 +267,7 @@ def test_rounds_of_raft_go_on_after_a_stop(world: Path, run: Path, tmp_path: Pat
     options_of = [json.loads((output / f"round_{n}/step1_sft/options.json").read_text()) for n in (1, 2)]
     starts = [given[1], f"{output}/round_1/step1_sft/final"]
     assert [one["model_name_or_path"] for one in options_of] == starts
-    found = json.loads((output / "report/report.json").read_text())["policies"]
-    assert [one["model"] for one in found] == [*starts, f"{output}/round_2/step1_sft/final"]
-    assert all(abs(one["kl"]["mean"]) > 0 for one in found[1:]) and all("distinct_2" in one for one in found)
+    policies = json.loads((output / "report/report.json").read_text())["policies"]
+    assert [one["model"] for one in policies] == [*starts, f"{output}/round_2/step1_sft/final"]
+    assert all(abs(one["kl"]["mean"]) > 0 for one in policies[1:])
+    assert all("distinct_2" in one for one in policies)
