@@ -1,9 +1,9 @@
-"""Demonstrations from a model that criticises and revises its own answers by a constitution.
+"""Demonstrations from answers that a model critiques and revises by a constitution.
 
     bash launch/critique.sh --model_name_or_path DIR_OR_HUB_ID --prompt_data F.jsonl --output_dir DIR
 
 writes DIR/demonstrations.jsonl for step 1, and DIR/report.json. Source: Bai et al. 2022 (Constitutional AI),
-section 3: a draft, then rounds of critique and revision, each by a principle drawn at random.
+section 3: a draft, then rounds of critique and revision, each by a randomly drawn principle.
 """
 
 import contextlib
@@ -45,17 +45,17 @@ from common.text.truncation import Dropped
 from common.training.run_folder import prepare_output
 from step1_sft.options import CritiqueOptions
 
-CRITIQUE_PLACES = ("prompt", "response", "principle")
-REVISION_PLACES = (*CRITIQUE_PLACES, "critique")
+CRITIQUE_FIELDS = ("prompt", "response", "principle")
+REVISION_FIELDS = (*CRITIQUE_FIELDS, "critique")
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(CritiqueOptions)
     principles = read_constitution(options.constitution)
     templates = (
-        read_template("critique_template", options.critique_template, CRITIQUE_PLACES),
-        read_template("revision_template", options.revision_template, REVISION_PLACES),
+        read_template("critique_template", options.critique_template, CRITIQUE_FIELDS),
+        read_template("revision_template", options.revision_template, REVISION_FIELDS),
     )
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     check_generation(options, config)
@@ -66,138 +66,145 @@ def main() -> None:
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
-    # 2. As many prompts at once as fill a batch of every rank; what an earlier run has done is kept.
+    # 2. Process one generation batch per rank at a time; resume from the journal.
     policy = load_policy(options.model_name_or_path, encoder, zero)
     positions = position_limit(config) or math.inf
-    model = Model(policy, encoder, options, positions - options.max_response_length - 1)
+    model = Assistant(policy, encoder, options, positions - options.max_response_length - 1)
     work = partial(revise, model=model, principles=principles, templates=templates, options=options)
     size = options.generation_batch_size * world_size()
     records = work_through(rows, work, Path(options.output_dir) / "journal", size, "prompts")
 
-    # 3. What was found.
+    # 3. Write the results.
     if rank() == 0:
         write_results(records, Path(options.output_dir))
 
 
 def load_prompts(options: CritiqueOptions, encoder: SegmentEncoder) -> list[Prompt]:
-    """All prompts; one that is too long for a draft loses its beginning. Raises UserError."""
-    given = {field.name: getattr(options, field.name) for field in fields(CacheOptions)}
-    how = DataOptions(eval_fraction=0.0, **given)
+    """Load and tokenise the prompts. The beginning of an overlong prompt is truncated. Raises UserError."""
+    cache_options = {field.name: getattr(options, field.name) for field in fields(CacheOptions)}
+    data_options = DataOptions(eval_fraction=0.0, **cache_options)
     convert = partial(
         prompt, encoder=encoder, max_length=options.max_prompt_length, overlong="truncate_prompt"
     )
-    rows, _ = load_examples(options.prompt_data, how, Prompt, convert)
+    rows, _ = load_examples(options.prompt_data, data_options, Prompt, convert)
     return list(rows)
 
 
-class Model:
-    """What is asked. An answer depends on the numbers of the record and of the step, and on the seed."""
+class Assistant:
+    """The model under revision. Sampling depends only on seed, record number and step."""
 
     def __init__(
-        self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, room: float
+        self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, max_prompt_length: float
     ) -> None:
-        """room: the longest question in tokens."""
         self._sample = partial(sample_answers, policy, encoder, options=options)
-        self._encode = partial(prompt, encoder=encoder, max_length=room, overlong="drop")
+        self._encode = partial(prompt, encoder=encoder, max_length=max_prompt_length, overlong="drop")
 
     def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, PolicyAnswer]:
-        """An answer to each prompt of token ids, by the number of its record."""
+        """PolicyAnswer prompts of token ids, keyed by record number."""
         return self._sample(prompts, step=step) if prompts else {}
 
     def ask(self, questions: Mapping[int, list[Message]], step: int) -> dict[int, PolicyAnswer]:
-        """An answer to each question that leaves the model room for one."""
+        """PolicyAnswer questions, but for those that exceed the context length."""
         prompts = {}
-        for place, question in questions.items():
+        for index, question in questions.items():
             with contextlib.suppress(Dropped):
-                prompts[place] = self._encode({"prompt": question})[0].ids
+                prompts[index] = self._encode({"prompt": question})[0].ids
         return self.answer(prompts, step)
 
 
 def revise(
-    rows: Mapping[int, Prompt], model: Model, principles: Sequence[str], templates: tuple[str, str],
+    rows: Mapping[int, Prompt], model: Assistant, principles: Sequence[str], templates: tuple[str, str],
     options: CritiqueOptions,
 ) -> list[Record]:  # fmt: skip
-    """A record for each prompt: draft, trace and completion, which is empty when no answer came to its end.
+    """Draft, critique and revise an answer to each prompt; one record per prompt.
 
-    A revision that is empty or cut off changes nothing, and neither does one there is no room to ask for.
+    Empty and truncated revisions are discarded, questions that exceed the context length are skipped. The
+    completion is empty where no answer ended.
     """
-    drafts = model.answer({place: row.ids for place, row in rows.items()}, step=0)
-    prompts = {place: find_prompt(row.record) for place, row in rows.items()}
-    answers, traces = dict(drafts), {place: [] for place in rows}
+    critique_template, revision_template = templates
+    drafts = model.answer({index: row.ids for index, row in rows.items()}, step=0)
+    prompts = {index: find_prompt(row.record) for index, row in rows.items()}
+    answers, traces = dict(drafts), {index: [] for index in rows}
     for number in range(options.revision_rounds):
         step = 1 + 2 * number
-        texts = {
-            place: {
-                "prompt": as_text(asked),
-                "response": answers[place].text.strip(),
-                "principle": draw_principle(principles, asked, options.seed, number),
+        parts = {
+            index: {
+                "prompt": as_text(text),
+                "response": answers[index].text.strip(),
+                "principle": draw_principle(principles, text, options.seed, number),
             }
-            for place, asked in prompts.items()
+            for index, text in prompts.items()
         }
-        questions = {place: fill(templates[0], **parts) for place, parts in texts.items()}
+        questions = {index: fill(critique_template, **part) for index, part in parts.items()}
         critiques = model.ask(questions, step)
-        for place, critique in critiques.items():
-            texts[place]["critique"] = critique.text.strip()
-        questions = {place: fill(templates[1], **texts[place]) for place in critiques}
+        for index, critique in critiques.items():
+            parts[index]["critique"] = critique.text.strip()
+        questions = {index: fill(revision_template, **parts[index]) for index in critiques}
         revisions = model.ask(questions, step + 1)
-        for place, revision in revisions.items():
+        for index, revision in revisions.items():
             is_used = revision.ended and bool(revision.text.strip())
-            answers[place] = revision if is_used else answers[place]
-            said = {name: texts[place][name] for name in ("principle", "critique")}
-            traces[place].append({**said, "revision": revision.text.strip(), "is_used": is_used})
-    return [demonstration(row, drafts[place], answers[place], traces[place]) for place, row in rows.items()]
+            answers[index] = revision if is_used else answers[index]
+            traces[index].append(
+                {name: parts[index][name] for name in ("principle", "critique")}
+                | {"revision": revision.text.strip(), "is_used": is_used}
+            )
+    return [
+        demonstration_record(row, drafts[index], answers[index], traces[index]) for index, row in rows.items()
+    ]
 
 
-def demonstration(
+def demonstration_record(
     row: Prompt, draft: PolicyAnswer, answer: PolicyAnswer, trace: list[dict[str, Any]]
 ) -> Record:
-    """What step 1 reads, with what led to it. A verbatim prompt keeps the space that the draft began with."""
-    asked = find_prompt(row.record)
-    begin = draft.text[: -len(draft.text.lstrip())] if isinstance(asked, str) else ""
+    """Make a record for step 1, with its draft and trace. A string prompt keeps the draft's leading space."""
+    prompt_text = find_prompt(row.record)
+    space = draft.text[: -len(draft.text.lstrip())] if isinstance(prompt_text, str) else ""
     text = answer.text.strip() if answer.ended else ""
-    completion = f"{begin}{text}" if text else ""
     return {
-        "prompt": asked,
-        "completion": completion,
-        "draft": f"{begin}{draft.text.strip()}",
+        "prompt": prompt_text,
+        "completion": f"{space}{text}" if text else "",
+        "draft": f"{space}{draft.text.strip()}",
         "trace": trace,
     }
 
 
 def write_results(records: Sequence[Record], folder: Path) -> None:
-    """The demonstrations, and figures about them."""
-    kept = [record for record in records if record["completion"]]
-    write_text(folder / "demonstrations.jsonl", to_lines(kept))
-    figures = measure(records)
-    write_json(folder / "report.json", figures)
-    log(f"\n{describe(figures)}\n\ndemonstrations.jsonl and report.json: {folder}")
+    """Write the demonstrations and report.json."""
+    demonstrations = [record for record in records if record["completion"]]
+    write_text(folder / "demonstrations.jsonl", to_lines(demonstrations))
+    metrics = critique_metrics(records)
+    write_json(folder / "report.json", metrics)
+    log(f"\n{format_critique_metrics(metrics)}\n\ndemonstrations.jsonl and report.json: {folder}")
 
 
-def measure(records: Sequence[Record]) -> dict[str, Any]:
-    """Figures about the demonstrations, and how many prompts have become none; lengths in characters."""
-    kept = [record for record in records if record["completion"]]
-    changed = [record["completion"] != record["draft"] for record in kept]
+def critique_metrics(records: Sequence[Record]) -> dict[str, Any]:
+    """Counts, revision rates, and mean lengths in characters."""
+    demonstrations = [record for record in records if record["completion"]]
+    changed = [record["completion"] != record["draft"] for record in demonstrations]
     trace = [step for record in records for step in record["trace"]]
+    count = len(demonstrations)
     return {
         "prompts": len(records),
-        "demonstrations": len(kept),
+        "demonstrations": count,
         "revisions": len(trace),
         "revisions_used": sum(step["is_used"] for step in trace),
-        "changed": share(sum(changed), len(kept)),
-        "draft_length": sum(len(record["draft"]) for record in kept) / max(1, len(kept)),
-        "completion_length": sum(len(record["completion"]) for record in kept) / max(1, len(kept)),
+        "changed": share(sum(changed), count),
+        "draft_length": sum(len(record["draft"]) for record in demonstrations) / max(1, count),
+        "completion_length": sum(len(record["completion"]) for record in demonstrations) / max(1, count),
     }
 
 
-def describe(figures: dict[str, Any]) -> str:
-    """The figures as text."""
-    left_out = figures["prompts"] - figures["demonstrations"]
+def format_critique_metrics(metrics: dict[str, Any]) -> str:
+    """Format the metrics as text."""
+    dropped = metrics["prompts"] - metrics["demonstrations"]
     lines = [
-        f"{figures['demonstrations']} demonstrations; {left_out} prompts left out, whose answers were empty"
-        " or longer than --max_response_length",
-        f"changed by revision: {format_share(figures['changed'])}",
-        f"revisions used: {figures['revisions_used']} of {figures['revisions']}; others are empty or cut off",
-        f"mean characters: {figures['draft_length']:.0f} before, {figures['completion_length']:.0f} after",
+        f"{metrics['demonstrations']} demonstrations; {dropped} prompts dropped: answer empty, or longer than"
+        " --max_response_length",
+        f"changed by revision: {format_share(metrics['changed'])}",
+        f"revisions used: {metrics['revisions_used']} of {metrics['revisions']}; the others are empty or"
+        " truncated",
+        f"mean length in characters: {metrics['draft_length']:.0f} before revision,"
+        f" {metrics['completion_length']:.0f} after",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Demonstrations as token ids with a mask of the tokens to learn from."""
+"""Tokenised demonstrations with a mask of trained tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, assert_never
@@ -14,7 +14,7 @@ from common.text.truncation import Dropped, fit_demonstration
 
 
 class Demonstration(NamedTuple):
-    """Token ids of one dialogue, and for each whether it is to be learnt."""
+    """Token ids of one dialogue, and a mask of the tokens that enter the loss."""
 
     ids: list[int]
     is_trained: list[bool]
@@ -25,24 +25,27 @@ class Demonstration(NamedTuple):
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The tokens before the first learnt one."""
+        """The tokens before the first trained one."""
         return self.ids[: self.is_trained.index(True)]
 
 
 class Batch(NamedTuple):
-    """One micro-batch, padded on the right. The state at a true position predicts the label there."""
+    """One micro-batch, padded on the right. The hidden state at each true position predicts one label."""
 
     input_ids: Tensor  # (B, T)
     positions: Tensor  # (B, T) bool
-    labels: Tensor  # (N,) the learnt tokens, row by row
-    position_ids: Tensor | None  # (B, T) from 0 in each demonstration of a row; None where no row has several
+    labels: Tensor  # (N,) trained tokens, row by row
+    position_ids: Tensor | None  # (B, T) restart at 0 with each demonstration; None without packed rows
 
 
-def demonstration(
+def tokenize_demonstration(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, loss_on: str
 ) -> tuple[Demonstration, bool]:
-    """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
-    row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
+    """Tokenise a record; also return whether it was truncated to `max_length` (see `fit`).
+
+    Raises Dropped or ValueError.
+    """
+    row, truncated = fit_demonstration(record, encoder, max_length, overlong)
     match loss_on:
         case "prompt_and_response":
             is_trained = [True] * len(row.ids)
@@ -50,21 +53,21 @@ def demonstration(
             is_trained = list(row.is_response)
         case _:
             assert_never(loss_on)
-    is_trained[0] = False  # nothing comes before the first token to predict it
+    is_trained[0] = False  # no position predicts the first token
     if not any(is_trained):
-        raise Dropped("nothing to learn from")
-    return Demonstration(row.ids, is_trained), is_cut
+        raise Dropped("no token to train on")
+    return Demonstration(row.ids, is_trained), truncated
 
 
 def collate(rows: Sequence[Sequence[Demonstration]], pad_token_id: int) -> Batch:
-    """Rows of one or more demonstrations as a micro-batch, with the positions before the tokens to learn.
+    """Pad rows of one or more demonstrations into a micro-batch.
 
-    Where positions begin again, attention does too. Padding behind several demonstrations is at position 0,
-    so that each such token sees itself alone.
+    Position ids restart with each demonstration, and attention with them. Padding after packed demonstrations
+    has position 0, so that each padding token attends to itself only.
     """
     input_ids = pad_rows([[i for part in row for i in part.ids] for row in rows], pad_token_id).to(device())
     is_trained = pad_rows([[t for part in row for t in part.is_trained] for row in rows], False).to(device())
-    positions = torch.zeros_like(is_trained)  # (B, T), as the two above
+    positions = torch.zeros_like(is_trained)  # (B, T), like the two above
     positions[:, :-1] = is_trained[:, 1:]
     position_ids = None
     if any(len(row) > 1 for row in rows):

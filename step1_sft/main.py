@@ -1,7 +1,6 @@
 """Step 1: supervised fine-tuning.
 
-Teaches a pretrained causal language model to answer, by maximum likelihood of the response tokens of
-demonstrations.
+Trains a pretrained causal language model to maximise the likelihood of the response tokens of demonstrations.
 
     bash launch/step1_sft.sh --model_name_or_path DIR --train_data F.jsonl --output_dir OUT
 """
@@ -27,15 +26,15 @@ from common.training.loop import TrainingLoop
 from common.training.means import Mean
 from common.training.metrics import peak_memory_gib, training_flops, utilisation
 from common.training.run_folder import check_folder
-from step1_sft.data import Demonstration, collate, demonstration
-from step1_sft.evaluate import as_markdown, evaluate, sample_answers
+from step1_sft.data import Demonstration, collate, tokenize_demonstration
+from step1_sft.evaluate import as_markdown, evaluate, greedy_answers
 from step1_sft.loss import sft_loss
 from step1_sft.options import SFTOptions
 from step1_sft.packing import check_packing, micro_batches
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(SFTOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
@@ -45,13 +44,13 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     convert = partial(
-        demonstration, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
+        tokenize_demonstration, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
         loss_on=options.loss_on,
     )  # fmt: skip
     train, held_out = load_examples(options.train_data, options, Demonstration, convert)
     loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
 
-    # 2. The model, and where the run stands.
+    # 2. Load the model and resume.
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     if options.packing:
@@ -60,9 +59,9 @@ def main() -> None:
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        figures = evaluate(engine, held_out, options, tokenizer.pad_token_id)
-        is_best = loop.log_evaluation(figures, ["eval/loss", "eval/perplexity"])
-        samples = sample_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
+        metrics = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/perplexity"])
+        samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
         loop.metrics.text(loop.state.step, "samples", as_markdown(samples))
         if is_best:
             export_best(engine, tokenizer, loop.folder / "best", load_base)
@@ -72,30 +71,30 @@ def main() -> None:
     if loop.first_evaluation_is_due:
         evaluate_and_log()
     for indices in loop.batches():
-        figures = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
-        loop.finish_step(figures, ["train/loss", "train/lr", "train/tokens_per_second"])
+        metrics = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
+        loop.finish_step(metrics, ["train/loss", "train/lr", "train/tokens_per_second"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
-    # 4. What the other stages read.
+    # 4. Export the model for the other stages.
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
 def train_step(
     engine, batch: list[Demonstration], options: SFTOptions, pad_token_id: int
 ) -> dict[str, Mean | float]:
-    """One optimiser step on a global batch, of which this rank takes its micro-batches."""
+    """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [len(row.ids) for row in batch]
     num_tokens = sum(sum(row.is_trained) for row in batch)
-    mine = micro_batches(lengths, options)
+    batches = micro_batches(lengths, options)
     total = balance = padded = 0.0
-    for number, rows in enumerate(mine, start=1):
-        # A rank may be left without rows in a round. It takes part for nothing: ZeRO needs every rank.
+    for number, rows in enumerate(batches, start=1):
+        # A rank without rows runs a dummy forward pass: ZeRO collectives need all ranks.
         micro = collate([[batch[i] for i in row] for row in rows or [[0]]], pad_token_id)
         logits, balancing = logits_and_balance(engine, micro.input_ids, micro.positions, micro.position_ids)
         balancing = balancing * bool(rows) / sum(lengths)
         loss = sft_loss(logits, micro.labels, num_tokens) * bool(rows) + balancing
-        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
+        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         total, balance = total + loss.detach(), balance + balancing.detach()
         padded += micro.input_ids.numel()
     total, balance, padded = sum_over_ranks(total, balance, padded)

@@ -16,10 +16,10 @@ from common.runtime.options import (
 
 @dataclass
 class SampleOptions:
-    """Answers shown at evaluations."""
+    """Sample answers at evaluations."""
 
-    num_samples: int = option(4, "Answers to held-out prompts shown at each evaluation.", at_least=0)
-    sample_length: int = option(64, "Longest such answer, in tokens.", at_least=1)
+    num_samples: int = option(4, "Sample answers to held-out prompts at each evaluation.", at_least=0)
+    sample_length: int = option(64, "Maximum length of a sample answer in tokens.", at_least=1)
 
 
 @dataclass
@@ -29,10 +29,10 @@ class SFTOptions(TrainOptions, SampleOptions):
     output_dir: str = option("output/step1_sft", "Folder for logs, checkpoints and the final model.")
     best_metric: Literal["none", "eval/loss"] = option("none", BEST_METRIC)
     loss_on: Literal["response", "prompt_and_response"] = option(
-        "response", "Learn from every assistant turn only, or from all tokens."
+        "response", "response: train on the tokens of assistant turns; prompt_and_response: on all tokens."
     )
     packing: bool = option(
-        False, "Fill rows of up to --max_length tokens with several examples that do not see each other."
+        False, "Pack several examples into rows of up to --max_length tokens; attention stays within each."
     )
 
     def check(self) -> None:
@@ -41,8 +41,8 @@ class SFTOptions(TrainOptions, SampleOptions):
 
 
 @dataclass
-class EvaluateOptions(CacheOptions, SampleOptions):
-    """Language models compared on demonstrations."""
+class EvaluateSFTOptions(CacheOptions, SampleOptions):
+    """Comparison of language models on demonstrations."""
 
     model_name_or_path: list[str] = option(
         [], "Folders or hub names of the models to compare.", required=True
@@ -50,28 +50,32 @@ class EvaluateOptions(CacheOptions, SampleOptions):
     eval_data: list[str] = option([], "Demonstrations: files or hub names.", required=True)
     max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0)
     max_length: int = option(
-        1024, "Longest record in tokens; one that is longer for any model is left out.", at_least=8
-    )
-    micro_batch_size: int = option(4, "Records that one rank puts through a model at once.", at_least=1)
+        1024, "Maximum record length in tokens. Records too long for any of the models are dropped.",
+        at_least=8,
+    )  # fmt: skip
+    micro_batch_size: int = option(4, "Records per rank and forward pass.", at_least=1)
     zero_config: str = option(
-        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+        "", "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training."
     )
-    output: str = option("", "JSON file for figures and answers.")
+    output: str = option("", "JSON file for metrics and sample answers.")
 
 
 @dataclass
 class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
-    """Answers that a model has criticised and revised by a constitution, as demonstrations."""
+    """Demonstrations from answers that a model critiques and revises by a constitution."""
 
     prompt_data: list[str] = option([], "Red-team or ordinary prompts: files or hub names.", required=True)
     output_dir: str = option("output/critique", "Folder for demonstrations.jsonl and report.json.")
-    revision_rounds: int = option(2, "Critiques and revisions of each answer.", at_least=1)
+    revision_rounds: int = option(2, "Rounds of critique and revision per answer.", at_least=1)
     max_response_length: int = option(
-        512, "Longest answer, critique or revision in tokens; a longer revision is not used.", at_least=1
-    )
+        512, "Maximum tokens of an answer, critique or revision. A truncated revision is discarded.",
+        at_least=1,
+    )  # fmt: skip
     critique_template: str = option(
-        str(SHIPPED / "critique.txt"), "How to ask for a critique: text with {prompt} {response} {principle}."
+        str(SHIPPED / "critique.txt"),
+        "Critique request: a text file with {prompt} {response} {principle}.",
     )
     revision_template: str = option(
-        str(SHIPPED / "revision.txt"), "How to ask for a revision: the same places, and {critique}."
+        str(SHIPPED / "revision.txt"),
+        "Revision request: a text file with {prompt} {response} {principle} {critique}.",
     )

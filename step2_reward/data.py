@@ -107,7 +107,7 @@ class Batch(NamedTuple):
     share_prompts: bool  # whether a row may hold several responses
 
 
-def preference(
+def tokenize_preference(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, use_margin: bool
 ) -> tuple[Preference, bool]:
     """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError.
@@ -154,7 +154,7 @@ def check_margins(
             log(f"warning: --use_margin: {total - count} of {total} {name} records have no 'margin', or 0")
 
 
-def scored_response(
+def tokenize_response(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
 ) -> tuple[Response, bool]:
     """Tokenise a demonstration whose last response is to be scored."""

@@ -39,8 +39,8 @@ from step2_reward.data import (
     Response,
     check_margins,
     collate,
-    preference,
-    scored_response,
+    tokenize_preference,
+    tokenize_response,
 )
 from step2_reward.evaluation.report import judge, load_pairs, write_report
 from step2_reward.evaluation.scores import evaluate, score_statistics, scored_pairs
@@ -62,7 +62,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
     convert = partial(
-        preference, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
+        tokenize_preference, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
         use_margin=options.use_margin,
     )  # fmt: skip
     train, held_out = load_examples(options.train_data, options, Preference, convert)
@@ -192,7 +192,7 @@ def load_centre_rows(
     if not options.demonstration_data:
         return [train[i].chosen_ids for i in range(min(len(train), options.max_centre_samples))]
     convert = partial(
-        scored_response, encoder=encoder, max_length=options.max_length, overlong=options.overlong
+        tokenize_response, encoder=encoder, max_length=options.max_length, overlong=options.overlong
     )
     all_of_them = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
     rows, _ = load_examples(options.demonstration_data, all_of_them, Response, convert)

@@ -48,7 +48,7 @@ class RewardOptions(TrainOptions):
 
 
 @dataclass
-class EvaluateOptions(CacheOptions, EnsembleOptions):
+class EvaluateRewardOptions(CacheOptions, EnsembleOptions):
     """A reward model, or several as one, judged on preferences."""
 
     reward_model_name_or_path: list[str] = option(

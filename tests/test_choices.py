@@ -14,7 +14,7 @@ from common.model.reward_ensemble import combine_scores
 from common.text.truncation import Dropped
 from common.training.train_state import TrainState
 from launch.plan.options import PlanOptions
-from step1_sft.data import demonstration
+from step1_sft.data import tokenize_demonstration
 from step1_sft.options import SFTOptions
 from step2_reward import shared_prompt
 from step2_reward.data import Preference
@@ -48,7 +48,7 @@ def choices() -> dict[str, set[str]]:
 def too_long(value: str) -> None:
     record = {"prompt": "a b c d e f", "completion": "g h"}
     try:
-        demonstration(record, WordEncoder(), 6, value, "response")
+        tokenize_demonstration(record, WordEncoder(), 6, value, "response")
     except (Dropped, ValueError):
         assert value in ("drop", "error", "truncate_response")
 
@@ -83,7 +83,9 @@ def best_metric(value: str) -> None:
 
 
 DISPATCH: dict[str, Callable[..., Any]] = {
-    "loss_on": lambda v: demonstration({"prompt": "a", "completion": "b"}, WordEncoder(), 9, "drop", v),
+    "loss_on": lambda v: tokenize_demonstration(
+        {"prompt": "a", "completion": "b"}, WordEncoder(), 9, "drop", v
+    ),
     "overlong": too_long,
     "lr_scheduler_type": schedule,
     "best_metric": best_metric,

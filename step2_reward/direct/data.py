@@ -80,7 +80,9 @@ class Choice(NamedTuple):
         return [(chosen, rejected) for chosen, rejected in weights]
 
 
-def paired(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Choice, bool]:
+def tokenize_paired(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
+) -> tuple[Choice, bool]:
     """Tokenise a preference; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError.
 
     A response of which `chosen_ended` or `rejected_ended` is false was cut, and EOS is not what comes next.
@@ -105,7 +107,9 @@ def paired(record: Record, encoder: SegmentEncoder, max_length: int, overlong: s
     return choice._replace(probability=record.get(SURE, 1.0)), is_cut
 
 
-def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Choice, bool]:
+def tokenize_unpaired(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
+) -> tuple[Choice, bool]:
     """Tokenise a response with a label; whether it was cut. Raises Dropped or ValueError.
 
     A preference is split: its best responses are desirable, its worst are not, those between are left out; of
@@ -113,7 +117,7 @@ def unpaired(record: Record, encoder: SegmentEncoder, max_length: int, overlong:
     and the worst one by the rest: the loss is the expected one, and the nearer to a tie, the less is learnt.
     """
     if {"chosen", "rejected", "responses", "ranks"} & record.keys():
-        whole, is_cut = paired(record, encoder, max_length, overlong)
+        whole, is_cut = tokenize_paired(record, encoder, max_length, overlong)
         best, worst = whole.ranks[0], whole.ranks[-1]
         if best == worst:
             raise Dropped("ties")

@@ -24,7 +24,7 @@ from common.training.loop import TrainingLoop
 from common.training.means import Mean
 from common.training.metrics import peak_memory_gib
 from common.training.run_folder import check_folder
-from step2_reward.direct.data import Choice, paired, unpaired
+from step2_reward.direct.data import Choice, tokenize_paired, tokenize_unpaired
 from step2_reward.direct.objective import check_accuracy, evaluate, measure
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
@@ -42,7 +42,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model_name_or_path)
     check_reference(options, tokenizer)
     convert = partial(
-        paired if options.is_paired else unpaired, encoder=SegmentEncoder(tokenizer),
+        tokenize_paired if options.is_paired else tokenize_unpaired, encoder=SegmentEncoder(tokenizer),
         max_length=options.max_length, overlong=options.overlong,
     )  # fmt: skip
     data = load_examples(options.train_data, options, Choice, convert)

@@ -21,12 +21,12 @@ from common.runtime.process import UNWRITTEN, accept, run_main, stop_anywhere, s
 from step2_reward.data import Layout
 from step2_reward.evaluation.report import judge, load_pairs, write_report
 from step2_reward.evaluation.scores import scored_pairs
-from step2_reward.options import EvaluateOptions, RewardOptions
+from step2_reward.options import EvaluateRewardOptions, RewardOptions
 
 
 def main() -> None:
     # 1. Everything that can be wrong is found before a model is loaded.
-    options = parse_options(EvaluateOptions)
+    options = parse_options(EvaluateRewardOptions)
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     encoders = load_encoders(options)

@@ -18,7 +18,7 @@ from common.runtime.files import write_json
 from common.runtime.options import CacheOptions, UserError
 from common.text.record_formats import Record, agreement
 from common.text.tokenizer import SegmentEncoder
-from step2_reward.data import Preference, preference
+from step2_reward.data import Preference, tokenize_preference
 from step2_reward.evaluation.figures import Judged, measure
 from step2_reward.evaluation.plots import plots
 from step2_reward.evaluation.report_text import table
@@ -42,7 +42,7 @@ def load_pairs(
     at_most: take the first so many; 0: all. Raises UserError naming file and line of a bad record, when no
     record is left, and when every pair is a tie.
     """
-    convert = partial(preference, max_length=max_length, overlong="drop", use_margin=True)
+    convert = partial(tokenize_preference, max_length=max_length, overlong="drop", use_margin=True)
     different = [*dict.fromkeys(encoders)]
     converts = [partial(convert, encoder=encoder) for encoder in different]
     found = load_alike(sources, options, Preference, converts, at_most)

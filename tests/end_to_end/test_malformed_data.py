@@ -10,8 +10,8 @@ from common.data.loading import load_examples
 from common.runtime.options import DataOptions, UserError
 from common.text.prompts import Prompt, prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from step1_sft.data import Demonstration, demonstration
-from step2_reward.data import Preference, preference
+from step1_sft.data import Demonstration, tokenize_demonstration
+from step2_reward.data import Preference, tokenize_preference
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -19,8 +19,8 @@ SIDES = {"prompt": "a", "response_a": "b", "response_b": "c"}
 RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
 FIT = {"max_length": 64, "overlong": "truncate_prompt"}
 CONVERT = {
-    1: (Demonstration, partial(demonstration, **FIT, loss_on="response")),
-    2: (Preference, partial(preference, **FIT, use_margin=True)),
+    1: (Demonstration, partial(tokenize_demonstration, **FIT, loss_on="response")),
+    2: (Preference, partial(tokenize_preference, **FIT, use_margin=True)),
     3: (Prompt, partial(prompt, **FIT)),
 }
 

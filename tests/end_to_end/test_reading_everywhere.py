@@ -16,7 +16,7 @@ from step2_reward.annotate import sample_pairs
 from step2_reward.evaluation import main as evaluate_reward
 from step2_reward.evaluation import score_file as score
 from step2_reward.judge import main as judge
-from step2_reward.options import EvaluateOptions as EvaluateRewardOptions
+from step2_reward.options import EvaluateRewardOptions
 from step3_ppo.best_of_n import main as best_of_n
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.compare import main as evaluate_ppo

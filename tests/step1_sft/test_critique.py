@@ -1,4 +1,4 @@
-"""Critiques and revisions: what becomes of each answer, on any ranks and after a stop, and for step 1."""
+"""Critique and revision: each kind of answer, several ranks, resume, and training on the result."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from common.generation.generate import PolicyAnswer
 from common.numeric.intervals import wilson
 from common.text.prompts import Prompt
 from common.text.truncation import Dropped
-from step1_sft.critique import Model, describe, measure, revise
+from step1_sft.critique import Assistant, critique_metrics, format_critique_metrics, revise
 from step1_sft.options import CritiqueOptions
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import start_stage, succeed
@@ -19,17 +19,17 @@ from tests.stages import common as common_options
 from tests.stages import sft  # noqa: F401 - world is a fixture
 
 
-class Script(Model):
-    """A model that says what is written down, in this order, and has no room for questions with 'long'."""
+class Script(Assistant):
+    """An assistant with scripted answers, to which questions with 'long' are too long."""
 
-    def __init__(self, said: list[list[PolicyAnswer]]) -> None:
-        self._said, self.questions = iter(said), []
+    def __init__(self, script: list[list[PolicyAnswer]]) -> None:
+        self._script, self.questions = iter(script), []
         self.steps = []
         self._sample, self._encode = self.sample, self.encode
 
     def sample(self, prompts: dict, step: int) -> dict[int, PolicyAnswer]:
         self.steps.append(step)
-        return dict(zip(prompts, next(self._said), strict=True))
+        return dict(zip(prompts, next(self._script), strict=True))
 
     def encode(self, record: dict) -> tuple[Prompt, bool]:
         content = record["prompt"][0]["content"]
@@ -39,8 +39,8 @@ class Script(Model):
         return Prompt([0], ""), False
 
 
-def said(*texts: str) -> list[PolicyAnswer]:
-    """Answers; one that ends in a dash was cut off."""
+def answers(*texts: str) -> list[PolicyAnswer]:
+    """Make answers; a dash at the end marks a truncated one."""
     return [PolicyAnswer(text.rstrip("-"), not text.endswith("-")) for text in texts]
 
 
@@ -49,15 +49,13 @@ TEXT = Prompt([3], json.dumps({"prompt": "Q: Who?\nA:"}))
 TEMPLATES = ("C|{prompt}|{response}|{principle}", "R|{prompt}|{response}|{principle}|{critique}")
 
 
-def test_what_becomes_of_each_answer():
-    """One is revised twice; one keeps its draft, as its revisions are empty or cut off; one never ends; there
-    is no room to ask about one.
-    """
+def test_revise_handles_each_kind_of_answer():
+    """Four answers: revised twice; both revisions unusable; never ended; question too long."""
     long = Prompt([4], json.dumps({"prompt": "a long one"}))
     model = Script([
-        said(" one", " draft", " on and on-", " too"),
-        said("bad one", "bad draft", "endless"), said("two\n", " ", "still on and on-"),
-        said("bad two", "bad draft", "endless"), said(" three", "cut off-", "and on-"),
+        answers(" one", " draft", " on and on-", " too"),
+        answers("bad one", "bad draft", "endless"), answers("two\n", " ", "still on and on-"),
+        answers("bad two", "bad draft", "endless"), answers(" three", "cut off-", "and on-"),
     ])  # fmt: skip
     options = CritiqueOptions(revision_rounds=2)
     rows = dict(enumerate([CHAT, TEXT, CHAT, long], start=8))
@@ -76,18 +74,19 @@ def test_what_becomes_of_each_answer():
         {"principle": "P", "critique": "bad two", "revision": "three", "is_used": True},
     ]
     assert [step["is_used"] for step in records[1]["trace"]] == [False, False] and records[3]["trace"] == []
-    found = measure(records)
-    assert (found["prompts"], found["demonstrations"]) == (4, 3)
-    assert (found["revisions"], found["revisions_used"]) == (6, 2)
-    assert found["changed"] == {"share": 1 / 3, "interval": wilson(1 / 3, 3), "of": 3}
-    assert (found["draft_length"], found["completion_length"]) == ((3 + 6 + 4) / 3, (5 + 6 + 4) / 3)
-    assert "33.3% of 3" in describe(found) and "1 prompts left out" in describe(found)
-    assert "nothing to measure" in describe(measure(records[2:3]))
+    metrics = critique_metrics(records)
+    assert (metrics["prompts"], metrics["demonstrations"]) == (4, 3)
+    assert (metrics["revisions"], metrics["revisions_used"]) == (6, 2)
+    assert metrics["changed"] == {"share": 1 / 3, "interval": wilson(1 / 3, 3), "of": 3}
+    assert (metrics["draft_length"], metrics["completion_length"]) == ((3 + 6 + 4) / 3, (5 + 6 + 4) / 3)
+    text = format_critique_metrics(metrics)
+    assert "33.3% of 3" in text and "1 prompts dropped" in text
+    assert "nothing to measure" in format_critique_metrics(critique_metrics(records[2:3]))
 
 
 @pytest.fixture(scope="module")
 def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that has learnt that answers end."""
+    """A model trained until its answers end."""
     folder = tmp_path_factory.mktemp("model")
     succeed("step1_sft.main", [*sft(world, folder, steps=30), "--learning_rate", "1e-2"], folder)
     return folder / "final"
@@ -109,10 +108,10 @@ def make_prompts(world: Path, folder: Path, count: int) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(lines))
 
 
-def test_ranks_and_a_stop_change_nothing_and_step_1_reads_it(
+def test_output_is_the_same_on_two_ranks_and_after_a_resume_and_trains_step_1(
     world: Path, model: Path, tmp_path: Path
 ) -> None:  # fmt: skip
-    """One rank, two ranks, and a run that is stopped within and goes on in other batches: the same bytes."""
+    """Byte-identical on one rank, on two, and after a stop and a resume with another batch size."""
     make_prompts(world, tmp_path, 60)
     succeed("step1_sft.critique", words(model, tmp_path, "one"), tmp_path)
     succeed("step1_sft.critique", words(model, tmp_path, "two"), tmp_path, ranks=2)
@@ -151,7 +150,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:
+def test_bad_input_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:
     make_prompts(world, tmp_path, 4)
     (tmp_path / "empty.txt").write_text("# Nothing.\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "p"}\n')

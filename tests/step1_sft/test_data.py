@@ -1,9 +1,9 @@
-"""Which tokens of a demonstration are learnt, and where they stand in a batch."""
+"""Loss masks of demonstrations, and their positions in a batch."""
 
 import pytest
 
 from common.text.truncation import Dropped
-from step1_sft.data import Demonstration, collate, demonstration
+from step1_sft.data import Demonstration, collate, tokenize_demonstration
 from tests.word_encoder import EOS, PAD, WordEncoder
 
 
@@ -11,19 +11,19 @@ def tokenise(
     record: dict, max_length: int = 64, overlong: str = "truncate_response", loss_on: str = "response"
 ) -> Demonstration | None:
     try:
-        return demonstration(record, WordEncoder(), max_length, overlong, loss_on)[0]
+        return tokenize_demonstration(record, WordEncoder(), max_length, overlong, loss_on)[0]
     except Dropped:
         return None
 
 
-def test_only_the_response_and_its_eos_are_learnt():
+def test_only_the_response_and_its_eos_are_trained():
     row = tokenise({"prompt": "three words here", "completion": "two more"})
     assert row.ids == [10, 11, 12, 13, 14, EOS]
     assert row.is_trained == [False, False, False, True, True, True]
     assert row.prompt_ids == [10, 11, 12]
 
 
-def test_every_assistant_turn_is_learnt():
+def test_every_assistant_turn_is_trained():
     turns = [("user", "hello there"), ("assistant", "hi"), ("user", "bye"), ("assistant", "so long")]
     row = tokenise({"messages": [{"role": role, "content": content} for role, content in turns]})
     #          user : hello there assistant : | hi EOS | user : bye assistant : | so long EOS
@@ -61,8 +61,8 @@ def test_collate_aligns_positions_with_labels():
     assert batch.labels.tolist() == [12, 13, EOS, 21, EOS, 31, 33]
 
 
-def test_a_learnt_pad_id_inside_a_row_is_kept():
-    """Masks come from lengths: an id that happens to be the pad id is a token like any other."""
+def test_a_pad_id_inside_a_row_is_trained():
+    """Masks come from lengths, not from the pad id."""
     rows = [Demonstration([10, PAD, PAD], [False, True, True]), Demonstration([20, 21], [False, True])]
     batch = collate([[row] for row in rows], PAD)
     assert batch.labels.tolist() == [PAD, PAD, 21]

@@ -1,4 +1,4 @@
-"""The command that compares models: figures of plain transformers, one table, mistakes in one line."""
+"""Comparison of models: metrics against plain transformers, the table, one-line errors."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from common.runtime import progress
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder
 from step1_sft.data import Demonstration
-from step1_sft.evaluate import check_output, response_bytes, sample_answers
+from step1_sft.evaluate import check_output, greedy_answers, response_bytes
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.end_to_end.test_launch import bash
 from tests.ranks import succeed
@@ -30,7 +30,7 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten short conversations and one of two replies."""
+    """Ten short conversations and one with two replies."""
     file = tmp_path_factory.mktemp("data") / "held_out.jsonl"
     lines = (world / "demonstrations.jsonl").read_text().splitlines()[:10]
     file.write_text("\n".join([*lines, json.dumps({"messages": TURNS})]))
@@ -39,7 +39,7 @@ def data(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def short(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model, which does not read more than 48 tokens."""
+    """A model with a context length of 48."""
     folder = tmp_path_factory.mktemp("short") / "model"
     shutil.copytree(world / "model", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -48,7 +48,7 @@ def short(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(folder: Path, models: list[Path], data: Path, *words: str, ranks: int = 1) -> list[dict]:
-    file = folder / "found.json"
+    file = folder / "results.json"
     options = ["--model_name_or_path", *map(str, models), "--eval_data", str(data), "--output", str(file)]
     succeed(
         "step1_sft.evaluate", [*options, "--num_samples", "2", "--sample_length", "3", *words], folder, ranks
@@ -57,7 +57,7 @@ def compare(folder: Path, models: list[Path], data: Path, *words: str, ranks: in
 
 
 def by_transformers(model: Path, lines: list[str]) -> tuple[float, int, float]:
-    """Cross-entropy per token of the replies, their number, and bits per byte; a text at a time."""
+    """Cross-entropy per reply token, number of reply tokens, and bits per byte; one text at a time."""
     tokenizer, module = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     nats = tokens = size = 0.0
     for line in lines:
@@ -66,33 +66,33 @@ def by_transformers(model: Path, lines: list[str]) -> tuple[float, int, float]:
             tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt"
         ).input_ids
         labels = torch.full_like(ids, -100)
-        for place in range(1, len(messages), 2):
+        for turn in range(1, len(messages), 2):
             begin, end = (
                 len(tokenizer(tokenizer.apply_chat_template(part, tokenize=False, **kind)).input_ids)
                 for part, kind in (
-                    (messages[:place], {"add_generation_prompt": True}),
-                    (messages[: place + 1], {}),
+                    (messages[:turn], {"add_generation_prompt": True}),
+                    (messages[: turn + 1], {}),
                 )
             )
             labels[:, begin:end] = ids[:, begin:end]
-            size += len(messages[place]["content"].encode())
+            size += len(messages[turn]["content"].encode())
         count = int((labels != -100).sum())
         nats, tokens = nats + module(ids, labels=labels).loss.item() * count, tokens + count
     return nats / tokens, int(tokens), nats / math.log(2) / size
 
 
-def test_figures_are_those_of_plain_transformers(world: Path, data: Path, tmp_path: Path) -> None:
-    (found,) = compare(tmp_path, [world / "model"], data)
+def test_metrics_match_plain_transformers(world: Path, data: Path, tmp_path: Path) -> None:
+    (result,) = compare(tmp_path, [world / "model"], data)
     loss, tokens, bits = by_transformers(world / "model", data.read_text().splitlines())
-    assert (found["records"], found["response_tokens"]) == (11, tokens)
-    assert found["loss"] == pytest.approx(loss, rel=1e-5)
-    assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
-    assert found["samples"][1]["prompt"] and len(found["samples"]) == 2
+    assert (result["records"], result["response_tokens"]) == (11, tokens)
+    assert result["loss"] == pytest.approx(loss, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert result["samples"][1]["prompt"] and len(result["samples"]) == 2
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero3"])
-def test_two_ranks_are_one(world: Path, short: Path, data: Path, tmp_path: Path, zero: str) -> None:
+def test_two_ranks_match_one(world: Path, short: Path, data: Path, tmp_path: Path, zero: str) -> None:
     models, config = [world / "model", short], ["--zero_config", str(ZERO / f"{zero}.json")]
     alone = compare(tmp_path, models, data)
     together = compare(tmp_path, models, data, *config, "--micro_batch_size", "4", ranks=2)
@@ -100,7 +100,7 @@ def test_two_ranks_are_one(world: Path, short: Path, data: Path, tmp_path: Path,
         assert other == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in one.items()}
 
 
-def test_all_models_are_measured_on_what_fits_them_all(
+def test_all_models_are_evaluated_on_the_records_that_fit_all(
     world: Path, short: Path, data: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(short)
@@ -113,18 +113,18 @@ def test_all_models_are_measured_on_what_fits_them_all(
     (tmp_path / "fitting.jsonl").write_text("\n".join(fitting))
     both = compare(tmp_path, [world / "model", short], data)
     (alone,) = compare(tmp_path, [short], tmp_path / "fitting.jsonl")
-    for found in both:  # their weights are the same
-        assert found | {"model": ""} == alone | {"model": ""}
+    for result in both:  # their weights are the same
+        assert result | {"model": ""} == alone | {"model": ""}
 
 
-def test_bytes_are_those_of_the_replies_alone():
+def test_response_bytes_counts_replies_only():
     assert response_bytes({"messages": TURNS}) == 7 + 2
     assert response_bytes({"messages": TURNS}, last_only=True) == 2
     assert response_bytes({"prompt": TURNS[:1], "completion": TURNS[1:]}) == 2
     assert response_bytes({"prompt": "Hello", "completion": " Größe"}) == 8
 
 
-def test_answers_end_where_the_positions_do(
+def test_answers_end_at_the_context_length(
     world: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
@@ -133,9 +133,9 @@ def test_answers_end_where_the_positions_do(
     config = GPT2Config(vocab_size=len(encoder.tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=20)
     model = fit_to_tokenizer(AutoModelForCausalLM.from_config(config), encoder.tokenizer)
     row = Demonstration(list(range(5, 24)), [False] * 18 + [True])
-    assert len(sample_answers(model, [row], encoder, max_new_tokens=64)) == 1
+    assert len(greedy_answers(model, [row], encoder, max_new_tokens=64)) == 1
     monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
-    sample_answers(model, [row] * 2, encoder, max_new_tokens=2)
+    greedy_answers(model, [row] * 2, encoder, max_new_tokens=2)
     assert [line[:24] for line in capsys.readouterr().out.splitlines()] == [
         "sample answers: 1/2 (50%", "sample answers: 2/2 (100",
     ]  # fmt: skip
@@ -147,31 +147,30 @@ def test_answers_end_where_the_positions_do(
         (["--eval_data", "FOLDER/no.jsonl"], ["no.jsonl", "No such file"]),
         (["--model_name_or_path", "MODEL", "FOLDER"], ["FOLDER", "config.json is missing"]),
         (["--max_length", "8"], ["held_out.jsonl", "no rows left"]),
-        (["--output", "FOLDER/no/found.json"], ["--output", "no such folder"]),
+        (["--output", "FOLDER/no/results.json"], ["--output", "no such folder"]),
         (["--eval_data", "FOLDER/bad.jsonl"], ["bad.jsonl:2", "'completion'"]),
     ],
 )
-def test_a_mistake_is_one_line(world: Path, data: Path, tmp_path: Path, words, parts) -> None:
+def test_bad_input_is_one_line(world: Path, data: Path, tmp_path: Path, words, parts) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    places = {"FOLDER": str(tmp_path), "MODEL": str(world / "model")}
-    for name, place in places.items():
-        words, parts = ([text.replace(name, place) for text in texts] for texts in (words, parts))
+    for name, path in {"FOLDER": tmp_path, "MODEL": world / "model"}.items():
+        words, parts = ([text.replace(name, str(path)) for text in texts] for texts in (words, parts))
     given = ["--model_name_or_path", str(world / "model"), "--eval_data", str(data), *words]
     check_refusal("step1_sft.evaluate", given, parts, tmp_path, tmp_path / "out")
 
 
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output("")
-    check_output("found.json")
-    check_output(str(tmp_path / "found.json"))
+    check_output("results.json")
+    check_output(str(tmp_path / "results.json"))
     with pytest.raises(UserError, match="--output .*: is a folder"):
         check_output(str(tmp_path))
-    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
     with pytest.raises(UserError, match="--output .*: no permission to write"):
-        check_output(str(tmp_path / "found.json"))
+        check_output(str(tmp_path / "results.json"))
 
 
-def test_the_script_shows_a_table_and_leaves_nothing_behind(
+def test_the_script_prints_a_table_and_leaves_no_files(
     world: Path, short: Path, data: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     words = ["--model_name_or_path", str(world / "model"), str(short), "--eval_data", str(data)]

@@ -1,4 +1,4 @@
-"""The SFT loss and its gradient, against another implementation and across splits of a batch."""
+"""The SFT loss and its gradient: against a reference implementation and across splits of a batch."""
 
 import pytest
 import torch

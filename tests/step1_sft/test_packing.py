@@ -1,4 +1,4 @@
-"""Packed rows: who shares one, that nobody notices, and which models are refused."""
+"""Packing: bin packing, equality with unpacked training, and refused models."""
 
 import itertools
 import json
@@ -28,18 +28,18 @@ from tests.stages import (
 )
 from tests.word_encoder import EOS, PAD
 
-MIXED = ("opt", "falcon", "bloom", "qwen3_next")  # do not keep the examples of a row apart
-# The last one is not a whole number of rounds, as in evaluation.
+MIXED = ("opt", "falcon", "bloom", "qwen3_next")  # attend across packed examples
+# In the last one the rounds are not full, as in evaluation.
 SIZES = [(32, 4, 1, 64), (32, 4, 8, 64), (32, 1, 2, 200), (24, 3, 2, 1000), (5, 2, 3, 64)]
 
 
 @pytest.mark.parametrize("batch, micro, ranks, max_length", SIZES)
-def test_every_example_has_one_place_and_no_limit_is_passed(batch, micro, ranks, max_length):
+def test_every_example_is_dealt_once_within_the_limits(batch, micro, ranks, max_length):
     lengths = np.random.default_rng(0).integers(3, 65, batch)
     dealt = [deal_packed(range(batch), lengths, micro, max_length, rank, ranks) for rank in range(ranks)]
     micro_batches = list(itertools.chain(*dealt))
     assert sorted(i for rows in micro_batches for row in rows for i in row) == list(range(batch))
-    assert len({len(mine) for mine in dealt}) == 1
+    assert len({len(rank_batches) for rank_batches in dealt}) == 1
     assert max(len(rows) for rows in micro_batches) <= micro
     assert max(sum(lengths[i] for i in row) for rows in micro_batches for row in rows) <= max_length
     if batch % (micro * ranks) == 0:
@@ -50,11 +50,11 @@ def test_rows_of_a_known_batch():
     lengths = [5, 2, 7, 3, 3, 4]
     assert [[lengths[i] for i in row] for row in best_fit(range(6), lengths, 8)] == [[7], [5, 3], [4, 3], [2]]
     assert [[lengths[i] for i in row] for row in spread(range(6), lengths, 3)] == [[7, 2], [5, 3], [4, 3]]
-    # One round will do. Best fit makes rows of 19 and 5 tokens, but two of 12 leave no padding.
+    # One round is enough. Best fit makes rows of 19 and 5 tokens, but two of 12 need no padding.
     assert deal_packed(range(6), lengths, 4, 20, 0, 1) == [[[2, 3, 1], [0, 5, 4]]]
 
 
-def test_collate_begins_positions_again_and_leaves_padding_alone():
+def test_collate_restarts_positions_with_each_document_and_at_padding():
     first, second = Demonstration([10, 11, EOS], [False, True, True]), Demonstration([20, EOS], [False, True])
     batch = collate([[first, second], [second]], PAD)
     assert batch.input_ids.tolist() == [[10, 11, EOS, 20, EOS], [20, EOS, PAD, PAD, PAD]]
@@ -94,16 +94,16 @@ def loss_and_gradients(model: PreTrainedModel, rows: list[list[Demonstration]]) 
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def test_packed_loss_and_gradients_are_those_of_the_documents_alone(model):
+def test_packed_loss_and_gradients_match_unpacked_ones(model):
     a, b, c, d, e = documents()
     expected = loss_and_gradients(model, [[a], [b], [c], [d], [e]])
-    found = loss_and_gradients(model, [[a, b], [c, d, e]])  # the first row ends in padding
-    for one, other in zip(found, expected, strict=True):
+    packed = loss_and_gradients(model, [[a, b], [c, d, e]])  # the first row ends in padding
+    for one, other in zip(packed, expected, strict=True):
         assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_no_document_sees_another(model):
+def test_no_document_attends_to_another(model):
     a, b, c, _, _ = documents()
     other = a._replace(ids=[3 + (i + 20) % 57 for i in a.ids])
 
@@ -111,20 +111,20 @@ def test_no_document_sees_another(model):
         batch = collate([[first, b], [c]], PAD)
         return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
 
-    found, changed = logits(a), logits(other)
+    original, changed = logits(a), logits(other)
     own = slice(a.length, a.length + b.length)
-    assert torch.equal(found[0, own], changed[0, own])
-    assert not torch.allclose(found[0, : a.length], changed[0, : a.length])
+    assert torch.equal(original[0, own], changed[0, own])
+    assert not torch.allclose(original[0, : a.length], changed[0, : a.length])
 
 
-def test_models_that_keep_documents_apart_are_accepted(model):
+def test_models_that_can_pack_are_accepted(model):
     check_packing(model, max_length=64)
     check_packing(model.bfloat16(), max_length=8)
 
 
 @pytest.mark.parametrize("config", [COMPLETE[name] for name in MIXED], ids=MIXED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_models_that_do_not_are_refused(config, dtype):
+def test_models_that_attend_across_documents_are_refused(config, dtype):
     with pytest.raises(UserError, match=f"--packing: a model of type {config.model_type} "):
         check_packing(tiny(config).to(dtype), max_length=64)
 
@@ -143,7 +143,9 @@ def unpacked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("ranks, zero", [(1, "zero0"), (2, "zero2"), (2, "zero3")])
-def test_a_packed_run_is_the_run(world: Path, unpacked: Path, tmp_path: Path, ranks: int, zero: str) -> None:
+def test_a_packed_run_matches_the_unpacked_run(
+    world: Path, unpacked: Path, tmp_path: Path, ranks: int, zero: str
+) -> None:
     options = [*sft(world, tmp_path / "sft"), *PACKED, "--zero_config", str(ZERO / f"{zero}.json")]
     succeed("step1_sft.main", options, tmp_path, ranks)
     for name in NAMES:
@@ -151,12 +153,12 @@ def test_a_packed_run_is_the_run(world: Path, unpacked: Path, tmp_path: Path, ra
         assert metrics(tmp_path / "sft", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
 
 
-def test_a_rank_without_rows_takes_part_for_nothing(
+def test_a_rank_without_rows_runs_a_dummy_forward_pass(
     world: Path, unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     def first_rank_alone(lengths, options):
-        whole = deal_packed(range(len(lengths)), lengths, options.micro_batch_size, options.max_length, 0, 1)
-        return whole if rank() == 0 else [[] for _ in whole]
+        rows = deal_packed(range(len(lengths)), lengths, options.micro_batch_size, options.max_length, 0, 1)
+        return rows if rank() == 0 else [[] for _ in rows]
 
     monkeypatch.setattr(step1_sft.main, "micro_batches", first_rank_alone)
     options = [*sft(world, tmp_path / "sft"), *PACKED, "--zero_config", str(ZERO / "zero3.json")]
@@ -166,7 +168,7 @@ def test_a_rank_without_rows_takes_part_for_nothing(
         assert metrics(tmp_path / "sft", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
 
 
-def test_adapters_and_recomputation(world: Path, tmp_path: Path) -> None:
+def test_packing_with_lora_and_gradient_checkpointing(world: Path, tmp_path: Path) -> None:
     for name, options in (("plain", []), ("packed", [*PACKED, "--gradient_checkpointing"])):
         words = [*sft(world, tmp_path / name), "--max_length", "96", *LORA, *options]
         succeed("step1_sft.main", words, tmp_path)
@@ -175,8 +177,8 @@ def test_adapters_and_recomputation(world: Path, tmp_path: Path) -> None:
         assert metrics(tmp_path / "packed", name) == pytest.approx(expected, rel=1e-4, abs=2e-6), name
 
 
-def test_the_share_of_padding(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted anew where micro-batches are made: tokens of demonstrations, and all."""
+def test_padding_share_is_measured(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count tokens, with and without padding, where micro-batches are made."""
 
     def counting(rows, pad):
         batch = collate(rows, pad)
@@ -195,7 +197,7 @@ def test_the_share_of_padding(world: Path, tmp_path: Path, monkeypatch: pytest.M
     assert share == pytest.approx([1 - tokens / all_tokens], rel=1e-6)
 
 
-def test_the_stage_refuses_opt_in_one_line(world: Path, tmp_path: Path) -> None:
+def test_step_1_refuses_opt_in_one_line(world: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     config = OPTConfig(
         vocab_size=len(tokenizer), hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,

@@ -9,7 +9,7 @@ import pytest
 from common.data.loading import load_examples
 from common.runtime.options import UserError
 from common.text.record_formats import recognise
-from step2_reward.data import Layout, Preference, check_margins, collate, preference
+from step2_reward.data import Layout, Preference, check_margins, collate, tokenize_preference
 from step2_reward.options import RewardOptions
 from tests.conftest import assert_close
 from tests.word_encoder import EOS, PAD, WordEncoder
@@ -20,7 +20,7 @@ RANKING = {"prompt": "a b", "responses": ["c", "d e", "f g h"], "ranks": [2, 0.5
 
 
 def convert(record: dict, max_length: int = 64, use_margin: bool = False) -> Preference:
-    return preference(record, WordEncoder(), max_length, "truncate_prompt", use_margin)[0]
+    return tokenize_preference(record, WordEncoder(), max_length, "truncate_prompt", use_margin)[0]
 
 
 def test_a_pair_is_a_ranking_of_two():
@@ -136,7 +136,11 @@ def load(folder: Path, name: str, margins: list[float | None], options: RewardOp
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     options.train_data = [str(path)]
     convert = partial(
-        preference, encoder=WordEncoder(), max_length=64, overlong="drop", use_margin=options.use_margin
+        tokenize_preference,
+        encoder=WordEncoder(),
+        max_length=64,
+        overlong="drop",
+        use_margin=options.use_margin,
     )
     return load_examples(options.train_data, options, Preference, convert)
 

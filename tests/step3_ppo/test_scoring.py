@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from common.text.prompts import Prompt, prompt
 from common.text.tokenizer import SegmentEncoder
-from step2_reward.data import scored_response
+from step2_reward.data import tokenize_response
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout
 from step3_ppo.scoring import _scored_ids, _value_pass, close
@@ -62,7 +62,7 @@ def test_a_reward_model_reads_what_it_has_learnt_from(encoder, ending, is_conver
     """However the policy ended, or was cut, the ids are those that step 2 makes of the dialogue."""
     question = [{"role": "user", "content": "What is this?"}] if is_conversation else "What is this?"
     record = {"prompt": question, "completion": "A tree"}
-    learnt, _ = scored_response(record, encoder, max_length=99, overlong="error")
+    learnt, _ = tokenize_response(record, encoder, max_length=99, overlong="error")
     (row, _), end = prompt(record, encoder, 99, "error"), encoder.tokenizer.convert_tokens_to_ids("<|end|>")
     reply = encoder._continue.encode("A tree").ids
     newline = encoder._continue.encode("\n").ids

@@ -27,7 +27,7 @@ from common.runtime.options import DataOptions, UserError
 from common.text.segments import demonstration_segments, find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.text.truncation import Dropped
-from step1_sft.data import Demonstration, demonstration
+from step1_sft.data import Demonstration, tokenize_demonstration
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
 from step3_ppo.options import PPOOptions
@@ -499,7 +499,11 @@ def test_little_padding_on_real_conversations(shared):
     encoder = SegmentEncoder(load_tokenizer(str(shared / "tokenizers/smollm2")))
     options = SFTOptions(eval_fraction=0.0, max_length=1024)
     to_example = partial(
-        demonstration, encoder=encoder, max_length=1024, overlong="truncate_prompt", loss_on="response"
+        tokenize_demonstration,
+        encoder=encoder,
+        max_length=1024,
+        overlong="truncate_prompt",
+        loss_on="response",
     )
     data = [str(shared / "data/oasst/demonstrations.jsonl")]
     train, _ = load_examples(data, options, Demonstration, to_example)

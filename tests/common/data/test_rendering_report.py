@@ -11,7 +11,7 @@ from common.data.multi_encoder import load_alike
 from common.runtime.options import CacheOptions, DataOptions
 from common.text.conversation import DEFAULT_CHAT_TEMPLATE
 from common.text.tokenizer import SegmentEncoder
-from step1_sft.data import Demonstration, demonstration
+from step1_sft.data import Demonstration, tokenize_demonstration
 from tests.common.text.test_chat_templates import CHATML, make_encoder
 
 QWEN3 = CHATML.replace(
@@ -24,7 +24,11 @@ def lines(tmp_path: Path, capsys: pytest.CaptureFixture, encoder: SegmentEncoder
     file = tmp_path / "d.jsonl"
     file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     convert = partial(
-        demonstration, encoder=encoder, max_length=512, overlong="truncate_prompt", loss_on="response"
+        tokenize_demonstration,
+        encoder=encoder,
+        max_length=512,
+        overlong="truncate_prompt",
+        loss_on="response",
     )
     options = DataOptions(eval_fraction=0, cache_dir=str(tmp_path / "cache"))
     load_examples([str(file)], options, Demonstration, convert)
@@ -63,7 +67,11 @@ def test_only_records_that_are_used_are_counted(tmp_path, capsys):
         path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     encoder = make_encoder(DEFAULT_CHAT_TEMPLATE, "</s>")
     convert = partial(
-        demonstration, encoder=encoder, max_length=512, overlong="truncate_prompt", loss_on="response"
+        tokenize_demonstration,
+        encoder=encoder,
+        max_length=512,
+        overlong="truncate_prompt",
+        loss_on="response",
     )
     options = DataOptions(eval_data=[f"{held_out}:2"], data_split="1,1,0", cache_dir=str(tmp_path / "cache"))
     train, _ = load_examples([f"{file}:0.5"], options, Demonstration, convert)

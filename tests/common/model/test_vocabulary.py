@@ -68,13 +68,13 @@ def test_rollouts_end_at_any_end_token(encoder, model):
     assert [answers[number].text for number in range(6)] == texts
 
 
-def test_sample_answers_of_step_1_end_there_too(encoder, model):
+def test_greedy_answers_of_step_1_end_there_too(encoder, model):
     row = Demonstration(encoder.tokenizer("Say it").input_ids, [False] * 5 + [True])
-    (found,) = evaluate.sample_answers(model, [row], encoder, max_new_tokens=20)
+    (found,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
     assert found.answer == "", "the likeliest token is the end"
     with torch.no_grad():
         model.lm_head.bias[encoder.tokenizer("a").input_ids] = 20.0
-    (found,) = evaluate.sample_answers(model, [row], encoder, max_new_tokens=20)
+    (found,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
     assert found.answer == "a" * 20, "not a row without a token"
 
 

@@ -6,8 +6,8 @@ from common.text.prompts import prompt
 from common.text.segments import prompt_segments
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.text.truncation import Dropped, fit, fit_demonstration
-from step1_sft.data import demonstration
-from step2_reward.data import preference
+from step1_sft.data import tokenize_demonstration
+from step2_reward.data import tokenize_preference
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 TURNS = [
@@ -84,23 +84,23 @@ def test_responses_to_a_prompt_keep_the_same_part_of_it(encoder):
     """What the longest of them leaves: messages, or else tokens at its end, after BOS."""
     ranked = {"responses": ["yes", "no, not at all, never", "so"], "ranks": [1, 2, 3]}
     for start, rest in (("abcdefgh" * 3, None), (TURNS[:1], None), (TURNS[:3], TURNS[2:3])):
-        full, _ = preference({"prompt": start} | ranked, encoder, 10_000, "error", use_margin=False)
+        full, _ = tokenize_preference({"prompt": start} | ranked, encoder, 10_000, "error", use_margin=False)
         limit = len(full.prompt_ids) + max(full.response_lengths) - 5
-        row, is_cut = preference(
+        row, is_cut = tokenize_preference(
             {"prompt": start} | ranked, encoder, limit, "truncate_prompt", use_margin=False
         )
         expected = [encoder.tokenizer.bos_token_id, *full.prompt_ids[6:]]
         if rest:
-            expected = preference({"prompt": rest} | ranked, encoder, limit, "error", use_margin=False)[
-                0
-            ].prompt_ids
+            expected = tokenize_preference(
+                {"prompt": rest} | ranked, encoder, limit, "error", use_margin=False
+            )[0].prompt_ids
         assert is_cut and row == full._replace(prompt_ids=expected)
 
 
 def test_responses_that_differ_in_what_is_cut_are_left_out(encoder):
     record = {"prompt": "a", "chosen": "b" * 40 + "c", "rejected": "b" * 40 + "d"}
     with pytest.raises(Dropped, match="alike once cut"):
-        preference(record, encoder, 20, "truncate_response", use_margin=False)
+        tokenize_preference(record, encoder, 20, "truncate_response", use_margin=False)
 
 
 def test_no_row_is_without_something_to_learn(encoder):
@@ -109,7 +109,7 @@ def test_no_row_is_without_something_to_learn(encoder):
     for policy in ("truncate_prompt", "truncate_response", "drop"):
         for limit in range(8, length(record, encoder) + 2):
             try:
-                row, _ = demonstration(record, encoder, limit, policy, loss_on="response")
+                row, _ = tokenize_demonstration(record, encoder, limit, policy, loss_on="response")
             except Dropped:
                 continue
             assert len(row.ids) <= limit and any(row.is_trained)
@@ -130,12 +130,12 @@ def test_prompt_and_response_have_the_same_ids_in_all_stages(encoder):
         {"prompt": "Once upon", "completion": " a time."},
         {"prompt": TURNS[:3], "completion": "hi"},
     ):
-        learnt, _ = demonstration(text, encoder, 512, "drop", loss_on="response")
+        learnt, _ = tokenize_demonstration(text, encoder, 512, "drop", loss_on="response")
         sides = {**text, "chosen": text["completion"], "rejected": "?"}
         if isinstance(text["prompt"], list):
             for side in ("chosen", "rejected"):
                 sides[side] = [{"role": "assistant", "content": sides[side]}]
-        compared, _ = preference(sides, encoder, 512, "drop", use_margin=False)
+        compared, _ = tokenize_preference(sides, encoder, 512, "drop", use_margin=False)
         asked, _ = prompt(text, encoder, 512, "drop")
         assert learnt.ids == compared.chosen_ids and learnt.prompt_ids == asked.ids
 

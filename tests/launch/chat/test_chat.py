@@ -26,7 +26,7 @@ from common.text.conversation import DEFAULT_CHAT_TEMPLATE
 from common.text.prompts import prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from launch.chat import main as chat
-from step2_reward.data import preference
+from step2_reward.data import tokenize_preference
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.end_to_end.test_launch import LAUNCH
 
@@ -129,7 +129,7 @@ def test_a_model_reads_what_it_reads_in_training(
     assert found.read[0] == plain(model, turns[:1])[0].tolist()
     assert found.read[1:] == [prompt({"prompt": turns}, encoder, 244, "error")[0].ids] * 3
     for record in records:
-        row, _ = preference(record, encoder, 256, "error", use_margin=False)
+        row, _ = tokenize_preference(record, encoder, 256, "error", use_margin=False)
         assert row.prompt_ids == found.read[1] and row.ranks == [0, 1]
 
 

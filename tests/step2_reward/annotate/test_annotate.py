@@ -25,8 +25,8 @@ from common.text.record_formats import recognise
 from step2_reward.annotate.click_log import Store, preferences, read_clicks, standing
 from step2_reward.annotate.main import kept_token
 from step2_reward.annotate.server import is_own_host, make_app
-from step2_reward.data import preference
-from step2_reward.direct.data import paired
+from step2_reward.data import tokenize_preference
+from step2_reward.direct.data import tokenize_paired
 from step2_reward.pairs import read_pairs, to_pair
 from tests.conftest import REPOSITORY
 from tests.end_to_end.test_bad_input import check_refusal
@@ -188,7 +188,7 @@ def test_what_is_written_is_data_for_step_2(tmp_path: Path) -> None:
         ["A", "A", "B"], ["B", "B", "tie"], ["A", "B", "tie"], ["B"], ["A", "A", "A"], ["tie", "tie"],
     ]  # fmt: skip
     assert [record["raters"] for record in parsed][3:] == [["eve"], ["ada", "bob", "eve"], ["ada", "bob"]]
-    rows = [preference(record, WordEncoder(), 64, "error", use_margin=True)[0] for record in parsed]
+    rows = [tokenize_preference(record, WordEncoder(), 64, "error", use_margin=True)[0] for record in parsed]
     # (3 + 1 - 1) / 3, (1 + 3) / 3, a tie, 3 / 1, (1 + 2 + 1) / 3, no strengths
     expected = [1, 4 / 3, 0, 3, 4 / 3, 0]
     assert [row.margin for row in rows] == pytest.approx(expected, abs=1e-4)
@@ -209,7 +209,7 @@ def test_a_cut_response_stays_marked(tmp_path: Path) -> None:
         (record,), _ = read_all([str(tmp_path / "out.jsonl")], recognise)
         assert record["response_a_ended"] is False and record["response_b_ended"] is True
         assert [record[f"{name}_ended"] for name in names] == [False, True]
-        row, _ = paired(record, WordEncoder(), 64, "error")
+        row, _ = tokenize_paired(record, WordEncoder(), 64, "error")
         ends = [dialogue.ids[-1] == EOS for dialogue in row.dialogues]
         assert ends == ([False, True] if vote == "A" else [True, False])
 

@@ -4,7 +4,7 @@ import pytest
 
 from common.text.record_formats import recognise
 from common.text.truncation import Dropped
-from step2_reward.direct.data import Choice, Dialogue, paired, unpaired
+from step2_reward.direct.data import Choice, Dialogue, tokenize_paired, tokenize_unpaired
 from tests.word_encoder import EOS, WordEncoder
 
 WAY = {"encoder": WordEncoder(), "max_length": 100, "overlong": "truncate_prompt"}
@@ -12,7 +12,7 @@ RANKING = {"prompt": "a b", "responses": ["w", "x y", "z", "v"], "ranks": [3, 1,
 
 
 def test_a_pair_is_two_dialogues_the_better_first():
-    row, is_cut = paired({"prompt": "a b", "chosen": "c d", "rejected": "e"}, **WAY)
+    row, is_cut = tokenize_paired({"prompt": "a b", "chosen": "c d", "rejected": "e"}, **WAY)
     assert row.dialogues == [Dialogue([10, 11, 12, 13, EOS], 2), Dialogue([10, 11, 12, EOS], 2)]
     assert [d.count for d in row.dialogues] == [3, 2] and row.length == 9 and not is_cut
     assert Dialogue([12, EOS], 0).count == 1  # nothing comes before the first token to predict it
@@ -21,7 +21,7 @@ def test_a_pair_is_two_dialogues_the_better_first():
 
 
 def test_the_pairs_of_a_ranking_weigh_one_and_a_tie_is_half_a_win_for_either():
-    row, _ = paired(RANKING, **WAY)
+    row, _ = tokenize_paired(RANKING, **WAY)
     assert row.ranks == [1.0, 1.0, 2.0, 3.0]
     assert [pair[:2] for pair in row.pairs if not pair.is_label] == [(0, 1), (1, 0)]
     weights = {(p.better, p.worse): p.weight for p in row.pairs}
@@ -38,12 +38,12 @@ SOFT = {"prompt": "a b", "response_a": "c", "response_b": "d e", "preference": 0
 
 
 def test_a_soft_label_is_a_win_for_either_side_by_its_probability():
-    row, _ = paired(recognise(SOFT), **WAY)
+    row, _ = tokenize_paired(recognise(SOFT), **WAY)
     assert [d.count for d in row.dialogues] == [3, 2]  # B first
     assert row.pairs == [(0, 1, 0.75, True), (1, 0, 0.25, False)]
     assert row.sides(is_paired=True) == [(0.75, 0.25), (0.25, 0.75)]
-    assert unpaired(recognise(SOFT), **WAY)[0].sides(is_paired=False) == row.sides(is_paired=True)
-    tie, _ = paired(recognise(SOFT | {"preference": 0.5}), **WAY)
+    assert tokenize_unpaired(recognise(SOFT), **WAY)[0].sides(is_paired=False) == row.sides(is_paired=True)
+    tie, _ = tokenize_paired(recognise(SOFT | {"preference": 0.5}), **WAY)
     assert tie.pairs == [(0, 1, 0.5, False), (1, 0, 0.5, False)]
 
 
@@ -54,17 +54,17 @@ def test_only_the_last_turn_is_the_response():
     ]
     end = [{"role": "assistant", "content": "d e"}]
     other = [*turns[:1], {"role": "assistant", "content": "f"}, turns[2]]
-    row, _ = paired({"chosen": turns + end, "rejected": other + end}, **WAY)
+    row, _ = tokenize_paired({"chosen": turns + end, "rejected": other + end}, **WAY)
     assert [d.count for d in row.dialogues] == [3, 3]
 
 
 def test_a_response_that_was_cut_does_not_end():
     way = WAY | {"max_length": 5, "overlong": "truncate_response"}
-    row, is_cut = paired({"prompt": "a b", "chosen": "c d e f", "rejected": "g"}, **way)
+    row, is_cut = tokenize_paired({"prompt": "a b", "chosen": "c d e f", "rejected": "g"}, **way)
     assert is_cut and row.dialogues[0] == Dialogue([10, 11, 12, 13, 14], 2)
 
 
-@pytest.mark.parametrize("convert", [paired, unpaired])
+@pytest.mark.parametrize("convert", [tokenize_paired, tokenize_unpaired])
 def test_a_response_that_its_record_says_was_cut_does_not_end(convert):
     """A string and messages, either side; as with `ended` of a single response."""
     messages = {
@@ -79,34 +79,42 @@ def test_a_response_that_its_record_says_was_cut_does_not_end(convert):
             row, _ = convert(record, **WAY)
             assert tuple(d.ids[-1] == EOS for d in row.dialogues) == ended
             assert tuple(d.count == 2 for d in row.dialogues) == ended
-    row, _ = unpaired({"prompt": "a", "completion": "b", "label": True, "ended": False}, **WAY)
+    row, _ = tokenize_unpaired({"prompt": "a", "completion": "b", "label": True, "ended": False}, **WAY)
     assert row.dialogues[0].ids[-1] != EOS
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_a_label_is_a_side(label):
-    row, _ = unpaired({"prompt": "a b", "completion": "c", "label": label}, **WAY)
+    row, _ = tokenize_unpaired({"prompt": "a b", "completion": "c", "label": label}, **WAY)
     assert row.dialogues == [Dialogue([10, 11, 12, EOS], 2)] and row.pairs == []
     assert row.sides(is_paired=False) == [(1.0, 0.0) if label else (0.0, 1.0)]
 
 
 def test_a_preference_is_split_into_its_best_and_its_worst():
-    row, _ = unpaired(RANKING, **WAY)
+    row, _ = tokenize_unpaired(RANKING, **WAY)
     assert isinstance(row, Choice) and row.ranks == [0.0, 0.0, 1.0]
     with pytest.raises(Dropped, match="ties"):
-        unpaired({"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}, **WAY)
+        tokenize_unpaired({"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}, **WAY)
 
 
 @pytest.mark.parametrize(
     ("convert", "record", "message"),
     [
-        (paired, {"prompt": "a", "completion": "b", "label": True}, "which --loss kto takes"),
-        (paired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
-        (paired, {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_ended": 0}, "'chosen_ended' is 0"),
-        (unpaired, {"prompt": "a", "completion": "b"}, "'label' is missing"),
-        (unpaired, {"prompt": "a", "completion": "b", "label": 1}, "'label' is 1; it must be true or false"),
-        (unpaired, {"prompt": "a", "label": True}, "'completion' is missing"),
-        (unpaired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+        (tokenize_paired, {"prompt": "a", "completion": "b", "label": True}, "which --loss kto takes"),
+        (tokenize_paired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
+        (
+            tokenize_paired,
+            {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_ended": 0},
+            "'chosen_ended' is 0",
+        ),
+        (tokenize_unpaired, {"prompt": "a", "completion": "b"}, "'label' is missing"),
+        (
+            tokenize_unpaired,
+            {"prompt": "a", "completion": "b", "label": 1},
+            "'label' is 1; it must be true or false",
+        ),
+        (tokenize_unpaired, {"prompt": "a", "label": True}, "'completion' is missing"),
+        (tokenize_unpaired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
     ],
 )
 def test_what_cannot_be_used_is_refused(convert, record, message):
@@ -117,10 +125,12 @@ def test_what_cannot_be_used_is_refused(convert, record, message):
 def test_labels_and_flags_may_be_text_as_in_csv():
     single = {"prompt": "a b", "completion": "c"}
     for text, label in (("true", True), ("False", False)):
-        assert unpaired(single | {"label": text}, **WAY) == unpaired(single | {"label": label}, **WAY)
+        assert tokenize_unpaired(single | {"label": text}, **WAY) == tokenize_unpaired(
+            single | {"label": label}, **WAY
+        )
     with pytest.raises(ValueError, match="field 'label' is 'yes'; it must be true or false"):
-        unpaired(single | {"label": "yes"}, **WAY)
+        tokenize_unpaired(single | {"label": "yes"}, **WAY)
     pair = {"prompt": "a b", "chosen": "c", "rejected": "d"}
-    assert paired(pair | {"rejected_ended": "false"}, **WAY) == paired(
+    assert tokenize_paired(pair | {"rejected_ended": "false"}, **WAY) == tokenize_paired(
         pair | {"rejected_ended": False}, **WAY
     )

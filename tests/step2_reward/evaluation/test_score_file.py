@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import step2_reward.evaluation.score_file
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder
-from step2_reward.data import scored_response
+from step2_reward.data import tokenize_response
 from step2_reward.evaluation.score_file import check_written, describe, read_examples, token_ids
 from step2_reward.options import ScoreOptions
 from tests.common.text.test_chat_templates import CHATML, make_encoder
@@ -275,4 +275,4 @@ def test_a_response_that_was_cut_is_scored_as_in_step_3() -> None:
     expected, _ = token_ids(whole, encoder, 16)
     assert expected[-1] == EOS
     assert token_ids(cut, encoder, 16)[0] == expected
-    assert scored_response(cut, encoder, 16, "drop")[0].ids == expected
+    assert tokenize_response(cut, encoder, 16, "drop")[0].ids == expected
