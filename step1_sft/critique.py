@@ -37,7 +37,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import CacheOptions, DataOptions, OptimiserOptions, world_size
 from common.runtime.process import run_main
 from common.text.conversation import Message
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.record_formats import Record
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder
@@ -84,7 +84,7 @@ def load_prompts(options: CritiqueOptions, encoder: SegmentEncoder) -> list[Prom
     cache_options = {field.name: getattr(options, field.name) for field in fields(CacheOptions)}
     data_options = DataOptions(eval_fraction=0.0, **cache_options)
     convert = partial(
-        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong="truncate_prompt"
+        tokenize_prompt, encoder=encoder, max_length=options.max_prompt_length, overlong="truncate_prompt"
     )
     rows, _ = load_examples(options.prompt_data, data_options, Prompt, convert)
     return list(rows)
@@ -97,7 +97,9 @@ class Assistant:
         self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, max_prompt_length: float
     ) -> None:
         self._sample = partial(sample_answers, policy, encoder, options=options)
-        self._encode = partial(prompt, encoder=encoder, max_length=max_prompt_length, overlong="drop")
+        self._encode = partial(
+            tokenize_prompt, encoder=encoder, max_length=max_prompt_length, overlong="drop"
+        )
 
     def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, PolicyAnswer]:
         """PolicyAnswer prompts of token ids, keyed by record number."""

@@ -24,7 +24,7 @@ from common.runtime.distributed import (
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from common.runtime.process import run_main
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
@@ -69,7 +69,7 @@ def main() -> None:
     if options.has_critic and reward_encoders[:1] != [encoder]:
         check_scalar(config)  # the critic will stand on the actor's model
     convert = partial(
-        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
+        tokenize_prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
     train, held_out = load_examples(options.prompt_data, options, Prompt, convert)
     texts = load_texts(options, encoder)

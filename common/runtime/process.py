@@ -19,38 +19,36 @@ import torch.distributed as dist
 from common.runtime.distributed import barrier, on_cpu, rank, ranks_in_words, sum_over_ranks
 from common.runtime.options import UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what people, Slurm and spot machines send
-WAKE = signal.SIGURG  # from the watching thread to the main one; nothing else sends or heeds it
-REFUSED = 2  # exit code after a mistake that the user can correct
-STOPPED = 75  # exit code of a polite stop: the same command resumes (EX_TEMPFAIL of sysexits.h)
-STOP_FILE = "stop"  # in the output directory: asks for a stop, from where no signal reaches the ranks
-ONE_SIGNAL = (
-    2.0  # seconds: Slurm and a terminal signal all processes at once, and the launcher its ranks again
-)
-GRACE = 5.0  # seconds that a rank waits for its own error after another rank of the machine has ended
-CLEAN_UP = 20.0  # seconds that an interrupted rank may take to remove temporary files
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by users, Slurm and spot instances
+WAKE = signal.SIGURG  # from the watcher thread to the main thread; otherwise unused
+REFUSED = 2  # exit code after a UserError
+STOPPED = 75  # exit code of a graceful stop: the same command resumes (EX_TEMPFAIL of sysexits.h)
+STOP_FILE = "stop"  # in the output directory: requests a stop where signals do not reach the ranks
+ONE_SIGNAL = 2.0  # seconds: one stop may arrive twice, from Slurm or a terminal and from the launcher
+GRACE = 5.0  # seconds for a rank to report its own error after another local rank has ended
+CLEAN_UP = 20.0  # seconds for an interrupted rank to remove temporary files
 PREPARING = "Stopped during preparation; nothing to save. Run the same command to start again."
 UNWRITTEN = "Stopped; no results were written. Run the same command to start again."
 
-_requested = False  # a stop, by a signal or because nobody watches the run any more
+_requested = False  # a stop: by a signal, by STOP_FILE, or because the launcher is gone
 _finished = False
-_last_line: str | None = PREPARING  # of a stop at any moment; None: a stop waits for `stop_requested`
-_undo: list[Callable[[], None]] = []  # what a refusal takes back
+_last_line: str | None = PREPARING  # printed by an immediate stop; None: a stop waits for `stop_requested`
+_undo: list[Callable[[], None]] = []  # called after a UserError
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and all ranks end together. Like KeyboardInterrupt, it is no Exception."""
+    """A requested stop of all ranks. Like KeyboardInterrupt, it is not an Exception."""
 
 
 class Interrupted(Stopped):
-    """This rank ends wherever it is, because a stop loses nothing."""
+    """Immediate stop of this rank, raised where no work is lost."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a stage, and exit with 0 at its end, REFUSED, STOPPED, or 1 after an unforeseen error.
+    """Run a stage. Exit code: 0, REFUSED after a UserError, STOPPED after a stop, 1 after any other error.
 
-    A user's mistake is one line. Under a launch script, which names a folder in $TRIPTYCH_ENDINGS, a rank
-    notes there how it ended, and the script shows that line, or the first traceback, at the very end.
+    A UserError prints one line. Launch scripts set $TRIPTYCH_ENDINGS to a folder: each rank writes there how
+    it ended, and the script prints that line, or the first traceback, last.
     """
     _listen()
     try:
@@ -74,9 +72,9 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def stop_anywhere(line: str = PREPARING) -> None:
-    """From here on a stop ends this rank wherever it is, with this line: nothing that was done is lost.
+    """From now on, a stop ends this rank immediately and prints this line. The default of a process.
 
-    The state at the start of a process.
+    Use it while an immediate end loses no work.
     """
     global _last_line
     _last_line = line
@@ -85,13 +83,13 @@ def stop_anywhere(line: str = PREPARING) -> None:
 
 
 def stop_between_steps() -> None:
-    """From here on a stop waits until all ranks call `stop_requested`, which is after a step of training."""
+    """From now on, a stop waits until all ranks call `stop_requested`, after a training step."""
     global _last_line
     _last_line = None
 
 
 def stop_requested(output_dir: str) -> bool:
-    """Whether any rank was asked to stop: the same answer on all ranks, which must ask together."""
+    """Whether a stop was requested on any rank. A collective: all ranks must call it."""
     global _requested
     if rank() == 0:
         for folder in filter(None, (output_dir, os.environ.get("TRIPTYCH_ENDINGS"))):
@@ -101,8 +99,8 @@ def stop_requested(output_dir: str) -> bool:
     return sum_over_ranks(float(_requested))[0] > 0
 
 
-def accept() -> None:
-    """Tell the launch script that the options and data are accepted: it begins to write the log."""
+def report_accepted() -> None:
+    """Tell the launch script that options and data are accepted, so that it starts the log file."""
     if rank() == 0 and "TRIPTYCH_ENDINGS" in os.environ:
         name = (
             f"CPU, {torch.get_num_threads()} threads per rank" if on_cpu() else torch.cuda.get_device_name()
@@ -111,7 +109,7 @@ def accept() -> None:
 
 
 def on_refusal(undo: Callable[[], None]) -> None:
-    """Have rank 0 call this if the command is refused."""
+    """Register a function that rank 0 calls after a UserError."""
     _undo.append(undo)
 
 
@@ -126,10 +124,10 @@ def _refuse(error: UserError) -> None:
 
 
 def _listen() -> None:
-    """A first signal asks for a stop, a second one ends the process at once."""
+    """Handle signals: the first requests a stop, a second one ends the process at once."""
     first = math.inf
 
-    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
         nonlocal first
         global _requested
         if time.monotonic() - first > ONE_SIGNAL:
@@ -148,7 +146,7 @@ def _listen() -> None:
 
 
 def _interrupt() -> None:
-    """Raise Interrupted, once, if a stop loses nothing. Code that swallows it gets CLEAN_UP seconds."""
+    """Raise Interrupted once, where a stop may be immediate. End the process after CLEAN_UP seconds."""
     global _last_line
     if _last_line is None:
         return
@@ -160,22 +158,21 @@ def _interrupt() -> None:
 
 
 def _watch(launcher: psutil.Process) -> None:
-    """Ask for a stop when the script wants one or nobody is above this rank any more, and end this rank when
-    another one of the machine is gone.
+    """Request a stop for STOP_FILE or a dead launcher. End this rank when another local rank has died.
 
-    DeepSpeed's ranks would go on without a launcher, and wait in a collective for a dead rank until it times
+    Without it, ranks of DeepSpeed outlive their launcher, and wait for a dead rank until a collective times
     out.
     """
     global _requested
-    # The launcher, and above it the `deepspeed` command, or a remote shell where there are several machines.
+    # The launcher and its parent: the `deepspeed` command, or a remote shell on several machines.
     watched = [launcher.pid, *(process.pid for process in launcher.parents()[:1])]
     if "TRIPTYCH_SUPERVISOR" in os.environ:
         watched.append(int(os.environ["TRIPTYCH_SUPERVISOR"]))
     endings = os.environ.get("TRIPTYCH_ENDINGS")
     peers: list[int] = []
     while not _finished and all(map(_is_alive, peers)):
-        is_asked = bool(endings) and (Path(endings) / STOP_FILE).exists()
-        _requested = _requested or is_asked or not all(map(_is_alive, watched))
+        has_stop_file = bool(endings) and (Path(endings) / STOP_FILE).exists()
+        _requested = _requested or has_stop_file or not all(map(_is_alive, watched))
         if _requested and _last_line is not None:
             signal.pthread_kill(threading.main_thread().ident, WAKE)
         if not peers and dist.is_initialized():
@@ -184,7 +181,7 @@ def _watch(launcher: psutil.Process) -> None:
         time.sleep(0.5)
     time.sleep(GRACE)
     if not _finished:
-        _note(f"lost_{rank()}", f"rank {rank()} ends, because another rank has ended\n")
+        _note(f"lost_{rank()}", f"rank {rank()}: stopped because another rank has ended\n")
         _end(1)
 
 
@@ -196,12 +193,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def _leave(code: int) -> None:
-    """The common end of all ranks."""
+    """End all ranks together."""
     global _finished
-    barrier()  # so that no rank is seen to be gone while another has work to do
+    barrier()  # no rank may disappear while another is still working
     _finished = True
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the launcher ends the ranks that are a moment slower
+        signal.signal(number, signal.SIG_IGN)  # the launcher signals ranks that are a moment slower
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(code)
@@ -209,7 +206,7 @@ def _leave(code: int) -> None:
 
 def _report(error: Exception) -> None:
     text = "".join(traceback.format_exception(error))
-    # An error of the connection to another rank that has failed is not the one that matters.
+    # A lost connection is the consequence of an error on another rank.
     is_echo = isinstance(error, dist.DistError) or "gloo" in str(error)
     kind = "lost" if is_echo and "timed out" not in str(error).lower() else "failed"
     if _note(f"{kind}_{rank()}", f"rank {rank()}: {text}"):
@@ -219,14 +216,14 @@ def _report(error: Exception) -> None:
 
 
 def _show_last(kind: str, line: str) -> None:
-    """Leave the last line of the command to the launch script; without one, print it."""
+    """Pass the last line to the launch script; print it if there is none."""
     if not _note(f"{kind}_{rank()}", line) and rank() == 0:
         with contextlib.suppress(OSError):
             print(line, flush=True)
 
 
 def _note(name: str, text: str) -> bool:
-    """Tell the launch script how this rank ended, if there is one that listens."""
+    """Write for the launch script how this rank ended. Returns False without a launch script."""
     folder = os.environ.get("TRIPTYCH_ENDINGS")
     try:
         return bool(folder) and (Path(folder) / name).write_text(text) >= 0
@@ -235,7 +232,7 @@ def _note(name: str, text: str) -> bool:
 
 
 def _end(code: int) -> None:
-    """Leave without a farewell to a process group that may be broken."""
+    """Exit at once: the process group may be broken."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

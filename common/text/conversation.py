@@ -1,4 +1,4 @@
-"""A conversation under a chat template, cut into context and replies. Pure: the template is a function."""
+"""Split a rendered conversation into context and response segments. Pure: the template is a function."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ Message = dict[str, str]
 Render = Callable[[list[Message], bool], str]  # (messages, add_generation_prompt) -> text
 
 ROLES = ("system", "user", "assistant")
-PROBE = "\ufdd1"  # a Unicode noncharacter: marks where a template writes a reply
+PROBE = "\ufdd1"  # a Unicode noncharacter: marks the start of a reply
 
-# Used when a tokenizer brings no chat template, and saved with it. Each reply ends in EOS.
+# Used for tokenizers without a chat template, and saved with them. Each reply ends in EOS.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}"
@@ -21,7 +21,7 @@ DEFAULT_CHAT_TEMPLATE = (
 
 
 class Segment(NamedTuple):
-    """A stretch of text; `is_response`: the model is to produce it; `ends`: EOS follows it."""
+    """A piece of text. `is_response`: the model learns to generate it; `ends`: EOS follows it."""
 
     text: str
     is_response: bool = False
@@ -29,17 +29,17 @@ class Segment(NamedTuple):
 
 
 def plain_messages(value: list[Any], name: str) -> list[Message]:
-    """Messages with a role and a content string each. Raises ValueError, naming the field `name`.
+    """Messages with only a role and a content string. Raises ValueError, naming the field `name`.
 
-    Content may be a list of text parts, which are joined. Other keys that hold something (tool calls, a
-    name, a weight) would change the text or the loss, so they are refused; empty ones are left out, and so
-    is a weight that changes nothing: 1 for a reply, 0 for any other message.
+    Lists of text parts are joined. Other keys with a value (tool calls, a name, a weight) would change the
+    text or the loss and are rejected; empty keys, and default weights (1 for a reply, 0 otherwise), are
+    removed.
     """
     return [_plain_message(message, f"field {name!r}: message {i}") for i, message in enumerate(value)]
 
 
 def without_last_replies(messages: list[Message]) -> list[Message]:
-    """The messages up to the last one that is not the assistant's."""
+    """Messages without the assistant messages at the end."""
     end = len(messages)
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
@@ -47,7 +47,7 @@ def without_last_replies(messages: list[Message]) -> list[Message]:
 
 
 def common_length(items: Sequence[str] | Sequence[list[Any]]) -> int:
-    """How many characters, or elements, all items begin with alike."""
+    """Length of the common prefix of all items, in characters or elements."""
     low, high = 0, min(map(len, items))
     while low < high:
         middle = (low + high + 1) // 2
@@ -59,24 +59,24 @@ def common_length(items: Sequence[str] | Sequence[list[Any]]) -> int:
 
 
 def conversation_segments(messages: list[Message], render: Render, eos: str) -> list[Segment]:
-    """Segments whose texts, with `eos` after those that end, are the rendered conversation.
+    """Split the rendered conversation into segments; `eos` follows those that end.
 
-    A conversation that ends with a question ends with the generation prompt. Replies are response segments.
-    What a template writes after EOS at the end of a reply is context, or left out after the last reply.
+    Replies are response segments. A conversation without a last reply ends with the generation prompt. Text
+    that the template writes after a reply's EOS is context; after the last reply it is dropped.
 
-    Templates may render a reply differently once the conversation continues. EOS (Phi-3) or another end token
-    (gpt-oss) that they write only after the last reply is not part of an earlier one. An earlier reply that
-    they change otherwise (Qwen3 removes `<think>`) is context: the model never produces that text.
+    Templates may render earlier replies differently from the last one. An end token written only after the
+    last reply (EOS in Phi-3, another one in gpt-oss) is not part of earlier replies. An earlier reply that
+    changes otherwise (Qwen3 removes `<think>`) is context: the model never generates that text.
 
-    Raises ValueError when the conversation begins with a reply, and when the template renders the last reply
-    in a way that cannot follow its generation prompt.
+    Raises ValueError when the conversation begins with a reply, and when the rendered last reply does not
+    follow its generation prompt.
     """
     if messages[0]["role"] == "assistant":
         raise ValueError("the conversation begins with the assistant; another message must come first")
     ends_with_reply = messages[-1]["role"] == "assistant"
     text = render(messages, not ends_with_reply)
     segments: list[Segment] = []
-    done = 0  # characters of the text that are in segments
+    done = 0  # characters of the text that are in segments already
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -87,8 +87,8 @@ def conversation_segments(messages: list[Message], render: Render, eos: str) -> 
             if is_last:
                 raise
             continue
-        reply, found_eos, _ = turn.partition(eos)
-        ends = bool(found_eos) and text.startswith(header + reply + eos)
+        reply, separator, _ = turn.partition(eos)
+        ends = bool(separator) and text.startswith(header + reply + eos)
         if len(header) >= done and text.startswith(header + reply):
             segments.append(Segment(text[done : len(header)]))
             segments.append(Segment(reply, is_response=True, ends=ends or is_last))
@@ -97,17 +97,17 @@ def conversation_segments(messages: list[Message], render: Render, eos: str) -> 
 
 
 def _split_last_reply(messages: list[Message], render: Render, eos: str) -> tuple[str, str]:
-    """The rendering of a conversation that ends with a reply, cut where the reply begins.
+    """Split a rendered conversation at the start of its last reply.
 
-    That is after the generation prompt. Where the prompt has more than the conversation (DeepSeek opens
-    `<think>`), it is after what both have in common.
+    The reply starts after the generation prompt. If that prompt is not in the conversation (DeepSeek opens
+    `<think>`), the reply starts after their common prefix.
     """
     text, prompt = render(messages, False), render(messages[:-1], True)
     if text.startswith(prompt):
         return prompt, text[len(prompt) :]
     question = render(messages[:-1], False).removesuffix(eos)
     begin = common_length([prompt, text])
-    # The reply itself may begin like the rest of the generation prompt.
+    # The reply may begin with the same text as the rest of the generation prompt.
     probed = {**messages[-1], "content": PROBE + messages[-1]["content"]}
     reply_begin = render([*messages[:-1], probed], False).find(PROBE)
     begin = min(begin, reply_begin) if reply_begin >= 0 else begin
@@ -116,32 +116,32 @@ def _split_last_reply(messages: list[Message], render: Render, eos: str) -> tupl
     return text[:begin], text[begin:]
 
 
-def _plain_message(message: Any, place: str) -> Message:
+def _plain_message(message: Any, name: str) -> Message:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        raise ValueError(f"{place} must be an object with 'role' and 'content'")
+        raise ValueError(f"{name} must be an object with 'role' and 'content'")
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise ValueError(f"{place} has role {role!r}; allowed: {', '.join(ROLES)}")
+        raise ValueError(f"{name} has role {role!r}; allowed: {', '.join(ROLES)}")
     for key, value in message.items():
         is_default = key == "weight" and value == (role == "assistant")
         if key not in ("role", "content") and value not in (None, "", [], {}) and not is_default:
-            raise ValueError(f"{place} has {key!r}, which is not supported; allowed: 'role' and 'content'")
+            raise ValueError(f"{name} has {key!r}, which is not supported; allowed: 'role' and 'content'")
     if isinstance(content, list):
-        content = "".join(_text_of_part(part, place) for part in content)
+        content = "".join(_text_of_part(part, name) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"{place} has content of type {type(content).__name__}; it must be text")
+        raise ValueError(f"{name} has content of type {type(content).__name__}; it must be text")
     if not content.strip() and role != "system":
-        raise ValueError(f"{place} has no content")
+        raise ValueError(f"{name} has no content")
     return {"role": role, "content": content}
 
 
-def _text_of_part(part: Any, place: str) -> str:
+def _text_of_part(part: Any, name: str) -> str:
     """The text of a content part: {"type": "text", "text": ...}, or a string."""
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     if isinstance(part, dict) and part.get("type", "text") == "text":
-        raise ValueError(f"{place} has a content part of type 'text' whose 'text' is no string")
+        raise ValueError(f"{name} has a content part of type 'text' whose 'text' is not a string")
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise ValueError(f"{place} has a content part of type {kind!r}; only text is supported")
+    raise ValueError(f"{name} has a content part of type {kind!r}; only text is supported")

@@ -1,6 +1,4 @@
-"""Fields of a record that are more than text. Where a number, a flag or a list is needed, its text will do: a
-cell of CSV has nothing else. Pure.
-"""
+"""Numbers, flags and lists in the fields of a record. They may be given as text, as in CSV files. Pure."""
 
 import contextlib
 import json
@@ -13,7 +11,7 @@ Record = dict[str, Any]
 NOTHING = (None, "", [], {}, "[]", "{}", "null")
 FLAGS = {"true": True, "false": False}
 LISTS = ("messages", "conversations", "history", "responses", "ranks", "votes")
-# Fields whose value is a text, or messages.
+# Fields of text or messages.
 TEXTS = (
     "prompt", "completion", "chosen", "rejected", "response", "response_a", "response_b",
     "messages", "conversations", "responses",
@@ -21,7 +19,7 @@ TEXTS = (
 
 
 def number(record: Record, name: str, default: float = 0.0) -> float:
-    """A finite number. Raises ValueError, in words for the user."""
+    """Read a finite number from a field. Raises ValueError with a message for the user."""
     value = record.get(name, default)
     if (parsed := as_number(value)) is None:
         raise ValueError(f"field {name!r} is {shown(value)}; it must be a number")
@@ -29,7 +27,7 @@ def number(record: Record, name: str, default: float = 0.0) -> float:
 
 
 def flag(record: Record, name: str, default: bool | None = None) -> bool:
-    """True or false. Raises ValueError, in words for the user."""
+    """Read a boolean from a field. Raises ValueError with a message for the user."""
     value = record.get(name, default)
     parsed = FLAGS.get(value.strip().lower()) if isinstance(value, str) else value
     if not isinstance(parsed, bool):
@@ -38,7 +36,7 @@ def flag(record: Record, name: str, default: bool | None = None) -> bool:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, or the text of one; None for anything else."""
+    """Convert a finite number, or its text, to float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     with contextlib.suppress(ValueError, OverflowError):
@@ -47,40 +45,40 @@ def as_number(value: Any) -> float | None:
 
 
 def is_nothing(value: Any) -> bool:
-    """Whether a field is there only for the sake of other records of the file."""
+    """Whether a field is empty, as it is in files where all records have all fields."""
     if isinstance(value, list | dict):
         return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
     return (value.strip() if isinstance(value, str) else value) in NOTHING
 
 
 def with_lists(record: Record) -> Record:
-    """The record with the lists that it has as JSON text; the same one where there is none."""
-    found = {}
+    """Parse lists that are given as JSON text."""
+    lists = {}
     for name in LISTS:
         value = record.get(name)
         if isinstance(value, str) and value.lstrip().startswith("["):
             with contextlib.suppress(ValueError):
-                found[name] = json.loads(value)
-    return {**record, **found} if found else record
+                lists[name] = json.loads(value)
+    return {**record, **lists} if lists else record
 
 
 def without_nulls(record: Record) -> Record:
-    """A null field is an absent field: in the record itself, and in its messages."""
+    """Remove null fields from a record and from its messages."""
     present = {name: value for name, value in record.items() if value is not None}
     return {name: _present(value) if name in TEXTS else value for name, value in present.items()}
 
 
 def check_characters(record: Record) -> None:
-    """Raise ValueError for a text with half a character in it, which no tokenizer takes and no file holds."""
+    """Raise ValueError for a lone surrogate: no tokenizer accepts it, and UTF-8 cannot store it."""
     if half := _half_character(record):
         name = next((name for name, value in record.items() if _half_character([name, value])), "")
         raise ValueError(
-            f"field {name!r} has half a character ({half}): a tool has cut the text within an emoji"
+            f"field {name!r} has half a character ({half}): a tool has cut the text inside an emoji"
         )
 
 
 def shown(value: Any) -> str:
-    """A value in a message: on one line, and not too long."""
+    """Format a value for messages: one line, at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -92,7 +90,7 @@ def _present(value: Any) -> Any:
 
 
 def _half_character(value: Any) -> str:
-    """The first lone surrogate anywhere in a value, written out; nothing in proper text."""
+    """The first lone surrogate in a value, as an escape sequence; empty if there is none."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Where the prompt of a record ends and its responses begin. Pure."""
+"""Split a record into prompt and responses. Pure."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ Text = str | list[Message]
 
 
 def text_field(record: dict[str, Any], name: str) -> Text:
-    """The field as a non-empty string or list of plain messages, else ValueError."""
+    """Read a field as a non-empty string or a list of plain messages. Raises ValueError."""
     value = record[name]
     if not isinstance(value, str | list):
         raise ValueError(
@@ -22,10 +22,10 @@ def text_field(record: dict[str, Any], name: str) -> Text:
 
 
 def split_responses(record: dict[str, Any], names: Sequence[str]) -> tuple[Text, dict[str, Text]]:
-    """The prompt of a record, and the responses in the fields `names` without it.
+    """Split a record into its prompt and the responses in the fields `names`.
 
-    A response of messages may be the whole dialogue, prompt included. A prompt of messages ends before a
-    reply, so that a response can begin there; its last replies go to the responses.
+    Responses that are dialogues, with the prompt included, lose the prompt. Assistant messages at the end of
+    the prompt move to the responses.
     """
     responses = {name: text_field(record, name) for name in names}
     if "prompt" in record:
@@ -39,13 +39,13 @@ def split_responses(record: dict[str, Any], names: Sequence[str]) -> tuple[Text,
 
 
 def is_answer(response: Any) -> bool:
-    """Whether a response is one alone, rather than a dialogue. It need not be of plain messages yet."""
+    """Whether a response is only an answer, not a dialogue with its prompt. Accepts unchecked messages."""
     is_list = isinstance(response, list) and response and isinstance(response[0], dict)
     return isinstance(response, str) or bool(is_list and response[0].get("role") == "assistant")
 
 
 def with_dialogues(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A record, and the names of its responses that are messages, for `split_responses`."""
+    """Name the elements of `responses` as fields, and list the response fields that are messages."""
     several = record.get("responses")
     several = several if isinstance(several, list) else []
     record = {**record, **{f"responses[{number}]": response for number, response in enumerate(several)}}
@@ -54,7 +54,7 @@ def with_dialogues(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _without_prompt(prompt: Text, responses: dict[str, Text]) -> tuple[Text, dict[str, Text]]:
-    """The prompt as a response can follow it, and the responses without the prompt that dialogues repeat."""
+    """Remove the prompt from responses that are dialogues, and the last replies from the prompt."""
     names = [name for name, response in responses.items() if isinstance(response, list)]
     dialogues = [responses[name] for name in names] if len(names) == len(responses) else []
     if isinstance(prompt, str):
@@ -67,7 +67,9 @@ def _without_prompt(prompt: Text, responses: dict[str, Text]) -> tuple[Text, dic
         if any(dialogue[0]["role"] != "assistant" for dialogue in dialogues):
             if all(_asks(dialogue, prompt) for dialogue in dialogues):
                 return _common_beginning(responses)
-            raise ValueError(f"'prompt' is none of the user messages in {' and '.join(map(repr, responses))}")
+            raise ValueError(
+                f"'prompt' is not one of the user messages in {' and '.join(map(repr, responses))}"
+            )
         prompt = [{"role": "user", "content": prompt}]
     responses = {
         name: response[len(prompt) :] if response[: len(prompt)] == prompt else response
@@ -79,12 +81,12 @@ def _without_prompt(prompt: Text, responses: dict[str, Text]) -> tuple[Text, dic
             raise ValueError(f"field {name!r} is a dialogue that does not begin with 'prompt'")
     shorter = without_last_replies(prompt)
     if not shorter:
-        raise ValueError("field 'prompt' has no message that a response could answer")
+        raise ValueError("field 'prompt' has no user or system message to answer")
     if last_replies := prompt[len(shorter) :]:
         for name, response in responses.items():
             if isinstance(response, str) or (response and response[0]["role"] == "assistant"):
                 raise ValueError(
-                    f"field 'prompt' ends with an assistant message, so {name!r} answers nothing"
+                    f"field 'prompt' ends with an assistant message, so {name!r} cannot answer it"
                 )
         responses = {name: [*last_replies, *response] for name, response in responses.items()}
     return shorter, responses
@@ -95,13 +97,13 @@ def _asks(dialogue: list[Message], prompt: str) -> bool:
 
 
 def _common_beginning(dialogues: dict[str, Text]) -> tuple[Text, dict[str, Text]]:
-    """The prompt that whole dialogues share, and each one's response: messages, or words of strings."""
+    """Split dialogues into their common prompt and the responses, at a message or at a word."""
     first, *others = dialogues.values()
     names = " and ".join(map(repr, dialogues))
     if any(type(other) is not type(first) for other in others):
         raise ValueError(f"{names} must both be strings or both be lists of messages")
     if others and all(other == first for other in others):
-        raise ValueError(f"{names} do not differ in a response")
+        raise ValueError(f"{names} are identical")
     cut = common_length([first, *others])
     if isinstance(first, str):
         cut = min(_word_start(text, cut) for text in dialogues.values())
@@ -109,15 +111,14 @@ def _common_beginning(dialogues: dict[str, Text]) -> tuple[Text, dict[str, Text]
         cut = len(without_last_replies(first[:cut]))
     prompt = first[:cut]
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ValueError(f"{names} have no common beginning to serve as the prompt")
+        raise ValueError(f"{names} have no common beginning to use as the prompt")
     return prompt, {name: dialogue[cut:] for name, dialogue in dialogues.items()}
 
 
 def _word_start(text: str, cut: int) -> int:
-    """`cut`, or the start of the word that it would cut through or leave nothing of. A space belongs to the
-    word.
+    """Move `cut` back to the start of a word, so that no word is cut and the rest is not empty.
 
-    In scripts that are written without spaces each character is a word.
+    A word includes the space before it. In scripts without spaces each character is a word.
     """
     nothing_left = not text[cut:].strip()
     if nothing_left:

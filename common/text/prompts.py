@@ -10,7 +10,7 @@ from common.text.truncation import fit
 
 
 class Prompt(NamedTuple):
-    """Token ids of a prompt, and its record as JSON, for scores by other tokens or by more than text."""
+    """Token ids of a prompt, and its record as JSON for reward functions and other tokenizers."""
 
     ids: list[int]
     json: str
@@ -24,13 +24,15 @@ class Prompt(NamedTuple):
         return json.loads(self.json)
 
 
-def prompt(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Prompt, bool]:
-    """Tokenise a prompt; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError."""
-    source = find_prompt(record)
-    if isinstance(source, list) and not any(message["role"] == "user" for message in source):
+def tokenize_prompt(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
+) -> tuple[Prompt, bool]:
+    """Tokenise a prompt. Returns whether it was truncated (see `fit`). Raises Dropped or ValueError."""
+    messages = find_prompt(record)
+    if isinstance(messages, list) and not any(message["role"] == "user" for message in messages):
         raise ValueError("the prompt has no user message, so there is nothing to answer")
     eos = encoder.tokenizer.eos_token
     (row,), is_cut = fit(
-        source, lambda part: [prompt_segments(part, encoder.render, eos)], encoder, max_length, overlong
+        messages, lambda part: [prompt_segments(part, encoder.render, eos)], encoder, max_length, overlong
     )
     return Prompt(row.ids, json.dumps(record, default=str)), is_cut

@@ -1,8 +1,8 @@
-"""From a record to the text of its prompt and response. Pure: no tokenizer, no files.
+"""Convert a record to text segments of prompt and response. Pure: no tokenizer, no files.
 
 A text field is a string, used verbatim, or a list of {"role", "content"} messages, rendered by the chat
-template. Both become a list of segments: stretches of context and of response, in order. All stages tokenise
-segment by segment, so the boundary between prompt and response tokens is the same in all of them.
+template. Both become a list of segments: pieces of context and of response, in order. All stages tokenise
+each segment separately, so they agree on the boundary between prompt and response tokens.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from common.text.prompt_boundary import Text, split_responses, text_field, with_
 
 
 class Comparison(NamedTuple):
-    """Two or more responses to a prompt, by field name, and their ranks: lower is better, equal is a tie."""
+    """Responses to a prompt, by field name, and their ranks: lower is better, equal ranks are a tie."""
 
     prompt: Text
     responses: dict[str, Text]
@@ -21,9 +21,9 @@ class Comparison(NamedTuple):
 
 
 def find_prompt(record: dict[str, Any]) -> Text:
-    """The prompt of any kind of record, as every step uses it; messages end before the last reply.
+    """Extract the prompt of any kind of record; messages end before the last reply.
 
-    Raises ValueError, in words for the user, when there is none.
+    Raises ValueError with a message for the user if there is no prompt.
     """
     if "messages" in record:
         prompt = without_last_replies(_messages(record))
@@ -40,7 +40,7 @@ def find_prompt(record: dict[str, Any]) -> Text:
 
 
 def prompt_segments(prompt: Text, render: Render, eos: str) -> list[Segment]:
-    """A prompt as segments, up to where the response begins."""
+    """Segments of a prompt, generation prompt included."""
     if isinstance(prompt, str):
         return [Segment(prompt)]
     segments = conversation_segments(prompt, render, eos)
@@ -50,7 +50,7 @@ def prompt_segments(prompt: Text, render: Render, eos: str) -> list[Segment]:
 def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> list[Segment]:
     """Segments of `prompt` + `completion`, or of `messages` with every assistant turn as a response.
 
-    A completion with `"ended": false` was cut, and EOS is not what comes next. Raises ValueError, in words
+    `"ended": false` marks a truncated completion: EOS does not follow it. Raises ValueError with a message
     for the user.
     """
     record = plain_demonstration(record)
@@ -62,7 +62,7 @@ def demonstration_segments(record: dict[str, Any], render: Render, eos: str) -> 
 
 
 def plain_demonstration(record: dict[str, Any]) -> dict[str, Any]:
-    """A demonstration of plain messages, without those that no reply follows. Raises ValueError as above."""
+    """Check a demonstration, and remove messages after its last reply. Raises ValueError."""
     if "messages" not in record:
         for name in ("prompt", "completion"):
             if name not in record:
@@ -79,15 +79,14 @@ def plain_demonstration(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_ended(record: dict[str, Any], name: str) -> bool:
-    """The flag of a response: false when it was cut, so that EOS is not its next token. Default: true."""
+    """Read the flag of a response: false if it was truncated, so that EOS does not follow. Default: true."""
     return flag(record, name, True)
 
 
 def comparison(record: dict[str, Any]) -> Comparison:
-    """The responses that a preference compares: all of `responses`, or `chosen` and `rejected`.
+    """Read the compared responses of a preference: `responses`, or `chosen` and `rejected`.
 
-    Without `prompt`, the common beginning of these two is the prompt. Raises ValueError, in words for the
-    user, for a record that compares nothing.
+    Without `prompt`, their common beginning is the prompt. Raises ValueError with a message for the user.
     """
     if "responses" in record or "ranks" in record:
         return _ranking(record)
@@ -102,7 +101,7 @@ def comparison(record: dict[str, Any]) -> Comparison:
 
 
 def preference_segments(compared: Comparison, render: Render, eos: str) -> list[list[Segment]]:
-    """Segments of the dialogue with each response."""
+    """Segments of prompt and response, for each response."""
     prompt, responses, _ = compared
     return [dialogue_segments(prompt, response, render, eos, name) for name, response in responses.items()]
 
@@ -110,9 +109,9 @@ def preference_segments(compared: Comparison, render: Render, eos: str) -> list[
 def dialogue_segments(
     prompt: Text, response: Text, render: Render, eos: str, name: str = "completion"
 ) -> list[Segment]:
-    """Prompt segments, then the response, whose last assistant turn alone is marked as one.
+    """Segments of a prompt and a response; only the last assistant turn is a response segment.
 
-    name: the field the response comes from, for messages.
+    name: field of the response, for error messages.
     """
     if isinstance(prompt, str) and isinstance(response, str):
         return [Segment(prompt), Segment(response, is_response=True, ends=True)]

@@ -1,4 +1,4 @@
-"""The system message that a record has beside its dialogue, put in front of it. Pure."""
+"""Move the `system` field of a record into its messages. Pure."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ RESPONSES = ("completion", "chosen", "rejected")
 
 
 def with_system(record: Record) -> Record:
-    """The record with the text of `system` as its first message. Raises ValueError where it has no place."""
+    """Insert `system` as the first message. Raises ValueError if the record has no messages."""
     name = next((name for name in SYSTEM if not is_nothing(record.get(name))), "")
     if not name:
         return record
@@ -22,51 +22,53 @@ def with_system(record: Record) -> Record:
     first = {"role": "system", "content": text}
     several = record.get("responses")
     several = several if isinstance(several, list) else []
-    responses = [*(record[place] for place in RESPONSES if place in record), *several]
+    responses = [*(record[field] for field in RESPONSES if field in record), *several]
     prompt = record.get("prompt")
     if isinstance(prompt, str) and responses and all(_is_reply(response) for response in responses):
         prompt = [{"role": "user", "content": prompt}]
         record = {**record, "prompt": prompt}
-    is_found = any(isinstance(record.get(place), list) for place in ("prompt", "messages"))
-    if not is_found and not any(_is_whole(response, prompt) for response in responses):
+    has_messages = any(isinstance(record.get(field), list) for field in ("prompt", "messages"))
+    if not has_messages and not any(_is_dialogue(response, prompt) for response in responses):
         raise ValueError(
-            f"field {name!r} has no place before a prompt that is a string, which is used verbatim; write"
-            " the prompt as a list of messages"
+            f"field {name!r} cannot be used with a prompt that is a string (used verbatim); write the prompt"
+            " as a list of messages"
         )
-    found = {}
-    for place in ("prompt", "messages"):
-        if isinstance(record.get(place), list):
-            found[place] = _begun(record[place], first, name, place)
-    for place in RESPONSES:
-        if _is_whole(record.get(place), prompt):
-            found[place] = _begun(record[place], first, name, place)
+    changed = {}
+    for field in ("prompt", "messages"):
+        if isinstance(record.get(field), list):
+            changed[field] = _insert_first(record[field], first, name, field)
+    for field in RESPONSES:
+        if _is_dialogue(record.get(field), prompt):
+            changed[field] = _insert_first(record[field], first, name, field)
     if several:
-        found["responses"] = [
-            _begun(response, first, name, f"responses[{number}]") if _is_whole(response, prompt) else response
+        changed["responses"] = [
+            _insert_first(response, first, name, f"responses[{number}]")
+            if _is_dialogue(response, prompt)
+            else response
             for number, response in enumerate(several)
         ]
-    return {**record, **found}
+    return {**record, **changed}
 
 
-def _begun(messages: list[Any], first: dict[str, str], name: str, place: str) -> list[Any]:
-    """Messages that begin with the system message `first`."""
+def _insert_first(messages: list[Any], first: dict[str, str], name: str, field: str) -> list[Any]:
+    """Insert the system message `first`, unless the messages begin with it."""
     begin = next(iter(messages), None)
     if begin == first:
         return messages
     if _is_system(begin):
-        raise ValueError(f"field {name!r} and the first of {place!r} are two different system messages")
+        raise ValueError(f"field {name!r} differs from the system message in {field!r}")
     return [first, *messages]
 
 
-def _is_whole(response: Any, prompt: Any) -> bool:
-    """Whether a response is a dialogue that repeats the prompt, perhaps without its system message."""
+def _is_dialogue(response: Any, prompt: Any) -> bool:
+    """Whether a response is a dialogue that repeats the prompt, with or without its system message."""
     if not isinstance(response, list) or not response or is_answer(response):
         return False
     if not isinstance(prompt, list):
         return True
     asked = prompt[1:] if prompt and _is_system(prompt[0]) else prompt
-    given = response[1:] if _is_system(response[0]) else response
-    return given[: len(asked)] == asked
+    dialogue = response[1:] if _is_system(response[0]) else response
+    return dialogue[: len(asked)] == asked
 
 
 def _is_reply(response: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What happens to a record that is longer than the model may read. Pure, but for the encoder it is given."""
+"""Length policies for records longer than the context length (--overlong). Pure, given the encoder."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, assert_never
@@ -11,36 +11,36 @@ Prompt = str | list[Message]
 
 
 class Dropped(Exception):
-    """A record is left out by the length policy; its text is the reason."""
+    """The length policy drops this record; the message is the reason."""
 
 
 class Fitted(NamedTuple):
-    """Token ids of prompt and response, and for each whether it belongs to a response."""
+    """Token ids of prompt and response, and a response mask."""
 
     ids: list[int]
     is_response: list[bool]
 
     @property
     def start(self) -> int:
-        """Where the last response begins; the number of tokens when there is none."""
-        place = len(self.ids)
-        while place and self.is_response[place - 1]:
-            place -= 1
-        return place
+        """Index of the first token of the last response; the number of tokens if there is none."""
+        start = len(self.ids)
+        while start and self.is_response[start - 1]:
+            start -= 1
+        return start
 
 
 def fit(
     prompt: Prompt, segments_of: Callable[[Prompt], Sequence[Sequence[Segment]]], encoder: SegmentEncoder,
     max_length: int, overlong: str, keep_end: bool = False,
 ) -> tuple[list[Fitted], bool]:  # fmt: skip
-    """Encode the responses to one prompt, each of at most `max_length` tokens, and say whether any was cut.
+    """Encode the responses to one prompt, with at most `max_length` tokens each. Returns whether any was cut.
 
-    segments_of: from a prompt, which may have lost its oldest messages, to the segments of each response with
-    it. overlong: `truncate_prompt` takes the oldest messages away, then tokens at the left, but never BOS nor
-    the whole prompt; `truncate_response` cuts at the right, with `keep_end` leaving the last token, an EOS.
-    Responses to the same prompt keep the same part of it.
-
-    Raises Dropped when the policy leaves nothing to learn from, or is `drop`; ValueError when it is `error`.
+    segments_of: returns the segments of each response for a (shortened) prompt. All responses keep the same
+    part of the prompt. overlong:
+    - truncate_prompt: remove the oldest messages, then tokens from the left, but never BOS or all tokens.
+    - truncate_response: remove tokens from the right; `keep_end` keeps the last token, EOS.
+    - drop: raise Dropped. The other policies raise it too, if no response is left.
+    - error: raise ValueError.
     """
     rows = [Fitted(*encoder.encode(segments)) for segments in segments_of(prompt)]
     longest = max(len(row.ids) for row in rows)
@@ -58,16 +58,16 @@ def fit(
         case _:
             assert_never(overlong)
     if len(cut) > 1 and all(row.ids == cut[0].ids for row in cut):
-        raise Dropped("responses alike once cut")
+        raise Dropped("identical after truncation")
     return cut, True
 
 
 def fit_demonstration(
     record: dict[str, Any], encoder: SegmentEncoder, max_length: int, overlong: str, keep_end: bool = False
 ) -> tuple[Fitted, bool]:
-    """`fit` for a demonstration, whose last reply is the response.
+    """Apply `fit` to a demonstration, whose last reply is the response.
 
-    keep_end: it is to be scored, and ends in EOS also where it was cut, as in step 3.
+    keep_end: the text is for scoring, so it ends in EOS even if it was truncated, as in step 3.
     """
     record = plain_demonstration(record)
     if keep_end:
@@ -107,10 +107,10 @@ def _cut_prompt(
 
 
 def _without_oldest(prompt: Prompt) -> Iterator[list[Message]]:
-    """The conversation from its second question on, from its third on, ...; what the system says stays."""
+    """Yield the conversation without its first user turn, its first two, ...; the system message stays."""
     if isinstance(prompt, str):
         return
     system = [message for message in prompt[:1] if message["role"] == "system"]
-    questions = [place for place, message in enumerate(prompt) if message["role"] == "user"]
-    for place in questions[1:]:
-        yield system + prompt[place:]
+    questions = [index for index, message in enumerate(prompt) if message["role"] == "user"]
+    for index in questions[1:]:
+        yield system + prompt[index:]

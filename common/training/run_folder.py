@@ -15,7 +15,7 @@ from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import lock_folder, read_json, sha256, write_json
 from common.runtime.option_checks import changed_defaults, changed_options, default_values, resolved
 from common.runtime.options import RunOptions, UserError
-from common.runtime.process import accept, on_refusal
+from common.runtime.process import on_refusal, report_accepted
 from common.training.checkpoint import Checkpoint, find_checkpoint
 
 # What may differ between a run and its continuation: places, intervals, how much is done at once, how many
@@ -85,7 +85,7 @@ def open_run(
         )
     if not options.export_only:
         _on_first_rank(_write, options, files)
-    accept()
+    report_accepted()
     return checkpoint
 
 
@@ -97,7 +97,7 @@ def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenize
     when it holds any run although --resume_from_checkpoint is 'none'. Nothing is written then.
     """
     _on_first_rank(_write, options, _on_first_rank(_claim, options, tokenizers))
-    accept()
+    report_accepted()
 
 
 def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from common.model.vocabulary import spare_ids
 from common.runtime.distributed import device, seed_everything
 from common.runtime.options import UserError
 from common.text.conversation import Message
-from common.text.prompts import prompt
+from common.text.prompts import tokenize_prompt
 from common.text.segments import dialogue_segments
 from common.text.tokenizer import SegmentEncoder
 from launch.chat.options import ChatOptions
@@ -121,7 +121,7 @@ class Chat:
     def _draw(self, speaker: Speaker) -> Answer:
         """Print an answer as it comes."""
         options, (name, model, encoder, room) = self._options, speaker
-        row, is_cut = prompt({"prompt": self._prompt}, encoder, room, "truncate_prompt")
+        row, is_cut = tokenize_prompt({"prompt": self._prompt}, encoder, room, "truncate_prompt")
         if is_cut:
             print(f"(more than the {room} tokens that there is room for: the oldest messages are left out)")
         if len(self._speakers) > 1:

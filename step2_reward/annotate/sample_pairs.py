@@ -21,7 +21,7 @@ from common.runtime.files import write_text
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
 from common.runtime.process import run_main
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.record_formats import Record
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
@@ -76,7 +76,7 @@ def main() -> None:
 
 def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
     """The prompts as each encoder reads them, without those too long for one. Raises UserError."""
-    convert = partial(prompt, max_length=options.max_prompt_length, overlong="drop")
+    convert = partial(tokenize_prompt, max_length=options.max_prompt_length, overlong="drop")
     converts = [partial(convert, encoder=encoder) for encoder in encoders]
     return load_alike(options.prompt_data, options, Prompt, converts, is_training=True).rows
 

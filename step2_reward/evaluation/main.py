@@ -17,7 +17,7 @@ from common.runtime.distributed import init_distributed
 from common.runtime.files import make_folder
 from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
-from common.runtime.process import UNWRITTEN, accept, run_main, stop_anywhere, stop_between_steps
+from common.runtime.process import UNWRITTEN, report_accepted, run_main, stop_anywhere, stop_between_steps
 from step2_reward.data import Layout
 from step2_reward.evaluation.report import judge, load_pairs, write_report
 from step2_reward.evaluation.scores import scored_pairs
@@ -35,7 +35,7 @@ def main() -> None:
     data = load_pairs(options.eval_data, encoders, options, options.max_length, options.max_eval_samples)
     output = make_folder("output_dir", options.output_dir)
     init_distributed()
-    accept()
+    report_accepted()
     stop_anywhere(UNWRITTEN)
 
     # 2. One model after the other.

@@ -40,7 +40,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import OptimiserOptions, UserError, world_size
 from common.runtime.process import run_main
 from common.text.conversation import Message
-from common.text.prompts import prompt
+from common.text.prompts import tokenize_prompt
 from common.text.record_formats import Record
 from common.text.segments import dialogue_segments, prompt_segments
 from common.text.tokenizer import SegmentEncoder
@@ -101,7 +101,7 @@ def question_ids(
     room = options.max_length - max(map(len, letters)) + 1
     asked = questions(pair, draw_principle(principles, pair.id, options.seed), template)
     with contextlib.suppress(Dropped):
-        return [prompt({"prompt": question}, encoder, room, "drop")[0].ids for question in asked]
+        return [tokenize_prompt({"prompt": question}, encoder, room, "drop")[0].ids for question in asked]
     return []
 
 

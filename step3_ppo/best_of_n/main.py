@@ -31,7 +31,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
 from common.runtime.process import run_main, stop_between_steps
 from common.runtime.progress import Progress
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.run_folder import prepare_output
@@ -90,7 +90,7 @@ def main() -> None:
 def load_prompts(options: BestOfNOptions, encoder: SegmentEncoder) -> Examples[Prompt]:
     """The prompts of the round, from the training part of the data. Raises UserError."""
     convert = partial(
-        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
+        tokenize_prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
     prompts, _ = load_examples(options.prompt_data, options, Prompt, convert)
     count = options.prompts_per_round

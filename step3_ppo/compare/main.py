@@ -26,8 +26,8 @@ from common.runtime.distributed import init_distributed, log, rank, ranks_in_wor
 from common.runtime.files import make_folder, write_json
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
-from common.runtime.process import UNWRITTEN, accept, run_main, stop_anywhere, stop_between_steps
-from common.text.prompts import Prompt, prompt
+from common.runtime.process import UNWRITTEN, report_accepted, run_main, stop_anywhere, stop_between_steps
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step3_ppo.compare import statistics as compare
 from step3_ppo.compare.options import EvaluateOptions
@@ -55,7 +55,7 @@ def main() -> None:
     texts = load_demonstrations(options, encoder)
     output = make_folder("output_dir", options.output_dir)
     init_distributed()
-    accept()
+    report_accepted()
     stop_anywhere(UNWRITTEN)
     log(f"{len(prompts)} held-out prompts on {ranks_in_words()}")
 
@@ -99,7 +99,7 @@ def load_judges(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Judge
 def load_prompts(options: EvaluateOptions, encoder: SegmentEncoder) -> list[Prompt]:
     """All prompts of --eval_data, or those of --prompt_data that training holds out. Raises UserError."""
     convert = partial(
-        prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
+        tokenize_prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
     held_out = load_held_out(options.eval_data, options.prompt_data, options, Prompt, convert)
     if len(held_out) < 2:

@@ -24,7 +24,7 @@ from common.generation.decoding import sample_responses, uniforms_for
 from common.model.forward import response_logits
 from common.numeric.tensor_ops import label_logprobs
 from common.runtime.options import DataOptions
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step3_ppo.rollout import response_positions
 
@@ -35,7 +35,7 @@ SEED = 1234
 def held_out_prompts(path: str, encoder: SegmentEncoder) -> list[list[int]]:
     """Token ids of the prompts that step 3 holds out of the same file by default."""
 
-    convert = partial(prompt, encoder=encoder, max_length=256, overlong="truncate_prompt")
+    convert = partial(tokenize_prompt, encoder=encoder, max_length=256, overlong="truncate_prompt")
     _, held_out = load_examples([path], DataOptions(max_eval_samples=0), Prompt, convert)
     return [row.ids for row in held_out]
 

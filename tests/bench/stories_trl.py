@@ -28,11 +28,11 @@ def prepare(options: argparse.Namespace) -> None:
 
     from common.data.loading import load_examples
     from common.runtime.options import DataOptions
-    from common.text.prompts import Prompt, prompt
+    from common.text.prompts import Prompt, tokenize_prompt
     from common.text.tokenizer import SegmentEncoder, load_tokenizer
 
     encoder = SegmentEncoder(load_tokenizer(str(options.stories / "step1_sft" / "final")))
-    convert = partial(prompt, encoder=encoder, max_length=256, overlong="truncate_prompt")
+    convert = partial(tokenize_prompt, encoder=encoder, max_length=256, overlong="truncate_prompt")
     train, _ = load_examples([options.prompts], DataOptions(), Prompt, convert)
     options.output.mkdir(parents=True, exist_ok=True)
     ids = [train[i].ids for i in range(len(train))]

@@ -8,7 +8,7 @@ import pytest
 
 from common.data.loading import load_examples
 from common.runtime.options import DataOptions, UserError
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step1_sft.data import Demonstration, tokenize_demonstration
 from step2_reward.data import Preference, tokenize_preference
@@ -21,7 +21,7 @@ FIT = {"max_length": 64, "overlong": "truncate_prompt"}
 CONVERT = {
     1: (Demonstration, partial(tokenize_demonstration, **FIT, loss_on="response")),
     2: (Preference, partial(tokenize_preference, **FIT, use_margin=True)),
-    3: (Prompt, partial(prompt, **FIT)),
+    3: (Prompt, partial(tokenize_prompt, **FIT)),
 }
 
 # (stage, line of the file or record, what the message says)
@@ -46,7 +46,7 @@ MALFORMED = [
     (1, {"prompt": None, "completion": "b"}, "'prompt' is missing"),
     (1, {"prompt": "a", "completion": 3}, "'completion' is int"),
     (1, {"prompt": "a", "completion": {"text": "b"}}, "'completion' is dict"),
-    (1, {"prompt": "x", "completion": [USER, ASSISTANT]}, "'prompt' is none of the user messages"),
+    (1, {"prompt": "x", "completion": [USER, ASSISTANT]}, "'prompt' is not one of the user messages"),
     (2, PAIR | {"chosen": [ASSISTANT]}, "'prompt' is a string but 'chosen' is a list of messages"),
     (1, {"prompt": [USER], "completion": [USER]}, "'completion' must end with an assistant message"),
     (1, {"messages": []}, "'messages' is empty"),
@@ -67,7 +67,7 @@ MALFORMED = [
     (1, {"instruction": "", "output": "b"}, "'instruction' and 'input' are empty"),
     (1, {"instruction": "a"}, "'completion' is missing"),
     (1, {"prompt": "a", "completion": "b", "ended": "perhaps"}, "'ended' is 'perhaps'; it must be true or"),
-    (1, {"prompt": "a", "completion": "b", "system": "c"}, "'system' has no place"),
+    (1, {"prompt": "a", "completion": "b", "system": "c"}, "'system' cannot be used"),
     (1, {"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must be a list of pairs"),
     (2, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
     (2, {"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
@@ -82,7 +82,7 @@ MALFORMED = [
     (2, PAIR | {"tools": [{"name": "look_up"}]}, "'tools' changes what a model reads"),
     (2, RANKING | {"ranks": "[1]"}, "'ranks' must be a list of 2 numbers"),
     (2, {"chosen": "ab", "rejected": "cd"}, "no common beginning"),
-    (2, {"chosen": "ab", "rejected": "ab"}, "do not differ"),
+    (2, {"chosen": "ab", "rejected": "ab"}, "are identical"),
     (2, {"chosen": [USER, ASSISTANT], "rejected": "a"}, "must both be"),
     (2, {"prompt": "a", "response_a": "b", "preference": "A"}, "'response_b' is missing"),
     (2, SIDES | {"preference": "C"}, "preference is 'C'; allowed: A B tie"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from common.text.prompts import Prompt, prompt
+from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import tokenize_response
 from step3_ppo.options import PPOOptions
@@ -63,7 +63,8 @@ def test_a_reward_model_reads_what_it_has_learnt_from(encoder, ending, is_conver
     question = [{"role": "user", "content": "What is this?"}] if is_conversation else "What is this?"
     record = {"prompt": question, "completion": "A tree"}
     learnt, _ = tokenize_response(record, encoder, max_length=99, overlong="error")
-    (row, _), end = prompt(record, encoder, 99, "error"), encoder.tokenizer.convert_tokens_to_ids("<|end|>")
+    row, _ = tokenize_prompt(record, encoder, 99, "error")
+    end = encoder.tokenizer.convert_tokens_to_ids("<|end|>")
     reply = encoder._continue.encode("A tree").ids
     newline = encoder._continue.encode("\n").ids
     eos = encoder.eos_token_id

@@ -158,7 +158,7 @@ def render(encoder: SegmentEncoder, messages: list[dict], add_generation_prompt:
 def test_demonstrations(family, system):
     habits, encoder = family
     if system and not habits.has_system:
-        with pytest.raises(ValueError, match="chat template of .* refuses the conversation: System role"):
+        with pytest.raises(ValueError, match="chat template of .* rejects the conversation: System role"):
             demonstration_segments({"messages": chat("q", "A", system=system)}, encoder.render, habits.eos)
         return
     for messages in (chat("q", "A", system=system), chat("q", "A", "r", "A", system=system)):
@@ -262,10 +262,10 @@ def test_tokens_that_the_template_does_not_write_stay_tokens():
 @pytest.mark.parametrize(
     "body, message",
     [
-        ("{{ raise_exception('no tools here') }}", "refuses the conversation: no tools here"),
-        ("{{ messages[0].content + None }}", "refuses the conversation: can only concatenate str"),
-        ("{{ 1 // 0 }}", "refuses the conversation: integer division"),
-        ("{{ messages[7].content.strip() }}", "refuses the conversation: "),
+        ("{{ raise_exception('no tools here') }}", "rejects the conversation: no tools here"),
+        ("{{ messages[0].content + None }}", "rejects the conversation: can only concatenate str"),
+        ("{{ 1 // 0 }}", "rejects the conversation: integer division"),
+        ("{{ messages[7].content.strip() }}", "rejects the conversation: "),
     ],
 )
 def test_whatever_a_template_raises_is_a_bad_record(body, message):

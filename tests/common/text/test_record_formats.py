@@ -171,7 +171,7 @@ def test_a_system_text_comes_before_dialogues_that_repeat_the_prompt(begin):
         assert demonstration_segments(one, DEFAULT, EOS) == expected
     one = recognise({"system": "Be kind.", "prompt": "Hi?", "completion": b})
     assert demonstration_segments(one, DEFAULT, EOS) == expected
-    with pytest.raises(ValueError, match="two different system messages"):
+    with pytest.raises(ValueError, match="differs from the system message"):
         recognise({"system": "Be brief.", "prompt": [ASK], "completion": [*prompt, reply("b")]})
 
 
@@ -288,11 +288,11 @@ def test_a_field_that_would_be_lost_is_refused_by_name(name):
         ({"instruction": "a", "output": "b", "history": "c"}, "'history' must be a list of pairs"),
         (
             {"prompt": "a", "completion": "b", "system": "c"},
-            "'system' has no place before a prompt that is a",
+            "'system' cannot be used with a prompt that is a",
         ),
-        ({"chosen": "a b", "rejected": "a c", "system": "d"}, "'system' has no place"),
+        ({"chosen": "a b", "rejected": "a c", "system": "d"}, "'system' cannot be used"),
         ({"prompt": [ASK], "completion": "b", "system": ["c"]}, "'system' is list; it must be a string"),
-        ({"messages": [message("system", "a"), ASK], "system": "b"}, "two different system messages"),
+        ({"messages": [message("system", "a"), ASK], "system": "b"}, "differs from the system message"),
         ({"conversations": [{"from": "observation", "value": "a"}]}, "turn 0 is from 'observation'; allowed"),
         (
             {"prompt": [ASK], "chosen": {"from": "gpt"}, "rejected": "b"},

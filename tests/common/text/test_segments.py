@@ -288,7 +288,7 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (DEMONSTRATION, {"prompt": " \n", "completion": "a"}, "'prompt' is empty"),
         (DEMONSTRATION, {"prompt": "a", "completion": 3}, "'completion' is int"),
         (DEMONSTRATION, {"prompt": "a", "completion": None}, "'completion' is NoneType"),
-        (DEMONSTRATION, {"prompt": "a", "completion": chat("b")}, "'prompt' is none of the user messages"),
+        (DEMONSTRATION, {"prompt": "a", "completion": chat("b")}, "'prompt' is not one of the user messages"),
         (DEMONSTRATION, {"prompt": SOME, "completion": SOME}, "'completion' must end with an assistant"),
         (DEMONSTRATION, {"prompt": SOME, "completion": chat("b", "c")}, "does not begin with 'prompt'"),
         (DEMONSTRATION, {"prompt": chat("a "), "completion": chat("a", "c")}, "does not begin with 'prompt'"),
@@ -322,7 +322,7 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (
             DEMONSTRATION,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
-            "message 0 has a content part of type 'text' whose 'text' is no string",
+            "message 0 has a content part of type 'text' whose 'text' is not a string",
         ),
         (PREFERENCE, {"prompt": "a", "rejected": "b"}, "'chosen' is missing"),
         (PREFERENCE, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
@@ -331,7 +331,7 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (PREFERENCE, {"prompt": "a", "chosen": "b", "rejected": SOME}, "'rejected' is a list of messages"),
         (PREFERENCE, {"chosen": "b", "rejected": SOME}, "'chosen' and 'rejected' must both be"),
         (PREFERENCE, {"chosen": "ab", "rejected": "cd"}, "'chosen' and 'rejected' have no common beginning"),
-        (PREFERENCE, {"chosen": "ab", "rejected": "ab"}, "'chosen' and 'rejected' do not differ"),
+        (PREFERENCE, {"chosen": "ab", "rejected": "ab"}, "'chosen' and 'rejected' are identical"),
         (PREFERENCE, {"chosen": "ab", "rejected": "abc"}, "'chosen' and 'rejected' have no common beginning"),
         (
             PREFERENCE,
@@ -341,12 +341,12 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (
             PREFERENCE,
             {"prompt": "x", "chosen": chat("q", "a"), "rejected": chat("q", "b")},
-            "'prompt' is none of the user messages in 'chosen' and 'rejected'",
+            "'prompt' is not one of the user messages in 'chosen' and 'rejected'",
         ),
         (
             PREFERENCE,
             {"prompt": chat("q", "a"), "chosen": "b", "rejected": "c"},
-            "so 'chosen' answers nothing",
+            "so 'chosen' cannot answer it",
         ),
         (PREFERENCE, RANKING | {"prompt": ""}, "'prompt' is empty"),
         (PREFERENCE, {"responses": ["b", "c"], "ranks": [1, 2]}, "'prompt' is missing (a ranking has"),

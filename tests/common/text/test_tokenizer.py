@@ -224,7 +224,7 @@ def test_a_message_that_the_template_leaves_out_is_a_bad_record(tmp_path, templa
     if role == "system":
         assert encoder.render(messages, False) == "aa"
         messages.insert(0, {"role": "system", "content": "b"})
-    with pytest.raises(ValueError, match=f"chat template of .* leaves out {role} messages"):
+    with pytest.raises(ValueError, match=f"chat template of .* ignores {role} messages"):
         demonstration_segments({"messages": messages}, encoder.render, "</s>")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.text.prompts import prompt
+from common.text.prompts import tokenize_prompt
 from common.text.segments import prompt_segments
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.text.truncation import Dropped, fit, fit_demonstration
@@ -99,7 +99,7 @@ def test_responses_to_a_prompt_keep_the_same_part_of_it(encoder):
 
 def test_responses_that_differ_in_what_is_cut_are_left_out(encoder):
     record = {"prompt": "a", "chosen": "b" * 40 + "c", "rejected": "b" * 40 + "d"}
-    with pytest.raises(Dropped, match="alike once cut"):
+    with pytest.raises(Dropped, match="identical after truncation"):
         tokenize_preference(record, encoder, 20, "truncate_response", use_margin=False)
 
 
@@ -119,10 +119,10 @@ def test_a_prompt_is_cut_at_a_message_too(encoder):
     conversation = {"prompt": [SYSTEM, *TURNS[:5]]}
     shorter = prompt_segments([SYSTEM, *TURNS[2:5]], encoder.render, encoder.tokenizer.eos_token)
     ids, _ = encoder.encode(shorter)
-    row, is_cut = prompt(conversation, encoder, len(ids) + 3, "truncate_prompt")
+    row, is_cut = tokenize_prompt(conversation, encoder, len(ids) + 3, "truncate_prompt")
     assert is_cut and row.ids == ids and row.record == conversation
     with pytest.raises(Dropped, match="prompt too long"):
-        prompt(conversation, encoder, len(ids), "truncate_response")
+        tokenize_prompt(conversation, encoder, len(ids), "truncate_response")
 
 
 def test_prompt_and_response_have_the_same_ids_in_all_stages(encoder):
@@ -136,7 +136,7 @@ def test_prompt_and_response_have_the_same_ids_in_all_stages(encoder):
             for side in ("chosen", "rejected"):
                 sides[side] = [{"role": "assistant", "content": sides[side]}]
         compared, _ = tokenize_preference(sides, encoder, 512, "drop", use_margin=False)
-        asked, _ = prompt(text, encoder, 512, "drop")
+        asked, _ = tokenize_prompt(text, encoder, 512, "drop")
         assert learnt.ids == compared.chosen_ids and learnt.prompt_ids == asked.ids
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from common.data.records import read_all
 from common.text.conversation import DEFAULT_CHAT_TEMPLATE
-from common.text.prompts import prompt
+from common.text.prompts import tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from launch.chat import main as chat
 from step2_reward.data import tokenize_preference
@@ -127,7 +127,7 @@ def test_a_model_reads_what_it_reads_in_training(
         {"prompt": turns, "chosen": third, "rejected": second},
     ]
     assert found.read[0] == plain(model, turns[:1])[0].tolist()
-    assert found.read[1:] == [prompt({"prompt": turns}, encoder, 244, "error")[0].ids] * 3
+    assert found.read[1:] == [tokenize_prompt({"prompt": turns}, encoder, 244, "error")[0].ids] * 3
     for record in records:
         row, _ = tokenize_preference(record, encoder, 256, "error", use_margin=False)
         assert row.prompt_ids == found.read[1] and row.ranks == [0, 1]
