@@ -1,4 +1,4 @@
-"""An exponential moving average of weights, in fp32, on the host of rank 0."""
+"""EMA weights: an exponential moving average of the trained weights, in fp32, in host memory of rank 0."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,10 @@ from common.model.lora import is_adapted
 
 
 def update_ema_weights(average: dict[str, Tensor], engine: Any, decay: float) -> None:
-    """average <- decay x average + (1 - decay) x the trained weights; the first time, the weights. Every rank
-    must call it; the average is rank 0's.
+    """average <- decay x average + (1 - decay) x trained weights; the first call copies the weights.
 
-    Tied weights are averaged once, under the first of their names. Source: Polyak & Juditsky 1992; Ouyang et
-    al. 2022, appendix C.4.
+    Every rank must call it; only rank 0 holds the average. Tied weights are averaged once, under their first
+    name. Source: Polyak & Juditsky 1992; Ouyang et al. 2022, appendix C.4.
     """
     weights = full_state_dict(engine, trainable_only=is_adapted(engine.module)) or {}
     names = {id(weight): name for name, weight in reversed(weights.items())}
@@ -24,7 +23,7 @@ def update_ema_weights(average: dict[str, Tensor], engine: Any, decay: float) ->
 
 
 def with_ema_weights(weights: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with their averages in their place, in their own dtype; tied ones stay one tensor."""
+    """Replace weights by their averages, in the dtype of the weights. Tied weights stay one tensor."""
     replaced: dict[int, Tensor] = {}
     for name, weight in weights.items():
         if id(weight) not in replaced:

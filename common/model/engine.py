@@ -1,4 +1,4 @@
-"""A trained model inside DeepSpeed: make it, step it, and read its weights back."""
+"""DeepSpeed engines: create them, run an optimiser step, gather the weights."""
 
 import contextlib
 import math
@@ -18,12 +18,12 @@ from common.runtime.options import OptimiserOptions, world_size
 def make_engine(
     model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float, total_steps: int
 ) -> Any:
-    """A DeepSpeed engine with AdamW and the schedule of the options, over `total_steps` optimiser steps."""
+    """Create a DeepSpeed engine with AdamW and a schedule over `total_steps` optimiser steps."""
     import deepspeed
     from transformers import get_scheduler
 
     fill_bucket_sizes(zero, model.config.get_text_config().hidden_size)
-    model.train()  # it was loaded for evaluation, in which nothing is recomputed
+    model.train()  # from_pretrained returns eval mode, which turns gradient checkpointing off
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     schedule = partial(
@@ -39,16 +39,17 @@ def make_engine(
         lr_scheduler=lambda optimizer: schedule(optimizer=optimizer),
     )
     if engine.zero_optimization_stage() == 0:
-        engine.clip_fp32_gradients = lambda: None  # `_clip_plain` has done it by then
+        engine.clip_fp32_gradients = lambda: None  # `_clip_plain` replaces it
     if world_size() == 1 and engine.zero_optimization_stage() == 0:
-        # It would copy all gradients to a buffer and back, for nobody.
+        # With one rank the all-reduce only copies all gradients to a buffer and back.
         engine.enable_backward_allreduce = False
     return engine
 
 
 def make_frozen(model: nn.Module, zero: dict[str, Any] | None, offload: bool = False) -> nn.Module:
-    """A model that is only read: in a partitioning engine at stage 3, else a plain module on the device, or,
-    with `offload`, in host memory from which a GPU copies by itself.
+    """Freeze a model: partitioned in an engine at stage 3, else a plain module on the device.
+
+    offload: keep the plain module in pinned host memory instead.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -64,14 +65,14 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None, offload: bool = F
 
 
 def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> float | None:
-    """Add the gradients of this rank's share of the global loss; at the last micro-batch, update the weights.
+    """Accumulate the gradients of one micro-batch; after the last one, update the weights.
 
-    loss: a share such that the sum over ranks and micro-batches is the loss of the global batch. DeepSpeed
-    averages gradients over ranks, so the share is multiplied by their number. Returns the gradient norm after
-    an update. A loss or norm that is not finite leaves the update out, on all ranks, and returns inf.
+    loss: this rank's share. Summed over ranks and micro-batches, the shares are the loss of the global batch.
+    DeepSpeed averages gradients over ranks, so the share is multiplied by their number. Returns the gradient
+    norm after an update. A non-finite loss or norm skips the update on all ranks and returns inf.
     """
     engine.set_gradient_accumulation_boundary(is_last)
-    # An infinite loss can have finite gradients; this makes them NaN, which every rank gets to see.
+    # An infinite loss can have finite gradients. This makes them NaN, which all ranks detect.
     poison = loss.detach() * 0 + 1
     engine.backward(loss * poison * ranks, scale_wrt_gas=False)
     is_plain = engine.zero_optimization_stage() == 0
@@ -85,7 +86,7 @@ def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> f
 
 
 def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tensor] | None:
-    """All weights of the module as tensors on the CPU, on rank 0; None on the others.
+    """Copy all weights of the module to the CPU, on rank 0; None on the other ranks.
 
     Every rank must call it. Partitioned weights are gathered one at a time.
     """
@@ -93,7 +94,7 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
     import torch.distributed as dist
 
     if engine.zero_optimization_stage() == 3:
-        engine.empty_partition_cache()  # the last forward may have begun to fetch weights for a next one
+        engine.empty_partition_cache()  # the last forward may have prefetched weights for another
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}  # tied weights stay one tensor, so that they are saved once
@@ -110,13 +111,14 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
 
 
 def is_partial(engine: Any) -> bool:
-    """Whether only some weights are trained, as with adapters; checkpoints then leave the frozen ones out."""
+    """Whether some weights are frozen, as with adapters. Checkpoints leave frozen weights out."""
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
 def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
-    """The module's state without frozen weights. DeepSpeed's own keeps the second name of a frozen weight
-    that is tied, such as the output head's.
+    """State dict without frozen weights.
+
+    DeepSpeed's own version keeps tied frozen weights under their second name, such as the output head.
     """
     frozen = {n for n, p in engine.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     return {name: value for name, value in engine.module.state_dict().items() if name not in frozen}
@@ -124,11 +126,11 @@ def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def gathered_weights(engine: Any, gather_weights: bool = True) -> Iterator[nn.Module]:
-    """The module with all its weights present, for generation.
+    """Context manager: the module with all its weights gathered, for generation.
 
-    At stage 3 the weights are gathered once and ZeRO's hooks are taken off, so that ranks may run unlike
-    numbers of forward passes at full speed; this needs room for the 16-bit model on every GPU. Without
-    `gather_weights`, hooks stay on.
+    At stage 3 the weights are gathered once and ZeRO's hooks are removed. Ranks may then run different
+    numbers of forward passes, at full speed. Every GPU needs memory for the full 16-bit model. Without
+    `gather_weights` the hooks stay on.
     """
     import deepspeed
 
@@ -150,7 +152,7 @@ def gathered_weights(engine: Any, gather_weights: bool = True) -> Iterator[nn.Mo
 
 
 def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
-    """AdamW with weight decay on matrices only; DeepSpeed's CPU version when a GPU run offloads it."""
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU AdamW for GPU runs with optimiser offload."""
     trained = [p for p in model.parameters() if p.requires_grad]
     dimensions = {id(p): len(p.ds_shape) if is_partitioned(p) else p.dim() for p in trained}
     groups = [
@@ -171,10 +173,10 @@ def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, le
 
 
 def _clip_plain(engine: Any) -> float:
-    """Clip the gradients of a plain fp32 optimizer and return their norm from before.
+    """Clip the gradients of a plain fp32 optimiser; returns their norm before clipping.
 
-    DeepSpeed's own way at stage 0 does not say what the norm was, nor looks whether it is finite. If it is
-    not, the gradients go, and DeepSpeed is told that the update is left out.
+    At stage 0 DeepSpeed neither returns the norm nor checks it. A non-finite norm deletes the gradients and
+    sets `overflow`, so that DeepSpeed counts the update as skipped.
     """
     trained = [p for p in engine.module.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])

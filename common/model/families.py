@@ -1,6 +1,6 @@
-"""Which families of models a stage can use, and what their configurations call the same things.
+"""Model families: which ones each stage supports, and how their configurations name the same quantities.
 
-Judged from the configuration alone, before any weights are loaded.
+Only the configuration is read; no weights are loaded.
 """
 
 import torch
@@ -15,22 +15,22 @@ from transformers import (
 
 from common.runtime.options import UserError, reason
 
-# Their recurrent states are in the modules, not in the cache, which therefore cannot be cut to some rows.
+# Recurrent states are held by the modules, not by the cache, so a batch cannot be reduced to some rows.
 STATES_IN_MODULES = ("recurrent_gemma",)
 ROUTED_BY_NOISE = ("phimoe",)
 
 
 def check_policy(config: PretrainedConfig) -> None:
-    """Raise UserError unless it is the configuration of a causal language model."""
+    """Raise UserError unless the configuration is that of a causal language model."""
     if config.model_type in ROUTED_BY_NOISE:
         raise UserError(
-            f"{config.name_or_path}: model type {config.model_type!r} is not supported: it draws its experts"
-            " at random in training, so sampling and training cannot agree"
+            f"{config.name_or_path}: model type {config.model_type!r} is not supported: it selects experts"
+            " at random in training, so sampling and training would differ"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not _is_causal(config):
         raise UserError(
-            f"{config.name_or_path}: model type {config.model_type!r} is not a causal language model that"
-            " transformers knows; a policy must be one, such as Llama, Qwen, Gemma or Mistral"
+            f"{config.name_or_path}: model type {config.model_type!r} is not a causal language model of"
+            " transformers; a policy must be one, such as Llama, Qwen, Gemma or Mistral"
         )
 
 
@@ -46,9 +46,9 @@ def check_sampling(config: PretrainedConfig) -> None:
 
 
 def check_scalar(config: PretrainedConfig) -> None:
-    """Raise UserError unless transformers has this family with the scalar head of reward models and critics.
+    """Raise UserError unless transformers has this family with a scalar head, for reward models and critics.
 
-    That is a ...ForSequenceClassification with a linear `score`, applied at every position.
+    The class is a ...ForSequenceClassification with a linear `score` head, applied at every position.
     """
     model_type = config.model_type
     problem = f"transformers has no sequence classifier of model type {model_type!r}"
@@ -56,25 +56,25 @@ def check_scalar(config: PretrainedConfig) -> None:
         try:
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - whatever is in the configuration
-            raise UserError(f"{config.name_or_path}: no model can be made of it: {reason(error)}") from None
+        except Exception as error:  # noqa: BLE001 - the configuration may hold anything
+            raise UserError(f"{config.name_or_path}: cannot build a model from it: {reason(error)}") from None
         if _is_causal(config) and isinstance(getattr(model, "score", None), nn.Linear):
             return
         problem = f"{type(model).__name__} is not a causal model with a linear `score` head"
     raise UserError(
         f"{config.name_or_path}: {problem}, so it can be neither reward model nor critic; step 1,"
-        " step2_direct.sh, and step 3 with --advantage_estimator rloo or group do not need one"
+        " step2_direct.sh, and step 3 with --advantage_estimator rloo or group work without one"
     )
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
-    """Whether a token sees only those before it. Encoders do so as decoders alone (BERT and its like)."""
+    """Whether attention is causal. Encoders such as BERT are causal only with `is_decoder`."""
     is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     return not config.is_encoder_decoder and not is_encoder and not hasattr(config, "text_encoder")
 
 
 def remove_noise(config: PretrainedConfig) -> None:
-    """Set dropout and router jitter to 0, also in the configurations of parts."""
+    """Set dropout and router jitter to 0, also in sub-configurations."""
     for name, value in config.to_dict().items():
         is_noise = "dropout" in name or "pdrop" in name or "jitter" in name or name == "layerdrop"
         if is_noise and isinstance(value, float):
@@ -85,7 +85,7 @@ def remove_noise(config: PretrainedConfig) -> None:
 
 
 def attention_widths(config: PretrainedConfig) -> list[int]:
-    """Heads x head size of each layer with attention; recurrent layers have none."""
+    """Heads x head size of each attention layer; recurrent layers are left out."""
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["attention"] * getattr(text, "num_hidden_layers", 0)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * len(kinds)
@@ -98,7 +98,7 @@ def attention_widths(config: PretrainedConfig) -> list[int]:
 
 
 def active_share(config: PretrainedConfig) -> float:
-    """The part of the experts that a token goes through; 1 for a model without experts."""
+    """Fraction of the experts that are active for a token; 1 for a dense model."""
     text = config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     count = next((count for name in names if (count := getattr(text, name, None))), None)
@@ -108,7 +108,7 @@ def active_share(config: PretrainedConfig) -> float:
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
-    """Tokens that a model has positions for; None where nothing limits them."""
+    """Context length of the model in tokens; None without a limit."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     return next((limit for name in names if (limit := getattr(text, name, None))), None)

@@ -1,10 +1,8 @@
-"""Logits and scores of a model at chosen positions only."""
+"""Forward passes that return logits or scores at selected positions only."""
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from common.model.load_balancing import balance_loss, has_balance_loss
 
@@ -12,14 +10,14 @@ from common.model.load_balancing import balance_loss, has_balance_loss
 def response_logits(
     model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
-    """Logits of the model at the chosen positions only: input_ids (B, T), positions (B, T) bool -> (N, V).
+    """Logits at the selected positions: input_ids (B, T), positions (B, T) bool -> (N, V).
 
-    position_ids (B, T): given when rows hold several documents, at each of which they begin again at 0; most
-    models then confine attention to the document by themselves.
+    position_ids (B, T): for packed rows; they restart at 0 with each document, and most models then restrict
+    attention to the document.
 
-    Rows are padded on the right. No attention mask is passed: under causal attention a real token never sees
-    what follows it, and without a mask attention takes its fastest path. The output head sees the N chosen
-    hidden states, so that no logits are made for prompts and padding.
+    Rows are padded on the right. No attention mask is passed: with causal attention a real token never
+    attends to padding, and attention is fastest without a mask. The output head receives only the N selected
+    hidden states, so that no logits are computed for prompts and padding.
     """
     return logits_and_balance(model, input_ids, positions, position_ids)[0]
 
@@ -27,9 +25,7 @@ def response_logits(
 def logits_and_balance(
     model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`response_logits`, and what a mixture of experts adds to the loss in training: see `balance_loss`; else
-    0.
-    """
+    """`response_logits`, and the load-balancing loss of a mixture of experts in training, else 0."""
     base = base_model(model)
     head = base.get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
@@ -44,14 +40,13 @@ def logits_and_balance(
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
-    """Scalar output at the chosen positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,)
-    fp32.
+    """Scores at the selected positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,) fp32.
 
-    The model's own forward would choose a position by the pad id; the head's output is read on its way out
-    instead. The `reward_mean` and `reward_std` of the configuration, which step 2 writes, are applied.
+    The model's own forward pass would select a position by the pad id, so a hook reads the head's output.
+    Scores are centred and scaled by `reward_mean` and `reward_std` of the configuration (written by step 2).
 
-    layout: for rows that are not one plain sequence each, `position_ids` (B, T) and an `attention_mask`
-    (B, 1, T, T) that is added to the attention logits.
+    layout: for rows with several sequences, `position_ids` (B, T) and an `attention_mask` (B, 1, T, T) that
+    is added to the attention logits.
     """
     return token_scores_and_states(model, input_ids, positions, **layout)[0]
 
@@ -59,7 +54,7 @@ def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layou
 def token_scores_and_states(
     model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`token_scores`, and the last hidden states (B, T, hidden size), which the scalar head reads."""
+    """`token_scores`, and the last hidden states (B, T, hidden size), the input of the scalar head."""
     calls: list[tuple[Tensor, Tensor]] = []
     read = base_model(model).score.register_forward_hook(
         lambda _, inputs, output: calls.append((inputs[0], output))

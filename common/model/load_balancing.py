@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixtures of experts, which keeps the router from using a few of them only."""
+"""Load-balancing loss of mixtures of experts: it keeps the router from using only a few experts."""
 
 import inspect
 from typing import Any
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def has_balance_loss(model: PreTrainedModel) -> bool:
-    """Whether the configuration asks for the loss, by `output_router_logits` as in transformers."""
+    """Whether `output_router_logits` in the configuration turns the loss on, as in transformers."""
     needed = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
     if not all(hasattr(model, name) for name in needed):
         return False
@@ -16,18 +16,17 @@ def has_balance_loss(model: PreTrainedModel) -> bool:
 
 
 def balance_loss(model: PreTrainedModel, outputs: Any, positions: Tensor) -> Tensor:
-    """The model's own loss times `router_aux_loss_coef`, times the number of tokens that were read: ().
+    """The model's own loss times `router_aux_loss_coef` times the number of real tokens: ().
 
-    outputs: of a forward pass with router logits. positions (B, T) bool: what was predicted; the tokens after
-    the last of a row are padding, which does not count. Divided by the tokens of a global batch, the sum over
-    its micro-batches is their mean weighted by tokens.
+    outputs: of a forward pass with router logits. positions (B, T) bool: True where the next token is
+    predicted; everything after a row's last prediction is padding and does not count. The sum over the
+    micro-batches, divided by the tokens of the global batch, is their mean weighted by tokens.
 
-    Expert use is counted per forward pass. So, unlike every other loss here, the value depends a little on
-    the split into micro-batches. Source: Fedus et al. 2021 (Switch Transformer), eq. 4 to 6, on all layers
-    together.
+    Expert use is counted per forward pass. So, unlike all other losses here, the value depends slightly on
+    the split into micro-batches. Source: Fedus et al. 2021 (Switch Transformer), eq. 4 to 6, over all layers.
     """
-    states = positions.long().flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last one that predicts
-    is_read = states | states.roll(1, dims=1)  # and the token that it predicts
+    states = positions.long().flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last prediction
+    is_read = states | states.roll(1, dims=1)  # and the predicted token
     loss = inspect.getmodule(type(model)).load_balancing_loss_func(
         outputs.router_logits, model.num_experts, model.num_experts_per_tok, is_read.long()
     )

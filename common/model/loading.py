@@ -1,4 +1,4 @@
-"""Load models under every ZeRO stage, and read logits and scores at chosen positions only."""
+"""Load models at any ZeRO stage: causal language models, and scalar models (reward models and critics)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,44 +22,43 @@ from common.model.vocabulary import fit_to_tokenizer
 from common.model.zero import fill_bucket_sizes
 from common.runtime.distributed import log
 
-# Loading speaks through our own log: no bars, and no report of the scalar head that is new by intention.
+# No progress bars of transformers, and no warning about the scalar head, which is new on purpose.
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
 
 class ScalarHead(nn.Linear):
-    """A linear head that computes in fp32 whatever its weights are: bf16 scores have three digits."""
+    """A linear head that always computes in fp32: bf16 scores have only three digits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden.float(), self.weight.float())
 
 
 def load_config(path: str) -> PretrainedConfig:
-    """The model configuration without dropout or router jitter: in RLHF they only add noise to ratios and
-    scores.
+    """Load the configuration, with dropout and router jitter off: they add noise to ratios and scores.
 
-    Raises UserError, naming the path, when it is neither a model folder nor a hub name that can be had.
+    Raises UserError, naming the path, unless it is a model folder or an available hub name.
     """
     config = read_config(path)
     remove_noise(config)
     return config
 
 
-def longest_input(config: PretrainedConfig, wanted: int, option: str) -> int:
-    """`wanted` tokens, or as many as the model has positions for, saying so when that is fewer."""
-    limit = position_limit(config) or wanted
-    if wanted > limit:
-        log(f"--{option} {wanted} is more than the model's {limit} positions: {limit} it is")
-    return min(wanted, limit)
+def longest_input(config: PretrainedConfig, length: int, option: str) -> int:
+    """Reduce a length in tokens to the model's context length, with a line in the log."""
+    limit = position_limit(config) or length
+    if length > limit:
+        log(f"--{option} {length} exceeds the model's context length; using {limit}")
+    return min(length, limit)
 
 
 def load_causal_lm(
     path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None
 ) -> PreTrainedModel:
-    """A causal language model whose vocabulary covers the tokenizer.
+    """Load a causal language model, and grow its vocabulary to the tokenizer's.
 
-    zero: DeepSpeed configuration of the engine that will hold it, which decides precision and, at stage 3,
-    partitions the weights while they load; None for a plain module in fp32.
+    zero: DeepSpeed configuration of the engine for this model. It sets the precision and, at stage 3,
+    partitions the weights while they load. None: a plain module in fp32.
     """
     config = load_config(path)
     check_policy(config)
@@ -69,10 +68,10 @@ def load_causal_lm(
 def load_scalar_model(
     path: str, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any] | None, seed: int = 0
 ) -> PreTrainedModel:
-    """A model with one scalar output per position, on the backbone found at `path`.
+    """Load a model with one scalar output per position, on the backbone at `path`.
 
-    From a reward model the head comes along. From a language model it is new: N(0, 1 / sqrt(d + 1)), without
-    a bias (Stiennon et al. 2020, appendix B.1), drawn from the seed.
+    A reward model keeps its head. A language model gets a new one without bias, drawn from
+    N(0, 1 / sqrt(d + 1)) with the seed (Stiennon et al. 2020, appendix B.1).
     """
     config = load_config(path)
     has_head = is_scalar(config)
@@ -86,7 +85,7 @@ def load_scalar_model(
 
 
 def initialise_head(model: PreTrainedModel, std: float, seed: int = 0) -> None:
-    """Draw the scalar head anew from N(0, std), the same on every rank; a std of 0 makes it zero."""
+    """Initialise the scalar head from N(0, std), the same on every rank; with std 0 it is all zeros."""
     import deepspeed
 
     weight = model.score.weight
@@ -94,12 +93,12 @@ def initialise_head(model: PreTrainedModel, std: float, seed: int = 0) -> None:
         torch.no_grad(),
         deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_partitioned(weight)),
     ):
-        if weight.numel():  # on the other ranks a partitioned weight is empty
+        if weight.numel():  # partitioned weights are empty on other ranks
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) * std)
 
 
 def is_scalar(config: PretrainedConfig) -> bool:
-    """Whether a configuration is that of a sequence classifier with one output."""
+    """Whether the configuration is that of a sequence classifier with one output."""
     architecture = (config.architectures or [""])[0]
     return architecture.endswith("ForSequenceClassification") and config.num_labels == 1
 
@@ -107,7 +106,7 @@ def is_scalar(config: PretrainedConfig) -> bool:
 def _load(
     kind: Any, path: str, config: PretrainedConfig, zero: dict[str, Any] | None, new_head: bool = False
 ) -> PreTrainedModel:
-    """The model with complete, finite weights. Raises UserError for others."""
+    """Load a model. Raises UserError for weights that are missing or not finite."""
     check_weights(kind, path, new_head)
     with _partitioned(zero, config):
         model = read_weights(kind, path, config, _dtype(zero))
@@ -123,14 +122,14 @@ def _dtype(zero: dict[str, Any] | None) -> torch.dtype:
 
 @contextlib.contextmanager
 def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Iterator[None]:
-    """While open, transformers splits the weights it loads over the ranks, if the JSON is of stage 3."""
+    """Context manager: transformers partitions the weights while it loads them, if the JSON sets stage 3."""
     if not zero or zero["zero_optimization"]["stage"] != 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     fill_bucket_sizes(zero, config.get_text_config().hidden_size)
-    keep_alive = HfDeepSpeedConfig(zero)  # transformers holds it by a weak reference only
+    keep_alive = HfDeepSpeedConfig(zero)  # transformers keeps only a weak reference
     try:
         yield
     finally:

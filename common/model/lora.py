@@ -1,4 +1,4 @@
-"""Low-rank adapters: a thin layer over `peft`."""
+"""LoRA adapters, through `peft`."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from common.model.loading import load_config
 from common.runtime.distributed import log
 from common.runtime.options import LoraOptions, UserError
 
-# Adapters usually take 10 to 100 times the learning rate of full weights. A rate below this many times the
-# default of a stage, which is one for full weights, draws a warning.
+# Adapters usually need 10 to 100 times the learning rate of full weights. A rate below this multiple of the
+# default, which is for full weights, gets a warning.
 LOW_RATE = 5
 
 
 def check_adapters(path: str, options: LoraOptions) -> None:
-    """`check_targets`, and a warning for each learning rate of an adapter that is one for full weights."""
+    """`check_targets`, and a warning for each learning rate that suits full weights rather than adapters."""
     check_targets(path, options)
     rates = [field for field in dataclasses.fields(options) if field.name.endswith("learning_rate")]
     if not getattr(options, "has_critic", True):
@@ -25,13 +25,13 @@ def check_adapters(path: str, options: LoraOptions) -> None:
         rate = getattr(options, field.name)
         if options.lora_rank and rate < LOW_RATE * field.default:
             log(
-                f"warning: --{field.name} {rate:g} is a rate for full weights; usual with --lora_rank is 10"
-                f" to 100 times the default: {10 * field.default:g} to {100 * field.default:g}"
+                f"warning: --{field.name} {rate:g} is low for adapters; usual with --lora_rank is 10 to 100"
+                f" times the default: {10 * field.default:g} to {100 * field.default:g}"
             )
 
 
 def check_targets(path: str, options: LoraOptions) -> None:
-    """Raise UserError when --lora_target_modules matches nothing, judged from the configuration alone."""
+    """Raise UserError when --lora_target_modules matches no module. Loads no weights."""
     if not options.lora_rank or options.lora_target_modules == ["all-linear"]:
         return
     with torch.device("meta"):
@@ -43,17 +43,17 @@ def check_targets(path: str, options: LoraOptions) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise UserError(
-                f"--lora_target_modules {target}: no such module in {path}; there are: {' '.join(known)}"
+                f"--lora_target_modules {target}: no such module in {path}; allowed: {' '.join(known)}"
             )
 
 
 def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
-    """Freeze the model and add adapters; a scalar head stays trainable, in a copy that peft saves along."""
+    """Freeze the model and add adapters. A scalar head stays trainable; peft saves it with the adapter."""
     if not options.lora_rank:
         return model
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)  # the adapters' first factors must be the same on every rank
+    torch.manual_seed(seed)  # the same initial adapters on every rank
     is_scalar = hasattr(model, "score")
     targets = options.lora_target_modules
     config = LoraConfig(
@@ -73,7 +73,7 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def _beside_text(model: PreTrainedModel) -> str | None:
-    """A pattern of the modules of a multimodal model that a text does not go through, as vision."""
+    """Regular expression for the modules of a multimodal model outside the text path, such as vision."""
     if model.config.get_text_config() is model.config:
         return None
     decoder, parts = model.get_decoder(), model.base_model.named_children()

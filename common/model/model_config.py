@@ -1,7 +1,4 @@
-"""Configurations of models, checked before anything is built. What is wrong is a UserError of one line.
-
-Custom code is never run.
-"""
+"""Read and check model configurations before any model is built. Custom code is never run."""
 
 import contextlib
 import math
@@ -19,15 +16,15 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings",
     "num_hidden_layers", *HEADS,
 )  # fmt: skip
-MOST_LAYERS = 10_000  # making more takes minutes, even without values
+MAX_LAYERS = 10_000  # building more takes minutes, even without values
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """The configuration. Raises UserError when there is none, and for values that no model can have."""
+    """Read a configuration. Raises UserError, in one line, when it is missing or holds impossible values."""
     if exists(Path(path) / "adapter_config.json"):
         raise UserError(
             f"{path}: a peft adapter, not a model; give the merged model: `final/` of the run that made it,"
-            " or what peft's merge_and_unload makes of it"
+            " or the output of peft's merge_and_unload"
         )
     if is_folder(path):
         read_json(Path(path) / "config.json")
@@ -35,27 +32,27 @@ def read_config(path: str) -> PretrainedConfig:
         raise UserError(f"{path}: No such folder; a model is a folder or a hub name")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - whatever is in the file
-        place = Path(path) / "config.json" if is_folder(path) else f"{path}: no model folder or hub name"
-        raise UserError(f"{place}: {custom_code(path) or reason(error)}") from None
+    except Exception as error:  # noqa: BLE001 - the file may hold anything
+        source = Path(path) / "config.json" if is_folder(path) else f"{path}: not a model folder or hub name"
+        raise UserError(f"{source}: {custom_code(path) or reason(error)}") from None
     _check_config(path, config)
     return config
 
 
 def _check_config(path: str, config: PretrainedConfig) -> None:
-    """Raise UserError for sizes that are wrong, although transformers builds a model from them."""
+    """Raise UserError for wrong sizes from which transformers would still build a model."""
     text, file = config.get_text_config(), Path(path) / "config.json"
     for name in SIZES:
         value = getattr(text, name, None)
         if isinstance(value, int | float | str) and (type(value) is not int or value < 1):
             own = text.attribute_map.get(name, name)
-            raise UserError(f"{file}: {own} is {value!r}; it must be a whole number above 0")
-    if (layers := getattr(text, "num_hidden_layers", None) or 0) > MOST_LAYERS:
-        raise UserError(f"{file}: num_hidden_layers is {layers}; it must be at most {MOST_LAYERS}")
+            raise UserError(f"{file}: {own} is {value!r}; it must be an integer above 0")
+    if (layers := getattr(text, "num_hidden_layers", None) or 0) > MAX_LAYERS:
+        raise UserError(f"{file}: num_hidden_layers is {layers}; it must be at most {MAX_LAYERS}")
     _check_numbers(file, text.to_dict())
     heads, groups = (getattr(text, name, None) for name in HEADS)
     if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
-        raise UserError(f"{file}: {heads} attention heads do not divide by {groups} key-value heads")
+        raise UserError(f"{file}: {heads} attention heads are not a multiple of {groups} key-value heads")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{path}: quantised weights are not supported; give the model in 16 or 32 bits")
     names = config.architectures or []
@@ -64,7 +61,7 @@ def _check_config(path: str, config: PretrainedConfig) -> None:
 
 
 def _check_numbers(file: Path, values: dict[str, Any]) -> None:
-    """Raise UserError for a number that would make every output NaN, also in sections."""
+    """Raise UserError for a number that would make every output NaN, also in nested sections."""
     for name, value in values.items():
         if isinstance(value, dict):
             _check_numbers(file, value)
@@ -79,9 +76,9 @@ def _check_numbers(file: Path, values: dict[str, Any]) -> None:
 
 
 def custom_code(path: str, kind: Kind = AutoConfig) -> str:
-    """That the model needs code of its own, which is never run; nothing if it does not."""
+    """Message that the model needs custom code, which is never run; empty if it does not."""
     code = ""
-    with contextlib.suppress(Exception):  # what is wrong with the file has been noticed
+    with contextlib.suppress(Exception):  # a broken file is reported elsewhere
         code = PretrainedConfig.get_config_dict(path)[0]["auto_map"][kind.__name__]
-    wanted = "which is not run; convert it, or use a class that transformers has"
-    return code and f"needs custom code ({code}), {wanted}"
+    advice = "convert it, or use a class that transformers has"
+    return code and f"needs custom code ({code}), which is not run; {advice}"

@@ -1,4 +1,4 @@
-"""Options of reward models."""
+"""Options for reward models and ensembles."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,12 @@ class EnsembleOptions:
     """Reward models."""
 
     reward_model_name_or_path: list[str] = option(
-        [], "The reward model: `final/` of step 2; several are an ensemble."
+        [], "Reward model: `final/` of step 2. Several form an ensemble."
     )
     reward_combine: Literal["mean", "min", "mean_std"] = option(
-        "mean", "The score of an ensemble: the mean, the least, or the mean less --reward_std_coef x std."
+        "mean", "Ensemble score. mean: mean; min: lowest score; mean_std: mean minus --reward_std_coef x std."
     )
-    reward_std_coef: float = option(
-        1.0, "How much mean_std takes off where reward models disagree.", at_least=0
-    )
+    reward_std_coef: float = option(1.0, "Coefficient of the standard deviation in mean_std.", at_least=0)
     reward_weights: list[float] = option(
-        [], "Weights of the reward models in mean and std. Default: all alike."
+        [], "Weights of the reward models in mean and std. Default: equal weights."
     )

@@ -1,4 +1,4 @@
-"""One reward model, or several whose scores become one: which, how they are held, and what they say."""
+"""Reward-model ensembles: options, loading, scoring, aggregation."""
 
 import contextlib
 import math
@@ -27,21 +27,21 @@ from common.text.tokenizer import SegmentEncoder, load_tokenizer
 
 
 class RewardModel(NamedTuple):
-    """A frozen reward model, and the encoder of what it reads."""
+    """A frozen reward model and the encoder for its inputs."""
 
     encoder: SegmentEncoder
-    ready: Callable[[], AbstractContextManager[nn.Module]]  # the model, able to run inside a `with` block
+    ready: Callable[[], AbstractContextManager[nn.Module]]  # context manager: the model on its device
 
 
 def combine_scores(
     scores: Tensor, how: str = "mean", std_coef: float = 1.0, weights: Sequence[float] = ()
 ) -> Tensor:
-    """The score of an ensemble: scores (M, B) of M members -> (B,), of one member its own.
+    """Aggregate the scores of an ensemble: (M, B) for M members -> (B,).
 
-    `mean`; `min`, the worst case; or `mean_std`, the mean less std_coef standard deviations between members
-    (with M, not M - 1), which keeps a policy from where they disagree. Source: Coste et al. 2023 (arXiv
-    2310.02743), whose uncertainty-weighted objective takes the variance; the deviation has the scores' unit.
-    weights: of the members in mean and deviation, whatever their sum; none: all alike.
+    how: `mean`; `min`, the worst case; `mean_std`, the mean minus std_coef standard deviations over the
+    members (divided by M, not M - 1), which penalises responses on which they disagree. Source: Coste et al.
+    2023 (arXiv 2310.02743); their uncertainty-weighted objective subtracts the variance, which does not have
+    the unit of the scores. weights: for mean and deviation, normalised; empty: equal.
     """
     weight = scores.new_tensor(weights or [1.0] * len(scores))
     weight = (weight / weight.sum())[:, None]  # (M, 1)
@@ -58,32 +58,32 @@ def combine_scores(
 
 
 def combine(scores: Tensor, options: EnsembleOptions) -> Tensor:
-    """`combine_scores` as the options say."""
+    """`combine_scores` with the settings of the options."""
     return combine_scores(scores, options.reward_combine, options.reward_std_coef, options.reward_weights)
 
 
 def load_encoders(options: EnsembleOptions, *known: SegmentEncoder) -> list[SegmentEncoder]:
-    """The encoder of each member; those that make the same ids of every text share one, also with `known`.
+    """The encoder of each member. Members with the same tokenizer share one, also with `known` encoders.
 
-    Raises UserError unless every member is a reward model, and weights, if given, fit them and matter.
+    Raises UserError unless every member is a reward model, and for --reward_weights that do not fit.
     """
     encoders: list[SegmentEncoder] = []
     for path in options.reward_model_name_or_path:
         check_scalar_model(path, "reward_model_name_or_path")
         tokenizer = load_tokenizer(path)
-        alike = [e for e in (*known, *encoders) if same_tokens(e.tokenizer, tokenizer)]
-        encoders.append(alike[0] if alike else SegmentEncoder(tokenizer))
+        shared = [e for e in (*known, *encoders) if same_tokenizer(e.tokenizer, tokenizer)]
+        encoders.append(shared[0] if shared else SegmentEncoder(tokenizer))
     weights = options.reward_weights
     given = f"--reward_weights {' '.join(f'{weight:g}' for weight in weights)}"
     if weights and (len(weights) != len(encoders) or not all(0 < weight < math.inf for weight in weights)):
-        raise UserError(f"{given}: must be a number above 0 for each of {len(encoders)} reward models")
+        raise UserError(f"{given}: must be {len(encoders)} numbers above 0, one per reward model")
     if weights and options.reward_combine == "min":
-        raise UserError(f"{given}: mean nothing to --reward_combine min; allowed: mean mean_std")
+        raise UserError(f"{given}: not used by --reward_combine min; allowed: mean mean_std")
     return encoders
 
 
-def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
-    """Whether a text, and a conversation, becomes the same ids under both tokenizers."""
+def same_tokenizer(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
+    """Whether both tokenizers give the same ids for every text and conversation."""
     return (
         a.backend_tokenizer.to_str() == b.backend_tokenizer.to_str()
         and a.chat_template == b.chat_template
@@ -94,10 +94,10 @@ def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
 def load_members(
     options: EnsembleOptions, encoders: Sequence[SegmentEncoder], zero: dict[str, Any], offload: bool = False
 ) -> list[RewardModel]:
-    """The frozen models, in the precision of a DeepSpeed configuration, and partitioned if it is of stage 3.
+    """Load the frozen members, in the precision of a DeepSpeed configuration and partitioned at stage 3.
 
-    Those that wait are in host memory, and each is on the device for its own pass only; so are several that
-    are not partitioned.
+    offload: keep each member in host memory except during its own forward passes. Ensembles of unpartitioned
+    members are always offloaded.
     """
     members: list[RewardModel] = []
     frozen = frozen_config(zero, offload)
@@ -130,10 +130,10 @@ def member_scores(
     members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]], batch_size: int,
     title: str = "",
 ) -> Tensor:  # fmt: skip
-    """What each of M members says of the same B texts: (M, B) fp32, one member after the other.
+    """Scores of M members for the same B texts: (M, B) fp32, one member after the other.
 
-    inputs: for each encoder of a member, the B texts as token ids that end in EOS, where the score is read.
-    title: of progress lines; none: be silent.
+    inputs: by encoder, the B texts as token ids that end in EOS, where the score is read. title: of progress
+    lines; empty: none.
     """
     scores = []
     for member in members:
@@ -146,9 +146,9 @@ def member_scores(
 def score_rows(
     model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad_token_id: int, title: str = ""
 ) -> Tensor:
-    """Scores (B,) fp32 at the last token of each row, rows of like length at once.
+    """Scores (B,) fp32 at the last token of each row, in batches of similar length.
 
-    A row with more tokens than the model has positions loses its beginning.
+    Rows longer than the model's context length are truncated at their beginning.
     """
     room = position_limit(base_model(model).config) or sys.maxsize
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))

@@ -1,21 +1,20 @@
-"""What a model has to know of its tokenizer: which ids exist, which pad a text, and which end a response."""
+"""Fit a model to its tokenizer: vocabulary size, pad id and the ids that end a response."""
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Grow the vocabulary to the tokenizer's, and set the ids that pad and end a text.
+    """Grow the vocabulary to the tokenizer's, and set the ids for padding and for the end of a response.
 
-    `model.num_tokens`: all ids of the tokenizer are below it. `model.end_ids`: what ends a response. They
-    reach generation_config.json too, so that an exported model ends there. Of a multimodal model, only what a
-    text goes through is left to be trained.
+    Sets `model.num_tokens`, above all ids of the tokenizer, and `model.end_ids`, the ids that end a response;
+    generation_config.json gets the same ids. A multimodal model is frozen except for its text decoder.
     """
     text = model.config.get_text_config()
     model.num_tokens = max(tokenizer.get_vocab().values()) + 1
     if model.num_tokens > text.vocab_size:
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # the same new rows on every rank, and in actor and reference
+            torch.manual_seed(0)  # same new rows on all ranks, in actor and reference
             model.resize_token_embeddings(model.num_tokens, mean_resizing=False)
     for config in (model.config, text):
         config.pad_token_id = tokenizer.pad_token_id
@@ -26,17 +25,19 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
         generation.pad_token_id = tokenizer.pad_token_id
         generation.eos_token_id = model.end_ids if len(model.end_ids) > 1 else tokenizer.eos_token_id
     if text is not model.config:
-        model.base_model.requires_grad_(False)  # vision and the like, which no gradient would reach
+        model.base_model.requires_grad_(False)  # vision and the like get no gradients from text
         model.get_decoder().requires_grad_(True)
     return model
 
 
 def spare_ids(model: PreTrainedModel) -> list[int]:
-    """Rows of the embeddings for which the tokenizer has no token, as in models padded to a round number."""
+    """Embedding rows without a token, as in models whose vocabulary is padded to a round number."""
     return [*range(model.num_tokens, model.config.get_text_config().vocab_size)]
 
 
-def _end_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> list[int]:
-    """EOS, which training puts behind a reply, and the ids that the model's configuration names."""
-    ids = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+def _end_ids(
+    configured: int | list[int] | None, tokenizer: PreTrainedTokenizerFast, num_tokens: int
+) -> list[int]:
+    """EOS, which ends every training response, and the end ids of the model's configuration."""
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     return [i for i in dict.fromkeys(ids) if isinstance(i, int) and 0 <= i < num_tokens]

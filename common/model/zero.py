@@ -1,8 +1,8 @@
-"""Read a DeepSpeed JSON, fill the values that options own, refuse what contradicts them.
+"""Read a DeepSpeed JSON, fill in the values that options own, and refuse contradictions.
 
 The JSON owns ZeRO stage, offload, precision and communication. Options own batch sizes, accumulation,
-clipping, AdamW and the schedule: in the JSON these are "auto" or absent, and a value that says otherwise is
-an error, never an override.
+clipping, AdamW and the schedule. In the JSON these are "auto" or absent; a different value is an error and
+never overrides an option.
 """
 
 import copy
@@ -16,7 +16,7 @@ from common.runtime.options import OptimiserOptions, UserError, accumulation_ste
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "zero_configs"
 
-# DeepSpeed accepts a misspelt top-level key in silence; we do not.
+# DeepSpeed silently accepts a misspelt top-level key; Triptych refuses it.
 KNOWN_KEYS = [
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast",
@@ -31,9 +31,9 @@ SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
 def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float) -> dict[str, Any]:
-    """The DeepSpeed configuration of one trained model, without any "auto" left but the bucket sizes.
+    """Load the DeepSpeed configuration of one trained model; only bucket sizes may stay "auto".
 
-    path: a JSON file; empty for the shipped default. learning_rate: what the options say for this model.
+    path: a JSON file; empty for the shipped default. learning_rate: of this model, from the options.
     Raises UserError, naming the file and the key, for an unreadable file, an unknown key, an unknown ZeRO
     stage, 16-bit precision at stage 0, and a value that contradicts an option.
     """
@@ -54,8 +54,9 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
 
 
 def frozen_config(trained: dict[str, Any], offload: bool = False) -> dict[str, Any] | None:
-    """Configuration of a frozen model beside a trained one: partitioned at stage 3, else None (a plain
-    module). With `offload` it has its part in host memory.
+    """Derive the configuration of a frozen model: partitioned at stage 3, else None for a plain module.
+
+    offload: keep each rank's partition in host memory.
     """
     if trained["zero_optimization"]["stage"] != 3:
         return None
@@ -67,12 +68,12 @@ def frozen_config(trained: dict[str, Any], offload: bool = False) -> dict[str, A
 
 
 def unpartitioned(trained: dict[str, Any]) -> dict[str, Any]:
-    """The same precision at stage 0: for a copy of the model on one rank, outside any engine."""
+    """The same precision at stage 0, for a full copy of the model on one rank outside any engine."""
     return {**trained, "zero_optimization": {"stage": 0}}
 
 
 def fill_bucket_sizes(config: dict[str, Any], hidden_size: int) -> None:
-    """Replace "auto" bucket sizes of ZeRO by the usual multiples of the hidden size, as Hugging Face does."""
+    """Replace "auto" bucket sizes by multiples of the hidden size, as Hugging Face does."""
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
@@ -90,7 +91,7 @@ def _read(source: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
     except ValueError:
-        raise UserError(f"{source}: not a text file in UTF-8") from None
+        raise UserError(f"{source}: not UTF-8 text") from None
     if not isinstance(config, dict):
         raise UserError(f"{source}: must hold one JSON object")
     for key, value in config.items():
@@ -110,14 +111,15 @@ def _check_object(source: Path, key: str, value: Any) -> None:
 
 
 def offloads(config: dict[str, Any], section: str) -> bool:
-    """Whether a section, `offload_optimizer` or `offload_param`, names a device: {} and "none" do not."""
+    """Whether the section `offload_optimizer` or `offload_param` names a device; {} and "none" are off."""
     device = (config["zero_optimization"].get(section) or {}).get("device", "none")
     return device not in (None, "none")
 
 
 def _read_offload(zero: dict[str, Any], source: Path) -> None:
-    """Check the offload sections, and remove those without a device: to DeepSpeed `{"device": "none"}`, {}
-    and null are off. So is any of them at stage 0.
+    """Check the offload sections, and remove those that are off.
+
+    For DeepSpeed `{"device": "none"}`, {} and null are off, and at stage 0 every section is.
     """
     for name in ("offload_optimizer", "offload_param"):
         section = zero.get(name)
@@ -139,10 +141,10 @@ def _fill_precision(config: dict[str, Any], source: Path) -> None:
             section["enabled"] = name == "bf16" and stage > 0 and not on_cpu() and _has_bf16()
     enabled = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")]
     if enabled == ["bf16"]:
-        config["bf16"].setdefault("check_grad_overflow", True)  # skip an update that is not finite
+        config["bf16"].setdefault("check_grad_overflow", True)  # skip non-finite updates
     if stage == 0 and enabled:
         raise UserError(
-            f"{source}: {enabled[0]} needs ZeRO stage 1 or higher; at stage 0 DeepSpeed starts Adam wrongly"
+            f"{source}: {enabled[0]} needs ZeRO stage 1 or higher; DeepSpeed's Adam is wrong at stage 0"
         )
 
 
@@ -166,8 +168,7 @@ def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions)
                 f'{source}: {key} is {config[key]} but {name} is {value}; write "auto" or the same value'
             )
         config[key] = value
-    # Triptych marks the accumulation boundary itself, so that a token mean over uneven micro-batches is
-    # exact.
+    # Triptych sets the accumulation boundary, so that token means over uneven micro-batches are exact.
     config["gradient_accumulation_steps"] = 1
     config["train_batch_size"] = options.micro_batch_size * world_size()
 
@@ -180,7 +181,7 @@ def _take_optimizer(
     for name, section in (("optimizer", optimizer), ("scheduler", scheduler)):
         _check_object(source, f"{name}.params", section.get("params", {}))
     if optimizer and optimizer.get("type") not in ("Adam", "AdamW"):
-        raise UserError(f"{source}: optimizer.type is {optimizer.get('type')!r}; AdamW is the one there is")
+        raise UserError(f"{source}: optimizer.type is {optimizer.get('type')!r}; only AdamW is supported")
     owned = {
         "lr": learning_rate,
         "betas": [options.adam_beta1, options.adam_beta2],
@@ -189,9 +190,9 @@ def _take_optimizer(
     }
     for key, value in optimizer.get("params", {}).items():
         if key in owned and value not in ("auto", owned[key]):
-            raise UserError(f"{source}: optimizer.params.{key} is {value} but the options say {owned[key]}")
+            raise UserError(f"{source}: optimizer.params.{key} is {value} but the options give {owned[key]}")
     if any(value != "auto" for value in scheduler.get("params", {}).values()):
-        raise UserError(f"{source}: scheduler belongs to --lr_scheduler_type and --warmup_ratio; remove it")
+        raise UserError(f"{source}: scheduler is set by --lr_scheduler_type and --warmup_ratio; remove it")
 
 
 def _refuse_auto(config: dict[str, Any], source: Path, path: str = "") -> None:

@@ -19,7 +19,7 @@ from common.data.summary import warn_of_few
 from common.generation.generate import check_generation
 from common.model.loading import longest_input
 from common.model.options import EnsembleOptions
-from common.model.reward_ensemble import load_encoders, same_tokens
+from common.model.reward_ensemble import load_encoders, same_tokenizer
 from common.model.roles import check_scalar_model, policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import init_distributed, log, rank, ranks_in_words
@@ -73,7 +73,7 @@ def load_encoder(paths: Sequence[str]) -> SegmentEncoder:
     """What all policies read and write. Raises UserError when one has other tokens than the first."""
     first, *others = (load_tokenizer(path) for path in paths)
     for path, tokenizer in zip(paths[1:], others, strict=True):
-        if not same_tokens(first, tokenizer):
+        if not same_tokenizer(first, tokenizer):
             raise UserError(
                 f"--model_name_or_path {path}: its tokenizer or chat template is not that of {paths[0]};"
                 " policies are compared on the same tokens"

@@ -101,7 +101,7 @@ def test_the_ensemble_is_a_part_of_the_run(world: Path, run: Path, tmp_path: Pat
         (): ["--reward_model_name_or_path 2", "tokenizer of reward model 2"],
         (both[0], str(two), str(one)): [f"--reward_model_name_or_path 1 {two}", f"path 2 {one}"],
         (*both, "--reward_combine", "min"): ["--reward_combine mean -> min"],
-        (*anew, "--reward_weights", "1"): ["--reward_weights 1: must be a number above 0 for each of 2"],
+        (*anew, "--reward_weights", "1"): ["--reward_weights 1: must be 2 numbers above 0"],
         (*anew, "--reward_weights", "1", "2", "--reward_combine", "min"): [
             "--reward_weights 1 2",
             "mean_std",

@@ -152,7 +152,7 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "zeroed": (replace("model.safetensors", bytes(5000)), ["model.safetensors: not read"]),
     "no shard": (
         after(shard, lambda folder: next(folder.glob("model-00002*")).unlink()),
-        ["model-00002-of-", "missing, but the index"],
+        ["model-00002-of-", "missing, but named in the index"],
     ),
     "cut shard": (after(shard, lambda f: cut(next(f.glob("model-00002*")).name)(f)), ["model-00002-of-"]),
     "wrong shard": (after(shard, another_shard), ["model-00099-of-00002.safetensors: missing"]),
@@ -160,7 +160,7 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "index without map": (after(shard, replace("model.safetensors.index.json", b"{}")), ["`weight_map`"]),
     "index of numbers": (
         after(shard, replace("model.safetensors.index.json", b'{"weight_map": {"a": 1}}')),
-        ["index.json: no index of weights"],
+        ["index.json: not an index of weights"],
     ),
     "pointer": (
         replace("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"),
@@ -168,7 +168,7 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "cut bin": (after(as_bin, cut("pytorch_model.bin")), ["pytorch_model.bin: not read"]),
     "empty bin": (after(as_bin, replace("pytorch_model.bin", b"")), ["pytorch_model.bin: is empty"]),
-    "code in bin": (pickled_code, ["pytorch_model.bin: not read", "code is not run"]),
+    "code in bin": (pickled_code, ["pytorch_model.bin: not read", "code in it is not run"]),
     "custom code": (custom_code, ["custom code (code.Mine)", "not run"]),
     "adapter": (only_an_adapter, ["a peft adapter, not a model", "final/"]),
     "quantised": (configure(quantization_config={"quant_method": "gptq"}), ["quantised weights"]),
@@ -176,7 +176,7 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "negative": (configure(num_hidden_layers=-2), ["config.json: num_hidden_layers is -2", "above 0"]),
     "no layers": (configure(num_hidden_layers=0), ["config.json: num_hidden_layers is 0", "above 0"]),
     "heads": (configure(num_attention_heads=3), ["config.json", "not a multiple of the number of attention"]),
-    "groups": (configure(num_key_value_heads=3), ["4 attention heads do not divide by 3 key-value heads"]),
+    "groups": (configure(num_key_value_heads=3), ["heads are not a multiple of 3 key-value heads"]),
     "inner width": (configure(intermediate_size=-3), ["intermediate_size is -3", "above 0"]),
     "head width": (configure(head_dim=0), ["config.json: head_dim is 0", "above 0"]),
     "positions": (configure(max_position_embeddings=-1), ["max_position_embeddings is -1", "above 0"]),
@@ -248,13 +248,13 @@ def test_a_file_of_zeros_behind_a_good_header_is_refused(
     policy: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     weights(lambda state: [tensor.zero_() for tensor in state.values()])(policy)
-    assert "policy: embeddings: nothing but zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
+    assert "policy: embeddings: all zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
 
 
 def test_a_layer_of_zeros_is_refused(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """As in a file that was not written to its end."""
     weights(zeros(r"layers\.1\."))(policy)
-    assert "model.layers.1: nothing but zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
+    assert "model.layers.1: all zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
 
 
 def test_matrices_of_zeros_draw_one_warning(

@@ -193,7 +193,7 @@ def test_an_unreadable_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"broken.json:3: not valid JSON"):
         load_zero_config(str(tmp_path / "broken.json"), OPTIONS, learning_rate=1e-5)
     (tmp_path / "other.json").write_text("{}", encoding="utf-16")
-    with pytest.raises(UserError, match="other.json: not a text file in UTF-8"):
+    with pytest.raises(UserError, match="other.json: not UTF-8 text"):
         load_zero_config(str(tmp_path / "other.json"), OPTIONS, learning_rate=1e-5)
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match="list.json: must hold one JSON object"):
