@@ -1,4 +1,4 @@
-"""Preferences as token ids."""
+"""Tokenised preferences: rows, micro-batches, and margins."""
 
 import os
 from collections.abc import Sequence
@@ -23,15 +23,17 @@ from step2_reward.options import RewardOptions
 
 
 class Preference(NamedTuple):
-    """Token ids of a prompt and of K responses to it, best first; each ends in EOS, where it is scored."""
+    """Token ids of a prompt and of K responses to it, best first. Each is scored at its final EOS."""
 
     prompt_ids: list[int]
-    response_ids: list[int]  # all responses, one after the other
+    response_ids: list[int]  # concatenated responses
     response_lengths: list[int]  # (K,)
-    ranks: list[float]  # (K,) rising; equal ones are a tie
-    margin: float = 0.0  # of a pair: by how much the first is better, if the records say so
-    probability: float = 1.0  # of a pair: that the first is better, where the label is soft
-    best_ended: bool = True  # false: the first response was cut, so its EOS is no language to learn
+    ranks: list[float]  # (K,) ascending; equal ranks are ties
+    margin: float = 0.0  # of a pair: preference margin of the record, or 0
+    probability: float = 1.0  # of a pair: that the first is better, from a soft label
+    best_ended: bool = (
+        True  # false: the first response was truncated, so its EOS is not a language-model label
+    )
 
     @property
     def length(self) -> int:
@@ -45,14 +47,12 @@ class Preference(NamedTuple):
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Every two responses, the better one first."""
+        """All pairs of responses, the better one first."""
         return list(combinations(range(len(self.ranks)), 2))
 
     @property
     def pair_facts(self) -> list[tuple[bool, float, float, float]]:
-        """Of each pair: whether it is a tie, its margin, its weight (one over the pairs of the record), and
-        the probability that the first is better.
-        """
+        """Tie flag, margin, weight (1 / pairs of the record) and probability of the label, for each pair."""
         margin = 0.0 if self.ranks[0] == self.ranks[-1] else self.margin
         weight = 1 / len(self.pairs)
         ties = [self.ranks[i] == self.ranks[j] for i, j in self.pairs]
@@ -60,7 +60,7 @@ class Preference(NamedTuple):
 
     @property
     def language_length(self) -> int:
-        """Tokens of the best response that a language model learns."""
+        """Number of language-model labels in the best response."""
         return self.response_lengths[0] - (not self.best_ended)
 
     @property
@@ -70,7 +70,7 @@ class Preference(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Token ids of a prompt and a response that ends in EOS, where its score is read."""
+    """Token ids of a prompt and a response, scored at its final EOS."""
 
     ids: list[int]
 
@@ -80,39 +80,40 @@ class Response(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How records become rows of tokens: a row for each response, or one for all that share a prompt."""
+    """Row layout of a record: one row per response, or one row with the prompt shared by all responses."""
 
     pad_token_id: int
     share_prompts: bool = False
 
     def row_lengths(self, row: Preference) -> list[int]:
-        """Tokens of each row that a record takes."""
-        alone = [len(row.prompt_ids) + length for length in row.response_lengths]
-        return [row.length] if self.share_prompts else alone
+        """Length of each row of a record."""
+        separate = [len(row.prompt_ids) + length for length in row.response_lengths]
+        return [row.length] if self.share_prompts else separate
 
 
 class Batch(NamedTuple):
     """One micro-batch: B records with N responses and P pairs of them, in order, on R rows of tokens."""
 
     input_ids: Tensor  # (R, T) padded on the right
-    position_ids: Tensor  # (R, T) each response goes on where its prompt ends
+    position_ids: Tensor  # (R, T) each response continues from the end of the prompt
     segments: Tensor  # (R, T) 0: prompt; 1, 2, ...: responses of the row; -1: padding
-    is_best: Tensor  # (R, T) bool, tokens of the first response of a record, without the EOS of a cut one
-    better: Tensor  # (P,) which of the N responses, of each pair
+    is_best: Tensor  # (R, T) bool, tokens of each record's first response, but for the EOS of a truncated one
+    better: Tensor  # (P,) index of the better response among the N
     worse: Tensor  # (P,)
-    is_tie: Tensor  # (P,) bool, neither is better
+    is_tie: Tensor  # (P,) bool
     margins: Tensor  # (P,)
-    weights: Tensor  # (P,) 1 / pairs of the record: pairs of a record, then records, count alike
-    targets: Tensor  # (P,) probability that the better is better: 1, less for a soft label, 1/2 for a tie
+    weights: Tensor  # (P,) 1 / pairs of the record, so that all records weigh the same
+    targets: Tensor  # (P,) probability that the label is right: 1, less for a soft label, 1/2 for a tie
     share_prompts: bool  # whether a row may hold several responses
 
 
 def tokenize_preference(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str, use_margin: bool
 ) -> tuple[Preference, bool]:
-    """Tokenise a record; whether it was cut to `max_length` (see `fit`). Raises Dropped or ValueError.
+    """Tokenise a record; also return whether it was truncated to `max_length` (see `fit`).
 
-    A response that did not end (`chosen_ended`, `rejected_ended`) gets an EOS too, as step 3 scores it so.
+    A truncated response (`chosen_ended` or `rejected_ended` is false) gets an EOS too: step 3 scores it so.
+    Raises Dropped or ValueError.
     """
     margin = number(record, "margin") if use_margin else 0.0
     if margin and "ranks" in record:
@@ -123,31 +124,31 @@ def tokenize_preference(
         shorter = compared._replace(prompt=prompt)
         return preference_segments(shorter, encoder.render, encoder.tokenizer.eos_token)
 
-    sides, is_cut = fit(compared.prompt, segments, encoder, max_length, overlong, keep_end=True)
-    # Dialogues may differ before their last response; then only what they share is the prompt.
+    sides, truncated = fit(compared.prompt, segments, encoder, max_length, overlong, keep_end=True)
+    # Dialogues may differ before their last response; the prompt is their common prefix.
     prompt = os.path.commonprefix([side.ids[: side.start] for side in sides])
     by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
     responses = [side.ids[len(prompt) :] for _, side in by_rank]
     ranks = [float(rank) for rank, _ in by_rank]
     best = min(zip(compared.ranks, compared.responses, strict=True), key=itemgetter(0))[1]
     facts = margin, record.get(SURE, 1.0), has_ended(record, f"{best}_ended")
-    return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), is_cut
+    return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), truncated
 
 
 def check_margins(
     options: RewardOptions, train: Examples[Preference], held_out: Sequence[Preference]
 ) -> None:
-    """Raise UserError where --use_margin finds no margin to use; warn where some records have none."""
+    """Raise UserError if --use_margin is on and no record has a margin; warn if some have none."""
     if not options.use_margin:
         return
-    have = int((train.column("margin") != 0).sum())
-    if not have:
+    num_margins = int((train.column("margin") != 0).sum())
+    if not num_margins:
         raise UserError(
             f"--use_margin: no record of {' '.join(options.train_data)} has a 'margin' other than 0; add the"
             " field, or turn the option off"
         )
     for name, count, total in (
-        ("training", have, len(train)),
+        ("training", num_margins, len(train)),
         ("held-out", sum(row.margin != 0 for row in held_out), len(held_out)),
     ):
         if count < total:
@@ -157,14 +158,14 @@ def check_margins(
 def tokenize_response(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
 ) -> tuple[Response, bool]:
-    """Tokenise a demonstration whose last response is to be scored."""
-    row, is_cut = fit_demonstration(record, encoder, max_length, overlong, keep_end=True)
-    return Response(row.ids), is_cut
+    """Tokenise a demonstration for scoring its last response; also return whether it was truncated."""
+    row, truncated = fit_demonstration(record, encoder, max_length, overlong, keep_end=True)
+    return Response(row.ids), truncated
 
 
 def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
-    """Lay a micro-batch out and pad it."""
-    ids, places, segments, is_best, pairs = [], [], [], [], []
+    """Lay out records as padded rows of a micro-batch."""
+    ids, position_ids, segments, is_best, pairs = [], [], [], [], []
     count = 0
     for row in rows:
         for (i, j), facts in zip(row.pairs, row.pair_facts, strict=True):
@@ -174,13 +175,13 @@ def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
         row_responses = row.responses
         for responses in [row_responses] if layout.share_prompts else [[r] for r in row_responses]:
             ids.append([*row.prompt_ids, *chain(*responses)])
-            places.append([*range(start), *chain(*(range(start, start + len(r)) for r in responses))])
+            position_ids.append([*range(start), *chain(*(range(start, start + len(r)) for r in responses))])
             segments.append([0] * start + [number for number, r in enumerate(responses, 1) for _ in r])
-            learnt = range(start, start + row.language_length * (responses[0] is row_responses[0]))
-            is_best.append([place in learnt for place in range(len(ids[-1]))])
+            best = range(start, start + row.language_length * (responses[0] is row_responses[0]))
+            is_best.append([position in best for position in range(len(ids[-1]))])
     tokens = (  # (R, T) each
         pad_rows(ids, layout.pad_token_id),
-        pad_rows(places, 0),
+        pad_rows(position_ids, 0),
         pad_rows(segments, -1),
         pad_rows(is_best, False),
     )

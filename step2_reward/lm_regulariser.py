@@ -1,4 +1,4 @@
-"""The loss of a language model beside that of preferences: the reward model keeps being able to write."""
+"""Language-model loss as a regulariser of the reward model: its backbone stays a language model."""
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from step2_reward.options import RewardOptions
 def load_language_head(
     options: RewardOptions, tokenizer: PreTrainedTokenizerFast, zero: dict
 ) -> nn.Module | None:
-    """The output head of the SFT model, frozen: what is learnt is the backbone. None without --lm_loss_coef.
+    """Load the SFT model's output head, frozen. None without --lm_loss_coef.
 
-    It is read from --model_name_or_path at every start, and is no part of checkpoints or of the result.
+    It is loaded from --model_name_or_path at every start, and is not part of checkpoints or exports.
     """
     if not options.lm_loss_coef:
         return None
@@ -26,16 +26,16 @@ def load_language_head(
 
 
 def check_language_model(options: RewardOptions) -> None:
-    """Raise UserError when there is no output head to learn language with."""
+    """Raise UserError when --lm_loss_coef needs an output head that the model lacks."""
     if options.lm_loss_coef and is_scalar(load_config(options.model_name_or_path)):
         raise UserError(
-            f"--lm_loss_coef {options.lm_loss_coef:g}: {options.model_name_or_path} is a reward model,"
-            " without the output head of a language model; it must be 0"
+            f"--lm_loss_coef {options.lm_loss_coef:g}: {options.model_name_or_path} is a reward model"
+            " without a language-model head; it must be 0"
         )
 
 
 def best_response_logits(head: nn.Module, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) before each token of each record's best response, and these tokens (N,).
+    """Compute the logits (N, V) that predict the best responses' tokens, and return these tokens (N,).
 
     states: (R, T, hidden size).
     """

@@ -12,16 +12,16 @@ def pairwise_loss(
     """-t log sigmoid(d) - (1 - t) log sigmoid(-d) of each pair, where d = chosen - rejected - margin.
 
     Scores (B,), margin and target t (B,) or numbers -> (B,) fp32. With t = 1, the Bradley-Terry likelihood of
-    the observed preference: Ouyang et al. 2022 (InstructGPT), eq. 1; the margin is that of Touvron et al.
-    2023 (Llama 2), eq. 2. A t below 1 is the probability that the label is right, where raters err (as in
-    conservative DPO: Mitchell 2023); 1/2 is a tie, half a win for either side.
+    the observed preference: Ouyang et al. 2022 (InstructGPT), eq. 1. Margin: Touvron et al. 2023 (Llama 2),
+    eq. 2. t < 1: label smoothing, t is the probability that the label is right (as in conservative DPO:
+    Mitchell 2023). t = 1/2: a tie.
     """
     difference = chosen_scores.float() - rejected_scores.float() - margin
     return -target * F.logsigmoid(difference) - (1.0 - target) * F.logsigmoid(-difference)
 
 
 def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """(chosen + rejected)^2 of each pair: scores (B,) -> (B,) fp32, least when they lie around 0.
+    """(chosen + rejected)^2 of each pair, which keeps scores near 0: scores (B,) -> (B,) fp32.
 
     Source: Eisenstein et al. 2023, eq. 2.
     """
@@ -29,9 +29,9 @@ def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
 
 
 def language_loss(logits: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
-    """Negative log-likelihood of best responses, as this micro-batch's share of the global token mean.
+    """Negative log-likelihood of the best responses, as this micro-batch's share of the global token mean.
 
-    logits (N, V) before each token, labels (N,) the tokens, num_tokens: all of the global batch. As a
+    logits (N, V): at the positions before the labels (N,); num_tokens: labels of the global batch. As a
     regulariser of reward models: Yang et al. 2024 ("Regularizing Hidden States"), section 3.
     """
     return -label_logprobs(logits, labels).sum() / num_tokens

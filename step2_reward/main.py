@@ -1,6 +1,6 @@
 """Step 2: the reward model.
 
-Teaches a copy of the SFT model with a scalar head to score responses, so that preferred ones score higher.
+Trains the SFT model with a scalar head to score preferred responses higher.
 
     bash launch/step2_reward.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT2
 """
@@ -51,7 +51,7 @@ from step2_reward.shared_prompt import choose_layout, pair_scores_and_states
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(RewardOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = backbone_config(options.model_name_or_path, "model_name_or_path")
@@ -73,9 +73,9 @@ def main() -> None:
         golden = load_pairs(options.golden_data, [encoder], options, options.max_length)
     loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
 
-    # 2. The model, and where the run stands.
+    # 2. Load the model and resume.
     model = load_scalar_model(options.model_name_or_path, tokenizer, zero, options.seed)
-    set_centre(model, 0.0, 1.0)  # raw scores, until the end centres them
+    set_centre(model, 0.0, 1.0)  # raw scores during training; centred before each export
     model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     language_head = load_language_head(options, tokenizer, zero)
@@ -84,8 +84,8 @@ def main() -> None:
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        figures = evaluate(engine, held_out, options.micro_batch_size, layout)
-        is_best = loop.log_evaluation(figures, ["eval/loss", "eval/accuracy", "eval/margin"])
+        metrics = evaluate(engine, held_out, options.micro_batch_size, layout)
+        is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/accuracy", "eval/margin"])
         if is_best:
             write_best()
         return is_best
@@ -104,19 +104,19 @@ def main() -> None:
     elif loop.state.best_unwritten and not options.export_only:
         write_best()
     for indices in loop.batches():
-        figures = train_step(engine, [train[i] for i in indices], options, layout, language_head)
-        loop.finish_step(figures, ["train/loss", "train/accuracy", "train/lr"])
+        metrics = train_step(engine, [train[i] for i in indices], options, layout, language_head)
+        loop.finish_step(metrics, ["train/loss", "train/accuracy", "train/lr"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
-    # 4. A preference fixes scores up to a constant: choose it such that demonstrations score 0 on average.
+    # 4. Preferences determine scores up to a constant: set it so that demonstrations have mean score 0.
     if not centre(engine, centre_rows, options, tokenizer.pad_token_id):
         loop.stop_after_training()
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
-    # 5. What it says of pairs that every run is judged on.
+    # 5. Report on the golden pairs.
     if golden:
         stop_anywhere(
-            f"Stopped; {loop.folder}/final is written, the report on --golden_data is not."
+            f"Stopped. {loop.folder}/final is written, the report on --golden_data is not."
             " Run the same command to write it."
         )
         rows = golden.rows[encoder]
@@ -129,14 +129,14 @@ def main() -> None:
 def train_step(
     engine, records: list[Preference], options: RewardOptions, layout: Layout, language_head: nn.Module | None
 ) -> dict[str, Mean | float]:
-    """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
+    """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [max(layout.row_lengths(row)) for row in records]
-    mine = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
+    batches = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
     num_tokens = sum(row.language_length for row in records)
-    total = right = decided = encoded = padded = told = 0.0
-    for number, picked in enumerate(mine, start=1):
-        micro = collate([records[i] for i in picked], layout)
+    total = right = decided = encoded = padded = lm_total = 0.0
+    for number, batch_indices in enumerate(batches, start=1):
+        micro = collate([records[i] for i in batch_indices], layout)
         better, worse, states = pair_scores_and_states(engine, micro)  # (P,), (P,), (R, T, hidden)
         targets = options.label_smoothing + (1.0 - 2.0 * options.label_smoothing) * micro.targets
         losses = pairwise_loss(better, worse, micro.margins, targets)
@@ -145,19 +145,19 @@ def train_step(
         loss = (losses * micro.weights).sum() / len(records)
         if language_head:
             language = language_loss(*best_response_logits(language_head, states, micro), num_tokens)
-            loss, told = loss + options.lm_loss_coef * language, told + language.detach()
-        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(mine))
+            loss, lm_total = loss + options.lm_loss_coef * language, lm_total + language.detach()
+        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         total, right = total + loss.detach(), right + ((better > worse) & ~micro.is_tie).sum()
         decided = decided + (~micro.is_tie).sum()
         encoded, padded = encoded + (micro.segments >= 0).sum(), padded + micro.segments.numel()
-    total, right, decided, encoded, padded, told = sum_over_ranks(
-        total, right, decided, encoded, padded, told
+    total, right, decided, encoded, padded, lm_total = sum_over_ranks(
+        total, right, decided, encoded, padded, lm_total
     )
     seconds = time.perf_counter() - start
     return {
         "train/loss": Mean(total * len(records), len(records)),
         "train/accuracy": Mean(right, decided),
-        **({"train/lm_loss": Mean(told * num_tokens, num_tokens)} if language_head else {}),
+        **({"train/lm_loss": Mean(lm_total * num_tokens, num_tokens)} if language_head else {}),
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(encoded, seconds),
@@ -168,14 +168,14 @@ def train_step(
 
 
 def centre(engine, rows: list[list[int]], options: RewardOptions, pad_token_id: int) -> bool:
-    """Have scores read from here on such that these rows have mean 0 and standard deviation 1.
+    """Normalise the scores so that these rows have mean 0 and standard deviation 1.
 
-    False when the run was asked to stop first.
+    Returns False when a stop was requested first.
     """
-    found = score_statistics(engine, rows, options.micro_batch_size, pad_token_id, options.output_dir)
-    if found is None:
+    statistics = score_statistics(engine, rows, options.micro_batch_size, pad_token_id, options.output_dir)
+    if statistics is None:
         return False
-    mean, std = found
+    mean, std = statistics
     set_centre(engine.module, mean, std)
     log(f"scores of {len(rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
     return True
@@ -188,14 +188,14 @@ def set_centre(model: nn.Module, mean: float, std: float) -> None:
 def load_centre_rows(
     options: RewardOptions, encoder: SegmentEncoder, train: Sequence[Preference]
 ) -> list[list[int]]:
-    """Token ids of the responses that are to score 0 on average."""
+    """Load the token ids of the responses whose mean score becomes 0."""
     if not options.demonstration_data:
         return [train[i].chosen_ids for i in range(min(len(train), options.max_centre_samples))]
     convert = partial(
         tokenize_response, encoder=encoder, max_length=options.max_length, overlong=options.overlong
     )
-    all_of_them = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
-    rows, _ = load_examples(options.demonstration_data, all_of_them, Response, convert)
+    unsplit = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
+    rows, _ = load_examples(options.demonstration_data, unsplit, Response, convert)
     return [row.ids for row in rows.take(slice(options.max_centre_samples))]
 
 

@@ -1,7 +1,7 @@
-"""Scores of a micro-batch of responses, with a prompt encoded once for all responses to it.
+"""Scores of a micro-batch of responses, with each prompt encoded once for all its responses.
 
-Such a row holds the prompt, then each response at the positions that it would have alone, and a mask hides
-the other responses from it. A model that cannot do so gets each response with a prompt of its own.
+A shared row holds a prompt and all its responses. The position ids of each response continue from the prompt,
+and a mask hides the responses from each other. Models that cannot do so get one row per response.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from common.runtime.distributed import log
 from step2_reward.data import Batch, Layout, Preference, collate
 from step2_reward.options import RewardOptions
 
-SAMPLE = 1000  # records that decide
+SAMPLE = 1000  # records from which the layout is chosen
 
 
 def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Scores of the better and the worse response of each pair, (P,) each, in one forward pass."""
+    """Score the better and the worse response of each pair, (P,) each, in one forward pass."""
     return pair_scores_and_states(model, batch)[:2]
 
 
 def pair_scores_and_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """`pair_scores`, and the hidden states (R, T, hidden size) behind them."""
+    """Like `pair_scores`; also return the hidden states (R, T, hidden size)."""
     after = torch.nn.functional.pad(batch.segments[:, 1:], (0, 1), value=-1)  # (R, T)
     is_last = (batch.segments > 0) & (batch.segments != after)
     scores, states = _scores_at(model, batch, is_last)  # (N,)
@@ -35,47 +35,47 @@ def pair_scores_and_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Te
 def choose_layout(
     engine: Any, rows: Sequence[Preference], options: RewardOptions, pad_token_id: int
 ) -> Layout:
-    """Whether responses share their prompt, by --share_prompts and the first rows; says what it comes to.
+    """Choose the layout by --share_prompts and the first rows, and log it.
 
     At ZeRO-3 every rank must call this.
     """
-    alone, shared = (Layout(pad_token_id, share_prompts) for share_prompts in (False, True))
+    separate, shared = (Layout(pad_token_id, share_prompts) for share_prompts in (False, True))
     sample = [rows[i] for i in range(min(len(rows), SAMPLE))]
     width = base_model(engine).config.get_text_config().hidden_size
-    how, layout = "for each response", alone
+    how, layout = "for each response", separate
     match options.share_prompts:
         case "no":
             wants_shared = False
         case "yes":
             wants_shared = True
         case "auto":
-            wants_shared = work(sample, alone, width) > work(sample, shared, width)
+            wants_shared = work(sample, separate, width) > work(sample, shared, width)
             how += ", which is less work"
         case _:
             assert_never(options.share_prompts)
     if wants_shared and can_share_prompts(engine, options.max_length, pad_token_id):
-        how, layout = "for all responses together", shared
+        how, layout = "once for all its responses", shared
     elif wants_shared:
-        how = "for each response, as this model needs it"
-    tokens, apart = tokens_per_pair(sample, layout)
-    log(f"a prompt is encoded {how}: {tokens:.0f} tokens per pair; a pair by itself has {apart:.0f}")
+        how = "for each response, because this model cannot share prompts"
+    tokens, separate_tokens = tokens_per_pair(sample, layout)
+    log(f"prompts are encoded {how}: {tokens:.0f} tokens per pair (separate pairs: {separate_tokens:.0f})")
     return layout
 
 
 def tokens_per_pair(rows: Sequence[Preference], layout: Layout) -> tuple[float, float]:
-    """Tokens to encode per pair, and how many they would be with every pair of a record by itself."""
+    """Count encoded tokens per pair, in this layout and with every pair encoded separately."""
     encoded = sum(sum(layout.row_lengths(row)) for row in rows)
-    apart = sum((len(row.ranks) - 1) * sum(Layout(0).row_lengths(row)) for row in rows)
+    separate = sum((len(row.ranks) - 1) * sum(Layout(0).row_lengths(row)) for row in rows)
     pairs = sum(len(row.pairs) for row in rows)
-    return encoded / pairs, apart / pairs
+    return encoded / pairs, separate / pairs
 
 
 def work(rows: Sequence[Preference], layout: Layout, width: int) -> int:
-    """Multiplications per layer and unit of width to encode these records, for comparison.
+    """Estimate multiplications per layer and unit of width, to compare layouts.
 
-    A token takes 12 width^2 in matrices (Kaplan et al. 2020, 2.1) and 2 width with each token of its row in
-    attention. Kernels leave out the half of it that a causal mask hides, but nothing of any other mask. The
-    rows of a record are padded to the longest of them.
+    Each token takes 12 width^2 in matrices (Kaplan et al. 2020, 2.1) and 2 width per token of its row in
+    attention. Kernels skip half of a causal mask, but nothing of other masks. The rows of a record are padded
+    to the longest.
     """
     sizes = [(len(lengths), max(lengths)) for lengths in map(layout.row_lengths, rows)]
     return sum(k * (12 * width * n + (2 if layout.share_prompts else 1) * n**2) for k, n in sizes)
@@ -83,10 +83,10 @@ def work(rows: Sequence[Preference], layout: Layout, width: int) -> int:
 
 @torch.no_grad()
 def can_share_prompts(engine: Any, max_length: int, pad_token_id: int) -> bool:
-    """Whether the model scores responses that share a prompt as it scores them alone.
+    """Check that the model scores responses that share a prompt as it scores them separately.
 
-    Not so with attention kernels that take no mask, positions that do not follow `position_ids`, or windows
-    that the mask would widen, so it is tried on noise of the greatest length, token by token.
+    It fails for attention kernels without masks, position encodings that ignore `position_ids`, and sliding
+    windows. Scores are compared at every position of random tokens of the maximum length.
     """
     model = base_model(engine)
     if model.config._attn_implementation not in ("eager", "sdpa"):
@@ -96,33 +96,33 @@ def can_share_prompts(engine: Any, max_length: int, pad_token_id: int) -> bool:
     row = Preference(noise[:half], noise[half:], [half, half], [0.0, 1.0])
     engine.eval()
     try:
-        alone, shared = (
+        separate, shared = (
             _scores_at(engine, batch, batch.segments > 0)[0]
             for batch in (collate([row], Layout(pad_token_id, share)) for share in (False, True))
         )  # (2 half,) each
-    except (TypeError, ValueError, RuntimeError):  # it takes no such input
+    except (TypeError, ValueError, RuntimeError):  # the model rejects such input
         return False
     finally:
         engine.train()
-    # Another order of the same sums: half of the digits agree.
-    return bool((alone - shared).norm() <= torch.finfo(model.dtype).eps ** 0.5 * alone.norm())
+    # The order of summation differs, so only half of the digits must agree.
+    return bool((separate - shared).norm() <= torch.finfo(model.dtype).eps ** 0.5 * separate.norm())
 
 
 def prompt_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to the attention logits of shared rows: segments (R, T) -> (R, 1, T, T) of `dtype`.
+    """Additive attention mask of shared rows: segments (R, T) -> (R, 1, T, T) of `dtype`.
 
-    0 where a token sees another, which comes before it and is of the prompt or of its own segment.
+    A token attends to itself and to earlier tokens of the prompt and of its own segment.
     """
     width = segments.shape[1]
-    is_before = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    seen, by = segments.unsqueeze(1), segments.unsqueeze(2)  # (R, 1, T), (R, T, 1)
-    sees = is_before & ((seen == 0) | (seen == by))  # (R, T, T)
-    hidden = torch.zeros(sees.shape, dtype=dtype, device=segments.device)
-    return hidden.masked_fill_(~sees, torch.finfo(dtype).min).unsqueeze(1)
+    is_causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    key, query = segments.unsqueeze(1), segments.unsqueeze(2)  # (R, 1, T), (R, T, 1)
+    attends = is_causal & ((key == 0) | (key == query))  # (R, T, T)
+    mask = torch.zeros(attends.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~attends, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _scores_at(model: Any, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores at true positions (R, T), row by row, and all hidden states."""
+    """Return the scores at true positions (R, T), row by row, and all hidden states."""
     if not batch.share_prompts:
         return token_scores_and_states(model, batch.input_ids, positions)
     mask = prompt_mask(batch.segments, base_model(model).dtype)

@@ -181,7 +181,7 @@ def test_rankings_teach_the_same_however_their_prompts_are_encoded(
         result = run_stage(
             "step2_reward.main", [*options, *extra, "--share_prompts", "yes"], tmp_path, ranks=2
         )
-        assert result.codes == [0, 0] and "for all responses together" in result.output, result.output
+        assert result.codes == [0, 0] and "once for all its responses" in result.output, result.output
         for name in ("train/loss", "train/accuracy", "train/grad_norm", "train/lm_loss", "eval/loss"):
             found, wanted = metrics(output, name), metrics(tmp_path / "alone", name)
             assert found == pytest.approx(wanted, **CLOSE), f"ZeRO {stage} {name}"

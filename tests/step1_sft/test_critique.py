@@ -81,7 +81,7 @@ def test_revise_handles_each_kind_of_answer():
     assert (metrics["draft_length"], metrics["completion_length"]) == ((3 + 6 + 4) / 3, (5 + 6 + 4) / 3)
     text = format_critique_metrics(metrics)
     assert "33.3% of 3" in text and "1 prompts dropped" in text
-    assert "nothing to measure" in format_critique_metrics(critique_metrics(records[2:3]))
+    assert "no records to measure" in format_critique_metrics(critique_metrics(records[2:3]))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A stop while demonstrations are scored: at the end of step 2, and for best/ in the middle."""
+"""Stop and resume while demonstrations are scored: after the last step, and before best/ is written."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from step2_reward.evaluation import main as evaluate
+from step2_reward.evaluation import scores
 from tests.end_to_end.test_resume import STOPPED, assert_same_end, checkpoints
 from tests.ranks import run_stage, succeed
 from tests.stages import (
@@ -19,8 +19,8 @@ MAIN = "step2_reward.main"
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
-    """Send SIGTERM in the middle of the pass with this number."""
-    track, count = evaluate.track, [0]
+    """Send SIGTERM in the middle of this scoring pass."""
+    track, count = scores.track, [0]
 
     def watched(title: str, batches, total):
         count[0] += title == "scoring demonstrations"
@@ -29,13 +29,13 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(evaluate, "track", watched)
+    monkeypatch.setattr(scores, "track", watched)
 
 
-def test_a_stop_after_the_last_step_is_finished_by_the_same_command(
+def test_resume_after_a_stop_behind_the_last_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Also with fewer demonstrations to score, which a resumed run may change."""
+    """A resumed run may change the number of demonstrations."""
     options = [*reward(world, world / "model", tmp_path / "out", 2), "--eval_fraction", "0"]
     with monkeypatch.context() as patched:
         stop_at(patched, passes=1)
@@ -49,25 +49,25 @@ def test_a_stop_after_the_last_step_is_finished_by_the_same_command(
     assert len(metrics(tmp_path / "out", "train/loss")) == 2, "nothing was trained again"
 
 
-def test_a_stop_before_best_is_written_is_made_up_for(
+def test_resume_writes_the_best_model_that_a_stop_prevented(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """The second best evaluation is that of step 1; the resumed run writes its best/ and goes on."""
-    for name in ("whole", "parts"):
+    """Step 1 improves on step 0; the resumed run writes best/ before it trains."""
+    for name in ("unbroken", "resumed"):
         options = [*reward(world, world / "model", tmp_path / name, 3), "--best_metric", "eval/loss"]
         options += ["--eval_steps", "1", "--max_centre_samples", "16"]
-        if name == "whole":
+        if name == "unbroken":
             succeed(MAIN, options, tmp_path)
     with monkeypatch.context() as patched:
         stop_at(patched, passes=2)
         stopped = run_stage(MAIN, options, tmp_path)
     assert stopped.codes == [STOPPED], stopped.output
-    (step,) = [int(folder.name.removeprefix("step_")) for folder in checkpoints(tmp_path / "parts")]
-    state = json.loads((checkpoints(tmp_path / "parts")[0] / "state.json").read_text())
+    (step,) = [int(folder.name.removeprefix("step_")) for folder in checkpoints(tmp_path / "resumed")]
+    state = json.loads((checkpoints(tmp_path / "resumed")[0] / "state.json").read_text())
     assert step == 1 and state["best_unwritten"] and state["best_step"] == 1
     resumed = run_stage(MAIN, options, tmp_path)
     assert resumed.codes == [0], resumed.output
-    assert resumed.output.index("/parts/best") < resumed.output.index("step 2/3")
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
-    best = [tmp_path / name / "best/model.safetensors" for name in ("whole", "parts")]
+    assert resumed.output.index("/resumed/best") < resumed.output.index("step 2/3")
+    assert_same_end(tmp_path / "unbroken", tmp_path / "resumed")
+    best = [tmp_path / name / "best/model.safetensors" for name in ("unbroken", "resumed")]
     assert best[0].read_bytes() == best[1].read_bytes()

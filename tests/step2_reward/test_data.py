@@ -1,4 +1,4 @@
-"""What a preference becomes, and where its parts stand in a batch."""
+"""Tokenised preferences, and their layout in a batch."""
 
 import json
 from functools import partial
@@ -31,27 +31,27 @@ def test_a_pair_is_a_ranking_of_two():
     assert convert(PAIR | {"tie": True}).ranks == [0.0, 0.0]
 
 
-def test_responses_stand_in_the_order_of_their_ranks():
+def test_responses_are_sorted_by_rank():
     row = convert(RANKING)
     assert row.responses == [[12, 13, EOS], [12, EOS], [12, 13, 14, EOS]]
     assert row.ranks == [0.5, 2.0, 2.0] and row.pairs == [(0, 1), (0, 2), (1, 2)]
 
 
-def test_what_dialogues_share_before_their_last_turn_is_the_prompt():
-    """Where an earlier turn differs as well, it belongs to the response. (Here words differ by place.)"""
-    says = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}]
+def test_the_common_prefix_of_dialogues_is_the_prompt():
+    """An earlier turn that differs belongs to the response. (WordEncoder numbers words by position.)"""
+    last_turns = [{"role": "user", "content": "z"}, {"role": "assistant", "content": "y"}]
     early = [{"role": "assistant", "content": text} for text in ("b", "b c")]
     record = {
         "prompt": [{"role": "user", "content": "a"}],
-        "chosen": [early[0], *says],
-        "rejected": [early[1], *says],
+        "chosen": [early[0], *last_turns],
+        "rejected": [early[1], *last_turns],
     }
     row = convert(record)
     assert row.prompt_ids == [10, 11, 12, 13, 14, 15]  # user : a assistant : b
     assert row.responses == [[EOS, *range(17, 23), EOS], [16, EOS, *range(18, 24), EOS]]
 
 
-def test_margin_enters_only_when_asked_for():
+def test_margin_is_used_only_with_use_margin():
     record = PAIR | {"margin": 1.5}
     assert convert(record).margin == 0.0
     assert convert(record, use_margin=True).margin == 1.5
@@ -64,7 +64,7 @@ def test_margin_enters_only_when_asked_for():
             convert(bad, use_margin=True)
 
 
-def test_all_responses_keep_the_same_part_of_the_prompt():
+def test_all_responses_have_the_same_truncated_prompt():
     row = convert({"prompt": "a b c d e", "responses": ["x", "x y z"], "ranks": [1, 2]}, max_length=6)
     assert row.prompt_ids == [13, 14] and row.responses == [[15, EOS], [15, 16, 17, EOS]]
 
@@ -72,7 +72,7 @@ def test_all_responses_keep_the_same_part_of_the_prompt():
 ROWS = [Preference([2, 3], [4, EOS, 5, 6, EOS], [2, 3], [0.0, 1.0], 0.5), convert(RANKING)]
 
 
-def test_a_response_with_a_prompt_of_its_own_has_a_row():
+def test_without_shared_prompts_each_response_has_a_row():
     batch = collate(ROWS, Layout(PAD))
     assert batch.input_ids.tolist() == [
         [2, 3, 4, EOS, PAD, PAD],
@@ -84,7 +84,7 @@ def test_a_response_with_a_prompt_of_its_own_has_a_row():
     assert batch.segments.tolist() == [[0, 0] + [1] * n + [-1] * (4 - n) for n in (2, 3, 3, 2, 4)]
 
 
-def test_responses_that_share_a_prompt_go_on_where_it_ends():
+def test_positions_continue_from_a_shared_prompt():
     batch = collate(ROWS, Layout(PAD, share_prompts=True))
     assert batch.input_ids.tolist() == [
         [2, 3, 4, EOS, 5, 6, EOS, PAD, PAD, PAD, PAD],
@@ -111,11 +111,11 @@ def test_pairs_of_a_batch(share_prompts):
     tied = collate([ROWS[0]._replace(ranks=[0.0, 0.0])], Layout(PAD, share_prompts))
     soft = collate([convert(recognise(SOFT)), ROWS[0]], Layout(PAD, share_prompts))
     assert_close(soft.targets.tolist(), [0.7, 1.0])
-    assert tied.is_tie.item() and tied.margins.item() == 0.0, "no side of a tie is better by anything"
+    assert tied.is_tie.item() and tied.margins.item() == 0.0, "a tie has no margin"
 
 
 @pytest.mark.parametrize("text", ["0.5", " 0.5", "5e-1"])
-def test_numbers_flags_and_lists_may_be_text_as_in_csv(text: str) -> None:
+def test_numbers_flags_and_lists_may_be_strings_as_in_csv(text: str) -> None:
     assert convert(PAIR | {"margin": text}, use_margin=True) == convert(
         PAIR | {"margin": 0.5}, use_margin=True
     )
@@ -128,7 +128,7 @@ def test_numbers_flags_and_lists_may_be_text_as_in_csv(text: str) -> None:
 
 
 def load(folder: Path, name: str, margins: list[float | None], options: RewardOptions) -> tuple:
-    """Training data with these margins, and the rows of it."""
+    """Write and load training data with these margins."""
     path = folder / f"{name}.jsonl"
     records = [
         PAIR | {"prompt": f"{n}"} | ({} if m is None else {"margin": m}) for n, m in enumerate(margins)
@@ -145,7 +145,7 @@ def load(folder: Path, name: str, margins: list[float | None], options: RewardOp
     return load_examples(options.train_data, options, Preference, convert)
 
 
-def test_margins_that_are_not_there_are_an_error_or_a_warning(tmp_path, capsys):
+def test_missing_margins_are_an_error_or_a_warning(tmp_path, capsys):
     options = RewardOptions(use_margin=True, eval_fraction=0.0, cache_dir=str(tmp_path / "cache"))
     train, _ = load(tmp_path, "none", [None] * 3, options)
     with pytest.raises(

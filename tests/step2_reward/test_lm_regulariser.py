@@ -1,4 +1,4 @@
-"""The language-model loss of step 2 is that of the language model it started from."""
+"""The language-model loss of step 2 matches that of the SFT model."""
 
 from pathlib import Path
 
@@ -22,11 +22,8 @@ ROWS = [
 
 @pytest.mark.parametrize("ended", [True, False])
 @pytest.mark.parametrize("share_prompts", [False, True])
-def test_it_is_the_likelihood_of_the_best_responses(share_prompts: bool, ended: bool) -> None:
-    """Computed by the language model alone, a response at a time; the gradients of the backbone too.
-
-    The EOS of a response that was cut is scored, and is no token to learn.
-    """
+def test_loss_and_gradients_match_the_language_model(share_prompts: bool, ended: bool) -> None:
+    """Expected: transformers' own loss, one response at a time. The EOS of a cut response is no label."""
     rows = [ROWS[0]._replace(best_ended=ended), ROWS[1]]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -52,14 +49,14 @@ def test_it_is_the_likelihood_of_the_best_responses(share_prompts: bool, ended: 
 
     batch = collate(rows, Layout(0, share_prompts))
     _, _, states = pair_scores_and_states(scorer, batch)
-    found = language_loss(*best_response_logits(plain.lm_head, states, batch), num_tokens=count)
-    found.backward()
-    assert_close(found, expected, check_dtype=False)
+    loss = language_loss(*best_response_logits(plain.lm_head, states, batch), num_tokens=count)
+    loss.backward()
+    assert_close(loss, expected, check_dtype=False)
     for p, gradient in zip(plain.model.parameters(), gradients, strict=True):
         assert_close(p.grad, gradient)
 
 
-def test_a_reward_model_has_no_language_to_keep(world: Path, run: Path, tmp_path: Path) -> None:
+def test_a_reward_model_as_start_is_refused(world: Path, run: Path, tmp_path: Path) -> None:
     words = [*reward(world, run / "reward/final", tmp_path / "out"), "--lm_loss_coef", "0.1"]
     check_refusal(
         "step2_reward.main", words, ["--lm_loss_coef 0.1", "is a reward model"], tmp_path, tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The pairwise loss and its gradients, against another implementation and closed forms."""
+"""The pairwise loss and its gradients, against a reference implementation and closed forms."""
 
 import math
 
@@ -21,13 +21,13 @@ def test_loss_and_gradients_match_the_reference(reference, name):
     assert_close(rejected.grad, case.outputs.grad_rejected)
 
 
-def test_a_tie_costs_log_two_and_a_margin_moves_it():
+def test_equal_scores_cost_log_two_and_a_margin_shifts_it():
     score = torch.tensor([1.0, -2.0])
     assert_close(pairwise_loss(score, score), torch.full((2,), math.log(2.0)))
     assert_close(pairwise_loss(score + 0.5, score, torch.tensor(0.5)), torch.full((2,), math.log(2.0)))
 
 
-def test_extreme_differences_stay_finite_and_16_bits_are_computed_in_fp32():
+def test_extreme_differences_are_finite_and_bf16_is_computed_in_fp32():
     chosen, rejected = torch.tensor([500.0, -500.0]), torch.tensor([-500.0, 500.0])
     assert_close(pairwise_loss(chosen, rejected), torch.tensor([0.0, 1000.0]))
     assert pairwise_loss(chosen.bfloat16(), rejected.bfloat16()).dtype == torch.float32
@@ -46,8 +46,8 @@ def test_centring_matches_the_reference(reference):
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 1.0])
-def test_the_loss_is_least_where_the_win_rate_is_the_target(target):
-    """Cross-entropy with a win probability: least, the entropy, at d = log(t / (1 - t)) + margin."""
+def test_the_loss_is_minimal_where_the_win_rate_equals_the_target(target):
+    """Cross-entropy with a win probability: the minimum, its entropy, is at d = log(t / (1 - t)) + margin."""
     best = math.log(target / (1 - target)) if target < 1 else 30.0
     scores = torch.tensor([best + 0.3, best + 0.3 + 0.1, best + 0.3 - 0.1])
     at, above, below = pairwise_loss(scores, torch.zeros(3), 0.3, target).tolist()
@@ -57,6 +57,6 @@ def test_the_loss_is_least_where_the_win_rate_is_the_target(target):
         assert above > at + 1e-4 and below > at + 1e-4
 
 
-def test_a_tie_has_no_side():
+def test_the_loss_of_a_tie_is_symmetric():
     a, b = torch.tensor([2.0]), torch.tensor([-1.0])
     assert_close(pairwise_loss(a, b, target=0.5), pairwise_loss(b, a, target=0.5))

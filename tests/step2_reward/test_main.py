@@ -1,4 +1,4 @@
-"""Which responses the scores are centred on."""
+"""The responses whose mean score becomes 0."""
 
 import json
 
@@ -13,11 +13,11 @@ TRAIN = [
 ]
 
 
-def test_without_demonstrations_the_chosen_responses_serve():
+def test_without_demonstrations_the_chosen_responses_are_used():
     assert load_centre_rows(RewardOptions(), WordEncoder(), TRAIN) == [[10, 11, EOS], [20, 21, 22, EOS]]
 
 
-def test_all_demonstrations_serve_also_when_held_out_preferences_are_given(tmp_path):
+def test_all_demonstrations_are_used_also_with_eval_data(tmp_path):
     demonstrations, preferences = tmp_path / "demonstrations.jsonl", tmp_path / "preferences.jsonl"
     records = [{"prompt": f"a b {i}", "completion": "c"} for i in range(50)]
     demonstrations.write_text("".join(json.dumps(record) + "\n" for record in records))

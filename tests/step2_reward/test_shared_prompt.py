@@ -1,4 +1,4 @@
-"""Responses that share a prompt are scored as plain transformers scores each of them alone."""
+"""Responses that share a prompt get the scores that plain transformers gives each separately."""
 
 from functools import cache
 from itertools import combinations
@@ -42,13 +42,13 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "alibi": BloomConfig(**GENERAL, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
     "flash": LlamaConfig(**SHAPE),
 }  # fmt: skip
-# Five responses of unlike length to one prompt and two to another, with ties.
+# Five responses of different lengths to one prompt and two to another, with ties.
 RANKS = [[0.0, 1.0, 1.0, 2.0, 5.0], [0.0, 1.0]]
 
 
 @cache
 def make(name: str, dtype: torch.dtype = torch.double) -> torch.nn.Module:
-    """An untrained classifier; in double precision, so that rounding hides nothing."""
+    """An untrained classifier; double precision makes rounding negligible."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(CONFIGS[name]).to(dtype).eval()
     torch.nn.init.normal_(model.score.weight)
@@ -66,7 +66,7 @@ def make_rows() -> list[Preference]:
 
 
 def step_loss(model: torch.nn.Module, rows: list[Preference], share_prompts: bool) -> torch.Tensor:
-    """The loss of these records, as training computes it."""
+    """Compute the loss of these records as training does."""
     batch = collate(rows, Layout(PAD, share_prompts))
     better, worse = pair_scores(model, batch)
     losses = pairwise_loss(better, worse, batch.margins, torch.where(batch.is_tie, 0.5, 1.0))
@@ -74,11 +74,11 @@ def step_loss(model: torch.nn.Module, rows: list[Preference], share_prompts: boo
 
 
 def brute_force(model: torch.nn.Module, rows: list[Preference]) -> torch.Tensor:
-    """The same from the definition: each response through transformers' own forward, pair by pair."""
+    """Compute the loss from its definition: one forward pass of transformers per response, pair by pair."""
     total = torch.zeros((), dtype=torch.double)
     for row in rows:
-        whole = [torch.tensor([row.prompt_ids + response]) for response in row.responses]
-        scores = [model(ids).logits[0, 0] for ids in whole]
+        dialogues = [torch.tensor([row.prompt_ids + response]) for response in row.responses]
+        scores = [model(ids).logits[0, 0] for ids in dialogues]
         losses = []
         for (r, a), (s, b) in combinations(zip(row.ranks, scores, strict=True), 2):
             a_wins, b_wins = -torch.log(torch.sigmoid(a - b)), -torch.log(torch.sigmoid(b - a))
@@ -89,32 +89,36 @@ def brute_force(model: torch.nn.Module, rows: list[Preference]) -> torch.Tensor:
 
 @pytest.mark.parametrize("share_prompts", [False, True])
 @pytest.mark.parametrize("name", ["llama", "llama, eager", "gpt2", "opt", "wide window"])
-def test_the_loss_and_its_gradients_are_those_of_all_pairs_scored_alone(name, share_prompts):
+def test_loss_and_gradients_match_separately_scored_pairs(name, share_prompts):
     model, rows = make(name), make_rows()
-    expected, found = brute_force(model, rows), step_loss(model, rows, share_prompts)
-    assert_close(found.double(), expected)
+    expected, loss = brute_force(model, rows), step_loss(model, rows, share_prompts)
+    assert_close(loss.double(), expected)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    wanted, gradients = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in (expected, found))
-    assert_close(gradients, wanted)
+    expected_gradients, gradients = (
+        torch.autograd.grad(value, weights, allow_unused=True) for value in (expected, loss)
+    )
+    assert_close(gradients, expected_gradients)
 
 
-def test_records_weigh_alike_and_a_pair_counts_as_before():
+def test_records_weigh_the_same_and_a_pair_has_the_pairwise_loss():
     model, rows = make("llama"), make_rows()
-    apart = torch.stack([step_loss(model, [row], share_prompts=True) for row in rows])
-    assert_close(step_loss(model, rows, share_prompts=True), apart.mean())
+    separate = torch.stack([step_loss(model, [row], share_prompts=True) for row in rows])
+    assert_close(step_loss(model, rows, share_prompts=True), separate.mean())
     better, worse = pair_scores(model, collate(rows[1:], Layout(PAD)))
-    assert_close(apart[1].double(), -torch.nn.functional.logsigmoid(better - worse)[0])
+    assert_close(separate[1].double(), -torch.nn.functional.logsigmoid(better - worse)[0])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_models_that_would_score_otherwise_are_found(name):
+def test_models_that_cannot_share_prompts_are_detected(name):
     model = make(name, torch.float)
     if name == "flash":
-        model.config._attn_implementation = "flash_attention_2"  # its kernels are not here to be tried
+        model.config._attn_implementation = (
+            "flash_attention_2"  # refused by name: the kernels are not installed
+        )
     assert can_share_prompts(model, 24, PAD) == (name not in ("narrow window", "alibi", "flash"))
 
 
-def test_a_model_that_ignores_positions_is_found():
+def test_a_model_that_ignores_position_ids_is_detected():
     class Stubborn(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -126,8 +130,8 @@ def test_a_model_that_ignores_positions_is_found():
     assert not can_share_prompts(Stubborn(), 24, PAD)
 
 
-def test_sharing_is_chosen_where_it_is_less_work():
-    """Long prompts, or wide models, in which attention is a small part of the work."""
+def test_auto_shares_prompts_where_it_is_less_work():
+    """That is with long prompts, or in wide models, where attention is a small part of the work."""
     rows = [Preference([1] * 10, [1] * 9, [2, 3, 4], [0.0, 1.0, 2.0])]
     assert tokens_per_pair(rows, Layout(PAD, share_prompts=True)) == (19 / 3, 26)
     assert tokens_per_pair(rows, Layout(PAD)) == (13, 26)
@@ -139,6 +143,6 @@ def test_sharing_is_chosen_where_it_is_less_work():
         (make("llama", torch.float), short, {"auto": False, "yes": True, "no": False}),
         (make("alibi", torch.float), rows, {"auto": False, "yes": False, "no": False}),
     ):
-        for wish, expected in shares.items():
-            options = RewardOptions(max_length=24, share_prompts=wish)
+        for value, expected in shares.items():
+            options = RewardOptions(max_length=24, share_prompts=value)
             assert choose_layout(model, data, options, PAD) == Layout(PAD, expected)

@@ -53,7 +53,7 @@ def test_figures_are_those_counted_by_hand():
 
 def test_what_was_not_measured_is_none():
     unlabelled = measure([judged(None, 1.0, 2.0)])
-    assert unlabelled["agreement"]["both_orders"] is None and "nothing to measure" in describe(unlabelled)
+    assert unlabelled["agreement"]["both_orders"] is None and "no records to measure" in describe(unlabelled)
     nothing = measure(RECORDS[-1:])
     assert (nothing["judged"], nothing["letters"], nothing["position"]["consistent"]) == (0, None, None)
     assert describe(nothing) == "0 pairs judged; 1 left out, longer than --max_length"
