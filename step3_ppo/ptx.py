@@ -1,4 +1,4 @@
-"""The actor goes on learning from demonstrations beside PPO, so as not to forget them (PPO-ptx)."""
+"""PPO-ptx: train the actor on demonstrations as well, so that it does not forget them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +22,8 @@ from common.text.truncation import fit_demonstration
 from step3_ppo.options import PPOOptions
 
 
-class Text(NamedTuple):
-    """Token ids of a demonstration, and which of them belong to a response."""
+class MaskedText(NamedTuple):
+    """Token ids of a demonstration and its response mask."""
 
     ids: list[int]
     is_response: list[bool]
@@ -33,36 +33,38 @@ class Text(NamedTuple):
         return len(self.ids)
 
 
-def text(record: Record, encoder: SegmentEncoder, max_length: int, overlong: str) -> tuple[Text, bool]:
-    """Tokenise a demonstration; whether it was cut. Raises Dropped or ValueError."""
+def tokenize_text(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
+) -> tuple[MaskedText, bool]:
+    """Tokenise a demonstration; the flag says that it was cut. Raises Dropped or ValueError."""
     row, is_cut = fit_demonstration(record, encoder, max_length, overlong)
-    return Text(*row), is_cut
+    return MaskedText(*row), is_cut
 
 
-def load_texts(options: PPOOptions, encoder: SegmentEncoder) -> Examples[Text] | None:
-    """The demonstrations of --ptx_data, all of them; None without any."""
+def load_texts(options: PPOOptions, encoder: SegmentEncoder) -> Examples[MaskedText] | None:
+    """All demonstrations of --ptx_data; None without the option."""
     if not options.ptx_data:
         return None
     length = options.max_prompt_length + options.max_response_length
-    convert = partial(text, encoder=encoder, max_length=length, overlong=options.overlong)
-    whole = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
-    return load_examples(options.ptx_data, whole, Text, convert)[0]
+    convert = partial(tokenize_text, encoder=encoder, max_length=length, overlong=options.overlong)
+    use_all = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
+    return load_examples(options.ptx_data, use_all, MaskedText, convert)[0]
 
 
 class PretrainingMix:
-    """A batch of demonstrations for each update of the actor: those that follow each other in the data's
-    endless shuffled order, from batch number `start` on.
-    """
+    """One batch of demonstrations per actor update, in endless shuffled order, starting at batch `start`."""
 
-    def __init__(self, texts: Sequence[Text], options: PPOOptions, pad_token_id: int, start: int) -> None:
+    def __init__(
+        self, texts: Sequence[MaskedText], options: PPOOptions, pad_token_id: int, start: int
+    ) -> None:
         lengths = [len(text.ids) for text in texts]
         self._texts, self._options, self._pad, self.taken = texts, options, pad_token_id, start
         self._order = batch_order(lengths, options.global_batch_size, options.seed, start, grouped=True)
 
     def add_gradients(self, actor: Any) -> Tensor:
-        """Add the gradients of the next batch to those of the update to come; this rank's share of its loss.
+        """Accumulate the gradients of the next batch; returns this rank's share of its loss.
 
-        The loss is a mean over the response tokens of the batch. Source: Ouyang et al. 2022, eq. 2.
+        The loss is the mean over the response tokens of the batch. Source: Ouyang et al. 2022, eq. 2.
         """
         options, rows = self._options, [self._texts[i] for i in next(self._order)]
         self.taken += 1
@@ -76,11 +78,11 @@ class PretrainingMix:
         return total
 
 
-def demonstration_logprobs(model: Any, rows: Sequence[Text], pad_token_id: int) -> Tensor:
-    """Log-probability (N,) of each response token of some demonstrations."""
+def demonstration_logprobs(model: Any, rows: Sequence[MaskedText], pad_token_id: int) -> Tensor:
+    """Log-probability (N,) of each response token of the demonstrations."""
     input_ids = pad_rows([row.ids for row in rows], pad_token_id).to(device())  # (B, T)
     is_response = pad_rows([row.is_response for row in rows], False).to(device())
-    is_response[:, 0] = False  # nothing comes before it
+    is_response[:, 0] = False  # no state predicts the first token
     before = is_response.roll(-1, dims=1)  # (B, T)
     logits = response_logits(model, input_ids, before)
     return label_logprobs(logits, input_ids[is_response])

@@ -21,7 +21,7 @@ COMMANDS = {
     "best_of_n": "step3_ppo.best_of_n.options.BestOfNOptions",
     "chat": "launch.chat.options.ChatOptions",
     "critique": "step1_sft.options.CritiqueOptions",
-    "evaluate_ppo": "step3_ppo.compare.options.EvaluateOptions",
+    "evaluate_ppo": "step3_ppo.compare.options.ComparePoliciesOptions",
     "evaluate_reward": "step2_reward.options.EvaluateRewardOptions",
     "evaluate_sft": "step1_sft.options.EvaluateSFTOptions",
     "judge": "step2_reward.judge.options.JudgeOptions",

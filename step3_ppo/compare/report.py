@@ -1,17 +1,15 @@
-"""The figures that compare policies as text for a terminal, and as a picture."""
+"""The comparison of policies as a table and as a plot."""
 
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # apart for the colour-blind too
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # safe for colour-blind readers
 
 HEADS = ("wins, ties, losses", "win rate without ties", "win rate at equal length")
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Policies side by side, each against the first, then the other pairs, and the best of several responses
-    of the first.
-    """
+    """Policies side by side, each against the first; then the other pairs, and best of n of the first."""
     policies, curve = figures["policies"], figures["best_of"]
     judges = list(policies[0]["scores"])
     lines = [
@@ -40,23 +38,22 @@ def table(figures: dict[str, Any]) -> str:
         rows = [[f"{name}: other pairs", *HEADS]]
         for ours, theirs in pairs:
             one = policies[ours]["against"][theirs][name]
-            told = _counts(one), _share(one["win_rate"]), _at_equal_length(one)
-            rows.append([f"{ours + 1} against {theirs + 1}", *told])
+            cells = _counts(one), _share(one["win_rate"]), _at_equal_length(one)
+            rows.append([f"{ours + 1} against {theirs + 1}", *cells])
         blocks.append(_aligned(rows))
     if len(curve) > 1:
         heads = [f"best of n by {judges[0]}", "KL, nats", *judges]
         rows = [[str(one["n"]), f"{one['kl']:.3f}", *map(_interval, one["scores"].values())] for one in curve]
         blocks.append(_aligned([heads, *rows]))
     models = [f"{number}  {policy['model']}" for number, policy in enumerate(policies, start=1)]
-    said = f"{figures['prompts']} held-out prompts, 95% intervals"
-    return "\n\n".join([f"{said}\n" + "\n".join(models), *blocks])
+    title = f"{figures['prompts']} held-out prompts, 95% intervals"
+    return "\n\n".join([f"{title}\n" + "\n".join(models), *blocks])
 
 
-def picture(figures: dict[str, Any]) -> Any:
-    """Scores over the root of KL, a panel for each judge: the policies, and the best of n: Gao et al. 2023,
-    fig. 1.
+def plot_scores(figures: dict[str, Any]) -> Any:
+    """Matplotlib figure of scores over the root of KL: policies and best of n, one panel per judge.
 
-    A Matplotlib figure, which needs no screen.
+    As in Gao et al. 2023, figure 1.
     """
     from matplotlib.figure import Figure
 
@@ -74,8 +71,8 @@ def picture(figures: dict[str, Any]) -> Any:
             kls, scores = [one["kl"] for one in curve], [one["scores"][name] for one in curve]
             _points(axes, kls, scores, ".-", "0.4", f"best of n of 1, by {judges[0]}")
             for one, kl in zip(curve, kls, strict=True):
-                place = (kl**0.5, one["scores"][name]["mean"])
-                axes.annotate(one["n"], place, (4, -10), textcoords="offset points", color="0.4", fontsize=8)
+                point = (kl**0.5, one["scores"][name]["mean"])
+                axes.annotate(one["n"], point, (4, -10), textcoords="offset points", color="0.4", fontsize=8)
         axes.set(ylabel=name)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
@@ -86,7 +83,7 @@ def picture(figures: dict[str, Any]) -> Any:
 
 
 def _points(axes: Any, kls: list[float], scores: list[dict], form: str, colour: str, label: str) -> None:
-    """Means with their intervals; an estimate of KL may be below 0, which has no root."""
+    """Means with their intervals. A KL estimate below 0 is drawn at 0."""
     means = [score["mean"] for score in scores]
     whiskers = [[s["mean"] - s["low"] for s in scores], [s["high"] - s["mean"] for s in scores]]
     roots = [max(kl, 0.0) ** 0.5 for kl in kls]
@@ -112,13 +109,13 @@ def _at_equal_length(one: dict[str, Any]) -> str:
 
 
 def _aligned(lines: list[list[str]]) -> str:
-    """Lines of cells in columns, names on the left, figures on the right; an empty line stays one."""
+    """Columns of cells: the first left-aligned, the others right-aligned. An empty line stays empty."""
     rows = [line for line in lines if line]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "   ".join(
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=False))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
         ).rstrip()
         for line in lines
     )

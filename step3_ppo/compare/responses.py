@@ -1,4 +1,4 @@
-"""What policies say to prompts, and what judges say of that, with one model held at a time."""
+"""Responses of policies, and their scores by judges, with one model in memory at a time."""
 
 import gc
 import math
@@ -18,17 +18,17 @@ from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
-from step3_ppo.compare.options import EvaluateOptions
+from step3_ppo.compare.options import ComparePoliciesOptions
 from step3_ppo.metrics import EVALUATION_STEP
 from step3_ppo.models import Scorer
-from step3_ppo.ptx import Text, demonstration_logprobs
+from step3_ppo.ptx import MaskedText, demonstration_logprobs
 from step3_ppo.reward_functions import RewardFunction
 from step3_ppo.rollout import Rollout, policy_pass, sample_rollout, take_rows
 from step3_ppo.scoring import score_responses
 
 
 class Judge(NamedTuple):
-    """Reward models whose scores become one, or functions, or both added up."""
+    """A named score: a reward-model ensemble, functions, or their sum."""
 
     name: str
     ensemble: EnsembleOptions
@@ -37,20 +37,20 @@ class Judge(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What a policy has said to B prompts, and how likely it found that and the demonstrations."""
+    """Responses of a policy to B prompts, their log-probabilities, and its perplexity on demonstrations."""
 
     path: str
-    rollouts: list[Rollout]  # more than one where the best of several is looked at
-    logprobs: Tensor  # (B,) of each whole response of the first rollout
+    rollouts: list[Rollout]  # more than one for best of n
+    logprobs: Tensor  # (B,) of each response of the first rollout
     ref_logprobs: Tensor  # (B,) under the first policy
     perplexity: float | None
 
 
 def sample_all(
-    options: EvaluateOptions, encoder: SegmentEncoder, prompts: Sequence[Prompt], texts: Sequence[Text],
-    zero: dict[str, Any],
+    options: ComparePoliciesOptions, encoder: SegmentEncoder, prompts: Sequence[Prompt],
+    texts: Sequence[MaskedText], zero: dict[str, Any],
 ) -> list[Policy]:  # fmt: skip
-    """Have every policy respond, one held at a time; the first is the last, to read what all have said."""
+    """Sample from every policy in reverse order: the first one then also scores the responses of all."""
     policies: list[Policy] = []
     for number in reversed(range(len(options.model_name_or_path))):
         path = options.model_name_or_path[number]
@@ -61,8 +61,8 @@ def sample_all(
             rollouts.append(sample_rollout(model, encoder, prompts, options, EVALUATION_STEP + draw, title))
         logprobs = response_logprobs(model, rollouts[0], options)
         pad_token_id = encoder.tokenizer.pad_token_id
-        found = perplexity(model, texts, options.micro_batch_size, pad_token_id) if texts else None
-        policies.insert(0, Policy(path, rollouts, logprobs, logprobs, found))
+        text_perplexity = perplexity(model, texts, options.micro_batch_size, pad_token_id) if texts else None
+        policies.insert(0, Policy(path, rollouts, logprobs, logprobs, text_perplexity))
         if number == 0:
             policies = [
                 policy._replace(ref_logprobs=response_logprobs(model, policy.rollouts[0], options))
@@ -74,35 +74,35 @@ def sample_all(
     return policies
 
 
-def my_rows(rollout: Rollout) -> list[int]:
-    """This rank's rows, the shorter ones first."""
+def rows_of_rank(rollout: Rollout) -> list[int]:
+    """This rank's rows, shortest first."""
     lengths = rollout.lengths.tolist()
     return sorted(range(len(lengths)), key=lengths.__getitem__)[rank() :: world_size()]
 
 
 @torch.no_grad()
-def response_logprobs(model: nn.Module, rollout: Rollout, options: EvaluateOptions) -> Tensor:
-    """Log-probability of each whole response, (B,) fp64, every rank reading a part of them."""
-    mine, size = my_rows(rollout), options.generation_batch_size
+def response_logprobs(model: nn.Module, rollout: Rollout, options: ComparePoliciesOptions) -> Tensor:
+    """Log-probability of each response, (B,) fp64; each rank computes a part."""
+    rank_rows, size = rows_of_rank(rollout), options.generation_batch_size
     totals: list[Tensor] = []
-    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-    for batch in track("log-probabilities of responses", batches, len(mine) * world_size()):
+    batches = [rank_rows[start : start + size] for start in range(0, len(rank_rows), size)]
+    for batch in track("log-probabilities of responses", batches, len(rank_rows) * world_size()):
         logprobs = policy_pass(model, take_rows(rollout, batch), options.temperature).logprobs  # (N,)
         lengths = rollout.response_lengths[batch].tolist()
         totals += [part.sum() for part in logprobs.double().split(lengths)]
-    return gather_rows(torch.stack(totals), mine, len(rollout.scores))
+    return gather_rows(torch.stack(totals), rank_rows, len(rollout.scores))
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, rows: Sequence[Text], micro_batch: int, pad_token_id: int) -> float:
-    """Over all response tokens of some demonstrations: how much of them a policy has forgotten."""
+def perplexity(model: nn.Module, rows: Sequence[MaskedText], micro_batch: int, pad_token_id: int) -> float:
+    """Perplexity over all response tokens of the demonstrations: how much a policy has forgotten."""
     total = count = 0.0
     lengths = [row.length for row in rows]
     batches = deal(range(len(rows)), lengths, micro_batch, rank(), world_size())
-    for picked in track("reading demonstrations", batches, len(rows)):
-        # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
-        logprobs = demonstration_logprobs(model, [rows[i] for i in picked or [0]], pad_token_id)  # (N,)
-        if picked:
+    for batch in track("perplexity of demonstrations", batches, len(rows)):
+        # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
+        logprobs = demonstration_logprobs(model, [rows[i] for i in batch or [0]], pad_token_id)  # (N,)
+        if batch:
             total, count = total + logprobs.double().sum().item(), count + len(logprobs)
     total, count = sum_over_ranks(total, count)
     return math.exp(min(-total / count, 700.0))
@@ -110,9 +110,9 @@ def perplexity(model: nn.Module, rows: Sequence[Text], micro_batch: int, pad_tok
 
 def score(
     judge: Judge, policies: Sequence[Policy], encoder: SegmentEncoder, prompts: Sequence[Prompt],
-    options: EvaluateOptions, zero: dict[str, Any],
+    options: ComparePoliciesOptions, zero: dict[str, Any],
 ) -> list[np.ndarray]:  # fmt: skip
-    """What a judge says of D responses to each prompt, (D, B) for each policy.
+    """Scores by a judge of D responses to each prompt, (D, B) for each policy.
 
     Raises UserError for a score that is not a finite number.
     """
@@ -121,11 +121,11 @@ def score(
     scores = []
     for policy in policies:
         title = f"{judge.name}, responses of {policy.path}"
-        said = [
-            score_responses(scorer, encoder, prompts, rollout, my_rows(rollout), size, title)[0]
+        by_rollout = [
+            score_responses(scorer, encoder, prompts, rollout, rows_of_rank(rollout), size, title)[0]
             for rollout in policy.rollouts
         ]
-        scores.append(torch.stack(said).double().cpu().numpy())
+        scores.append(torch.stack(by_rollout).double().cpu().numpy())
     if bad := sum(int((~np.isfinite(part)).sum()) for part in scores):
         raise UserError(f"{judge.name}: {bad} scores are not finite numbers")
     return scores

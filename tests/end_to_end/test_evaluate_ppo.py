@@ -1,4 +1,4 @@
-"""The command that compares policies: its figures are those of training, on any number of ranks."""
+"""Comparison of policies: metrics equal those of training, on any number of ranks."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def broken(prompts, responses, records):
 
 
 def options(world: Path, run: Path, output: Path, *words: str) -> list[str]:
-    """The policies before and after step 3 on 13 held-out prompts."""
+    """The policies before and after step 3, on 13 held-out prompts."""
     return [
         "--model_name_or_path", str(run / "sft/final"), str(run / "ppo/final"),
         "--reward_model_name_or_path", str(run / "reward/final"), "--output_dir", str(output),
@@ -50,36 +50,36 @@ def compare(words: list[str], output: Path) -> dict:
     return json.loads((output / "report.json").read_text())
 
 
-def flat(found: Any, name: str = "") -> dict[str, float]:
-    """The numbers of a report by their places."""
-    if isinstance(found, dict | list):
-        inside = found.items() if isinstance(found, dict) else enumerate(found)
-        return {place: one for key, part in inside for place, one in flat(part, f"{name}/{key}").items()}
-    return {name: found} if isinstance(found, float | int) else {}
+def flat(report: Any, name: str = "") -> dict[str, float]:
+    """The numbers of a report by their paths."""
+    if isinstance(report, dict | list):
+        items = report.items() if isinstance(report, dict) else enumerate(report)
+        return {path: one for key, part in items for path, one in flat(part, f"{name}/{key}").items()}
+    return {name: report} if isinstance(report, float | int) else {}
 
 
-def test_figures_are_those_of_training(world: Path, run: Path, tmp_path: Path) -> None:
-    """Both policies draw what training drew when it evaluated them, and are measured alike."""
+def test_metrics_equal_those_of_training(world: Path, run: Path, tmp_path: Path) -> None:
+    """Both policies draw the responses of the evaluations of training, with the same metrics."""
     texts = ["--demonstration_data", str(world / "demonstrations.jsonl")]
-    found = compare(options(world, run, tmp_path, "--max_eval_samples", "12", *texts), tmp_path)
-    assert found["prompts"] == 12 and [one["n"] for one in found["best_of"]] == [1]
-    for policy, place in zip(found["policies"], (0, -1), strict=True):
+    report = compare(options(world, run, tmp_path, "--max_eval_samples", "12", *texts), tmp_path)
+    assert report["prompts"] == 12 and [one["n"] for one in report["best_of"]] == [1]
+    for policy, index in zip(report["policies"], (0, -1), strict=True):
         assert policy["scores"]["reward model"]["mean"] == pytest.approx(
-            metrics(run / "ppo", "eval/score")[place], rel=1e-4, abs=1e-5
+            metrics(run / "ppo", "eval/score")[index], rel=1e-4, abs=1e-5
         )
-        assert policy["kl"]["mean"] == pytest.approx(metrics(run / "ppo", "eval/kl")[place], abs=1e-4)
+        assert policy["kl"]["mean"] == pytest.approx(metrics(run / "ppo", "eval/kl")[index], abs=1e-4)
         for name in ("length", "eos_rate", "distinct_2", "repeated_3"):
-            assert policy[name] == pytest.approx(metrics(run / "ppo", f"eval/{name}")[place], abs=1e-6)
-    before, after = found["policies"]
+            assert policy[name] == pytest.approx(metrics(run / "ppo", f"eval/{name}")[index], abs=1e-6)
+    before, after = report["policies"]
     assert before["perplexity"] == pytest.approx(metrics(run / "sft", "eval/perplexity")[-1], rel=1e-4)
     assert before["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0} and abs(after["kl"]["mean"]) > 1e-3
     against = after["against"][0]["reward model"]
     assert against["wins"] + against["ties"] + against["losses"] == 12
 
 
-def test_the_script_says_the_same_on_any_ranks(world: Path, run: Path, tmp_path: Path) -> None:
-    """One rank, and two with partitioned weights, which 13 prompts and 13 demonstrations do not share evenly;
-    perplexity is that of step 1's command.
+def test_two_ranks_equal_one(world: Path, run: Path, tmp_path: Path) -> None:
+    """Two ranks have partitioned weights and uneven shares of 13 prompts and 13 demonstrations. Perplexity
+    equals that of evaluate_sft.
     """
     rules, texts = tmp_path / "rules.py", tmp_path / "texts.jsonl"
     rules.write_text(FUNCTIONS)
@@ -100,9 +100,9 @@ def test_the_script_says_the_same_on_any_ranks(world: Path, run: Path, tmp_path:
     one, two = reports
     assert one == pytest.approx(two, rel=1e-4, abs=2e-5)
     assert one["/best_of/2/n"] == 4 and one["/best_of/2/kl"] == pytest.approx(math.log(4) - 3 / 4)
-    for place in ("/policies/1/scores/{}/mean", "/policies/1/scores/{}/low", "/best_of/1/scores/{}/high"):
-        assert one[place.format("gold score")] == pytest.approx(2 * one[place.format("by_length")])
-    proxy = [one[f"/best_of/{place}/scores/reward model/mean"] for place in range(3)]
+    for path in ("/policies/1/scores/{}/mean", "/policies/1/scores/{}/low", "/best_of/1/scores/{}/high"):
+        assert one[path.format("gold score")] == pytest.approx(2 * one[path.format("by_length")])
+    proxy = [one[f"/best_of/{index}/scores/reward model/mean"] for index in range(3)]
     assert proxy == sorted(proxy) and proxy[0] < proxy[2]
     models = [str(run / "sft/final"), str(run / "ppo/final")]
     words = ["--model_name_or_path", *models, "--eval_data", str(texts)]
@@ -112,15 +112,14 @@ def test_the_script_says_the_same_on_any_ranks(world: Path, run: Path, tmp_path:
 
 
 def test_a_policy_ties_with_itself(world: Path, run: Path, tmp_path: Path) -> None:
-    """Whole files of prompts, responses drawn from the likeliest tokens, and a judge who changes his mind;
-    a policy that comes later is compared with both.
+    """With --eval_data, top-k and top-p, and a judge whose scores drift. A third policy is compared with
+    both.
     """
     (tmp_path / "rules.py").write_text(FUNCTIONS)
     models = [str(run / name / "final") for name in ("ppo", "ppo", "sft")]
     words = ["--model_name_or_path", *models, "--top_p", "0.9", "--top_k", "20"]
     words += ["--eval_data", str(world / "prompts.jsonl"), "--gold_function", f"{tmp_path}/rules.py:drifts"]
-    found = compare(options(world, run, tmp_path, *words), tmp_path)
-    first, second, third = found["policies"]
+    first, second, third = compare(options(world, run, tmp_path, *words), tmp_path)["policies"]
     tie = {"wins": 0, "ties": 13, "losses": 0, "win_rate": None, "at_equal_length": None}
     assert second.pop("against") == [{"reward model": tie, "gold score": tie}] and first.pop("against") == []
     one, other = third["against"]
@@ -152,6 +151,6 @@ def test_mistakes_are_one_line(world: Path, run: Path, tmp_path: Path) -> None:
         check_refusal("step3_ppo.compare.main", given, parts, tmp_path, tmp_path / "out")
     given = options(world, run, tmp_path / "out")
     for name in ("--reward_model_name_or_path", "--prompt_data"):
-        place = given.index(name)
-        without = given[:place] + given[place + 2 :]
+        index = given.index(name)
+        without = given[:index] + given[index + 2 :]
         check_refusal("step3_ppo.compare.main", without, ["required", name], tmp_path, tmp_path / "out")

@@ -20,7 +20,7 @@ from step2_reward.options import EvaluateRewardOptions
 from step3_ppo.best_of_n import main as best_of_n
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.compare import main as evaluate_ppo
-from step3_ppo.compare.options import EvaluateOptions as EvaluatePPOOptions
+from step3_ppo.compare.options import ComparePoliciesOptions
 
 PAIRS = [{"prompt": f"question {n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(60)]
 BAD = r'{"prompt": "smile", "chosen": "a", "rejected": "b", "completion": "c", "id": "half \ud83d"}'
@@ -66,7 +66,7 @@ READ: dict[str, Read] = {
     ),
     "evaluate_ppo": lambda source, skip, encoder: _of_prompts(
         evaluate_ppo.load_prompts(
-            EvaluatePPOOptions(eval_data=[source], skip_bad_records=skip, max_eval_samples=0), encoder
+            ComparePoliciesOptions(eval_data=[source], skip_bad_records=skip, max_eval_samples=0), encoder
         )
     ),
 }
