@@ -1,5 +1,6 @@
-"""What a model is asked by: a constitution, templates, and a chat template to be asked in. All but the last
-are files that users edit; those in templates/ are the defaults.
+"""Build questions for AI feedback from a constitution and templates, as conversations.
+
+Both are files that users edit; templates/ holds the defaults.
 """
 
 import re
@@ -18,70 +19,72 @@ SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 
 def load_assistant(options: ConstitutionOptions) -> SegmentEncoder:
-    """The encoder of a model that can be asked. Raises UserError for one that was never taught to answer."""
+    """Load the encoder of a chat model. Raises UserError if its tokenizer has no chat template."""
     path = options.model_name_or_path
     if options.default_chat_template:
         return SegmentEncoder(load_tokenizer(path))
     tokenizer = load_tokenizer(path, default_template="")
     if not tokenizer.chat_template:
         raise UserError(
-            f"--model_name_or_path {path}: its tokenizer has no chat template, so it cannot be asked as an"
-            " assistant; take a model that was taught to answer, or add --default_chat_template"
+            f"--model_name_or_path {path}: its tokenizer has no chat template, so it cannot answer questions;"
+            " use an instruction-tuned model, or add --default_chat_template"
         )
     return SegmentEncoder(tokenizer)
 
 
 def read_constitution(path: str) -> list[str]:
-    """The principles of a YAML list, or of a text file: a line each, but for those that begin with #.
+    """Read principles from a YAML list, or from a text file with one per line and # for comments.
 
-    Raises UserError naming the file, and the principle that is none.
+    Raises UserError naming the file and the bad principle.
     """
     text = _read("constitution", path)
-    found = [line.strip() for line in text.splitlines() if line.strip() and line.lstrip()[0] != "#"]
+    principles = [line.strip() for line in text.splitlines() if line.strip() and line.lstrip()[0] != "#"]
     if Path(path).suffix in (".yaml", ".yml"):
         try:
-            found = yaml.safe_load(text) or []
+            principles = yaml.safe_load(text) or []
         except yaml.YAMLError as error:
             raise UserError(
                 f"--constitution {path}: not valid YAML: {' '.join(str(error).split())}"
             ) from None
-    if not isinstance(found, list):
-        raise UserError(f"--constitution {path}: must be a list of principles, not {type(found).__name__}")
-    for number, principle in enumerate(found, start=1):
+    if not isinstance(principles, list):
+        raise UserError(
+            f"--constitution {path}: must be a list of principles, not {type(principles).__name__}"
+        )
+    for number, principle in enumerate(principles, start=1):
         if not isinstance(principle, str) or not principle.strip():
             raise UserError(
                 f"--constitution {path}: principle {number} is {principle!r}; it must be text"
-                " (one with a colon stands in quotes)"
+                " (put a principle with a colon in quotes)"
             )
-    if not found:
-        raise UserError(f"--constitution {path}: has no principles; one is drawn for each question")
-    return [principle.strip() for principle in found]
+    if not principles:
+        raise UserError(f"--constitution {path}: has no principles; at least one is needed")
+    return [principle.strip() for principle in principles]
 
 
-def read_template(option: str, path: str, places: Sequence[str]) -> str:
-    """A template that has all the places. Raises UserError naming option, file and a place it lacks."""
+def read_template(option: str, path: str, placeholders: Sequence[str]) -> str:
+    """Read a template. Raises UserError naming option, file and a missing placeholder."""
     text = _read(option, path).strip()
-    for place in places:
-        if f"{{{place}}}" not in text:
-            wanted = " ".join(f"{{{name}}}" for name in places)
-            raise UserError(f"--{option} {path}: lacks {{{place}}}; it must have {wanted}")
+    for placeholder in placeholders:
+        if f"{{{placeholder}}}" not in text:
+            required = " ".join(f"{{{name}}}" for name in placeholders)
+            raise UserError(f"--{option} {path}: lacks {{{placeholder}}}; it must have {required}")
     return text
 
 
 def fill(template: str, **texts: str) -> list[Message]:
-    """The template with a text in each place, as a question. Braces within the texts are left alone."""
-    places = "|".join(texts)
-    content = re.sub(rf"\{{({places})\}}", lambda place: texts[place[1]], template)
+    """Fill the placeholders of a template; returns a user message. Braces within the texts stay."""
+    names = "|".join(texts)
+    content = re.sub(rf"\{{({names})\}}", lambda match: texts[match[1]], template)
     return [{"role": "user", "content": content}]
 
 
 def draw_principle(principles: Sequence[str], content: str | list[Message], seed: int, round: int = 0) -> str:
-    """A principle by what is judged, the seed and the round, and nothing else."""
+    """Draw a principle, a function of the judged content, the seed and the round."""
     return principles[int(fraction(content, f"principle {seed} {round}") * len(principles))]
 
 
 def as_text(part: str | list[Message]) -> str:
-    """A prompt or response as a model reads it within a question: who says what, but for a lone reply."""
+    """Format a prompt or response as text within a question: speaker names, except for a single reply."""
     if isinstance(part, str):
         return part.strip()
     if [message["role"] for message in part] == ["assistant"]:

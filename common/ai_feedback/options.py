@@ -1,4 +1,4 @@
-"""Options of commands that ask a model about responses."""
+"""Options of the commands that use a model for AI feedback."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +13,22 @@ SHIPPED = Path(__file__).parent / "templates"
 class ConstitutionOptions:
     """Model and principles."""
 
-    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
+    resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
 
-    model_name_or_path: str = option("", "The model that is asked: a folder or hub name.", required=True)
+    model_name_or_path: str = option(
+        "", "Model that gives the feedback: a folder or hub name.", required=True
+    )
     constitution: str = option(
         str(SHIPPED / "constitution.yaml"), "Principles: a YAML list, or a text file with one per line."
     )
     default_chat_template: bool = option(
-        False, "Ask a model without a chat template as `Human: ... Assistant:`; else it is refused."
+        False, "Prompt a model without a chat template as `Human: ... Assistant:` instead of refusing it."
     )
-    seed: int = option(0, "Seed of principles and of sampling.", at_least=0)
+    seed: int = option(0, "Seed for principles and sampling.", at_least=0)
     skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
     zero_config: str = option(
-        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+        "", "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training."
     )
     timeout_minutes: float = option(
-        30.0, "How long a rank waits for the slowest one before it gives up.", above=0
+        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0
     )

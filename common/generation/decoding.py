@@ -1,4 +1,4 @@
-"""Draw responses with `transformers.generate`, the same ones for any number of ranks and any batch size."""
+"""Sample responses with `transformers.generate`: the same for any number of ranks and any batch size."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -16,27 +16,27 @@ from common.numeric.tensor_ops import scaled
 from common.numeric.top_k_top_p import pack, restrict, support
 from common.runtime.distributed import sum_tensor_over_ranks
 
-# The part of a batch that may be padding of prompts, or rows that have ended: to have less costs more calls
-# of the model, or copies of the cache.
+# Largest fraction of a batch that may be prompt padding or finished rows. A smaller one costs more forward
+# passes or copies of the cache.
 IDLE_SHARE = 1 / 8
-# Inputs with a line for each row; the last dimensions are rows and columns.
-OF_ROWS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
-CACHE_NAMES = ("past_key_values", "cache_params")  # of attention, and of Mamba
+# Model inputs per row; their last two dimensions are rows and columns.
+ROW_INPUTS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+CACHE_NAMES = ("past_key_values", "cache_params")  # of attention and of Mamba
 
 
 class Responses(NamedTuple):
-    """Sampled tokens, padded on the right, and the log-probability with which each was drawn."""
+    """Sampled tokens, padded on the right, and their logprobs under the sampling distribution."""
 
     ids: Tensor  # (B, R)
-    lengths: Tensor  # (B,) with EOS, if there is one
-    ended: Tensor  # (B,) bool: stopped by EOS rather than by the length limit
-    logprobs: Tensor  # (B, R) under softmax(logits / temperature) of what may be drawn, 0 after the end
-    support: Tensor  # (B, R, V / 8) uint8: what that was, packed; (B, R, 0) where every token may be drawn
-    computed: Tensor  # (B,) positions that the model was run at for it, padding and idle steps included
+    lengths: Tensor  # (B,) including EOS
+    ended: Tensor  # (B,) bool: ended by EOS, not by the length limit
+    logprobs: Tensor  # (B, R) of softmax(logits / temperature) over the support, 0 after the end
+    support: Tensor  # (B, R, V / 8) uint8: tokens left by top-k and top-p, as bits; (B, R, 0): all
+    computed: Tensor  # (B,) positions computed for it, including padding and idle steps
 
 
 def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tensor:
-    """Uniform numbers (B, length) in [0, 1): a function of seed, step and the row's number."""
+    """Uniform numbers (B, length) in [0, 1), a function of seed, step and row index."""
     streams = [np.random.default_rng((seed, 3, step, row)).random(length, dtype=np.float32) for row in rows]
     return torch.from_numpy(np.stack(streams))
 
@@ -44,11 +44,11 @@ def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tens
 def draw(
     logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A token for each row of logits (B, V), by one number of uniforms (B,) each instead of a shared stream.
+    """Sample one token per row of logits (B, V), by inverse transform sampling with uniforms (B,).
 
-    It is the first whose cumulative probability exceeds the number, so that it depends on nothing but its
-    row. Returns tokens (B,), the log-probabilities (B,) with which they were drawn, and what could be drawn,
-    packed (B, V / 8), or (B, 0) where that is every token.
+    The token is the first one whose cumulative probability exceeds the row's uniform number. So it depends on
+    its row alone, not on a shared random stream. Returns tokens (B,), their logprobs (B,), and the support:
+    bits (B, V / 8), or (B, 0) if all tokens could be drawn.
     """
     logits = scaled(logits, temperature)
     packed = torch.empty(len(logits), 0, dtype=torch.uint8, device=logits.device)
@@ -67,10 +67,11 @@ def sample_responses(
     eos_token_id: int | Sequence[int], pad_token_id: int, synced_gpus: bool, top_k: int = 0,
     num_tokens: int | None = None,
 ) -> Responses:  # fmt: skip
-    """Responses of at most R tokens; uniforms (B, R). synced_gpus: a rank goes on for as long as any has to.
+    """Sample responses of at most R tokens; uniforms (B, R).
 
-    eos_token_id: what ends a response, one id or several. num_tokens: only ids below it are drawn, where the
-    model has more rows than the tokenizer has tokens.
+    eos_token_id: one or several ids that end a response. synced_gpus: run forward passes until all ranks have
+    finished, as ZeRO-3 needs. num_tokens: sample only ids below it, for models with more embedding rows than
+    the tokenizer has tokens.
     """
     device, longest = uniforms.device, max(map(len, prompts))
     input_ids = torch.tensor(
@@ -78,7 +79,7 @@ def sample_responses(
     )  # (B, P)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     attention_mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # (B, P)
-    # A model's own generation defaults (penalties, minimal lengths) would change what is sampled.
+    # The model's generation defaults (penalties, minimum lengths) would change the distribution.
     defaults, model.generation_config = model.generation_config, GenerationConfig()
     choose = partial(draw, temperature=temperature, top_p=top_p, top_k=top_k)
     try:
@@ -103,19 +104,19 @@ def _decode(
     choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced_gpus: bool, num_tokens: int | None,
     **inputs: Any,
 ) -> Responses:  # fmt: skip
-    """The loop of `generate`, without rows that have ended: they would cost as much as those that go on."""
+    """Decoding loop for `generate`; finished rows are removed from the batch, where they would cost time."""
     (count, limit), device = uniforms.shape, uniforms.device
     ends = torch.tensor(generation_config.eos_token_id, device=device).view(-1)
     cache = next(name for name in CACHE_NAMES if name in inputs)
-    rows = torch.arange(count, device=device)  # the b that are still in the batch
+    rows = torch.arange(count, device=device)  # (b,) rows still in the batch
     is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        inputs["output_router_logits"] = False  # nothing is learnt here
+        inputs["output_router_logits"] = False  # no load-balancing loss in sampling
     logits, computed = _read_prompts(model, input_ids, inputs, cache, synced_gpus)  # (b, V), (B,)
     steps: list[tuple[Tensor, ...]] = []
     for step in range(limit):
         drawn = choose(logits[:, :num_tokens], uniforms[rows, step])
-        steps.append(tuple(_placed(part, rows, count) for part in drawn))
+        steps.append(tuple(_scatter_rows(part, rows, count) for part in drawn))
         is_open &= ~torch.isin(drawn[0], ends)
         num_open = int(is_open.sum())
         any_open = sum_tensor_over_ranks(is_open.any().long()) if synced_gpus else num_open
@@ -123,10 +124,10 @@ def _decode(
             break
         input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
         if 0 < num_open <= (1 - IDLE_SHARE) * len(rows):
-            kept = is_open.nonzero().squeeze(-1)
-            rows, input_ids, is_open = rows[kept], input_ids[kept], is_open[kept]
-            inputs[cache].reorder_cache(kept)  # which every kind of cache knows, for beam search
-            inputs |= _rows_of(inputs, kept)
+            open_rows = is_open.nonzero().squeeze(-1)
+            rows, input_ids, is_open = rows[open_rows], input_ids[open_rows], is_open[open_rows]
+            inputs[cache].reorder_cache(open_rows)  # every cache class has it, for beam search
+            inputs |= _select_rows(inputs, open_rows)
         computed[rows] += 1
         fed = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
         outputs = model(**fed, return_dict=True)
@@ -139,31 +140,31 @@ def _decode(
 def _read_prompts(
     model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], cache: str, synced_gpus: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits (B, V) after each prompt of input_ids (B, P), and the positions (B,) at which the model was run.
+    """Prefill: logits (B, V) after each prompt of input_ids (B, P), and the positions (B,) computed.
 
-    Neighbours of like length are read together, without the padding that longer ones need. The cache in
-    `inputs`, under the name of `cache`, then is what it would be had all been padded to P. A cache with
-    recurrent states cannot be put together so: then all prompts are read at once.
+    Neighbouring prompts of similar length share a forward pass, which saves padding. Afterwards the cache
+    `inputs[cache]` is the same as if all prompts had been padded to P. Caches with recurrent states cannot be
+    concatenated; there all prompts are read in one pass.
     """
     empty, mask = inputs[cache], inputs.get("attention_mask")
     lengths = [input_ids.shape[1]] * len(input_ids) if mask is None else mask.sum(1).tolist()
-    groups = like_lengths(lengths) if _is_plain(empty) and not synced_gpus else [slice(0, len(lengths))]
+    groups = group_by_length(lengths) if _is_plain(empty) and not synced_gpus else [slice(0, len(lengths))]
     logits, caches, computed = [], [], []
     for group in groups:
         width = max(lengths[group])
         caches.append(copy.deepcopy(empty))
-        part = inputs | _rows_of(inputs, group, width) | {cache: caches[-1]}
+        part = inputs | _select_rows(inputs, group, width) | {cache: caches[-1]}
         fed = model.prepare_inputs_for_generation(input_ids[group, -width:], is_first_iteration=True, **part)
         outputs = model(**fed, return_dict=True)
         logits.append(outputs.logits[:, -1])
         computed += [width] * len(outputs.logits)
     inputs |= model._update_model_kwargs_for_generation(outputs, inputs)
-    inputs[cache] = _joined(caches) if len(caches) > 1 else caches[0]
+    inputs[cache] = _concatenate(caches) if len(caches) > 1 else caches[0]
     return torch.cat(logits), torch.tensor(computed, device=input_ids.device)
 
 
-def like_lengths(lengths: Sequence[int]) -> list[slice]:
-    """Runs of neighbours, each as long as it may get without more padding than IDLE_SHARE of it."""
+def group_by_length(lengths: Sequence[int]) -> list[slice]:
+    """Split neighbouring rows into the longest groups with at most IDLE_SHARE of padding."""
     groups, start = [], 0
     for end in range(1, len(lengths) + 1):
         if end < len(lengths):
@@ -176,29 +177,30 @@ def like_lengths(lengths: Sequence[int]) -> list[slice]:
 
 
 def _is_plain(cache: Cache) -> bool:
-    """Whether all that a model remembers are keys and values, which can be filled up on the left."""
+    """Whether the cache holds only keys and values, which can be padded on the left."""
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def _joined(caches: list[Cache]) -> Cache:
-    """One cache of the rows of all, filled up on the left to the longest, where attention is masked."""
-    whole = max(caches, key=lambda cache: cache.get_seq_length())
-    for layer, parts in zip(whole.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True):
+def _concatenate(caches: list[Cache]) -> Cache:
+    """Concatenate caches along rows, padded on the left to the longest; attention masks the padding."""
+    joined = max(caches, key=lambda cache: cache.get_seq_length())
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    for layer, parts in zip(joined.layers, layers, strict=True):
         width = layer.keys.shape[2]
         for name in ("keys", "values"):
             states = [getattr(part, name) for part in parts]  # (b, H, T, D) each
-            filled = [pad(state, (0, 0, width - state.shape[2], 0)) for state in states]
-            setattr(layer, name, torch.cat(filled))
-    return whole
+            padded = [pad(state, (0, 0, width - state.shape[2], 0)) for state in states]
+            setattr(layer, name, torch.cat(padded))
+    return joined
 
 
-def _rows_of(inputs: dict[str, Any], rows: Tensor | slice, width: int = 0) -> dict[str, Tensor]:
-    """The inputs of these rows, from the last `width` columns, or all of them."""
-    return {name: inputs[name][..., rows, -width:] for name in OF_ROWS if inputs.get(name) is not None}
+def _select_rows(inputs: dict[str, Any], rows: Tensor | slice, width: int = 0) -> dict[str, Tensor]:
+    """Select rows of the inputs, and their last `width` columns (0: all)."""
+    return {name: inputs[name][..., rows, -width:] for name in ROW_INPUTS if inputs.get(name) is not None}
 
 
-def _placed(part: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Values (b, ...) of these rows among all B: (B, ...), 0 elsewhere."""
+def _scatter_rows(part: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Scatter values (b, ...) to their rows among all B: (B, ...), 0 elsewhere."""
     return part.new_zeros(count, *part.shape[1:]).index_copy(0, rows, part)
 
 
@@ -206,7 +208,7 @@ def _cut(
     sampled: Tensor, logprobs: Tensor, supports: Tensor, computed: Tensor, limit: int, ends: Tensor,
     pad_token_id: int,
 ) -> Responses:  # fmt: skip
-    """End each row at its first EOS, of which `ends` (E,) are the ids, and widen everything to `limit`."""
+    """End each row at its first end token, one of `ends` (E,), and pad everything to `limit`."""
     steps = sampled.shape[1]
     is_eos = torch.isin(sampled, ends)  # (B, steps)
     ended = is_eos.any(1)

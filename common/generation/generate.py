@@ -1,4 +1,4 @@
-"""Responses of a policy to any number of prompts, shared out among the ranks."""
+"""Sample responses of a policy to prompts, distributed over the ranks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from common.text.tokenizer import SegmentEncoder
 
 
 class PlainEngine(nn.Module):
-    """A model outside any engine, with what sampling asks of one."""
+    """A model without DeepSpeed, with the methods of an engine that sampling needs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -35,39 +35,39 @@ class PlainEngine(nn.Module):
 
 
 class PolicyAnswer(NamedTuple):
-    """A response as text, without the token that ended it."""
+    """A response as text, without its end token."""
 
     text: str
-    ended: bool  # by an end token rather than by the length limit
+    ended: bool  # by an end token, not by the length limit
 
 
 def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.Module:
-    """A frozen policy: partitioned at stage 3, else whole on every rank."""
+    """Load a frozen policy: partitioned at stage 3, else a full copy on every rank."""
     frozen = frozen_config(zero)
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
     return model if frozen else PlainEngine(model)
 
 
 def check_generation(options: GenerationOptions, config: PretrainedConfig) -> None:
-    """Shorten --max_prompt_length to what the model's positions leave.
+    """Reduce --max_prompt_length so that prompt and response fit into the model's context length.
 
-    Raises UserError when they leave nothing, and when responses cannot be sampled from the model's family.
+    Raises UserError when no prompt fits, and when the model family does not support sampling.
     """
     check_sampling(config)
     positions = position_limit(config)
     if positions is None:
         return
-    room = positions - options.max_response_length - 1  # a response cut off is scored with an EOS after it
+    room = positions - options.max_response_length - 1  # a truncated response is scored with an added EOS
     if room < 1:
         raise UserError(
             f"--max_response_length {options.max_response_length}: leaves no room for a prompt"
-            f" in the model's {positions} positions"
+            f" in the model's context length of {positions} positions"
         )
     options.max_prompt_length = min(options.max_prompt_length, room)
 
 
 def prompts_of_rank(prompts: Sequence[list[int]]) -> list[int]:
-    """Which of the prompts this rank responds to: its share of short and of long ones, the shorter first."""
+    """Indices of this rank's prompts, sorted by length: an equal share of short and long ones."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return order[rank() :: world_size()]
 
@@ -76,10 +76,11 @@ def generate(
     policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
     rows: Sequence[int], options: GenerationOptions, step: int, title: str = "",
 ) -> Responses:  # fmt: skip
-    """Responses to these rows of the prompts, by a policy of `load_policy` or an engine that trains one.
+    """Sample a response for each of the rows (indices of prompts).
 
-    step: together with the seed and the row's number it decides what is sampled. All ranks must ask for
-    equally many rows where a partitioned model is not gathered. title: of progress lines; none: be silent.
+    policy: from `load_policy`, or an engine in training. step: seeds sampling, with --seed and the row index.
+    If a partitioned model is not gathered, all ranks must pass the same number of rows. title: of progress
+    lines; empty: none.
     """
     tokenizer, size = encoder.tokenizer, options.generation_batch_size
     parts: list[Responses] = []
@@ -109,15 +110,16 @@ def sample_answers(
     policy: Any, encoder: SegmentEncoder, prompts: Mapping[int, list[int]], options: GenerationOptions,
     step: int,
 ) -> dict[int, PolicyAnswer]:  # fmt: skip
-    """An answer to each prompt, by its number, on every rank: see `generate`. What else is asked with it does
-    not matter.
+    """Sample an answer to each prompt with `generate`; returns all answers by prompt number, on every rank.
+
+    An answer does not depend on the other prompts of the call.
     """
-    even = [*prompts, *[*prompts][:1] * (-len(prompts) % world_size())]
-    mine = [even[place] for place in prompts_of_rank([prompts[number] for number in even])]
-    drawn = generate(policy, encoder, prompts, mine, options, step)
-    parts = (mine, *(part.tolist() for part in (drawn.ids, drawn.lengths, drawn.ended)))
-    found = {
+    padded = [*prompts, *[*prompts][:1] * (-len(prompts) % world_size())]  # equally many for every rank
+    rank_rows = [padded[i] for i in prompts_of_rank([prompts[number] for number in padded])]
+    drawn = generate(policy, encoder, prompts, rank_rows, options, step)
+    columns = (rank_rows, *(column.tolist() for column in (drawn.ids, drawn.lengths, drawn.ended)))
+    answers = {
         number: PolicyAnswer(encoder.decode_response(prompts[number], ids[: length - ended]), ended)
-        for number, ids, length, ended in zip(*parts, strict=True)
+        for number, ids, length, ended in zip(*columns, strict=True)
     }
-    return {number: answer for part in gather_objects(found) for number, answer in part.items()}
+    return {number: answer for part in gather_objects(answers) for number, answer in part.items()}

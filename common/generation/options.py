@@ -1,4 +1,4 @@
-"""Options of prompts and of sampling."""
+"""Options for prompts and sampling."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class PromptDataOptions(DataOptions):
 
     overlong: Overlong = option(
         "truncate_prompt",
-        "Prompts longer than --max_prompt_length. truncate_prompt: take the oldest messages, then the"
-        " beginning, away; drop or truncate_response: leave them out; error: stop.",
+        "Prompts longer than --max_prompt_length. truncate_prompt: cut the oldest messages, then the"
+        " beginning; drop, truncate_response: skip the prompt; error: stop.",
     )
 
 
@@ -20,16 +20,17 @@ class PromptDataOptions(DataOptions):
 class GenerationOptions:
     """Sampling."""
 
-    generation_batch_size: int = option(64, "Rows that one rank generates or scores at once.", at_least=1)
-    max_prompt_length: int = option(
-        256, "Longest prompt in tokens; a longer one loses its beginning.", at_least=1
-    )
-    max_response_length: int = option(128, "Longest response in tokens.", at_least=1)
-    temperature: float = option(1.0, "Temperature of sampling and of every log-probability.", above=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: from all.", at_least=0)
+    generation_batch_size: int = option(64, "Rows that a rank generates or scores in one batch.", at_least=1)
+    max_prompt_length: int = option(256, "Maximum prompt length in tokens; see --overlong.", at_least=1)
+    max_response_length: int = option(128, "Maximum response length in tokens.", at_least=1)
+    temperature: float = option(1.0, "Temperature for sampling and for all log-probabilities.", above=0)
+    top_k: int = option(0, "Sample from the k most likely tokens; 0: from all.", at_least=0)
     top_p: float = option(
-        1.0, "Sample from the likeliest tokens that make up this share.", above=0, at_most=1
+        1.0,
+        "Sample from the most likely tokens with this total probability (nucleus sampling).",
+        above=0,
+        at_most=1,
     )
     gather_for_generation: bool = option(
-        True, "At ZeRO-3, gather all weights once to sample; turn off when they do not fit on one GPU."
+        True, "At ZeRO-3, gather all weights for sampling; turn off if they do not fit on one GPU."
     )

@@ -1,4 +1,4 @@
-"""Constitutions and templates: what is read from files, and what stands in a question."""
+"""Constitutions and templates: reading files and building questions."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,21 +9,21 @@ from common.ai_feedback.constitution import as_text, draw_principle, fill, read_
 from common.ai_feedback.options import SHIPPED
 from common.runtime.options import UserError
 
-PLACES = {
+PLACEHOLDERS = {
     "critique": ("prompt", "response", "principle"),
     "revision": ("prompt", "response", "principle", "critique"),
     "judge": ("prompt", "response_a", "response_b", "principle"),
 }
 
 
-def test_what_is_shipped_can_be_read():
+def test_the_shipped_files_are_valid():
     principles = read_constitution(str(SHIPPED / "constitution.yaml"))
     assert 8 <= len(set(principles)) == len(principles) <= 12
-    for name, places in PLACES.items():
-        assert read_template(name, str(SHIPPED / f"{name}.txt"), places)
+    for name, placeholders in PLACEHOLDERS.items():
+        assert read_template(name, str(SHIPPED / f"{name}.txt"), placeholders)
 
 
-def test_a_list_and_a_text_say_the_same(tmp_path: Path):
+def test_yaml_and_text_give_the_same_principles(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("# Two.\n- Be kind.\n- 'Be brief: no more than asked.'\n")
     (tmp_path / "a.txt").write_text("\ufeff# Two.\nBe kind.\n\n  Be brief: no more than asked.\n", "utf-8")
     expected = ["Be kind.", "Be brief: no more than asked."]
@@ -45,7 +45,9 @@ def test_a_list_and_a_text_say_the_same(tmp_path: Path):
         ("no.yaml", None, "no.yaml: No such file"),
     ],
 )
-def test_a_constitution_that_is_none_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+def test_an_invalid_constitution_is_an_error_of_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
@@ -53,22 +55,22 @@ def test_a_constitution_that_is_none_is_named(tmp_path: Path, name: str, content
     assert "\n" not in str(error.value) and str(error.value).startswith("--constitution ")
 
 
-def test_a_template_without_a_place_is_named(tmp_path: Path):
+def test_a_template_without_a_placeholder_is_an_error(tmp_path: Path):
     (tmp_path / "t.txt").write_text("{prompt} {response_a} {response_c} {principle}")
     with pytest.raises(UserError, match=r"--judge_template .*t.txt: lacks \{response_b\}; it must have"):
-        read_template("judge_template", str(tmp_path / "t.txt"), PLACES["judge"])
+        read_template("judge_template", str(tmp_path / "t.txt"), PLACEHOLDERS["judge"])
     with pytest.raises(UserError, match=r"--judge_template .*: Is a directory"):
-        read_template("judge_template", str(tmp_path), PLACES["judge"])
+        read_template("judge_template", str(tmp_path), PLACEHOLDERS["judge"])
 
 
-def test_texts_stand_as_they_are():
-    """Braces in them are no places, and braces of the template that are no places stay."""
+def test_texts_are_filled_in_verbatim():
+    """Braces in the texts are not filled, and other braces of the template stay."""
     (message,) = fill('{"a": 1} {prompt}|{response}|{other}', prompt="{response} \\1", response="{prompt}")
     assert message == {"role": "user", "content": '{"a": 1} {response} \\1|{prompt}|{other}'}
 
 
-def test_principles_are_drawn_alike_and_anew_in_each_round():
-    """Each as often as the others (within four standard deviations), by content, seed and round alone."""
+def test_principles_are_drawn_uniformly_and_reproducibly():
+    """Uniform within four standard deviations; a function of content, seed and round."""
     drawn = [draw_principle("abcd", f"prompt {number}", seed=0) for number in range(4000)]
     assert drawn == [draw_principle("abcd", f"prompt {number}", seed=0) for number in range(4000)]
     assert all(abs(count - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5 for count in Counter(drawn).values())

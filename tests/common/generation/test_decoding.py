@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the right log-probabilities, and rows that know nothing of each other."""
+"""Sampling: correct distribution, correct logprobs, and rows independent of each other."""
 
 import pytest
 import torch
@@ -28,22 +28,22 @@ TEMPERATURE = 0.7
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature=1.0, top_p=1.0, top_k=0):
-    """Tokens (B,) and their log-probabilities, for logits (V,) or (B, V) and one uniform number per row."""
-    found = sampling.draw(logits.expand(len(uniforms), -1), uniforms, temperature, top_p, top_k)
-    return found[:2]
+    """Tokens (B,) and their logprobs, for logits (V,) or (B, V) and one uniform number per row."""
+    tokens, logprobs, _ = sampling.draw(logits.expand(len(uniforms), -1), uniforms, temperature, top_p, top_k)
+    return tokens, logprobs
 
 
-def test_frequencies_follow_the_distribution():
+def test_token_frequencies_follow_the_distribution():
     count = 4000
     tokens, _ = draw(PROBABILITIES.log(), uniforms_for(0, 1, range(count), 1)[:, 0])
-    found = tokens.bincount(minlength=5)
-    assert found[2] == 0
+    counts = tokens.bincount(minlength=5)
+    assert counts[2] == 0
     expected = count * PROBABILITIES
-    chi_square = ((found - expected) ** 2 / expected)[PROBABILITIES > 0].sum()
+    chi_square = ((counts - expected) ** 2 / expected)[PROBABILITIES > 0].sum()
     assert chi_square < 16.3, "three degrees of freedom, p = 0.001"
 
 
-def test_evenly_spaced_numbers_give_exact_shares():
+def test_evenly_spaced_uniforms_give_exact_frequencies():
     count = 10_000
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0])
     tokens, logprobs = draw(logits, (torch.arange(count) + 0.5) / count, temperature=2.0)
@@ -52,15 +52,15 @@ def test_evenly_spaced_numbers_give_exact_shares():
     assert_close(logprobs, exact.log().float()[tokens])
 
 
-def test_ends_of_the_range():
+def test_uniforms_at_both_ends_of_the_range():
     tokens, _ = draw(torch.tensor([[0.0, 0.0, float("-inf")]]), torch.tensor([0.0, 1 - 2**-24]))
     assert tokens.tolist() == [0, 1]
     tokens, _ = draw(torch.tensor([[float("-inf"), 0.0, 0.0]]), torch.tensor([0.0]))
-    assert tokens.tolist() == [1], "a token of probability 0 is never drawn"
+    assert tokens.tolist() == [1], "tokens with probability 0 are never drawn"
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.6}, {"top_k": 2}, {"top_p": 0.6, "top_k": 4}])
-def test_logprobs_are_those_with_which_tokens_are_drawn(cut):
+def test_logprobs_match_the_sampling_distribution(cut):
     count = 8000
     tokens, logprobs = draw(PROBABILITIES.log(), (torch.arange(count) + 0.5) / count, **cut)
     assert tokens.bincount(minlength=5).tolist() == [0, 5000, 0, 3000, 0]  # 0.5 : 0.3
@@ -130,9 +130,9 @@ def as_rollout(responses: Responses) -> Rollout:
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.7, 9)])
-def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
-    """Generation pads on the left and caches; the update pads on the right and does not. What top_p and top_k
-    leave is what transformers leaves, but for a token that it takes in when shares reach top_p exactly.
+def test_logprobs_match_the_training_pass(model, top_p, top_k):
+    """Generation pads on the left and uses a cache; the update pads on the right without one. The support of
+    top_p and top_k is that of transformers, except for one extra token there when the sum equals top_p.
     """
     responses = sample(model, [0, 1, 2, 3], top_p=top_p, top_k=top_k)
     lengths = responses.lengths.tolist()
@@ -149,8 +149,8 @@ def test_logprobs_are_those_of_the_trainer(model, top_p, top_k):
             exact = TopKLogitsWarper(top_k)(None, exact)
         exact = TopPLogitsWarper(top_p)(None, exact).log_softmax(-1)
         expected = [exact[t - 1, ids[t]].item() for t in range(len(prompt), len(ids))]
-        found = responses.logprobs[row, : lengths[row]]
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-5)
+        sampled = responses.logprobs[row, : lengths[row]]
+        torch.testing.assert_close(sampled, torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 def test_a_response_does_not_depend_on_the_batch(model):
@@ -163,50 +163,50 @@ def test_a_response_does_not_depend_on_the_batch(model):
     assert torch.equal(reversed_order.ids.flip(0), together.ids)
 
 
-def test_eos_ends_a_response_and_counts(model):
-    """EOS is the first id of the vocabulary, so the number 0 draws it and a number near 1 never does."""
+def test_eos_ends_a_response_and_counts_as_a_token(model):
+    """EOS has id 0, so the uniform number 0 draws it and a number near 1 never does."""
     uniforms = torch.full((3, 6), 0.999)
     uniforms[1, 2] = 0.0
     uniforms[2, [0, 4]] = 0.0
-    found = sample(model, [0, 1, 2], uniforms=uniforms)
-    assert found.lengths.tolist() == [6, 3, 1]
-    assert found.ended.tolist() == [False, True, True]
-    assert (found.ids[0] != EOS).all()
-    assert found.ids[1, 2] == EOS and (found.ids[1, 3:] == PAD).all()
-    assert found.ids[2].tolist() == [EOS] + [PAD] * 5
-    mask = torch.arange(6) < found.lengths[:, None]
-    assert (found.logprobs[mask] < 0).all() and not found.logprobs[~mask].any()
+    responses = sample(model, [0, 1, 2], uniforms=uniforms)
+    assert responses.lengths.tolist() == [6, 3, 1]
+    assert responses.ended.tolist() == [False, True, True]
+    assert (responses.ids[0] != EOS).all()
+    assert responses.ids[1, 2] == EOS and (responses.ids[1, 3:] == PAD).all()
+    assert responses.ids[2].tolist() == [EOS] + [PAD] * 5
+    mask = torch.arange(6) < responses.lengths[:, None]
+    assert (responses.logprobs[mask] < 0).all() and not responses.logprobs[~mask].any()
 
 
 def test_each_of_several_end_tokens_ends_a_response(model):
-    """The first id is drawn by the number 0, the last one by a number near 1."""
+    """The uniform number 0 draws the first id, a number near 1 the last one."""
     uniforms = torch.full((3, 6), 0.5)
     uniforms[1, 2], uniforms[2, 4] = 0.0, 1 - 2**-24
-    found = sample(model, [0, 1, 2], uniforms=uniforms, ends=[EOS, 37], num_tokens=38)
-    lengths, ended = found.lengths.tolist(), found.ended.tolist()
+    responses = sample(model, [0, 1, 2], uniforms=uniforms, ends=[EOS, 37], num_tokens=38)
+    lengths, ended = responses.lengths.tolist(), responses.ended.tolist()
     assert (lengths[1:], ended[1:]) == ([3, 5], [True, True])
-    assert (found.ids[1, 2], found.ids[2, 4]) == (EOS, 37)
+    assert (responses.ids[1, 2], responses.ids[2, 4]) == (EOS, 37)
     assert sample(model, [2], uniforms=uniforms[2:], num_tokens=38).lengths.tolist() == [6]
-    assert found.computed.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths, strict=False)]
+    assert responses.computed.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths, strict=False)]
 
 
-def test_rows_beyond_the_tokenizer_are_never_drawn(model):
-    """They have the largest logits of all; what is measured is the distribution over the others."""
+def test_ids_without_a_token_are_never_drawn(model):
+    """They have the largest logits; logprobs are those over the tokenizer's ids."""
     count, weight = 30, model.lm_head.weight
     original = weight.detach().clone()
     with torch.no_grad():
-        weight[count:] = 4 * weight[1:2]  # in the direction of a token that is often drawn
+        weight[count:] = 4 * weight[1:2]  # in the direction of a frequent token
         weight[count + 1 :] *= -1
     try:
         model.num_tokens = count
         for cut in ({}, {"top_p": 0.7}, {"top_k": 35}):
-            found = sample(model, [0, 1, 2, 3], num_tokens=count, **cut)
-            rollout = as_rollout(found)
-            assert (found.ids[rollout.response_mask] < count).all()
+            responses = sample(model, [0, 1, 2, 3], num_tokens=count, **cut)
+            rollout = as_rollout(responses)
+            assert (responses.ids[rollout.response_mask] < count).all()
             with torch.no_grad():
                 trained, logits, _ = policy_pass(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
             assert logits.shape[1] == count
-            drawn = found.logprobs[rollout.response_mask]
+            drawn = responses.logprobs[rollout.response_mask]
             torch.testing.assert_close(trained, drawn, rtol=1e-5, atol=1e-5)
         unlimited = sample(model, [0, 1, 2, 3])
         assert (unlimited.ids[as_rollout(unlimited).response_mask] >= count).any()
@@ -234,9 +234,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rows_of_other_families_know_nothing_of_each_other(name):
-    """Their caches hold recurrent states, and they are asked for their inputs in other ways. Two rows end
-    early, so that the states of the others must stay theirs.
+def test_rows_of_other_families_are_independent(name):
+    """Their caches hold recurrent states, and they prepare inputs in other ways. Two rows end early, and the
+    remaining rows must keep their own states.
     """
     config = FAMILIES[name]
     config.vocab_size = VOCABULARY
@@ -258,14 +258,14 @@ def test_rows_of_other_families_know_nothing_of_each_other(name):
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-5)
 
 
-def test_all_rows_ending_early_still_fill_the_limit(model):
-    found = sample(model, [0, 1], uniforms=torch.zeros(2, 6))
-    assert found.ids.shape == found.logprobs.shape == (2, 6)
-    assert found.lengths.tolist() == [1, 1]
+def test_outputs_have_full_width_when_all_rows_end_early(model):
+    responses = sample(model, [0, 1], uniforms=torch.zeros(2, 6))
+    assert responses.ids.shape == responses.logprobs.shape == (2, 6)
+    assert responses.lengths.tolist() == [1, 1]
 
 
-def test_rows_that_have_ended_leave_the_batch(model):
-    """What is left goes on as if alone. Two of four rows end at steps 2 and 3: 4, 4, 3 and then 2 are run."""
+def test_finished_rows_leave_the_batch(model):
+    """The remaining rows continue as if alone. Of 4 rows one ends at step 2 and one at step 3."""
     uniforms = uniforms_for(0, 1, range(4), 8).clamp(min=0.05)
     uniforms[1, 1] = uniforms[2, 2] = 0.0
     together = sample(model, [0, 1, 2, 3], uniforms=uniforms)
@@ -279,15 +279,15 @@ def test_rows_that_have_ended_leave_the_batch(model):
     assert together.computed.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths, strict=True)]
 
 
-def test_prompts_of_like_length_are_read_together():
-    """At most an eighth of a group is padding; here 1 of 12, then 9 of 30 would be."""
-    assert sampling.like_lengths([6, 5, 7, 10, 9]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
-    assert sampling.like_lengths([8]) == [slice(0, 1)]
+def test_prompts_of_similar_length_share_a_forward_pass():
+    """At most 1/8 of a group is padding. Here 1 of 12 is; with the third prompt 3 of 21 would be."""
+    assert sampling.group_by_length([6, 5, 7, 10, 9]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert sampling.group_by_length([8]) == [slice(0, 1)]
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_prompts_read_in_groups_are_as_if_read_as_one(model, monkeypatch, window):
-    """Their lengths are unlike, so they are read apart; then as one. A window is shorter than some."""
+def test_prefill_in_groups_matches_prefill_at_once(model, monkeypatch, window):
+    """First in groups by length, then in one batch. The sliding window is shorter than some prompts."""
     config = MistralConfig(**model.config.to_diff_dict() | {"sliding_window": window, "head_dim": 8})
     mistral = MistralForCausalLM(config).eval()
     mistral.load_state_dict(model.state_dict())
@@ -299,13 +299,13 @@ def test_prompts_read_in_groups_are_as_if_read_as_one(model, monkeypatch, window
     torch.testing.assert_close(apart.logprobs, together.logprobs, rtol=0, atol=1e-5)
 
 
-def test_generation_defaults_of_the_model_are_ignored_and_kept(model):
+def test_generation_defaults_of_the_model_are_ignored_and_restored(model):
     expected = sample(model, [0, 1])
     defaults = model.generation_config
     defaults.repetition_penalty, defaults.min_new_tokens = 5.0, 9
     try:
-        found = sample(model, [0, 1])
-        assert torch.equal(found.ids, expected.ids)
+        responses = sample(model, [0, 1])
+        assert torch.equal(responses.ids, expected.ids)
         assert model.generation_config is defaults
     finally:
         defaults.repetition_penalty, defaults.min_new_tokens = None, None
