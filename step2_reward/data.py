@@ -15,7 +15,7 @@ from common.runtime.distributed import device, log
 from common.runtime.options import UserError
 from common.text.conversation import Segment
 from common.text.fields import number
-from common.text.record_formats import SURE, Record
+from common.text.record_formats import CHOSEN_PROBABILITY, Record
 from common.text.segments import comparison, has_ended, preference_segments
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Prompt, fit, fit_demonstration
@@ -131,7 +131,7 @@ def tokenize_preference(
     responses = [side.ids[len(prompt) :] for _, side in by_rank]
     ranks = [float(rank) for rank, _ in by_rank]
     best = min(zip(compared.ranks, compared.responses, strict=True), key=itemgetter(0))[1]
-    facts = margin, record.get(SURE, 1.0), has_ended(record, f"{best}_ended")
+    facts = margin, record.get(CHOSEN_PROBABILITY, 1.0), has_ended(record, f"{best}_ended")
     return Preference(prompt, [*chain(*responses)], [*map(len, responses)], ranks, *facts), truncated
 
 

@@ -1,4 +1,4 @@
-"""Popular shapes of records, turned into the ones that Triptych documents. Pure.
+"""Convert popular record formats to the ones that Triptych documents. Pure.
 
 ShareGPT    conversations: [{from, value}]                -> messages
             the same before chosen and rejected           -> prompt, chosen, rejected
@@ -10,9 +10,9 @@ HH          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." -> the same
 Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, perhaps tie
 several raters: votes instead of preference, a list       -> the same, by majority
 KTO         kto_tag                                       -> label
-soft labels: a number as preference, the probability of A -> the same, and how sure it is of chosen
+soft labels: preference is a number, the probability of A -> the same, and the probability of chosen
 
-`system` beside any of these becomes the first message.
+In all formats, `system` becomes the first message.
 """
 
 import math
@@ -28,36 +28,34 @@ from common.text.system_message import with_system
 
 Record = dict[str, Any]
 
-Record = dict[str, Any]
-
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "bot": "assistant", "system": "system",
 }  # fmt: skip
-# Fields that other tools put into what a model reads. Dropping them would teach something else.
+# Fields that change the input of the model. Without them, training data would be wrong.
 UNSUPPORTED = ("tools", "functions", "documents", "chat_template_kwargs", "images", "videos", "audios")
 QUESTIONS = ("instruction", "question")
-INPUTS = ("input", "context")  # what a question is about
-ANSWERS = ("output", "response", "answer")  # to one of the questions
+INPUTS = ("input", "context")  # context of a question
+ANSWERS = ("output", "response", "answer")
 PAIR = ("chosen", "rejected")
 DIALOGUES = ("messages", "conversations", "prompt", "completion", *PAIR, "response_a", "response_b")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-SURE = "chosen_probability"  # a field of our own: one that comes with a record is not taken for it
-PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # as the probability that A is better
+CHOSEN_PROBABILITY = "chosen_probability"  # set by `recognise`; removed from input records
+PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # probability that A is better
 
 
 def recognise(record: Record) -> Record:
-    """The record in a documented shape; one that is in none of the shapes above comes back as it is.
+    """Convert a record to a documented format; records in no format above are returned unchanged.
 
-    Raises ValueError, in words for the user, for a record that is almost of such a shape, and for one with a
-    field that changes what the model reads in a way that is not supported.
+    Raises ValueError, with a message for the user, for an invalid record of such a format and for unsupported
+    fields.
     """
-    if SURE in record:
-        record = {name: value for name, value in record.items() if name != SURE}
+    if CHOSEN_PROBABILITY in record:
+        record = {name: value for name, value in record.items() if name != CHOSEN_PROBABILITY}
     for name in UNSUPPORTED:
         if not is_nothing(record.get(name)):
-            raise ValueError(f"field {name!r} changes what a model reads, and is not supported; leave it out")
+            raise ValueError(f"field {name!r} changes the input of the model and is not supported; remove it")
     record = _as_messages(with_lists(record))
     if not any(name in record for name in QUESTIONS):
         _check_parts_of_prompt(record)
@@ -77,22 +75,22 @@ def recognise(record: Record) -> Record:
 
 
 def agreement(record: Record) -> float:
-    """Share of the raters of a pair who say what most of them say; NaN for a record without votes."""
+    """Share of a pair's raters who agree with the majority; NaN for a record without votes."""
     votes = [str(vote).lower() for vote in record.get("votes", [])]
     return max(Counter(votes).values()) / len(votes) if votes else math.nan
 
 
 def _as_messages(record: Record) -> Record:
-    """Turns of ShareGPT as messages, in whatever field they are, and a single message as a list of one."""
-    found = {}
+    """Convert ShareGPT turns in any field to messages, and a single message to a list."""
+    converted = {}
     for name in DIALOGUES:
         value = record.get(name)
         turns = [value] if isinstance(value, dict) else value
         if isinstance(turns, list) and any(map(_is_turn, turns)):
-            found[name] = [_message(name, number, turn) for number, turn in enumerate(turns)]
+            converted[name] = [_message(name, number, turn) for number, turn in enumerate(turns)]
         elif isinstance(value, dict) and {"role", "content"} <= value.keys():
-            found[name] = [value]
-    return {**record, **found} if found else record
+            converted[name] = [value]
+    return {**record, **converted} if converted else record
 
 
 def _is_turn(turn: Any) -> bool:
@@ -100,7 +98,7 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _message(name: str, number: int, turn: Any) -> dict[str, Any]:
-    """A turn as a message, with whatever further fields it has."""
+    """Convert a ShareGPT turn to a message; keeps further fields."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         raise ValueError(f"field {name!r}: turn {number} must have 'from' and 'value'")
     if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
@@ -123,17 +121,17 @@ def _from_conversations(record: Record) -> Record:
 
 
 def _is_question(record: Record) -> bool:
-    """Whether `question` is what the model reads; beside whole dialogues it is a note about them."""
+    """Whether `question` is the prompt; in records with dialogues it is only metadata."""
     return "question" in record and "messages" not in record and not _is_in_dialogues(record)
 
 
 def _is_in_dialogues(record: Record) -> bool:
-    """Whether chosen and rejected are whole dialogues, which have their question themselves."""
+    """Whether chosen and rejected are dialogues that include the question."""
     return all(isinstance(record.get(side), list) and not is_answer(record[side]) for side in PAIR)
 
 
 def _from_alpaca(record: Record) -> Record:
-    """The turns of `history` are learnt like any of a dialogue, as LLaMA-Factory documents it."""
+    """Convert an Alpaca record. Replies in `history` are trained on too, as in LLaMA-Factory."""
     name, extra = (_only_one(record, names) for names in (QUESTIONS, INPUTS))
     parts = [record[name], record.get(extra) or ""]
     if not all(isinstance(part, str) for part in parts):
@@ -145,37 +143,36 @@ def _from_alpaca(record: Record) -> Record:
     if not history and _is_in_dialogues(record):
         return {**record, "prompt": text}  # it must be one of their user messages
     asked = [*history, {"role": "user", "content": text}]
-    found = {**record, "prompt": asked}
+    prompted = {**record, "prompt": asked}
     answers = sorted((name for name in ANSWERS if name in record), key=lambda name: is_nothing(record[name]))
     answer = next(iter(answers), "")
     if not answer or "completion" in record:
-        return found
+        return prompted
     if history and "messages" not in record:
         return {**record, "messages": [*asked, {"role": "assistant", "content": record[answer]}]}
-    return {**found, "completion": record[answer]}
+    return {**prompted, "completion": record[answer]}
 
 
 def _only_one(record: Record, names: Sequence[str]) -> str:
-    """The one of several fields with the same meaning that holds something; the first when none does."""
+    """The non-empty field among fields with the same meaning; the first one if all are empty."""
     full = [name for name in names if not is_nothing(record.get(name))]
     if len(full) > 1:
-        raise ValueError(f"fields {full[0]!r} and {full[1]!r} are both there; only one of them is read")
+        raise ValueError(f"fields {full[0]!r} and {full[1]!r} have the same meaning; keep only one of them")
     return (full or [name for name in names if name in record] or names)[0]
 
 
 def _check_parts_of_prompt(record: Record) -> None:
-    """Raise ValueError for a part of a prompt without the question that it belongs to: it would be lost."""
+    """Raise ValueError for `history` or an input field without its question: it would be lost."""
     has_messages = any(isinstance(record.get(name), list) for name in DIALOGUES)
     for name in ["history"] if has_messages else ["history", *INPUTS]:
         if not is_nothing(record.get(name)):
             raise ValueError(
-                f"field {name!r} is read only beside 'instruction' or 'question'; make it part of the prompt,"
-                " or leave it out"
+                f"field {name!r} needs 'instruction' or 'question'; make it part of the prompt, or remove it"
             )
 
 
 def _without_last_replies(messages: Any) -> Any:
-    """Messages that serve as a prompt, up to the last one that is not the assistant's."""
+    """Remove assistant messages at the end, so that the rest is a prompt."""
     end = len(messages) if isinstance(messages, list) else 0
     while end and isinstance(messages[end - 1], dict) and messages[end - 1].get("role") == "assistant":
         end -= 1
@@ -200,31 +197,31 @@ def _from_comparison(record: Record) -> Record:
     a = _majority(record["votes"]) if "votes" in record else _probability(record.get("preference"))
     sides = ["response_a", "response_b"]
     renamed = dict(zip(("chosen", "rejected"), sides if a >= 0.5 else sides[::-1], strict=True))
-    says = {"tie": a == 0.5, SURE: max(a, 1 - a)}
+    label = {"tie": a == 0.5, CHOSEN_PROBABILITY: max(a, 1 - a)}
     texts = {new: record[old] for new, old in renamed.items()}
     flags = {
         f"{new}_ended": has_ended(record, f"{old}_ended")
         for new, old in renamed.items()
         if f"{old}_ended" in record
     }
-    return {**record, **texts, **flags, **says}
+    return {**record, **texts, **flags, **label}
 
 
 def _majority(votes: Any) -> float:
-    """What more raters say than anything else; a tie when two answers have as many votes."""
+    """The most frequent vote; a tie if A and B have the same number of votes."""
     if not isinstance(votes, list) or not votes:
         raise ValueError("field 'votes' must be a list of A, B or tie, one per rater")
     counts = Counter(_preference(vote) for vote in votes)
-    return 0.5 if counts[1.0] == counts[0.0] else max(PREFERENCES.values(), key=lambda said: counts[said])
+    return 0.5 if counts[1.0] == counts[0.0] else max(PREFERENCES.values(), key=counts.__getitem__)
 
 
 def _probability(value: Any) -> float:
-    """That A is better: what a single rater says, or how sure a model is."""
-    if (found := as_number(value)) is None:
+    """Probability that A is better: from a single rater's choice, or given as a number."""
+    if (probability := as_number(value)) is None:
         return _preference(value)
-    if not 0 <= found <= 1:
+    if not 0 <= probability <= 1:
         raise ValueError(f"preference is {value!r}; a number must be the probability of A, from 0 to 1")
-    return found
+    return probability
 
 
 def _preference(value: Any) -> float:

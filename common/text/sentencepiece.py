@@ -1,18 +1,19 @@
-"""Load a SentencePiece `tokenizer.model` as a fast Hugging Face tokenizer that gives the same ids.
+"""Load a SentencePiece `tokenizer.model` as a fast Hugging Face tokenizer with identical ids.
 
-Given a folder with only a `tokenizer.model`, `AutoTokenizer` silently returns wrong ids: it drops the dummy
-prefix and keeps the extra spaces that the model removes. `LlamaTokenizer` loses the prefix before a leading
-space and treats every model as BPE. Here the rules come from the file, and SentencePiece checks the result.
+For a folder with only a `tokenizer.model`, `AutoTokenizer` silently returns wrong ids: it drops the dummy
+prefix and keeps extra spaces that the model removes. `LlamaTokenizer` loses the prefix before a leading space
+and treats every model as BPE. This module reads the rules from the file and checks the result against
+SentencePiece.
 
-Differences that remain:
-- Control symbols and the unknown symbol (`</s>`, `<unk>`) written out in a text become their ids, as chat
-  templates need; SentencePiece never parses them. The text between two of them is encoded as if alone.
+Remaining differences:
+- Control symbols and the unknown symbol (`</s>`, `<unk>`) in a text become their ids, as chat templates need;
+  SentencePiece never parses them. The text between two of them is encoded separately.
 - `tokenizers` applies a character map (nmt_nfkc and its family) one grapheme at a time. Decomposed (NFD)
   text, or combining marks on characters that the map rewrites, can get other ids and even lose marks.
-- Unigram segmentations of equal score, as in a long run of one punctuation mark, are chosen by rounding, and
+- Unigram segmentations of equal score, as in a long run of one punctuation mark, depend on rounding, and
   SentencePiece rounds to 32 bits.
-- Ids that no text encodes to, such as half the bytes of a character, can decode to other replacement marks.
-- `skip_special_tokens=True` drops the unknown symbol; otherwise it decodes to SentencePiece's surface for it.
+- Ids without a text, such as half the bytes of a character, can decode to other replacement marks.
+- `skip_special_tokens=True` drops the unknown symbol; otherwise it decodes to its SentencePiece surface.
 """
 
 import json
@@ -26,7 +27,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-# Files beside a tokenizer.model that say more than it does.
+# Files beside a tokenizer.model with further settings.
 SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
 SETTINGS += ["chat_template.jinja", "chat_template.json"]
 
@@ -41,9 +42,9 @@ PROBES += ["\x01", SPACE, f"a{SPACE}", f"{SPACE}a b", "<0x0A>", "x <0xE2>"]
 def load_sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder with a `tokenizer.model` and no `tokenizer.json`.
 
-    Ids of text are SentencePiece's. Added tokens, BOS, special tokens and the chat template come from the
-    other files of the folder, where there are any. Raises ValueError as `load_sentencepiece_tokenizer`, and
-    when added tokens do not follow the model's pieces.
+    Ids are identical to SentencePiece. Added tokens, BOS, special tokens and the chat template come from the
+    other files of the folder, if any. Raises ValueError like `load_sentencepiece_tokenizer`, and when added
+    tokens do not follow the model's pieces.
     """
     tokenizer = load_sentencepiece_tokenizer(folder / "tokenizer.model")
     if not any((folder / name).exists() for name in SETTINGS):
@@ -56,8 +57,8 @@ def load_sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
     for token, index in _declared_ids(folder).items():
         if backend.token_to_id(token) != index:
             raise ValueError(
-                f"{folder}: added token {token!r} should have id {index}, but behind the pieces of"
-                f" tokenizer.model it has {backend.token_to_id(token)}"
+                f"{folder}: added token {token!r} should have id {index}, but after the pieces of"
+                f" tokenizer.model it has id {backend.token_to_id(token)}"
             )
     bos = settings.bos_token_id
     if bos is not None and settings("a").input_ids[:1] == [bos]:
@@ -74,7 +75,7 @@ def load_sentencepiece_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _declared_ids(folder: Path) -> dict[str, int]:
-    """Added tokens and their ids, by the files of the folder."""
+    """Added tokens and their ids, from the files of the folder."""
     added, config = (
         json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         for name in ("added_tokens.json", "tokenizer_config.json")
@@ -83,11 +84,11 @@ def _declared_ids(folder: Path) -> dict[str, int]:
 
 
 def load_sentencepiece_tokenizer(model_file: str | Path) -> PreTrainedTokenizerFast:
-    """Return a fast tokenizer whose ids and decoded text are SentencePiece's own for `model_file`.
+    """Load a fast tokenizer with the ids and decoded text of SentencePiece. It adds no BOS or EOS.
 
-    It adds no BOS or EOS. The dummy prefix, if the model has one, is a `Prepend` normaliser, so that a caller
-    can drop it to encode a continuation. Raises ValueError naming the file if it is no SentencePiece model,
-    uses a feature without an exact counterpart, or differs from SentencePiece on a probe text.
+    The dummy prefix, if the model has one, is a `Prepend` normaliser, which callers can drop to encode a
+    continuation. Raises ValueError, naming the file, for anything but a SentencePiece model, for unsupported
+    features, and if a probe text gets other ids than from SentencePiece.
     """
     try:
         reference = SentencePieceProcessor(model_file=str(model_file))
@@ -113,13 +114,13 @@ def load_sentencepiece_tokenizer(model_file: str | Path) -> PreTrainedTokenizerF
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **roles)
 
     for text in [*PROBES, *symbols, *(f" a {symbol} b{symbol}{symbol}\n" for symbol in symbols)]:
-        expected, found = reference.encode(text), tokenizer.encode(text)
-        if found != expected:
-            raise ValueError(f"{model_file}: {text!r} gives ids {found}, SentencePiece gives {expected}")
-        expected_text, decoded = reference.decode(expected), tokenizer.decode(found)
+        expected, ids = reference.encode(text), tokenizer.encode(text)
+        if ids != expected:
+            raise ValueError(f"{model_file}: {text!r} gives ids {ids}, SentencePiece gives {expected}")
+        expected_text, decoded = reference.decode(expected), tokenizer.decode(ids)
         if decoded != expected_text:
             raise ValueError(
-                f"{model_file}: {found} decodes to {decoded!r}, SentencePiece gives {expected_text!r}"
+                f"{model_file}: {ids} decodes to {decoded!r}, SentencePiece gives {expected_text!r}"
             )
     return tokenizer
 
@@ -130,11 +131,11 @@ def _build_model(proto: ModelProto, unk_id: int, has_symbols: bool) -> models.Mo
     if proto.trainer_spec.model_type == TrainerSpec.UNIGRAM:
         return models.Unigram(scores, unk_id=unk_id, byte_fallback=byte_fallback)
     vocab = {piece: index for index, (piece, _) in enumerate(scores)}
-    # The file stores no merges, only the scores that order them, and merging makes normal pieces only.
+    # The file stores no merges, only their scores; merges create only normal pieces.
     merges = generate_merges(
         vocab, dict(scores), [piece.piece for piece in proto.pieces if piece.type != Piece.NORMAL]
     )
-    # A user-defined symbol reaches the model as one segment, and no merges lead to it.
+    # The pre-tokenizer isolates user-defined symbols, which have no merges.
     options = {"fuse_unk": True, "byte_fallback": byte_fallback, "ignore_merges": has_symbols}
     return models.BPE(vocab, merges, unk_token=proto.pieces[unk_id].piece, **options)
 
@@ -143,7 +144,7 @@ def _build_normalizer(proto: ModelProto) -> normalizers.Normalizer:
     spec, steps = proto.normalizer_spec, []
     if spec.precompiled_charsmap:
         charsmap = normalizers.Precompiled(spec.precompiled_charsmap)
-        # "\r\n" is one grapheme: the map would turn it into one space where SentencePiece has two.
+        # "\r\n" is one grapheme: the map would make it one space, SentencePiece makes it two.
         steps += [normalizers.Replace(Regex(r"\r(?=\n)"), charsmap.normalize_str("\r")), charsmap]
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -151,20 +152,20 @@ def _build_normalizer(proto: ModelProto) -> normalizers.Normalizer:
     if spec.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
     if spec.add_dummy_prefix:
-        # An empty text gets no prefix: empty once cleaned up if the model cleans up, empty as given if not.
+        # An empty text gets no prefix; if the model removes extra spaces, emptiness is tested after that.
         steps.insert(len(steps) if spec.remove_extra_whitespaces else 0, normalizers.Prepend(SPACE))
     return normalizers.Sequence(steps)
 
 
 def _build_pre_tokenizer(proto: ModelProto, symbols: list[str]) -> pre_tokenizers.PreTokenizer:
-    """Cut the normalised text only where no piece spans the cut; SentencePiece does not cut at spaces."""
+    """Split the normalised text only where no piece can cross; SentencePiece does not split at spaces."""
     steps = []
     if symbols:
-        # As added tokens they would be cut out before normalisation, and each part would get its own prefix.
+        # Added tokens are split off before normalisation, so each part would get its own dummy prefix.
         pattern = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=len, reverse=True))
         steps.append(pre_tokenizers.Split(Regex(pattern), "isolated"))
     if proto.trainer_spec.byte_fallback and (symbols or proto.trainer_spec.model_type == TrainerSpec.UNIGRAM):
-        # The model would take the name of a byte piece, written out in the text, for that byte.
+        # Otherwise the name of a byte piece in the text would become that byte.
         steps.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous"))
     return pre_tokenizers.Sequence(steps)
 
@@ -175,7 +176,7 @@ def _build_decoder(proto: ModelProto, unk_piece: str) -> decoders.Decoder:
     steps += [decoders.ByteFallback()] if proto.trainer_spec.byte_fallback else []
     steps.append(decoders.Fuse())
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-        # Before SPACE becomes " ", because the surface of the unknown piece starts with a real space.
+        # Must precede the replacement of SPACE: the surface of the unknown piece starts with a real space.
         prefix = Regex(rf"\A{SPACE}+" if spec.remove_extra_whitespaces else rf"\A{SPACE}")
         steps.append(decoders.Replace(prefix, ""))
     return decoders.Sequence([*steps, decoders.Replace(SPACE, " ")])

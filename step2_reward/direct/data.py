@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from common.text.conversation import Segment
 from common.text.fields import flag
-from common.text.record_formats import SURE, Record
+from common.text.record_formats import CHOSEN_PROBABILITY, Record
 from common.text.segments import comparison, has_ended, preference_segments
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped, Prompt, fit, fit_demonstration
@@ -104,7 +104,7 @@ def tokenize_paired(
     by_rank = sorted(zip(compared.ranks, sides, strict=True), key=itemgetter(0))
     dialogues = [Dialogue(side.ids, side.start) for _, side in by_rank]
     choice = _choice(dialogues, [float(rank) for rank, _ in by_rank])
-    return choice._replace(probability=record.get(SURE, 1.0)), is_cut
+    return choice._replace(probability=record.get(CHOSEN_PROBABILITY, 1.0)), is_cut
 
 
 def tokenize_unpaired(

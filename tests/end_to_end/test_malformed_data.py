@@ -79,7 +79,7 @@ MALFORMED = [
     (2, PAIR | {"margin": 10**400}, "'margin' is 1000"),
     (2, PAIR | {"margin": "1e999"}, "'margin' is '1e999'; it must be a number"),
     (2, PAIR | {"tie": "perhaps"}, "'tie' is 'perhaps'; it must be true or false"),
-    (2, PAIR | {"tools": [{"name": "look_up"}]}, "'tools' changes what a model reads"),
+    (2, PAIR | {"tools": [{"name": "look_up"}]}, "'tools' changes the input of the model"),
     (2, RANKING | {"ranks": "[1]"}, "'ranks' must be a list of 2 numbers"),
     (2, {"chosen": "ab", "rejected": "cd"}, "no common beginning"),
     (2, {"chosen": "ab", "rejected": "ab"}, "are identical"),

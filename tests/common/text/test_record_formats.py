@@ -260,7 +260,7 @@ def test_a_preference_may_be_the_text_of_a_probability(text, sure):
 def test_a_field_that_would_be_lost_is_refused_by_name(name):
     for record in ({"messages": [ASK, reply("b")]}, {"prompt": "a", "completion": "b"}, {"instruction": "a"}):
         for value in ([{"name": "look_up"}], {"enable_thinking": False}, "[{}]"):
-            with pytest.raises(ValueError, match=f"field '{name}' changes what a model reads"):
+            with pytest.raises(ValueError, match=f"field '{name}' changes the input of the model"):
                 recognise({**record, name: value})
         for value in (None, "", [], {}, "[]", "null", [None], {"a": None}):
             assert recognise({**record, name: value})[name] == value
@@ -275,14 +275,17 @@ def test_a_field_that_would_be_lost_is_refused_by_name(name):
         ({"conversations": [{"from": "cat", "value": "miaow"}]}, "from 'cat'; allowed: human"),
         ({"instruction": ["Sum."], "output": "3"}, "'instruction' and 'input' must be strings"),
         ({"instruction": "a", "context": 3, "response": "b"}, "'instruction' and 'context' must be strings"),
-        ({"instruction": "a", "input": "b", "context": "c"}, "'input' and 'context' are both there"),
-        ({"instruction": "a", "question": "b", "output": "c"}, "'instruction' and 'question' are both there"),
+        ({"instruction": "a", "input": "b", "context": "c"}, "'input' and 'context' have the same meaning"),
+        (
+            {"instruction": "a", "question": "b", "output": "c"},
+            "'instruction' and 'question' have the same meaning",
+        ),
         ({"question": " ", "response": "b"}, "'question' and 'input' are empty"),
-        ({"prompt": "a", "completion": "b", "input": "c"}, "'input' is read only beside 'instruction'"),
-        ({"prompt": "a", "completion": "b", "context": "c"}, "'context' is read only beside 'instruction'"),
-        ({"input": "a", "chosen": "The b", "rejected": "The c"}, "'input' is read only beside 'instruction'"),
-        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, "'history' is read only beside"),
-        ({"messages": [ASK, reply("b")], "history": [["c", "d"]]}, "'history' is read only beside"),
+        ({"prompt": "a", "completion": "b", "input": "c"}, "'input' needs 'instruction'"),
+        ({"prompt": "a", "completion": "b", "context": "c"}, "'context' needs 'instruction'"),
+        ({"input": "a", "chosen": "The b", "rejected": "The c"}, "'input' needs 'instruction'"),
+        ({"prompt": "a", "completion": "b", "history": [["c", "d"]]}, "'history' needs 'instruction'"),
+        ({"messages": [ASK, reply("b")], "history": [["c", "d"]]}, "'history' needs 'instruction'"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history' must be a list of pairs"),
         ({"instruction": "a", "output": "b", "history": [["c", 1]]}, "'history' must be a list of pairs"),
         ({"instruction": "a", "output": "b", "history": "c"}, "'history' must be a list of pairs"),
