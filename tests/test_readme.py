@@ -124,7 +124,8 @@ def is_output(name: str) -> bool:
 
 def words(lines: list[str]) -> Iterator[str]:
     """Words that look like a path, a file or a metric."""
-    for word in " ".join(lines).split():
+    text = re.sub(r"\b(OUTPUT|MODEL)=\S+", "", " ".join(lines))  # the user's folders
+    for word in text.split():
         word = word.strip(",;()'\"").split(":")[0].split("=")[-1].rstrip(".")
         if re.fullmatch(rf"[\w./~-]+{EXTENSIONS}|[\w.~-]+/[\w./-]*", word) and re.search("[a-z]{2}", word):
             yield word
