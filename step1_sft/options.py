@@ -18,21 +18,27 @@ from common.runtime.options import (
 class SampleOptions:
     """Sample answers at evaluations."""
 
-    num_samples: int = option(4, "Sample answers to held-out prompts at each evaluation.", at_least=0)
-    sample_length: int = option(64, "Maximum length of a sample answer in tokens.", at_least=1)
+    num_samples: int = option(
+        4, "Sample answers to held-out prompts at each evaluation.", at_least=0, resume="free"
+    )
+    sample_length: int = option(64, "Maximum length of a sample answer in tokens.", at_least=1, resume="free")
 
 
 @dataclass
 class SFTOptions(TrainOptions, SampleOptions):
     """Supervised fine-tuning on demonstrations: `prompt` + `completion`, or `messages`."""
 
-    output_dir: str = option("output/step1_sft", "Folder for logs, checkpoints and the final model.")
+    output_dir: str = option(
+        "output/step1_sft", "Folder for logs, checkpoints and the final model.", resume="free"
+    )
     best_metric: Literal["none", "eval/loss"] = option("none", BEST_METRIC)
     loss_on: Literal["response", "prompt_and_response"] = option(
         "response", "response: train on the tokens of assistant turns; prompt_and_response: on all tokens."
     )
     packing: bool = option(
-        False, "Pack several examples into rows of up to --max_length tokens; attention stays within each."
+        False,
+        "Pack several examples into rows of up to --max_length tokens; attention stays within each.",
+        resume="free",
     )
 
     def check(self) -> None:
@@ -45,17 +51,19 @@ class EvaluateSFTOptions(CacheOptions, SampleOptions):
     """Comparison of language models on demonstrations."""
 
     model_name_or_path: list[str] = option(
-        [], "Folders or hub names of the models to compare.", required=True
+        [], "Folders or hub names of the models to compare.", required=True, resume="model"
     )
-    eval_data: list[str] = option([], "Demonstrations: files or hub names.", required=True)
-    max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0)
+    eval_data: list[str] = option([], "Demonstrations: files or hub names.", required=True, resume="data")
+    max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0, resume="free")
     max_length: int = option(
         1024, "Maximum record length in tokens. Records too long for any of the models are dropped.",
         at_least=8,
     )  # fmt: skip
-    micro_batch_size: int = option(4, "Records per rank and forward pass.", at_least=1)
+    micro_batch_size: int = option(4, "Records per rank and forward pass.", at_least=1, resume="free")
     zero_config: str = option(
-        "", "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training."
+        "",
+        "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training.",
+        resume="free",
     )
     output: str = option("", "JSON file for metrics and sample answers.")
 
@@ -64,8 +72,12 @@ class EvaluateSFTOptions(CacheOptions, SampleOptions):
 class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
     """Demonstrations from answers that a model critiques and revises by a constitution."""
 
-    prompt_data: list[str] = option([], "Red-team or ordinary prompts: files or hub names.", required=True)
-    output_dir: str = option("output/critique", "Folder for demonstrations.jsonl and report.json.")
+    prompt_data: list[str] = option(
+        [], "Red-team or ordinary prompts: files or hub names.", required=True, resume="data"
+    )
+    output_dir: str = option(
+        "output/critique", "Folder for demonstrations.jsonl and report.json.", resume="free"
+    )
     revision_rounds: int = option(2, "Rounds of critique and revision per answer.", at_least=1)
     max_response_length: int = option(
         512, "Maximum tokens of an answer, critique or revision. A truncated revision is discarded.",
@@ -74,8 +86,10 @@ class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
     critique_template: str = option(
         str(SHIPPED / "critique.txt"),
         "Critique request: a text file with {prompt} {response} {principle}.",
+        resume="data",
     )
     revision_template: str = option(
         str(SHIPPED / "revision.txt"),
         "Revision request: a text file with {prompt} {response} {principle} {critique}.",
+        resume="data",
     )

@@ -13,7 +13,9 @@ class RewardOptions(TrainOptions):
     """Reward model training on pairs of responses or dialogues, or on ranked responses."""
 
     stage: ClassVar[int] = 2
-    output_dir: str = option("output/step2_reward", "Folder for logs, checkpoints and the final model.")
+    output_dir: str = option(
+        "output/step2_reward", "Folder for logs, checkpoints and the final model.", resume="free"
+    )
     learning_rate: float = option(9e-6, "Highest learning rate.", above=0)
     best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
     use_margin: bool = option(False, "Use the `margin` of each record in the loss.")
@@ -32,15 +34,17 @@ class RewardOptions(TrainOptions):
         "auto",
         "Encode a prompt once for all its responses. auto: where that is less work; yes: always; no: never."
         " Ignored for models that cannot.",
+        resume="free",
     )
     golden_data: list[str] = option(
-        [], "Preferences for a report on the final model in golden/; not used in training."
+        [], "Preferences for a report on the final model in golden/; not used in training.", resume="free"
     )
     demonstration_data: list[str] = option(
         [],
         "Demonstrations whose mean score becomes 0. Default: the chosen responses of the training data.",
+        resume="centring",
     )
-    max_centre_samples: int = option(512, "Responses scored to compute that mean.", at_least=2)
+    max_centre_samples: int = option(512, "Responses scored to compute that mean.", at_least=2, resume="free")
 
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
@@ -52,15 +56,19 @@ class EvaluateRewardOptions(CacheOptions, EnsembleOptions):
     """Evaluation of a reward model, or of an ensemble, on preferences."""
 
     reward_model_name_or_path: list[str] = option(
-        [], "Reward model: `final/` of step 2; several form an ensemble.", required=True
+        [], "Reward model: `final/` of step 2; several form an ensemble.", required=True, resume="model"
     )
-    eval_data: list[str] = option([], "Preferences: files or hub names.", required=True)
-    max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0)
-    output_dir: str = option("output/evaluate_reward", "Folder for report.json, plots and TensorBoard.")
+    eval_data: list[str] = option([], "Preferences: files or hub names.", required=True, resume="data")
+    max_eval_samples: int = option(0, "Use at most this many records; 0 uses all.", at_least=0, resume="free")
+    output_dir: str = option(
+        "output/evaluate_reward", "Folder for report.json, plots and TensorBoard.", resume="free"
+    )
     max_length: int = option(1024, "Maximum record length in tokens; longer records are dropped.", at_least=8)
-    micro_batch_size: int = option(16, "Records per rank and forward pass.", at_least=1)
+    micro_batch_size: int = option(16, "Records per rank and forward pass.", at_least=1, resume="free")
     zero_config: str = option(
-        "", "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training."
+        "",
+        "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training.",
+        resume="free",
     )
 
 
@@ -69,14 +77,14 @@ class ScoreOptions(EnsembleOptions):
     """Scoring of responses by a reward model or an ensemble."""
 
     reward_model_name_or_path: list[str] = option(
-        [], "Reward model: `final/` of step 2; several form an ensemble.", required=True
+        [], "Reward model: `final/` of step 2; several form an ensemble.", required=True, resume="model"
     )
     input: str = option(
         "", "Records: prompt + response (or completion), or messages. F.jsonl:0.1 takes 10 %.",
         required=True,
     )  # fmt: skip
     output: str = option("", "JSONL file: the input records in order, with `score`.", required=True)
-    micro_batch_size: int = option(32, "Records per forward pass.", at_least=1)
+    micro_batch_size: int = option(32, "Records per forward pass.", at_least=1, resume="free")
     max_length: int = option(
         1024, "Maximum sequence length in tokens; overlong prompts lose their beginning.", at_least=8
     )

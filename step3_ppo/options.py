@@ -21,10 +21,12 @@ from common.runtime.options import (
 class SamplingOptions(GenerationOptions):
     """Prompts and rollouts."""
 
-    prompt_data: list[str] = option([], "Prompts: files or hub names.", required=True)
+    prompt_data: list[str] = option([], "Prompts: files or hub names.", required=True, resume="data")
     rollout_batch_size: int = option(128, "Responses collected per iteration, over all ranks.", at_least=1)
     samples_per_prompt: int = option(1, "Responses to each prompt of an iteration.", at_least=1)
-    num_samples: int = option(4, "Held-out answers written to TensorBoard at each evaluation.", at_least=0)
+    num_samples: int = option(
+        4, "Held-out answers written to TensorBoard at each evaluation.", at_least=0, resume="free"
+    )
 
 
 @dataclass
@@ -32,12 +34,14 @@ class RewardOptions(EnsembleOptions):
     """Scores, penalties and gold scorers."""
 
     reward_function: list[str] = option(
-        [], "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too."
+        [],
+        "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too.",
+        resume="function",
     )
     gold_reward_model: str = option(
-        "", "A reward model that judges held-out responses, and is never learnt from."
+        "", "A reward model that judges held-out responses, and is never learnt from.", resume="model"
     )
-    gold_function: str = option("", "FILE.py:NAME: a function that does so.")
+    gold_function: str = option("", "FILE.py:NAME: a function that does so.", resume="function")
     normalise_scores: bool = option(False, "Scale scores by mean and std of all scores so far.")
     score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not.", at_least=0)
     missing_eos_penalty: float = option(
@@ -111,7 +115,7 @@ class AlgorithmOptions:
     )
     entropy_coef: float = option(0.0, "Weight of the policy's entropy, a bonus in the loss.", at_least=0)
     ptx_data: list[str] = option(
-        [], "Demonstrations that the actor goes on learning from: files or hub names."
+        [], "Demonstrations that the actor goes on learning from: files or hub names.", resume="data"
     )
     ptx_coef: float = option(1.0, "Weight of their loss beside that of PPO.", above=0)
 
@@ -125,15 +129,27 @@ class PPOOptions(
 
     stage: ClassVar[int] = 3
 
-    output_dir: str = option("output/step3_ppo", "Folder for logs, checkpoints and the final models.")
+    output_dir: str = option(
+        "output/step3_ppo", "Folder for logs, checkpoints and the final models.", resume="free"
+    )
     best_metric: Literal["none", "eval/score", "eval/gold"] = option("none", BEST_METRIC)
-    actor_model_name_or_path: str = option("", "The SFT model: `final/` of step 1.", required=True)
-    actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.")
-    critic_zero_config: str = option("", "DeepSpeed JSON of the critic. Default: --zero_config.")
-    actor_gradient_checkpointing: bool = option(False, "--gradient_checkpointing, of the actor alone.")
-    critic_gradient_checkpointing: bool = option(False, "--gradient_checkpointing, of the critic alone.")
+    actor_model_name_or_path: str = option(
+        "", "The SFT model: `final/` of step 1.", required=True, resume="model"
+    )
+    actor_zero_config: str = option("", "DeepSpeed JSON of the actor. Default: --zero_config.", resume="free")
+    critic_zero_config: str = option(
+        "", "DeepSpeed JSON of the critic. Default: --zero_config.", resume="free"
+    )
+    actor_gradient_checkpointing: bool = option(
+        False, "--gradient_checkpointing, of the actor alone.", resume="free"
+    )
+    critic_gradient_checkpointing: bool = option(
+        False, "--gradient_checkpointing, of the critic alone.", resume="free"
+    )
     offload_frozen: bool = option(
-        False, "Keep reference and reward models in host memory except while each of them scores."
+        False,
+        "Keep reference and reward models in host memory except while each of them scores.",
+        resume="free",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "Shape of the learning rates over the run."
@@ -141,15 +157,20 @@ class PPOOptions(
     warmup_ratio: float = option(0.0, "Part of the steps over which the rates rise.", at_least=0, at_most=1)
     adam_epsilon: float = option(1e-5, "AdamW epsilon.", above=0)
     early_stopping: int = option(
-        0, "Stop after this many evaluations in a row without a better --best_metric; 0: do not.", at_least=0
+        0,
+        "Stop after this many evaluations in a row without a better --best_metric; 0: do not.",
+        at_least=0,
+        resume="free",
     )
     eval_steps: int = option(
-        20, "Evaluate on held-out prompts every so many iterations; 0: at the end.", at_least=0
+        20, "Evaluate on held-out prompts every so many iterations; 0: at the end.", at_least=0, resume="free"
     )
     save_steps: int = option(
-        50, "Save a checkpoint every so many iterations and at the end; 0: never.", at_least=0
+        50, "Save a checkpoint every so many iterations and at the end; 0: never.", at_least=0, resume="free"
     )
-    logging_steps: int = option(1, "Write metrics and a progress line every so many iterations.", at_least=1)
+    logging_steps: int = option(
+        1, "Write metrics and a progress line every so many iterations.", at_least=1, resume="free"
+    )
 
     @property
     def has_critic(self) -> bool:

@@ -16,10 +16,12 @@ class ConstitutionOptions:
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
 
     model_name_or_path: str = option(
-        "", "Model that gives the feedback: a folder or hub name.", required=True
+        "", "Model that gives the feedback: a folder or hub name.", required=True, resume="model"
     )
     constitution: str = option(
-        str(SHIPPED / "constitution.yaml"), "Principles: a YAML list, or a text file with one per line."
+        str(SHIPPED / "constitution.yaml"),
+        "Principles: a YAML list, or a text file with one per line.",
+        resume="data",
     )
     default_chat_template: bool = option(
         False, "Prompt a model without a chat template as `Human: ... Assistant:` instead of refusing it."
@@ -27,8 +29,10 @@ class ConstitutionOptions:
     seed: int = option(0, "Seed for principles and sampling.", at_least=0)
     skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
     zero_config: str = option(
-        "", "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training."
+        "",
+        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
+        resume="free",
     )
     timeout_minutes: float = option(
-        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0
+        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0, resume="free"
     )

@@ -20,7 +20,9 @@ class PromptDataOptions(DataOptions):
 class GenerationOptions:
     """Sampling."""
 
-    generation_batch_size: int = option(64, "Rows that a rank generates or scores in one batch.", at_least=1)
+    generation_batch_size: int = option(
+        64, "Rows that a rank generates or scores in one batch.", at_least=1, resume="free"
+    )
     max_prompt_length: int = option(256, "Maximum prompt length in tokens; see --overlong.", at_least=1)
     max_response_length: int = option(128, "Maximum response length in tokens.", at_least=1)
     temperature: float = option(1.0, "Temperature for sampling and for all log-probabilities.", above=0)
@@ -32,5 +34,7 @@ class GenerationOptions:
         at_most=1,
     )
     gather_for_generation: bool = option(
-        True, "At ZeRO-3, gather all weights for sampling; turn off if they do not fit on one GPU."
+        True,
+        "At ZeRO-3, gather all weights for sampling; turn off if they do not fit on one GPU.",
+        resume="free",
     )

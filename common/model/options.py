@@ -11,7 +11,7 @@ class EnsembleOptions:
     """Reward models."""
 
     reward_model_name_or_path: list[str] = option(
-        [], "Reward model: `final/` of step 2. Several form an ensemble."
+        [], "Reward model: `final/` of step 2. Several form an ensemble.", resume="model"
     )
     reward_combine: Literal["mean", "min", "mean_std"] = option(
         "mean", "Ensemble score. mean: mean; min: lowest score; mean_std: mean minus --reward_std_coef x std."

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from common.runtime.option_parser import given_options
-from common.runtime.options import UserError
+from common.runtime.options import Resume, UserError
 
 
 def check_held_out(options: Any) -> None:
@@ -27,6 +27,16 @@ def resolved(options: Any) -> dict[str, Any]:
     """All options, ready for JSON, and under `given` the names of those on the command line."""
     names = {field.name for field in dataclasses.fields(options)}
     return json.loads(json.dumps(dataclasses.asdict(options))) | {"given": sorted(given_options() & names)}
+
+
+def resume_kinds(options: Any) -> dict[str, Resume]:
+    """How each option binds a resumed run, by the name of the option."""
+    return {field.name: field.metadata["resume"] for field in dataclasses.fields(options)}
+
+
+def free_to_change(options: Any) -> set[str]:
+    """Options that may have another value when a run is resumed."""
+    return {name for name, kind in resume_kinds(options).items() if kind not in ("same", "function")}
 
 
 def default_values(options: Any) -> dict[str, Any]:

@@ -26,9 +26,15 @@ def reason(error: BaseException) -> str:
     return ": ".join([type(error).__name__] * is_bare + lines[:1])
 
 
-def option(default: Any, help: str, required: bool = False, **limits: float) -> Any:
+# How an option binds a resumed run. same: it must have the same value. free: it may change. data, model: the
+# path may change, the content of the files or the weights may not. function: the file may change, because a
+# mistake in it is mended. centring: the data may change, because scores are only centred on them.
+Resume = Literal["same", "free", "data", "model", "function", "centring"]
+
+
+def option(default: Any, help: str, required: bool = False, resume: Resume = "same", **limits: float) -> Any:
     """A dataclass field with its help text and, optionally, the limits `at_least`, `above` or `at_most`."""
-    metadata = {"help": help, "required": required, "limits": limits}
+    metadata = {"help": help, "required": required, "resume": resume, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -42,34 +48,48 @@ BEST_METRIC = "Keep the model with the best value of this in best/, and its chec
 class RunOptions:
     """Length of the run, outputs and their intervals."""
 
-    output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.")
+    output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.", resume="free")
     seed: int = option(0, "Seed of the data order, of new weights and of sampling.", at_least=0)
-    max_steps: int = option(0, "Stop after this many steps; 0 means as many as the epochs take.", at_least=0)
-    num_train_epochs: float = option(1.0, "Passes over the training data, when --max_steps is 0.", above=0)
-    logging_steps: int = option(10, "Write metrics and a progress line every so many steps.", at_least=1)
+    max_steps: int = option(
+        0, "Stop after this many steps; 0 means as many as the epochs take.", at_least=0, resume="free"
+    )
+    num_train_epochs: float = option(
+        1.0, "Passes over the training data, when --max_steps is 0.", above=0, resume="free"
+    )
+    logging_steps: int = option(
+        10, "Write metrics and a progress line every so many steps.", at_least=1, resume="free"
+    )
     eval_steps: int = option(
-        100, "Evaluate every so many steps; 0: only before the first step and at the end.", at_least=0
+        100,
+        "Evaluate every so many steps; 0: only before the first step and at the end.",
+        at_least=0,
+        resume="free",
     )
     save_steps: int = option(
-        500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0
+        500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0, resume="free"
     )
-    save_total_limit: int = option(2, "Keep this many newest checkpoints; 0 keeps all.", at_least=0)
+    save_total_limit: int = option(
+        2, "Keep this many newest checkpoints; 0 keeps all.", at_least=0, resume="free"
+    )
     resume_from_checkpoint: str = option(
         "latest",
         "'latest' goes on from the newest checkpoint in --output_dir if there is one, 'none' starts "
         "anew in an empty folder, or the path of a checkpoint folder.",
+        resume="free",
     )
     resume_weights_only: bool = option(
-        False, "Take weights and position from the checkpoint, and start the optimiser anew."
+        False, "Take weights and position from the checkpoint, and start the optimiser anew.", resume="free"
     )
-    export_only: bool = option(False, "Write final/ from the newest checkpoint, and train no more.")
+    export_only: bool = option(
+        False, "Write final/ from the newest checkpoint, and train no more.", resume="free"
+    )
     # Each stage declares which figures it measures.
     best_metric: str = option("none", BEST_METRIC)
     max_skipped_steps: int = option(
-        20, "Stop after this many steps in a row whose numbers were not finite.", at_least=1
+        20, "Stop after this many steps in a row whose numbers were not finite.", at_least=1, resume="free"
     )
     timeout_minutes: float = option(
-        30.0, "How long a rank waits for the slowest one before it gives up.", above=0
+        30.0, "How long a rank waits for the slowest one before it gives up.", above=0, resume="free"
     )
 
 
@@ -80,8 +100,10 @@ class CacheOptions:
     skip_bad_records: bool = option(
         False, "Count and skip malformed records instead of stopping at the first."
     )
-    cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.")
-    preprocessing_workers: int = option(0, "Processes that tokenise; 0: one per core.", at_least=0)
+    cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.", resume="free")
+    preprocessing_workers: int = option(
+        0, "Processes that tokenise; 0: one per core.", at_least=0, resume="free"
+    )
 
 
 @dataclass
@@ -90,7 +112,9 @@ class DataOptions(CacheOptions):
 
     stage: ClassVar[int] = 1
     eval_data: list[str] = option(
-        [], "Held-out data: files, FOLDER:SPLIT or HUB_NAME:SPLIT. Default: a part of the training data."
+        [],
+        "Held-out data: files, FOLDER:SPLIT or HUB_NAME:SPLIT. Default: a part of the training data.",
+        resume="data",
     )
     eval_fraction: float = option(
         0.1,
@@ -101,7 +125,9 @@ class DataOptions(CacheOptions):
     data_split: str = option(
         "", "Parts of the data for steps 1, 2 and 3, as in 2,4,4: each takes its own, by prompt."
     )
-    max_eval_samples: int = option(256, "Use at most this many held-out records; 0 uses all.", at_least=0)
+    max_eval_samples: int = option(
+        256, "Use at most this many held-out records; 0 uses all.", at_least=0, resume="free"
+    )
     overlong: Overlong = option(
         "truncate_prompt",
         "Records longer than --max_length. truncate_prompt: take the oldest messages, then the prompt's"
@@ -115,10 +141,12 @@ class OptimiserOptions:
     """Batches and AdamW. global_batch_size = micro_batch_size x accumulation x ranks, exactly."""
 
     zero_config: str = option(
-        "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2."
+        "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2.", resume="free"
     )
     global_batch_size: int = option(32, "Sequences in one optimiser step, over all ranks.", at_least=1)
-    micro_batch_size: int = option(4, "Sequences that one rank puts through the model at once.", at_least=1)
+    micro_batch_size: int = option(
+        4, "Sequences that one rank puts through the model at once.", at_least=1, resume="free"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "cosine", "Shape of the learning rate over the run."
     )
@@ -132,7 +160,9 @@ class OptimiserOptions:
     max_grad_norm: float = option(
         1.0, "Clip the gradient norm of each model to this; 0: do not clip.", at_least=0
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", resume="free"
+    )
 
 
 @dataclass
@@ -153,9 +183,11 @@ class LoraOptions:
 class TrainOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions):
     """Model and training data."""
 
-    model_name_or_path: str = option("", "Folder or hub name of the model to start from.", required=True)
+    model_name_or_path: str = option(
+        "", "Folder or hub name of the model to start from.", required=True, resume="model"
+    )
     train_data: list[str] = option(
-        [], "Data: files (F.jsonl:0.3 takes 30 %), FOLDER, NAME:SPLIT.", required=True
+        [], "Data: files (F.jsonl:0.3 takes 30 %), FOLDER, NAME:SPLIT.", required=True, resume="data"
     )
     max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", at_least=8)
     learning_rate: float = option(1e-5, "Highest learning rate.", above=0)

@@ -6,46 +6,31 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from transformers import PreTrainedTokenizerFast
 
 from common.data.sources import files_of, parse_source
 from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import lock_folder, read_json, sha256, write_json
-from common.runtime.option_checks import changed_defaults, changed_options, default_values, resolved
+from common.runtime.option_checks import (
+    changed_defaults,
+    changed_options,
+    default_values,
+    free_to_change,
+    resolved,
+    resume_kinds,
+)
 from common.runtime.options import RunOptions, UserError
 from common.runtime.process import on_refusal, report_accepted
 from common.training.checkpoint import Checkpoint, find_checkpoint
 
-# What may differ between a run and its continuation: places, intervals, how much is done at once, how many
-# steps. Of data files the content counts, of a ZeRO JSON whether the optimiser state fits.
-DATA_OPTIONS = (
-    "train_data", "eval_data", "prompt_data", "preference_data", "demonstration_data", "ptx_data",
-    "constitution", "critique_template", "revision_template", "judge_template",
-)  # fmt: skip
-MODEL_OPTIONS = (
-    "model_name_or_path", "actor_model_name_or_path", "reward_model_name_or_path", "gold_reward_model",
-    "reference_model_name_or_path",
-)  # fmt: skip
-FUNCTION_OPTIONS = ("reward_function", "gold_function")
-# What may have another content, and what that means. Nothing is learnt from demonstrations.
+ENDS = 1 << 20  # bytes at the beginning and at the end of a weights file that its fingerprint reads
+# Files that may change between the parts of a run, by `resume` of their option, and what the log then says.
 RENEWABLE = {
-    **dict.fromkeys(FUNCTION_OPTIONS, "its file has changed since; scores before and after differ"),
-    "demonstration_data": "other records than when the run began; final/ is centred on these",
+    "function": "its file has changed since; scores before and after differ",
+    "centring": "other records than when the run began; final/ is centred on these",
 }
-FREE_OPTIONS = {
-    *DATA_OPTIONS, *MODEL_OPTIONS, "output_dir", "resume_from_checkpoint", "resume_weights_only",
-    "export_only",
-    "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
-    "micro_batch_size", "generation_batch_size", "gradient_checkpointing", "gather_for_generation",
-    "actor_gradient_checkpointing", "critic_gradient_checkpointing", "offload_frozen",
-    "zero_config", "actor_zero_config", "critic_zero_config", "timeout_minutes", "max_skipped_steps",
-    "max_eval_samples", "num_samples", "sample_length", "cache_dir", "preprocessing_workers",
-    "packing", "share_prompts", "golden_data", "max_centre_samples", "early_stopping",
-}  # fmt: skip
-
-ENDS = 1 << 20  # bytes at the begin and at the end of a file of weights that are looked at
 
 CLAIM = ("run.lock", "options.json", "fingerprint.json")  # what a run writes before its first step
 _locks: list[Any] = []  # open for as long as the process lives
@@ -102,26 +87,29 @@ def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenize
 
 def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
     """Checksums of what a run learns from, by names that a message can use."""
-    found = {}
-    for name in DATA_OPTIONS:
-        value = getattr(options, name, [])
+    checksums = {}
+    for name, kind in resume_kinds(options).items():
+        value = getattr(options, name)
+        if kind in ("same", "free"):
+            continue
         for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
-            found[f"--{name} {number}"] = _content(source, is_training=name != "eval_data")
-    for name in MODEL_OPTIONS:
-        value = getattr(options, name, [])
-        for number, path in enumerate([value] if isinstance(value, str) else value, start=1):
-            if path:
-                found[f"--{name} {number}"] = _weights(path)
-    for name in FUNCTION_OPTIONS:
-        value = getattr(options, name, [])
-        for number, source in enumerate([value] if isinstance(value, str) else value, start=1):
-            if source:
-                found[f"--{name} {number}"] = sha256(Path(source.rpartition(".py:")[0] + ".py"))
+            if not source:
+                continue
+            match kind:
+                case "data" | "centring":
+                    checksum = _content(source, is_training=name != "eval_data")
+                case "model":
+                    checksum = _weights(source)
+                case "function":
+                    checksum = sha256(Path(source.rpartition(".py:")[0] + ".py"))
+                case _:
+                    assert_never(kind)
+            checksums[f"--{name} {number}"] = checksum
     for name, tokenizer in tokenizers.items():
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-        found[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
-        found[f"chat template of the {name}"] = _digest(str(tokenizer.chat_template))
-    return found
+        checksums[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
+        checksums[f"chat template of the {name}"] = _digest(str(tokenizer.chat_template))
+    return checksums
 
 
 def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -185,14 +173,14 @@ def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
     if not (folder / "options.json").exists():
         return
     earlier = read_json(folder / "options.json")
-    current = resolved(options)
-    if changes := changed_options(earlier, current, default_values(options), FREE_OPTIONS):
-        free = " ".join(f"--{option}" for option in sorted(FREE_OPTIONS & current.keys()))
+    current, free_options = resolved(options), free_to_change(options)
+    if changes := changed_options(earlier, current, default_values(options), free_options):
+        free = " ".join(f"--{option}" for option in sorted(free_options))
         raise UserError(
             f"{name} {folder}: holds a different run ({', '.join(changes)}); choose another folder."
             f" These may differ: {free}"
         )
-    if renewed := changed_defaults(earlier, current, FREE_OPTIONS):
+    if renewed := changed_defaults(earlier, current, free_options):
         raise UserError(
             f"{name} {folder}: its run began with other defaults; to continue it, add {' '.join(renewed)}"
         )
@@ -209,7 +197,9 @@ def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[st
             value = getattr(options, option)
             sources = [value] if isinstance(value, str) else value
             names[place] = " ".join([name, *sources[int(number) - 1 : int(number)]])
-    renewed = {n: RENEWABLE[option] for n in names if (option := n.split()[0].lstrip("-")) in RENEWABLE}
+    kinds = resume_kinds(options)
+    kind_of = {name: kinds.get(name.split()[0].lstrip("-")) for name in names}
+    renewed = {name: RENEWABLE[kind] for name, kind in kind_of.items() if kind in RENEWABLE}
     if refused := [name for name in names if name not in renewed]:
         raise UserError(
             f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(refused)};"

@@ -11,7 +11,7 @@ class ChatOptions(EnsembleOptions):
     """A chat with a model, or with two that are compared; reward models score the answers."""
 
     model_name_or_path: list[str] = option(
-        [], "Folder or hub name of the model, or of the two to compare.", required=True
+        [], "Folder or hub name of the model, or of the two to compare.", required=True, resume="model"
     )
     save_to: str = option("", "JSONL file to which /save adds preferences, for step 2.")
     max_response_length: int = option(128, "Longest answer in tokens.", at_least=1)

@@ -18,7 +18,9 @@ class AnnotateOptions:
         required=True,
     )
     golden_data: list[str] = option(
-        [], "More golden questions, in any shape of step 2: asked among the others, never in --output."
+        [],
+        "More golden questions, in any shape of step 2: asked among the others, never in --output.",
+        resume="free",
     )
     output: str = option(
         "", "JSONL file for step 2; every click is in FILE.clicks.jsonl beside it.", required=True
@@ -36,16 +38,20 @@ class SamplePairsOptions(CacheOptions, GenerationOptions):
 
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always goes on
 
-    model_name_or_path: list[str] = option([], "Folder or hub name of one policy, or of two.", required=True)
-    prompt_data: list[str] = option(
-        [], "Records with prompts; F.jsonl:0.1 takes a tenth of them.", required=True
+    model_name_or_path: list[str] = option(
+        [], "Folder or hub name of one policy, or of two.", required=True, resume="model"
     )
-    output_dir: str = option("output/sample_pairs", "Folder for pairs.jsonl.")
+    prompt_data: list[str] = option(
+        [], "Records with prompts; F.jsonl:0.1 takes a tenth of them.", required=True, resume="data"
+    )
+    output_dir: str = option("output/sample_pairs", "Folder for pairs.jsonl.", resume="free")
     responses_per_prompt: int = option(
         2, "Responses drawn per prompt, by two policies in turn; every two of them are a pair.", at_least=2
     )
     max_prompt_length: int = option(256, "Longest prompt in tokens; a longer one is left out.", at_least=1)
     seed: int = option(0, "Seed of sampling.", at_least=0)
     zero_config: str = option(
-        "", "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training."
+        "",
+        "DeepSpeed JSON that says precision, and partitions at stage 3. Default: as in training.",
+        resume="free",
     )

@@ -45,7 +45,9 @@ class DirectOptions(TrainOptions):
     """A policy from preferences, without a reward model and without sampling."""
 
     stage: ClassVar[int] = 2
-    output_dir: str = option("output/step2_direct", "Folder for logs, checkpoints and the final model.")
+    output_dir: str = option(
+        "output/step2_direct", "Folder for logs, checkpoints and the final model.", resume="free"
+    )
     learning_rate: float = option(
         1e-6,
         "Highest learning rate; as published for some 7 B parameters (orpo: 8e-6). Small models and LoRA take"
@@ -73,7 +75,7 @@ class DirectOptions(TrainOptions):
     desirable_weight: float = option(1.0, "kto: weight of desirable responses.", at_least=0)
     undesirable_weight: float = option(1.0, "kto: weight of undesirable responses.", at_least=0)
     reference_model_name_or_path: str = option(
-        "", "The reference policy, a folder or hub name. Default: the model to start from."
+        "", "The reference policy, a folder or hub name. Default: the model to start from.", resume="model"
     )
 
     @property

@@ -15,9 +15,12 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
     stage: ClassVar[int] = 3
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
 
-    model_name_or_path: str = option("", "The policy: a folder or hub name.", required=True)
+    model_name_or_path: str = option("", "The policy: a folder or hub name.", required=True, resume="model")
     prompt_data: list[str] = option(
-        [], "Prompts: files or hub names. Prompts that step 3 holds out are skipped.", required=True
+        [],
+        "Prompts: files or hub names. Prompts that step 3 holds out are skipped.",
+        required=True,
+        resume="data",
     )
     samples_per_prompt: int = option(8, "Responses sampled per prompt.", at_least=1)
     prompts_per_round: int = option(
@@ -25,15 +28,17 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
     )
     round: int = option(1, "Number of the round. Each round samples different responses.", at_least=1)
     reward_function: list[str] = option(
-        [], "Reward functions of prompts, responses and records: FILE.py:NAME or FILE.py:NAME:WEIGHT."
+        [],
+        "Reward functions of prompts, responses and records: FILE.py:NAME or FILE.py:NAME:WEIGHT.",
+        resume="function",
     )
-    output_dir: str = option("output/best_of_n", "Folder for samples.jsonl and the selection.")
+    output_dir: str = option("output/best_of_n", "Folder for samples.jsonl and the selection.", resume="free")
     seed: int = option(0, "Seed of sampling and of random pairs.", at_least=0)
     zero_config: str = option(
-        "", "DeepSpeed JSON: precision, and partitioning at stage 3. Default: as in training."
+        "", "DeepSpeed JSON: precision, and partitioning at stage 3. Default: as in training.", resume="free"
     )
     timeout_minutes: float = option(
-        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0
+        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0, resume="free"
     )
 
 

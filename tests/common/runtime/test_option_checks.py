@@ -8,11 +8,13 @@ from common.runtime.option_checks import (
     changed_defaults,
     changed_options,
     default_values,
+    free_to_change,
     resolved,
+    resume_kinds,
 )
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
-from common.training.run_folder import FREE_OPTIONS, check_folder
+from common.training.run_folder import check_folder
 from step1_sft.options import SFTOptions
 from step2_reward.direct.options import DirectOptions
 from step2_reward.options import RewardOptions
@@ -24,7 +26,7 @@ def direct(*words: str) -> dict:
 
 
 def changes(earlier: dict, current: dict) -> list[str]:
-    return changed_options(earlier, current, default_values(DirectOptions()), FREE_OPTIONS)
+    return changed_options(earlier, current, default_values(DirectOptions()), free_to_change(DirectOptions()))
 
 
 def test_what_another_option_decides_is_not_the_users_doing():
@@ -61,7 +63,7 @@ def test_options_that_another_version_does_not_have():
 def test_a_default_of_another_version_is_named_with_its_remedy(tmp_path):
     options = parse_options(SFTOptions, ["--output_dir", str(tmp_path)], check_required=False)
     earlier = resolved(options) | {"adam_beta2": 0.999, "logging_steps": 3}
-    assert changed_defaults(earlier, resolved(options), FREE_OPTIONS) == ["--adam_beta2 0.999"]
+    assert changed_defaults(earlier, resolved(options), free_to_change(options)) == ["--adam_beta2 0.999"]
     (tmp_path / "options.json").write_text(json.dumps(earlier))
     with pytest.raises(UserError, match="began with other defaults; to continue it, add --adam_beta2 0.999$"):
         check_folder(options)
@@ -100,3 +102,13 @@ def test_a_metric_needs_held_out_data():
     with pytest.raises(UserError, match="--best_metric eval/loss: needs held-out data"):
         parse_options(SFTOptions, words, check_required=False)
     parse_options(SFTOptions, [*words, "--eval_data", "a.jsonl"], check_required=False)
+
+
+def test_an_option_binds_a_resumed_run_alike_in_every_stage():
+    """Also where a stage declares it anew, with another default or help text."""
+    kinds = [{(name, kind) for name, kind in resume_kinds(stage).items()} for stage in STAGES]
+    stages_differ = {"demonstration_data"}
+    names = [name for name, _ in set().union(*kinds) if name not in stages_differ]
+    assert len(names) == len(set(names))
+    assert {"learning_rate", "seed", "lora_rank", "global_batch_size"} & free_to_change(SFTOptions) == set()
+    assert {"save_steps", "micro_batch_size", "train_data", "zero_config"} <= free_to_change(SFTOptions)
