@@ -65,19 +65,20 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
         argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    groups = {"Required": required}
+    groups: dict[str, list[dataclasses.Field]] = {"Required": required}
+    title_of = {field.name: "Required" for field in required}
     for owner in options_class.__mro__:
-        names = owner.__dict__.get("__annotations__", {})
-        summary = (owner.__doc__ or "").partition(".")[0]
-        title = "Options of this command" if owner is options_class else summary
-        groups[title] = [fields[name] for name in names if name in fields]
-    first_declared = {field.name: title for title, members in groups.items() for field in members}
-    first_declared |= {field.name: "Required" for field in required}
+        title = "Of this command" if owner is options_class else (owner.__doc__ or "").partition(".")[0]
+        groups.setdefault(title, [])
+        for name in owner.__dict__.get("__annotations__", {}):
+            if name in fields and title_of.get(name) != "Required":
+                title_of[name] = title  # of the class that declares it first, which comes last here
+    for name, title in title_of.items():
+        groups[title] += [fields[name]] * (title != "Required")
     for title, members in groups.items():
         group = parser.add_argument_group(title)
         for field in members:
-            if first_declared[field.name] == title:
-                _add(group, field)
+            _add(group, field)
     return parser
 
 
