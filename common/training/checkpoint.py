@@ -1,12 +1,12 @@
-"""Checkpoints: folders that are complete or absent, from which a run goes on exactly where it was.
+"""Checkpoints: folders that are complete or absent, from which a run resumes exactly.
 
     output_dir/checkpoints/step_000100/    a DeepSpeed folder per trained model
         manifest.json                      sizes and checksums of its files, ranks, ZeRO stages, precision
         options.json                       the resolved options
         state.json                         step, position, controllers: `TrainState`
-        average.safetensors                its averaged weights, where there are any
+        average.safetensors                the EMA weights, with --ema_decay
 
-A checkpoint is written beside its place, flushed to disk and renamed into it.
+A checkpoint is written to a temporary folder, flushed to disk and renamed.
 """
 
 import json
@@ -32,7 +32,7 @@ AVERAGE = "average.safetensors"
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint folder that was found complete."""
+    """A complete checkpoint folder."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -40,21 +40,21 @@ class Checkpoint(NamedTuple):
 
 
 class _Writer(TorchCheckpointEngine):
-    """Writes for DeepSpeed, keeps checksums, and remembers an error instead of raising it.
+    """Checkpoint writer for DeepSpeed that records checksums, and stores an error instead of raising it.
 
-    DeepSpeed meets in barriers after writing: a rank whose disk is full must still come to them.
+    DeepSpeed enters barriers after writing, which a rank with a full disk must still reach.
     """
 
     def __init__(self, root: Path) -> None:
         super().__init__()
-        self.zipfile_serialization = True  # which DeepSpeed's own tools read in parts
+        self.zipfile_serialization = True  # DeepSpeed's tools can read it in parts
         self.root, self.files, self.error = root, {}, ""
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
             flush_file(Path(path))
-            self.files[str(Path(path).relative_to(self.root))] = _entry(Path(path))
+            self.files[str(Path(path).relative_to(self.root))] = _size_and_checksum(Path(path))
         except (OSError, RuntimeError) as error:
             self.error = reason(error)
 
@@ -62,7 +62,8 @@ class _Writer(TorchCheckpointEngine):
 def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> bool:
     """Write checkpoints/step_N and delete the oldest beyond --save_total_limit. Every rank must call it.
 
-    False when the disk would not take it: that is logged, its rest is removed, the older ones stay.
+    On an OSError, such as a full disk, it logs the problem, removes the incomplete folder, keeps the older
+    checkpoints, and returns False.
     """
     start = time.perf_counter()
     final = checkpoint_folder(options, state)
@@ -70,14 +71,14 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
     problem = ""
     if rank() == 0:
         problem = _make_room(final.parent, temporary, list(engines))
-    if not (problem := _first(problem)):
+    if not (problem := _first_nonempty(problem)):
         files, problem = _write_engines(temporary, engines)
     if not problem and rank() == 0:
-        problem = _complete(temporary, final, options, state, _manifest(engines, files))
-    if problem := _first(problem):
+        problem = _finish(temporary, final, options, state, _manifest(engines, files))
+    if problem := _first_nonempty(problem):
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        log(f"checkpoint of step {state.step} NOT saved: {problem}; training goes on, older checkpoints stay")
+        log(f"checkpoint of step {state.step} NOT saved: {problem}; training continues, older ones are kept")
         return False
     if rank() == 0:
         _delete_old(options, state)
@@ -87,35 +88,35 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, A
 
 
 def checkpoint_folder(options: RunOptions, state: TrainState) -> Path:
-    """Where the checkpoint of the state's step is, or will be."""
+    """Folder of the checkpoint of the state's step."""
     return Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
 
 
 def find_checkpoint(options: RunOptions) -> Checkpoint | None:
-    """The checkpoint that --resume_from_checkpoint names, the same on every rank; None: start anew.
+    """Find the checkpoint for --resume_from_checkpoint, the same on every rank; None: start a new run.
 
-    Of the newest ones that are damaged it says so, and takes the one before. Raises UserError when a named
-    one is not complete, and when there is none to be exported.
+    'latest' skips damaged checkpoints, with a line in the log. Raises UserError when a named checkpoint is
+    not complete, and when there is none to export.
     """
     chosen = options.resume_from_checkpoint
     folders = [] if chosen == "none" else [Path(chosen)]
     if chosen == "latest":
-        folders = _first(list_checkpoints(Path(options.output_dir))[::-1])
+        folders = _first_nonempty(list_checkpoints(Path(options.output_dir))[::-1])
     for folder in folders:
-        if not (problem := _damage(folder)):
+        if not (problem := _find_damage(folder)):
             manifest, state = (json.loads((folder / f"{n}.json").read_text()) for n in ("manifest", "state"))
             average = load_file(folder / AVERAGE) if rank() == 0 and AVERAGE in manifest["files"] else {}
             return Checkpoint(folder, manifest, TrainState(**state, average=average))
         if chosen != "latest":
             raise UserError(f"--resume_from_checkpoint {folder}: not a complete checkpoint: {problem}")
-        log(f"{folder} is damaged ({problem}): using the one before")
+        log(f"{folder} is damaged ({problem}); using the one before")
     if options.export_only or options.resume_weights_only:
         raise UserError(f"--output_dir {options.output_dir}: holds no complete checkpoint")
     return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints by their names, oldest first. Other names, as of copies, do not count."""
+    """Complete checkpoints named step_N, oldest first. Other names, such as those of copies, are ignored."""
     folders = (output_dir / "checkpoints").glob("step_*")
     named = [folder for folder in folders if re.fullmatch("step_[0-9]+", folder.name)]
     return sorted((folder for folder in named if (folder / "state.json").exists()), key=_step_of)
@@ -126,7 +127,7 @@ def _step_of(folder: Path) -> int:
 
 
 def engine_settings(engine: Any) -> dict[str, Any]:
-    """What must be the same, or nearly, where the engine's files are to be read again."""
+    """Settings of an engine that must match to load its files: ZeRO stage, precision, partitioning."""
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     layout = {"round_robin_gradients": engine.zero_round_robin_gradients()}
     if engine.zero_optimization_stage() == 3:
@@ -135,25 +136,25 @@ def engine_settings(engine: Any) -> dict[str, Any]:
 
 
 def _make_room(root: Path, temporary: Path, names: list[str]) -> str:
-    """Empty folders to write to; the problem, if there is one."""
+    """Create empty folders and check the free space; returns the problem, or an empty string."""
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         for name in names:
             (temporary / name).mkdir(parents=True)
         last = max(map(folder_bytes, list_checkpoints(root.parent)), default=0)
         if (free := free_bytes(root)) < last:
-            return f"{free / 2**20:.1f} MiB free, the last one took {last / 2**20:.1f} MiB"
+            return f"{free / 2**20:.1f} MiB free, the last checkpoint needed {last / 2**20:.1f} MiB"
     except OSError as error:
         return str(error)
     return ""
 
 
 def _write_engines(temporary: Path, engines: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Every rank's part of every engine: names, sizes and checksums of all files, and the first problem."""
+    """Save all engines on all ranks; returns sizes and checksums by file name, and the first problem."""
     writer = _Writer(temporary)
     for name, engine in engines.items():
         engine.checkpoint_engine, before = writer, engine.checkpoint_engine
-        engine._copy_recovery_script = lambda _: None  # it would raise on rank 0 alone when the disk is full
+        engine._copy_recovery_script = lambda _: None  # on a full disk it would raise on rank 0 alone
         engine.module_state_dict = partial(trained_state_dict, engine)
         engine.save_checkpoint(
             str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=is_partial(engine)
@@ -170,22 +171,22 @@ def _manifest(engines: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
     return {"world_size": world_size(), "models": models, "files": dict(sorted(files.items()))}
 
 
-def _complete(
+def _finish(
     temporary: Path, final: Path, options: RunOptions, state: TrainState, manifest: dict[str, Any]
 ) -> str:
-    """Write what rank 0 knows, and give the folder its name; the problem, if there is one."""
+    """Write the files of rank 0 and rename the folder; returns the problem, or an empty string."""
     try:
         write_json(temporary / "options.json", resolved(options))
-        manifest["files"]["options.json"] = _entry(temporary / "options.json")
+        manifest["files"]["options.json"] = _size_and_checksum(temporary / "options.json")
         if state.average:
             save_file(state.average, temporary / AVERAGE)
             flush_file(temporary / AVERAGE)
-            manifest["files"][AVERAGE] = _entry(temporary / AVERAGE)
+            manifest["files"][AVERAGE] = _size_and_checksum(temporary / AVERAGE)
         write_json(temporary / "manifest.json", manifest)
         write_json(temporary / "state.json", state.plain())
         for folder in [*filter(Path.is_dir, temporary.iterdir()), temporary]:
             flush_folder(folder)
-        shutil.rmtree(final, ignore_errors=True)  # one that was damaged, or is repeated
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one of a repeated step
         temporary.rename(final)
         flush_folder(final.parent)
     except (OSError, SafetensorError) as error:
@@ -193,12 +194,12 @@ def _complete(
     return ""
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _size_and_checksum(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _delete_old(options: RunOptions, state: TrainState) -> None:
-    """Delete what is beyond the limit, and the later steps of a run that went on from an earlier one."""
+    """Delete checkpoints beyond --save_total_limit, and later ones of a run resumed from an earlier step."""
     folders = list_checkpoints(Path(options.output_dir))
     later = [folder for folder in folders if _step_of(folder) > state.step]
     limit = options.save_total_limit or len(folders)
@@ -208,8 +209,8 @@ def _delete_old(options: RunOptions, state: TrainState) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, or nothing; every rank checks a part of the files."""
+def _find_damage(folder: Path) -> str:
+    """Describe the damage of a checkpoint, or an empty string; every rank checks some of the files."""
     problem = ""
     try:
         TrainState(**json.loads((folder / "state.json").read_text()))
@@ -219,17 +220,17 @@ def _damage(folder: Path) -> str:
             if not path.exists():
                 problem = f"{name} is missing"
             elif path.stat().st_size != files[name]["bytes"]:
-                problem = f"{name} has {path.stat().st_size} bytes, not {files[name]['bytes']}"
+                problem = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
             elif sha256(path) != files[name]["sha256"]:
-                problem = f"{name} has another checksum"
+                problem = f"{name} has a wrong checksum"
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"state.json or manifest.json: {error}"
-    return _first(problem)
+    return _first_nonempty(problem)
 
 
-def _first(value: Any) -> Any:
-    """The first of the ranks' values that says something, on every rank."""
+def _first_nonempty(value: Any) -> Any:
+    """First non-empty value of all ranks, on every rank; else that of rank 0."""
     values = gather_objects(value)
     return next((v for v in values if v), values[0])

@@ -1,4 +1,4 @@
-"""Write `final/`: a plain Hugging Face folder that transformers loads without Triptych."""
+"""Export a model to a plain Hugging Face folder, such as `final/`."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from common.runtime.options import UserError, reason
 
 
 def export_model(*arguments: Any) -> None:
-    """`_export` of the arguments; UserError, on all ranks, when the disk does not take the folder."""
+    """`_export`; raises UserError on all ranks when the folder cannot be written."""
     if problem := _export(*arguments):
         raise UserError(f"{problem}; run the command again with --export_only")
 
 
 def export_best(*arguments: Any) -> None:
-    """`_export` of the arguments, of which a failure is no reason to end the run."""
+    """`_export`; a failure is only logged, because the run can continue."""
     if problem := _export(*arguments):
         log(problem)
 
@@ -32,13 +32,13 @@ def _export(
     engine: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, load_base: Callable[[], PreTrainedModel],
     average: Mapping[str, Tensor] | None = None,
 ) -> str:  # fmt: skip
-    """Write the engine's model and the tokenizer to `folder`, by way of a folder beside it. Every rank must
-    call it; returns the problem, if there is one.
+    """Write the engine's model and the tokenizer to `folder`, through a temporary folder.
 
-    With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format; the merge is
-    made on rank 0, on the CPU, in a fresh copy of the model from `load_base`, so that the trained one is left
-    as it is. `average` of rank 0 takes the place of trained weights. When the disk does not take the folder,
-    what was there before stays.
+    Every rank must call it; returns the problem, or an empty string. A failure leaves the old folder.
+
+    With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format. Rank 0
+    merges on the CPU, in a new copy of the model from `load_base`, so that the trained model does not change.
+    average: EMA weights of rank 0, to export instead of the trained weights.
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
     if average:
@@ -48,9 +48,9 @@ def _export(
         temporary = folder.with_name(folder.name + ".tmp")
         try:
             _write(engine, tokenizer, state, temporary, load_base)
-            _take_place(temporary, folder)
+            _replace(temporary, folder)
             log(f"wrote {folder}")
-        except Exception as error:  # noqa: BLE001 - whatever a library raises, the checkpoint stays
+        except Exception as error:  # noqa: BLE001 - libraries raise anything; the checkpoint stays
             problem = f"{folder}: not written: {reason(error)}"
             shutil.rmtree(temporary, ignore_errors=True)
     return gather_objects(problem)[0]
@@ -70,7 +70,7 @@ def _write(
         flush_file(file)
 
 
-def _take_place(temporary: Path, folder: Path) -> None:
+def _replace(temporary: Path, folder: Path) -> None:
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

@@ -25,7 +25,7 @@ from common.runtime.option_checks import same_command
 from common.runtime.options import RunOptions
 from common.runtime.process import Stopped, stop_between_steps, stop_requested
 from common.training.checkpoint import checkpoint_folder, save_checkpoint
-from common.training.means import Figures
+from common.training.means import StepMetrics
 from common.training.metrics import MetricWriter
 from common.training.resume import resume
 from common.training.run_folder import open_run
@@ -93,7 +93,7 @@ class TrainingLoop:
             log(f"stopped early: {self._patience} evaluations without a better {options.best_metric}")
 
     def finish_step(
-        self, figures: Figures, shown: list[str], skipped: int | None = None, watched: float | None = None
+        self, figures: StepMetrics, shown: list[str], skipped: int | None = None, watched: float | None = None
     ) -> None:
         """Count the step and write its metrics.
 

@@ -1,4 +1,4 @@
-"""One writer for all that a run reports: metrics.jsonl, TensorBoard, a progress line. Silent off rank 0."""
+"""Write metrics to metrics.jsonl, TensorBoard and the log, on rank 0; memory and FLOP metrics."""
 
 import contextlib
 import json
@@ -18,10 +18,10 @@ from common.runtime.distributed import log, rank
 from common.runtime.files import write_text
 from common.runtime.options import world_size
 from common.runtime.progress import clock
-from common.training.means import Figures, Mean, add_step, take_means
+from common.training.means import Mean, StepMetrics, add_step, take_means
 from common.training.train_state import TrainState
 
-# Dense bf16 FLOP/s of a GPU whose name has these words, from the makers' data sheets.
+# Dense bf16 FLOP/s by the words of the GPU's name, from the data sheets.
 PEAK_FLOPS = {
     "A100": 312e12, "A800": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
     "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A40": 149.7e12,
@@ -33,34 +33,34 @@ class MetricWriter:
     """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in TensorBoard."""
 
     def __init__(self, output_dir: str, start_step: int, total_steps: int, logging_steps: int) -> None:
-        self._metrics = _Lines(Path(output_dir) / "metrics.jsonl", start_step)
-        self._samples = _Lines(Path(output_dir) / "samples.jsonl", start_step)
+        self._metrics = _JsonLines(Path(output_dir) / "metrics.jsonl", start_step)
+        self._samples = _JsonLines(Path(output_dir) / "samples.jsonl", start_step)
         self._board_dir = Path(output_dir) / "tensorboard"
         self._board: Any = None
         self._start_step, self._total_steps, self._logging_steps = start_step, total_steps, logging_steps
         self._start_time = time.monotonic()
-        self._timed_steps, self._timed_seconds = -1, 0.0  # but for the first step, in which things compile
+        self._timed_steps, self._timed_seconds = -1, 0.0  # without the first step, which compiles
 
-    def step(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
-        """Add a finished step to the means since the last line; write them when a line is due.
+    def step(self, state: TrainState, metrics: StepMetrics, shown: list[str]) -> None:
+        """Add a finished step to the means since the last line; write a line when it is due.
 
-        A line is due every --logging_steps and after the last step; `flush` writes one where training ends
-        early. figures: with `time/step` in seconds.
+        A line is due every --logging_steps and after the last step. When training ends early, call `flush`.
+        metrics: with `time/step` in seconds.
         """
-        add_step(state.window, figures)
+        add_step(state.window, metrics)
         self._timed_steps += 1
         if self._timed_steps:
-            self._timed_seconds += figures["time/step"].total
+            self._timed_seconds += metrics["time/step"].total
         if state.step == self._total_steps or state.step % self._logging_steps == 0:
-            self.flush(state, figures, shown)
+            self.flush(state, metrics, shown)
 
-    def flush(self, state: TrainState, figures: Figures, shown: list[str]) -> None:
-        """Write the means since the last line, if there was a step; figures: of the last step."""
+    def flush(self, state: TrainState, metrics: StepMetrics, shown: list[str]) -> None:
+        """Write the means since the last line, if any step has finished since. metrics: of the last step."""
         if state.window:
-            self.log(state.step, take_means(state.window, figures), shown)
+            self.log(state.step, take_means(state.window, metrics), shown)
 
     def log(self, step: int, metrics: dict[str, float], shown: list[str]) -> None:
-        """Write the metrics of a step, and show the named ones with the time that is left."""
+        """Write the metrics of a step; the progress line has the `shown` ones and the remaining time."""
         if rank() != 0:
             return
         metrics = {name: float(f"{value:.7g}") for name, value in metrics.items()}
@@ -74,10 +74,10 @@ class MetricWriter:
                 board.add_scalar(name, value, step)
             board.flush()
         except OSError:
-            self._board = None  # its thread is dead; the next step opens another file
+            self._board = None  # its thread has ended; the next step opens a new file
 
     def text(self, step: int, tag: str, text: str) -> None:
-        """Put a text (Markdown) into TensorBoard."""
+        """Add a Markdown text to TensorBoard."""
         if rank() == 0:
             with contextlib.suppress(OSError):
                 self._tensorboard().add_text(tag, text, step)
@@ -89,14 +89,14 @@ class MetricWriter:
 
     def _tensorboard(self) -> Any:
         if self._board is None:
-            # Imported at the first use: it costs a second that a first step need not wait for.
+            # Imported at first use, because it takes a second.
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self._board_dir), purge_step=self._start_step + 1)
         return self._board
 
     def _time(self, step: int) -> str:
-        """The time that the steps to come will take; after the last one, how long this run has taken."""
+        """Remaining time; after the last step, the elapsed time of this process."""
         if step == self._total_steps:
             begin = f" since step {self._start_step}" * bool(self._start_step)
             return f"elapsed {clock(time.monotonic() - self._start_time)}{begin}"
@@ -105,21 +105,21 @@ class MetricWriter:
         return f"ETA {clock(self._timed_seconds / self._timed_steps * (self._total_steps - step))}"
 
 
-class _Lines:
-    """A file of JSON lines, each with its step, that goes on where a resumed run does."""
+class _JsonLines:
+    """A JSON Lines file of records with steps; a resumed run drops the records of later steps."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         self._path, self._start_step = path, start_step
-        self._is_begun = False
-        self._pending = ""  # lines that a full disk has not taken
+        self._is_trimmed = False
+        self._pending = ""  # lines not written yet, because of a full disk
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append the records and what is pending, or, on a full disk, nothing of it."""
+        """Append the pending lines and the records; on a full disk, all stay pending."""
         self._pending += "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
-            if not self._is_begun:
-                self._forget_after(self._start_step)
-                self._is_begun = True
+            if not self._is_trimmed:
+                self._drop_after(self._start_step)
+                self._is_trimmed = True
             with self._path.open("ab") as file:
                 end = file.tell()
                 try:
@@ -133,8 +133,8 @@ class _Lines:
         else:
             self._pending = ""
 
-    def _forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run is about to repeat, and damaged ones."""
+    def _drop_after(self, step: int) -> None:
+        """Drop lines of steps that the resumed run will repeat, and damaged lines."""
         content = self._path.read_bytes() if self._path.exists() else b""
         lines = content.split(b"\n")
         earlier = [
@@ -148,19 +148,19 @@ class _Lines:
 
 
 def peak_memory_gib() -> float:
-    """Most memory this rank has held: on its GPU, or resident on the host where there is none."""
+    """Peak memory of this rank: on its GPU, or resident host memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
-    """Floating-point operations of one forward and backward pass over whole sequences.
+    """Floating-point operations of one forward and backward pass over full sequences.
 
-    lengths (B,) in tokens, without padding. Per token 6 for each parameter, of which 2 are for its gradient,
-    which a frozen one has not; for attention 12 x layers x heads x head size per token and token of its
-    sequence, causal or not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings count as parameters, and of
-    experts those that a token goes through; recomputation counts nothing.
+    lengths (B,) in tokens, without padding. A parameter counts 6 per token, a frozen one 4, because it has no
+    gradient. Attention counts 12 x layers x heads x head size per token and token of the sequence, causal or
+    not (Chowdhery et al. 2022, PaLM, appendix B). Embeddings and active experts count as parameters;
+    recomputation does not count.
     """
     share, per_token = active_share(model.config), 0.0
     for name, p in model.named_parameters():
@@ -171,9 +171,9 @@ def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
 
 
 def utilisation(flops: float, seconds: float) -> dict[str, Mean]:
-    """train/mfu: the part of the ranks' peak that `flops` of all of them in `seconds` make use of.
+    """train/mfu, model FLOPs utilisation: `flops` of all ranks in `seconds`, relative to the peak.
 
-    The peak is that of bf16, whatever the precision. Empty where it is not known, as on the CPU.
+    The peak is always that of bf16. Empty if it is not known, as on the CPU.
     """
     peak = _peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return {"train/mfu": Mean(flops, seconds * peak * world_size())} if peak else {}

@@ -1,4 +1,4 @@
-"""Engines go on from a checkpoint: on as many ranks bit by bit, on others by DeepSpeed's universal form."""
+"""Load a checkpoint into engines: exactly on as many ranks, else through DeepSpeed's universal checkpoint."""
 
 import shutil
 import subprocess
@@ -21,9 +21,9 @@ from common.training.train_state import TrainState
 def resume(
     checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any], total_steps: int
 ) -> TrainState:
-    """Load a checkpoint into the engines, for a run of so many steps; a fresh state when there is none.
+    """Load a checkpoint into the engines and return its state; a new state without a checkpoint.
 
-    Raises UserError when the optimiser state does not fit the engines and --resume_weights_only is not given.
+    Raises UserError when the optimiser state does not fit the engines, except with --resume_weights_only.
     """
     if checkpoint is None:
         return TrainState(total_steps=total_steps)
@@ -31,10 +31,8 @@ def resume(
         for name, engine in engines.items():
             _load_weights(checkpoint, name, engine)
             _follow_schedule(engine)
-        log(
-            f"resumed weights from {checkpoint.folder} at step {checkpoint.state.step}; optimisers start anew"
-        )
-        return _continued(checkpoint.state, options, total_steps)
+        log(f"resumed weights from {checkpoint.folder} at step {checkpoint.state.step}; new optimiser state")
+        return _set_total_steps(checkpoint.state, options, total_steps)
     for name, engine in engines.items():
         _check_fit(checkpoint, name, engine)
     for name, engine in engines.items():
@@ -46,15 +44,15 @@ def resume(
             )
         _follow_schedule(engine)
     log(f"resumed from {checkpoint.folder} at step {checkpoint.state.step}")
-    return _continued(checkpoint.state, options, total_steps)
+    return _set_total_steps(checkpoint.state, options, total_steps)
 
 
-def _continued(state: TrainState, options: RunOptions, total_steps: int) -> TrainState:
-    """The state in a run of so many steps; logs a change of their number."""
+def _set_total_steps(state: TrainState, options: RunOptions, total_steps: int) -> TrainState:
+    """Set the state's total number of steps, and log a change."""
     if state.total_steps not in (0, total_steps) and not options.export_only:
-        line = f"the run ends at step {total_steps} now, planned were {state.total_steps}"
+        line = f"the run now ends at step {total_steps} instead of {state.total_steps}"
         if state.step < total_steps and options.lr_scheduler_type != "constant":
-            line += f": from step {state.step + 1} on the learning rate follows a schedule of"
+            line += f"; from step {state.step + 1} on the learning rate follows a schedule of"
             line += f" {total_steps} steps"
         log(line)
     state.total_steps = total_steps
@@ -64,22 +62,22 @@ def _continued(state: TrainState, options: RunOptions, total_steps: int) -> Trai
 def _check_fit(checkpoint: Checkpoint, name: str, engine: Any) -> None:
     saved, now = checkpoint.manifest["models"].get(name, {}), engine_settings(engine)
     stages = saved.get("zero_stage"), now["zero_stage"]
-    kinds = saved.get("precision"), now["precision"]
-    if (stages[0] != stages[1] and set(stages) != {1, 2}) or kinds[0] != kinds[1]:
+    precisions = saved.get("precision"), now["precision"]
+    if (stages[0] != stages[1] and set(stages) != {1, 2}) or precisions[0] != precisions[1]:
         raise UserError(
-            f"{checkpoint.folder}: {name} was trained at ZeRO stage {stages[0]} in {kinds[0]}, this run is"
-            f" at stage {stages[1]} in {kinds[1]}, which cannot take over the optimiser state (only stages 1"
-            " and 2 can, in the same precision); with --resume_weights_only it goes on from the weights alone"
+            f"{checkpoint.folder}: the optimiser state of {name} is from ZeRO stage {stages[0]} in"
+            f" {precisions[0]}, this run is at stage {stages[1]} in {precisions[1]}; allowed: the same, or a"
+            " change between stages 1 and 2; use --resume_weights_only to resume without optimiser state"
         )
     if saved.get("layout") != now["layout"]:
         raise UserError(
-            f"{checkpoint.folder}: {name} was trained with other settings in zero_optimization:"
+            f"{checkpoint.folder}: {name} was trained with other zero_optimization settings:"
             f" {saved.get('layout')}, not {now['layout']}; restore them, or use --resume_weights_only"
         )
 
 
 def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None:
-    """Load a partitioned optimiser that was saved by another number of ranks."""
+    """Load a partitioned optimiser saved with another number of ranks."""
     ranks = checkpoint.manifest["world_size"]
     universal = checkpoint.folder / f"{name}.universal"
     problem = ""
@@ -94,8 +92,8 @@ def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None
         str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
     )
     engine._config.load_universal_checkpoint = False
-    # DeepSpeed gives all groups the settings of the first one, and at stage 3 one counter of steps to all
-    # weights, which each of them would then advance.
+    # DeepSpeed gives all groups the settings of the first, and at stage 3 all weights share one step counter,
+    # which every weight would then increment.
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     for moments in engine.optimizer.state.values():
@@ -104,30 +102,30 @@ def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None
 
 
 def _convert(source: Path, universal: Path) -> str:
-    """Write the universal form beside its place and rename it; the last line of the error, if one happens."""
+    """Convert to a universal checkpoint, through a temporary folder; returns the last line of an error."""
     temporary = universal.with_name(universal.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     folders = ["--input_folder", str(source), "--output_folder", str(temporary)]
-    done = subprocess.run([*command, *folders], capture_output=True, text=True, check=False)
-    if done.returncode:
+    process = subprocess.run([*command, *folders], capture_output=True, text=True, check=False)
+    if process.returncode:
         shutil.rmtree(temporary, ignore_errors=True)
-        return (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return (process.stderr.strip().splitlines() or ["no message"])[-1]
     temporary.rename(universal)
     flush_folder(universal.parent)
     return ""
 
 
 def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
-    """Put the trained weights and the position of the schedule into a fresh engine, whatever its stage."""
+    """Load the trained weights and the schedule's position into a new engine of any stage."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = checkpoint.folder / name
     states = torch.load(next(folder.glob("*model_states.pt")), map_location="cpu", weights_only=True)
     trained = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
-    is_mine = rank() == 0 or not any(is_partitioned(p) for _, p in trained)
+    has_weights = rank() == 0 or not any(is_partitioned(p) for _, p in trained)
     weights = states["module"]
-    if checkpoint.manifest["models"][name]["zero_stage"] and is_mine:
+    if checkpoint.manifest["models"][name]["zero_stage"] and has_weights:
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder), tag=name)
     for parameter_name, parameter in trained:
         partitioned = is_partitioned(parameter)
@@ -135,7 +133,7 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
             torch.no_grad(),
             deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned),
         ):
-            if is_mine:
+            if has_weights:
                 parameter.copy_(weights[parameter_name])
     if hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
@@ -144,10 +142,11 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
 
 
 def _follow_schedule(engine: Any) -> None:
-    """Set the rates of the next step by this run's schedule: the saved ones are of the number of steps that
-    was planned when the checkpoint was written.
+    """Set the learning rates of the next step by this run's schedule.
+
+    The saved rates belong to the number of steps that was planned when the checkpoint was written.
     """
     schedule = engine.lr_scheduler
-    places = zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    for group, highest, share_at in places:
-        group["lr"] = highest * share_at(schedule.last_epoch)
+    groups = zip(engine.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base_rate, factor_at in groups:
+        group["lr"] = base_rate * factor_at(schedule.last_epoch)

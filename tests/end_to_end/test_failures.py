@@ -153,7 +153,7 @@ def test_a_full_disk_ends_no_run(
         while True:
             file.write(b"x" * 4096)
     result = running.result()
-    assert "NOT saved" in result.output and "training goes on" in result.output, result.output
+    assert "NOT saved" in result.output and "training continues" in result.output, result.output
     assert set(result.codes) == {2} and "run the command again with --export_only" in result.output
     kept = checkpoints(output)
     assert bool(kept) == bool(fills_at) and not any(folder.suffix for folder in kept), kept

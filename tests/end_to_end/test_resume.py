@@ -150,8 +150,8 @@ def flip(folder: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": (truncate, "bytes, not"),
-    "flipped": (flip, "another checksum"),
+    "truncated": (truncate, "bytes instead of"),
+    "flipped": (flip, "a wrong checksum"),
     "missing": (lambda folder: next((folder / "policy").glob("*optim*")).unlink(), "is missing"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
 }
@@ -368,7 +368,7 @@ def test_fewer_steps_than_taken_are_refused_and_other_ones_are_logged(world: Pat
     assert content() == before
     result = run_stage("step1_sft.main", options("--max_steps", "6"), tmp_path)
     assert result.codes == [0] and result.output.count("schedule of 6 steps") == 1, result.output
-    assert "planned were 4: from step 5 on" in result.output
+    assert "instead of 4; from step 5 on" in result.output
     rates = metrics(tmp_path / "out", "train/lr")
     expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in (4, 5)]
     assert rates[4:] == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,4 @@
-"""What an export writes, and what is left where it fails."""
+"""Exported folders, and failed exports."""
 
 import json
 import shutil
@@ -13,10 +13,7 @@ from common.runtime import files
 from common.runtime.options import UserError
 from common.training.export import export_best, export_model
 from tests.ranks import succeed
-from tests.stages import (
-    LORA,  # noqa: F401 - world is a fixture
-    sft,  # noqa: F401 - world is a fixture
-)
+from tests.stages import LORA, sft
 
 
 @pytest.fixture
@@ -28,7 +25,7 @@ def engine() -> PlainEngine:
 
 
 def tokenizer(error: Exception | None = None) -> SimpleNamespace:
-    """Saves nothing, or raises."""
+    """A tokenizer that saves nothing, or raises."""
 
     def save(_: Path) -> None:
         if error:
@@ -38,7 +35,7 @@ def tokenizer(error: Exception | None = None) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("error", [KeyError("merges"), ValueError("a\nb"), TypeError(), OSError("disk")])
-def test_a_failed_export_is_one_line_and_leaves_what_was_there(
+def test_a_failed_export_is_one_line_and_keeps_the_old_folder(
     engine: PlainEngine, tmp_path: Path, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
     folder = tmp_path / "final"
@@ -54,10 +51,10 @@ def test_a_failed_export_is_one_line_and_leaves_what_was_there(
     assert [entry.name for entry in tmp_path.iterdir()] == ["final"]
 
 
-def test_others_can_read_an_export(
+def test_an_export_is_readable_for_other_users(
     engine: PlainEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also files that a library made for their owner alone."""
+    """Also files that a library creates with owner permissions only."""
     monkeypatch.setattr(files, "UMASK", 0o022)
     private = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer.json").touch(0o600))
     export_model(engine, private, tmp_path / "final", None)

@@ -1,4 +1,4 @@
-"""When the training loop evaluates, saves and stops."""
+"""Evaluations, checkpoints and stops of the training loop."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from step1_sft.options import SFTOptions
 
 
 class Rows(list):
-    """Examples of which each has as many tokens as its number."""
+    """Examples; the number of each is its length in tokens."""
 
     def notes(self, name: str) -> np.ndarray:
         assert name == "length"
@@ -26,7 +26,7 @@ class Rows(list):
 
 @pytest.fixture
 def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Makes a loop of 4 steps over 8 examples, with 2 held out, whose checkpoints are noted, not written."""
+    """Factory for loops of 4 steps over 8 examples, 2 held out; checkpoints are recorded, not written."""
     saved: list[int] = []
 
     def make(state: TrainState | None = None, patience: int = 0, **options) -> tuple[TrainingLoop, list[int]]:
@@ -43,7 +43,7 @@ def make_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def train(loop: TrainingLoop, values: list[float]) -> list[int]:
-    """Train to the end; values: of the metric, for each evaluation. Returns the steps of evaluations."""
+    """Train to the end; values: eval/loss of each evaluation. Returns the steps of the evaluations."""
     evaluated = []
 
     def evaluate() -> bool:
@@ -54,32 +54,32 @@ def train(loop: TrainingLoop, values: list[float]) -> list[int]:
         evaluate()
     for indices in loop.batches():
         assert len(indices) == 2
-        figures = {"train/loss": Mean(2.0), "train/grad_norm": Mean(1.0), "time/step": Mean(0.1)}
-        loop.finish_step(figures, ["train/loss"])
+        metrics = {"train/loss": Mean(2.0), "train/grad_norm": Mean(1.0), "time/step": Mean(0.1)}
+        loop.finish_step(metrics, ["train/loss"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate())
     return evaluated
 
 
-def test_evaluations_come_before_the_first_step_at_intervals_and_after_the_last_step(make_loop) -> None:
+def test_evaluations_before_the_first_step_at_intervals_and_after_the_last_step(make_loop) -> None:
     loop, _ = make_loop(eval_steps=3)
     assert train(loop, [3.0, 2.0, 1.0]) == [0, 3, 4]
     loop, _ = make_loop(eval_steps=0)
     assert train(loop, [3.0, 2.0]) == [0, 4]
 
 
-def test_a_resumed_run_evaluates_first_only_where_an_evaluation_failed(make_loop) -> None:
+def test_a_resumed_run_evaluates_first_only_after_a_missing_evaluation(make_loop) -> None:
     for unevaluated in (False, True):
         loop, _ = make_loop(TrainState(step=2, unevaluated=unevaluated), eval_steps=0)
         assert loop.first_evaluation_is_due == unevaluated
 
 
-def test_checkpoints_are_saved_at_intervals_at_the_best_and_at_the_end(make_loop) -> None:
+def test_checkpoints_at_intervals_at_the_best_step_and_at_the_end(make_loop) -> None:
     loop, saved = make_loop(save_steps=3, eval_steps=1, best_metric="eval/loss")
     train(loop, [5.0, 6.0, 4.0, 6.0, 6.0])
     assert saved == [2, 3, 4] and loop.state.best_step == 2
 
 
-def test_a_run_ends_early_when_its_patience_is_over(make_loop, capsys: pytest.CaptureFixture) -> None:
+def test_early_stopping(make_loop, capsys: pytest.CaptureFixture) -> None:
     loop, saved = make_loop(
         patience=2, eval_steps=1, save_steps=100, best_metric="eval/loss", logging_steps=9
     )
@@ -87,10 +87,10 @@ def test_a_run_ends_early_when_its_patience_is_over(make_loop, capsys: pytest.Ca
     lines = capsys.readouterr().out
     assert loop.state.step == 2 and saved == [2] and loop.has_stalled
     assert "stopped early: 2 evaluations without a better eval/loss" in lines
-    assert "step 2/4 | train/loss 2" in lines  # though no line was due
+    assert "step 2/4 | train/loss 2" in lines  # although no line was due
 
 
-def test_a_requested_stop_saves_a_checkpoint_unless_the_run_is_at_its_end(
+def test_a_requested_stop_saves_a_checkpoint_except_at_the_last_step(
     make_loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     for step in (2, 4):

@@ -1,4 +1,4 @@
-"""Counted operations, against a model counted by hand, and the peaks of GPUs."""
+"""FLOPs, against a model counted by hand, and peak FLOP/s of GPUs."""
 
 from types import SimpleNamespace
 
@@ -9,15 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.training.metrics import training_flops, utilisation
 
-V, D, F, L, H, K, S = (
-    50,
-    32,
-    64,
-    2,
-    4,
-    2,
-    16,
-)  # vocabulary, width, feed-forward, layers, heads, key heads, size
+# Vocabulary, hidden size, intermediate size, layers, heads, key-value heads, head size.
+V, D, F, L, H, K, S = 50, 32, 64, 2, 4, 2, 16
 LENGTHS = [7, 12, 3]
 PARAMETERS = 2 * V * D + L * (2 * D * H * S + 2 * D * K * S + 3 * D * F + 2 * D) + D
 ATTENTION = 12 * L * H * S * (7**2 + 12**2 + 3**2)
@@ -26,28 +19,23 @@ ATTENTION = 12 * L * H * S * (7**2 + 12**2 + 3**2)
 def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=V,
-            hidden_size=D,
-            intermediate_size=F,
-            num_hidden_layers=L,
-            num_attention_heads=H,
-            num_key_value_heads=K,
-            head_dim=S,
-        )  # fmt: skip
-    )
+            vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
+            num_key_value_heads=K, head_dim=S,
+        )
+    )  # fmt: skip
 
 
-def test_operations_of_a_llama():
+def test_flops_of_a_llama():
     assert training_flops(model(), LENGTHS) == 6 * PARAMETERS * 22 + ATTENTION
 
 
-def test_a_frozen_parameter_costs_no_gradient():
+def test_frozen_parameters_have_no_gradient_flops():
     adapted = get_peft_model(model(), LoraConfig(r=3, target_modules=["q_proj"]))
     adapters = L * 3 * (D + H * S)
     assert training_flops(adapted, LENGTHS) == (4 * PARAMETERS + 6 * adapters) * 22 + ATTENTION
 
 
-def test_a_partitioned_parameter_counts_as_a_whole():
+def test_partitioned_parameters_count_in_full():
     config = SimpleNamespace(num_attention_heads=2, hidden_size=6, num_hidden_layers=1)
     parameter = torch.nn.Parameter(torch.empty(0))
     parameter.ds_numel = 1000
@@ -57,8 +45,8 @@ def test_a_partitioned_parameter_counts_as_a_whole():
     assert training_flops(part, [5]) == 6 * 1000 * 5 + 12 * 6 * 5**2
 
 
-def test_of_experts_those_that_a_token_goes_through_count():
-    """One layer attends and one is recurrent; 2 of 8 experts."""
+def test_only_active_experts_count():
+    """One attention layer, one recurrent layer; 2 of 8 experts are active."""
     config = SimpleNamespace(
         num_attention_heads=2, hidden_size=6, num_hidden_layers=2, num_experts=8, num_experts_per_tok=2,
         layer_types=["linear_attention", "full_attention"],
@@ -81,7 +69,7 @@ def test_of_experts_those_that_a_token_goes_through_count():
         ("NVIDIA L40S", 362e12),
     ],
 )
-def test_a_gpu_at_half_its_peak(monkeypatch, name, peak):
+def test_utilisation_at_half_the_peak(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -89,7 +77,7 @@ def test_a_gpu_at_half_its_peak(monkeypatch, name, peak):
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H20", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Quadro P600", None])
-def test_no_figure_where_the_peak_is_not_known(monkeypatch, name):
+def test_no_utilisation_without_a_known_peak(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert utilisation(1e12, 1.0) == {}

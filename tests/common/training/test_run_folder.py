@@ -1,4 +1,4 @@
-"""Claims of an output directory: damaged files of an earlier run, and the folder of another run."""
+"""Claiming an output directory: damaged files, folders in use, and changed data."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from step2_reward.options import RewardOptions
 
 @pytest.fixture(autouse=True)
 def undone(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What a refusal would undo; the process of the tests keeps nothing of it."""
+    """List of the actions that a refusal undoes; restored after each test."""
     monkeypatch.setattr(process, "_undo", [])
     monkeypatch.setattr(run_folder, "_locks", [])
     return process._undo
@@ -23,14 +23,14 @@ def undone(monkeypatch: pytest.MonkeyPatch) -> list:
 
 @pytest.mark.parametrize("name", ["options.json", "fingerprint.json"])
 @pytest.mark.parametrize("content", [b"[]", b"{", b"", b"\xff\xfe{"])
-def test_a_damaged_file_of_a_run_is_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_damaged_file_is_an_error_of_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=name) as refused:
         prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
     assert "\n" not in str(refused.value) and (tmp_path / name).read_bytes() == content
 
 
-def test_a_command_refused_for_the_lock_undoes_nothing(tmp_path: Path, undone: list) -> None:
+def test_a_command_refused_by_the_lock_undoes_nothing(tmp_path: Path, undone: list) -> None:
     with lock_folder(tmp_path), pytest.raises(UserError, match="in use by process"):
         prepare_output(SFTOptions(output_dir=str(tmp_path)), {})
     assert not undone
@@ -38,8 +38,8 @@ def test_a_command_refused_for_the_lock_undoes_nothing(tmp_path: Path, undone: l
     assert len(undone) == 1
 
 
-def test_what_scores_are_centred_on_may_change(tmp_path: Path, capsys) -> None:
-    """Nothing is learnt from it; training data must stay as they are."""
+def test_demonstrations_for_centring_may_change(tmp_path: Path, capsys) -> None:
+    """They do not train the model; training data must not change."""
     options = RewardOptions(output_dir=str(tmp_path), train_data=["T"], demonstration_data=["D"])
     earlier = {"--train_data 1": "a", "--demonstration_data 1": "b", "--demonstration_data 2": "c"}
     _compare_data(options, earlier, {"--train_data 1": "a", "--demonstration_data 1": "d"})
