@@ -1,11 +1,11 @@
-"""From rewards per token to advantages, with a critic or without. Pure."""
+"""Advantage estimators: from rewards per token to advantages, with or without a critic. Pure."""
 
 import torch
 from torch import Tensor
 
 from common.numeric.tensor_ops import masked_whiten
 
-GROUP_EPS = 1e-4  # keeps the advantages of a group of equal scores at 0 instead of at rounding errors
+GROUP_EPS = 1e-4  # so that a group of equal scores gets advantages of 0, not scaled rounding errors
 
 
 def generalised_advantages(
@@ -14,9 +14,9 @@ def generalised_advantages(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation over right-padded responses.
 
-    rewards (B, T): per token; values (B, T): the critic before the token is chosen; response_mask (B, T): 1
-    on response tokens, which start at column 0. last_values (B,): the critic after the last token; without
-    them that state is terminal, with value 0 (Pardo et al. 2018: a time limit is not an end).
+    rewards (B, T): per token; values (B, T): of the state before each token; response_mask (B, T): 1 on
+    response tokens, which start at column 0; last_values (B,): of the state after the last token. Without
+    last_values that state is terminal, with value 0 (Pardo et al. 2018: a time limit is not terminal).
     Returns advantages and returns (= advantages + values), both (B, T), 0 outside the mask. Source: Schulman
     et al. 2016 (GAE), eq. 16: A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
     """
@@ -32,7 +32,7 @@ def generalised_advantages(
 
 
 def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
-    """What is still to come at each token, sum_l gamma^l r_{t+l}: (B, T) -> (B, T); padding must be 0."""
+    """Return at each token, sum_l gamma^l r_{t+l}: (B, T) -> (B, T). Padding must be 0."""
     sums = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
@@ -44,7 +44,7 @@ def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
 def reinforce_advantages(
     rewards: Tensor, response_mask: Tensor, gamma: float, baseline: Tensor | float
 ) -> Tensor:
-    """What is still to come at each token, less a baseline of whole returns: rewards (B, T) -> (B, T).
+    """Return at each token minus a baseline: rewards (B, T) -> (B, T).
 
     Source: Williams 1992 (REINFORCE).
     """
@@ -52,7 +52,7 @@ def reinforce_advantages(
 
 
 def whitened_returns(rewards: Tensor, response_mask: Tensor, gamma: float) -> Tensor:
-    """What is still to come at each token, whitened over all tokens of the rollout: (B, T) -> (B, T).
+    """Return at each token, whitened over all tokens of the rollout: (B, T) -> (B, T).
 
     Source: Hu 2025 (REINFORCE++), section 3.
     """
@@ -60,9 +60,9 @@ def whitened_returns(rewards: Tensor, response_mask: Tensor, gamma: float) -> Te
 
 
 def leave_one_out_advantages(totals: Tensor, group_size: int) -> Tensor:
-    """The total reward of each response less the mean of the others to the same prompt: (B,) -> (B,).
+    """Total reward of each response minus the mean of the other responses to its prompt: (B,) -> (B,).
 
-    Responses to one prompt follow each other. Source: Ahmadian et al. 2024 (RLOO), eq. 10; Kool et al. 2019.
+    Responses to one prompt are adjacent. Source: Ahmadian et al. 2024 (RLOO), eq. 10; Kool et al. 2019.
     """
     groups = totals.view(-1, group_size)  # (prompts, K)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
@@ -70,10 +70,10 @@ def leave_one_out_advantages(totals: Tensor, group_size: int) -> Tensor:
 
 
 def group_advantages(totals: Tensor, group_size: int, scale: bool) -> Tensor:
-    """The total reward of each response less the mean of its prompt's, in their standard deviations if
-    `scale`: (B,) -> (B,).
+    """Total reward of each response minus the mean over its prompt's responses, divided by their standard
+    deviation with `scale`: (B,) -> (B,).
 
-    Source: Shao et al. 2024 (GRPO), section 4.1.2; without the deviation: Liu et al. 2025 (Dr. GRPO), eq. 3.
+    Source: Shao et al. 2024 (GRPO), section 4.1.2; without scale: Liu et al. 2025 (Dr. GRPO), eq. 3.
     """
     groups = totals.view(-1, group_size)  # (prompts, K)
     advantages = groups - groups.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The models of PPO, in as few copies of weights as possible."""
+"""The models of PPO, with as few copies of weights as possible."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from step3_ppo.reward_functions import RewardFunction
 
 @dataclass
 class Scorer:
-    """What scores responses: M reward models, whose scores become one as the options say, and F functions."""
+    """Scores responses: an ensemble of M reward models, and F reward functions."""
 
     rewards: list[RewardModel]
     functions: list[RewardFunction]
@@ -32,32 +32,30 @@ class Scorer:
 
 @dataclass
 class Models:
-    """Actor and critic are DeepSpeed engines that learn; reference and reward models are frozen.
+    """Actor and critic are trained DeepSpeed engines; reference and reward models are frozen.
 
-    Without an estimator that needs one there is no critic.
-
-    With adapters, `reference` is None: it is the actor with its adapter off. A single reward model is then
-    the critic with its adapter off, as the critic stands on its backbone. Two copies of weights then do the
-    work of four.
+    There is a critic only with an estimator that needs one. With adapters, two copies of weights do the work
+    of four: the reference is the actor with its adapter off (`reference` is None), and a single reward model
+    is the critic with its adapter off.
     """
 
     actor: Any
     critic: Any | None
     reference: nn.Module | None
     scorer: Scorer
-    gold: Scorer | None  # what judges held-out responses, and is never learnt from
-    encoder: SegmentEncoder  # the actor's; also of each reward model that reads the same tokens
+    gold: Scorer | None  # scores held-out responses, for evaluation only
+    encoder: SegmentEncoder  # of the actor, and of each reward model with the same tokenizer
 
     @contextlib.contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
-        """The reference policy, for the duration of a `with` block."""
+        """The reference, for a `with` block."""
         with on_device(self.reference) if self.reference else without_adapter(self.actor) as reference:
             yield reference
 
 
 @contextlib.contextmanager
 def without_adapter(engine: Any) -> Iterator[nn.Module]:
-    """A model as it was before it got adapters, for the duration of a `with` block."""
+    """The base model of an engine with adapters, for a `with` block."""
     with engine.module.disable_adapter():
         yield engine
 
@@ -67,8 +65,8 @@ def build_models(
     functions: list[RewardFunction], gold_function: list[RewardFunction], actor_zero: dict[str, Any],
     critic_zero: dict[str, Any], iterations: int,
 ) -> Models:  # fmt: skip
-    """Load everything. iterations: of the whole run, over which the learning rates follow their schedules;
-    that of the actor begins after the critic's warm-up.
+    """Load all models. iterations: length of the learning-rate schedules; that of the actor starts after the
+    critic's warm-up.
     """
     tokenizer = encoder.tokenizer
     has_adapters = options.lora_rank > 0
@@ -86,8 +84,9 @@ def build_models(
     actor = add_adapters(actor, options, options.seed)
     critic = None
     if options.has_critic:
-        is_alike = reward_encoders[:1] == [encoder]
-        critic = add_adapters(load_critic(options, tokenizer, critic_zero, is_alike), options, options.seed)
+        same_tokenizer = reward_encoders[:1] == [encoder]
+        critic = load_critic(options, tokenizer, critic_zero, same_tokenizer)
+        critic = add_adapters(critic, options, options.seed)
     actor_iterations = max(iterations - options.critic_warmup_steps, 1)
     actor = make_trained(
         actor, actor_zero, options, options.actor_gradient_checkpointing, options.actor_learning_rate,
@@ -102,32 +101,32 @@ def build_models(
         rewards = [RewardModel(encoder, partial(without_adapter, critic))]
     gold = None
     if options.gold_reward_model or gold_function:
-        alone = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
-        encoders = load_encoders(alone, encoder, *reward_encoders)
-        gold = Scorer(load_members(alone, encoders, critic_zero, offload=True), gold_function, alone)
+        single = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
+        encoders = load_encoders(single, encoder, *reward_encoders)
+        gold = Scorer(load_members(single, encoders, critic_zero, offload=True), gold_function, single)
     return Models(actor, critic, reference, Scorer(rewards, functions, options), gold, encoder)
 
 
 def make_trained(
-    model: PreTrainedModel, zero: dict[str, Any], options: PPOOptions, recomputes: bool, learning_rate: float,
-    iterations: int,
+    model: PreTrainedModel, zero: dict[str, Any], options: PPOOptions, checkpointing: bool,
+    learning_rate: float, iterations: int,
 ) -> Any:  # fmt: skip
-    """An engine that learns for so many iterations. recomputes: this model alone has checkpointing."""
-    own = replace(options, gradient_checkpointing=options.gradient_checkpointing or recomputes)
+    """An engine that trains for `iterations`. checkpointing: gradient checkpointing of this model."""
+    own = replace(options, gradient_checkpointing=options.gradient_checkpointing or checkpointing)
     return make_engine(model, zero, own, learning_rate, iterations * options.updates_per_step)
 
 
 def load_critic(
-    options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], is_alike: bool
+    options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], same_tokenizer: bool
 ) -> PreTrainedModel:
-    """The critic before training: the first reward model, if it reads the actor's tokens, or the SFT model
-    with a zero head.
+    """The initial critic: the first reward model, if it has the actor's tokenizer; else the SFT model with a
+    zero head.
     """
-    if is_alike:
+    if same_tokenizer:
         log("critic: starts from the reward model")
         return load_scalar_model(options.reward_model_name_or_path[0], tokenizer, zero)
     has_model = bool(options.reward_model_name_or_path)
-    reason = "actor and reward model have unlike tokenizers" if has_model else "there is no reward model"
+    reason = "actor and reward model have different tokenizers" if has_model else "there is no reward model"
     log(f"critic: starts from the SFT model with a zero head, because {reason}")
     critic = load_scalar_model(options.actor_model_name_or_path, tokenizer, zero)
     initialise_head(critic, std=0.0)

@@ -1,4 +1,4 @@
-"""Scores by functions that the user writes."""
+"""User-defined reward functions: loading, calling, error reports."""
 
 import contextlib
 import importlib.util
@@ -15,9 +15,9 @@ from common.runtime.distributed import gather_objects, rank
 from common.runtime.options import UserError
 from common.runtime.process import Stopped
 
-PATIENCE = 30.0  # seconds after which a function that has not returned is named; then whenever they double
+PATIENCE = 30.0  # seconds after which a function that has not returned is reported; then at 2, 4, ... times
 SHOWN = 200  # characters of a record or a value in messages
-Given = dict[str, Sequence[Any]]  # prompts, responses, records
+Inputs = dict[str, Sequence[Any]]  # prompts, responses, records
 
 
 class FunctionError(UserError):
@@ -25,25 +25,25 @@ class FunctionError(UserError):
 
 
 class RewardFunction(NamedTuple):
-    """A function of lists of prompts, responses and records, to one number for each, and its weight."""
+    """A function from lists of prompts, responses and records to one number each, and its weight."""
 
     name: str
     call: Callable[..., Sequence[float]]
     weight: float
-    title: str  # in messages: the option that named it, and its name
+    title: str  # in messages: option and name
 
 
 def load_functions(sources: Sequence[str], option: str) -> list[RewardFunction]:
-    """Functions named as FILE.py:NAME or FILE.py:NAME:WEIGHT.
+    """Load functions given as FILE.py:NAME or FILE.py:NAME:WEIGHT.
 
-    A function is called as `name(prompts=..., responses=..., records=...)`, three lists of equal length: what
-    the records hold as prompts (strings or lists of messages), texts, and the records themselves. Raises
-    UserError when there is no such file or function, when the file fails, and for a bad weight or name.
+    A function is called as `name(prompts=..., responses=..., records=...)` with three lists of equal length:
+    prompts as in the records (strings or lists of messages), response texts, and records. Raises UserError
+    for a missing file or function, a file that fails, and a bad weight or name.
     """
     functions = [_load(source, option) for source in sources]
     names = [function.name for function in functions]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--{option}: {twice[0]} is given twice; each needs a name of its own")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--{option}: {repeated[0]} is given twice; names must differ")
     return functions
 
 
@@ -51,16 +51,16 @@ def function_scores(
     functions: Sequence[RewardFunction], prompts: Sequence[Any], responses: Sequence[str],
     records: Sequence[dict[str, Any]],
 ) -> list[list[float]]:  # fmt: skip
-    """What each of F functions says of this rank's b responses, (F, b). Every rank must call it.
+    """Scores (F, b) of this rank's b responses by F functions. Every rank must call it.
 
-    Raises FunctionError, on all ranks, naming the function and the record: when it fails, gives another
-    number of scores, or one that is not a finite number.
+    Raises FunctionError on all ranks, with the function and the record, when a function fails, returns
+    another number of scores, or a score that is not a finite number.
     """
-    given = {"prompts": prompts, "responses": responses, "records": records}
+    inputs = {"prompts": prompts, "responses": responses, "records": records}
     scores, problem = [], ""
     try:
         for function in functions:
-            scores.append(_call(function, given))
+            scores.append(_call(function, inputs))
     except UserError as error:
         problem = str(error)
     if problems := list(filter(None, gather_objects(problem))):
@@ -69,10 +69,10 @@ def function_scores(
 
 
 def _load(source: str, option: str) -> RewardFunction:
-    found = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(?::(.+))?", source)
-    if found is None:
+    match = re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)(?::(.+))?", source)
+    if match is None:
         raise UserError(f"--{option} {source}: must be FILE.py:NAME or FILE.py:NAME:WEIGHT")
-    path, name, weight = Path(found[1]), found[2], found[3] or "1"
+    path, name, weight = Path(match[1]), match[2], match[3] or "1"
     if not math.isfinite(_number(weight)):
         raise UserError(f"--{option} {source}: the weight must be a finite number, not {weight!r}")
     if not path.is_file():
@@ -89,8 +89,8 @@ def _load(source: str, option: str) -> RewardFunction:
 
 
 def _module(path: Path) -> Any:
-    """The file as a module, once; what lies beside it can be imported, but hides nothing of others."""
-    name = str(path)  # not its stem, which another module may have
+    """Import the file once. Modules beside it can be imported, but do not shadow others."""
+    name = str(path)  # unique, unlike its stem
     if name in sys.modules:
         return sys.modules[name]
     sys.path.append(str(path.parent))
@@ -104,61 +104,65 @@ def _module(path: Path) -> Any:
     return module
 
 
-def _call(function: RewardFunction, given: Given) -> list[float]:
-    """Its scores (b,) of b responses. Raises UserError."""
-    count, is_done = len(given["responses"]), threading.Event()
-    what = f"{function.title} on rank {rank()}, given {count} responses"
-    threading.Thread(target=_watch, args=(what, is_done), daemon=True).start()
+def _call(function: RewardFunction, inputs: Inputs) -> list[float]:
+    """Scores (b,) of b responses. Raises UserError."""
+    count, is_done = len(inputs["responses"]), threading.Event()
+    title = f"{function.title} on rank {rank()}, given {count} responses"
+    threading.Thread(target=_watch, args=(title, is_done), daemon=True).start()
     try:
-        return _ask(function, given) if count else []
+        return _call_and_check(function, inputs) if count else []
     except (UserError, Stopped):
         raise
     except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
-        raise UserError(f"{function.title}: {_line(error)}; {_culprit(function, given, error)}") from error
+        raise UserError(f"{function.title}: {_line(error)}; {_culprit(function, inputs, error)}") from error
     finally:
         is_done.set()
 
 
-def _ask(function: RewardFunction, given: Given) -> list[float]:
-    """Raises what the function raises, and UserError for what is not a list of so many finite numbers."""
-    found = function.call(**{name: list(values) for name, values in given.items()})
-    is_one = not hasattr(found, "__iter__") or getattr(found, "ndim", 1) == 0
-    if is_one or isinstance(found, str | bytes | dict | set):
-        raise UserError(f"{function.title}: must return a list of numbers, not {_show(found)}")
-    values, records = list(found), given["records"]  # a generator runs only here
+def _call_and_check(function: RewardFunction, inputs: Inputs) -> list[float]:
+    """Raises the function's own errors, and UserError unless it returns one finite number per record."""
+    result = function.call(**{name: list(values) for name, values in inputs.items()})
+    is_scalar = not hasattr(result, "__iter__") or getattr(result, "ndim", 1) == 0
+    if is_scalar or isinstance(result, str | bytes | dict | set):
+        raise UserError(f"{function.title}: must return a list of numbers, not {_show(result)}")
+    values, records = list(result), inputs["records"]  # a generator runs only here
     if len(values) != len(records):
         raise UserError(f"{function.title}: returned {len(values)} scores for {len(records)} responses")
     for value, record in zip(values, records, strict=True):
         if isinstance(value, str | bytes) or not math.isfinite(_number(value)):
-            said = f"{function.title}: returned {_show(value)} for record {_show(record)}"
-            raise UserError(f"{said}; it must be a finite number")
+            raise UserError(
+                f"{function.title}: returned {_show(value)} for record {_show(record)};"
+                " it must be a finite number"
+            )
     return [float(value) for value in values]
 
 
-def _culprit(function: RewardFunction, given: Given, failure: BaseException) -> str:
-    """The first record on which the function fails alike by itself, in words."""
-    for row, record in enumerate(given["records"]):
+def _culprit(function: RewardFunction, inputs: Inputs, failure: BaseException) -> str:
+    """The first record for which the function raises the same error when called with that record only."""
+    for row, record in enumerate(inputs["records"]):
         try:
-            _ask(function, {name: [values[row]] for name, values in given.items()})
+            _call_and_check(function, {name: [values[row]] for name, values in inputs.items()})
         except Stopped:
             raise
-        except BaseException as error:  # noqa: BLE001 - also what it raises only because there is one record
+        except BaseException as error:  # noqa: BLE001 - also errors due to a list of one record
             if type(error) is type(failure):
                 return f"record {_show(record)}"
-    return f"no single record makes it do so, of {len(given['records'])} at once"
+    return f"no single record of the {len(inputs['records'])} causes it"
 
 
-def _watch(what: str, is_done: threading.Event) -> None:
-    """Say, on this rank, what has not returned after PATIENCE seconds, and whenever that time has doubled."""
-    until = PATIENCE
-    while not is_done.wait(max(PATIENCE, until / 2)):
+def _watch(title: str, is_done: threading.Event) -> None:
+    """Report, on this rank, a function that has not returned after PATIENCE seconds, and each time it
+    doubles.
+    """
+    elapsed = PATIENCE
+    while not is_done.wait(max(PATIENCE, elapsed / 2)):
         with contextlib.suppress(OSError):
-            print(f"{what}: has not returned after {until:g} s; waiting", flush=True)
-        until *= 2
+            print(f"{title}: has not returned after {elapsed:g} s; waiting", flush=True)
+        elapsed *= 2
 
 
 def _number(value: Any) -> float:
-    """A value as a float; not a number when it is none, for whatever reason."""
+    """A value as a float; NaN when it cannot be converted."""
     try:
         return float(value)
     except Exception:  # noqa: BLE001 - arrays and tensors raise more than float does

@@ -1,4 +1,4 @@
-"""The record of a rollout, and how its responses are sampled."""
+"""Rollouts: sampled responses with their log-probabilities, values and scores."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,10 @@ from common.text.tokenizer import SegmentEncoder
 
 @dataclass(frozen=True)
 class Rollout:
-    """B responses with all that was measured when they were drawn; the same on every rank, in the order of
-    prompts.
+    """B responses in the order of their prompts, the same on every rank.
 
-    Token t of a response stands in column t of every (B, R) tensor; what follows the end is 0. `logprobs`,
-    `ref_logprobs` and `values` are of the state before that token is chosen.
+    Token t of a response is in column t of every (B, R) tensor; columns after its end are 0. `logprobs`,
+    `ref_logprobs` and `values` belong to the state before that token.
     """
 
     input_ids: Tensor  # (B, P + R) prompt and response without a gap, padded on the right
@@ -36,11 +35,11 @@ class Rollout:
     logprobs: Tensor  # (B, R) under the actor
     ref_logprobs: Tensor  # (B, R) under the reference
     values: Tensor  # (B, R) of the critic; 0 without one
-    last_values: Tensor  # (B,) of the critic after the last token of a response that was cut off; else 0
-    scores: Tensor  # (B,) of reward models and functions together
-    score_parts: Tensor  # (B, M + F) of each reward model, then of each function
-    support: Tensor  # (B, R, V / 8) uint8: what could be drawn, packed; (B, R, 0) where that is every token
-    computed: Tensor  # (B,) positions at which the actor was run to draw it, with padding and idle steps
+    last_values: Tensor  # (B,) of the critic after the last token of a truncated response; else 0
+    scores: Tensor  # (B,) by all reward models and functions
+    score_parts: Tensor  # (B, M + F) by each reward model, then by each function
+    support: Tensor  # (B, R, V / 8) uint8: packed mask of top-k and top-p; (B, R, 0) without them
+    computed: Tensor  # (B,) positions computed to sample it, including padding and idle steps
 
     @property
     def lengths(self) -> Tensor:
@@ -62,22 +61,22 @@ class Rollout:
         return self.input_ids[row, start : start + int(self.response_lengths[row])].tolist()
 
     def reply(self, row: int) -> list[int]:
-        """The response without the token that ended it."""
+        """The response without its end token."""
         return self.response(row)[: -1 if self.ended[row] else None]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a rollout as a model reads them, cut to the longest of them."""
+    """A micro-batch of a rollout, padded to its longest row."""
 
     input_ids: Tensor  # (b, T) padded on the right
-    positions: Tensor  # (b, T) bool: the states before the N response tokens
-    labels: Tensor  # (N,) those tokens
-    support: Tensor  # (N, V / 8) what could be drawn in their place, packed, or (N, 0)
+    positions: Tensor  # (b, T) bool: states before the N response tokens
+    labels: Tensor  # (N,) the response tokens
+    support: Tensor  # (N, V / 8) packed mask of top-k and top-p, or (N, 0)
 
 
 def take_rows(rollout: Rollout, rows: Sequence[int]) -> Rows:
-    """Cut the rows out of a rollout, without the padding that only longer rows need."""
+    """Select rows of a rollout and remove padding that none of them needs."""
     index = torch.tensor(rows, device=rollout.input_ids.device)
     prompts, responses = rollout.prompt_lengths[index], rollout.response_lengths[index]
     width = int((prompts + responses).max())
@@ -88,22 +87,22 @@ def take_rows(rollout: Rollout, rows: Sequence[int]) -> Rows:
 
 
 def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-    """Where the state before each response token is, from the prompt's last token on: (B, width) bool."""
+    """Mask (B, width) of the states before each response token; the first is the prompt's last token."""
     column = torch.arange(width, device=prompt_lengths.device)
     first = (prompt_lengths - 1)[:, None]
     return (column >= first) & (column < first + response_lengths[:, None])
 
 
 class PolicyPass(NamedTuple):
-    """What a policy says of the N response tokens of some rows."""
+    """Result of a forward pass over the N response tokens of some rows."""
 
-    logprobs: Tensor  # (N,) among what could be drawn in their place
-    logits: Tensor  # (N, V) behind them, of the V tokens that the tokenizer has
-    balance: Tensor  # () what a mixture of experts adds to the loss, times the tokens of the rows; else 0
+    logprobs: Tensor  # (N,) after temperature, top-k and top-p
+    logits: Tensor  # (N, V) of the V tokens of the tokenizer
+    balance: Tensor  # () load-balancing loss of a mixture of experts, times the tokens of the rows; else 0
 
 
 def policy_pass(model: torch.nn.Module, rows: Rows, temperature: float) -> PolicyPass:
-    """A forward pass of an actor or a reference."""
+    """Forward pass of the actor or the reference."""
     logits, balance = logits_and_balance(model, rows.input_ids, rows.positions)
     logits = restrict(logits[:, : base_model(model).num_tokens], rows.support)
     return PolicyPass(label_logprobs(logits, rows.labels, temperature), logits, balance)
@@ -114,24 +113,24 @@ def sample_rollout(
     policy: Any, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions, step: int,
     title: str = "",
 ) -> Rollout:  # fmt: skip
-    """Respond to the prompts, every rank to a part of them; all but tokens and `logprobs` is left at 0.
+    """Sample a response to each prompt, each rank a part of them. Fills tokens and `logprobs`; the rest is 0.
 
-    step: together with the seed and the row's number it decides what is sampled. The number of prompts must
-    be a multiple of the number of ranks. title: of progress lines; none: be silent.
+    step: with the seed and the row number, it determines the random numbers. The number of prompts must be a
+    multiple of the number of ranks. title: of progress lines; none when empty.
     """
     ids = [prompt.ids for prompt in prompts]
-    mine = prompts_of_rank(ids)
-    responses = generate(policy, encoder, ids, mine, options, step, title)
-    return assemble(prompts, mine, responses, encoder.tokenizer.pad_token_id)
+    rank_rows = prompts_of_rank(ids)
+    responses = generate(policy, encoder, ids, rank_rows, options, step, title)
+    return assemble(prompts, rank_rows, responses, encoder.tokenizer.pad_token_id)
 
 
 def assemble(
-    prompts: Sequence[Prompt], mine: Sequence[int], responses: Responses, pad_token_id: int
+    prompts: Sequence[Prompt], rank_rows: Sequence[int], responses: Responses, pad_token_id: int
 ) -> Rollout:
-    """The whole rollout on every rank: each fills in its own rows, and the sum over ranks has them all."""
+    """Gather the responses of all ranks into one rollout, the same on every rank."""
     fields = responses._replace(ended=responses.ended.long())
-    shared = (gather_rows(field, mine, len(prompts)) for field in fields)
-    ids, lengths, ended, logprobs, support, computed = shared
+    gathered = (gather_rows(field, rank_rows, len(prompts)) for field in fields)
+    ids, lengths, ended, logprobs, support, computed = gathered
     logprobs, support = (part[:, : int(lengths.max())] for part in (logprobs, support))
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
@@ -151,7 +150,7 @@ def assemble(
 
 
 def minibatches(rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:
-    """Row numbers of each minibatch of each epoch: every epoch a new order, the same on every rank."""
+    """Row indices of each minibatch; each epoch has a new order, the same on every rank."""
     for epoch in range(epochs):
         order = np.random.default_rng((seed, 2, step, epoch)).permutation(rows).tolist()
         for start in range(0, rows, size):

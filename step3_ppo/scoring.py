@@ -1,4 +1,4 @@
-"""Everything that the models say of sampled responses: log-probabilities, values and scores."""
+"""Scoring of a rollout: log-probabilities, values and scores."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -27,23 +27,22 @@ from step3_ppo.rollout import PolicyPass, Rollout, minibatches, policy_pass, tak
 
 @dataclass
 class FirstPass:
-    """Forward passes over this rank's first micro-batch of the first minibatch, made with gradients.
+    """Forward passes with gradients over this rank's first micro-batch of the first minibatch.
 
-    What they say is a part of the rollout, and the update begins with their gradients: the weights are the
-    same, so the pass is made once. None: that model has still to make it. Taking a pass removes it, so that
-    its memory is free as soon as its gradients are known.
+    Scoring and the first update use the same weights, so these passes serve both. None: no such pass. Taking
+    a pass removes it, so that its memory is freed after the backward pass.
     """
 
     policy: PolicyPass | None = None  # of the actor
     values: Tensor | None = None  # (N,) of the critic
 
     def take_policy(self) -> PolicyPass | None:
-        taken, self.policy = self.policy, None
-        return taken
+        policy, self.policy = self.policy, None
+        return policy
 
     def take_values(self) -> Tensor | None:
-        taken, self.values = self.values, None
-        return taken
+        values, self.values = self.values, None
+        return values
 
 
 @torch.no_grad()
@@ -51,15 +50,15 @@ def score_rollout(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions,
     step: int | None = None, title: str = "",
 ) -> tuple[Rollout, FirstPass]:  # fmt: skip
-    """Have every model and function read the responses, each rank a part of them.
+    """Compute log-probabilities, values and scores of the responses, each rank a part of them.
 
-    step: the iteration whose update follows; None measures all but values, for no update. title: of
-    the progress lines of the reward models, none: be silent.
+    step: the iteration whose update follows; None for an evaluation, which needs no values. title: of the
+    progress lines of the reward models; none when empty.
     """
     models.actor.eval()
     if models.critic:
         models.critic.eval()
-    rest, first = _my_batches(rollout, options, step)
+    rest, first = _rank_batches(rollout, options, step)
     batches = [*rest, first] if first else rest
     first_pass = FirstPass()
 
@@ -68,89 +67,91 @@ def score_rollout(
 
     with models.reference_model() as reference:
         parts = [read(reference, batch).logprobs for batch in batches]
-        found = {"ref_logprobs": _placed(rollout, batches, parts)}
-    mine = sum(batches, [])
+        fields = {"ref_logprobs": _scatter(rollout, batches, parts)}
+    rank_rows = sum(batches, [])
     size = options.generation_batch_size
-    found["scores"], found["score_parts"] = score_responses(
-        models.scorer, models.encoder, prompts, rollout, mine, size, title
+    fields["scores"], fields["score_parts"] = score_responses(
+        models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
     )
     if next(models.actor.module.parameters()).dtype != torch.float32:
-        # In 16 bits, generation with a cache rounds otherwise than the update's forward pass: measure as the
-        # update does.
-        is_kept = bool(first) and step > options.critic_warmup_steps
-        parts = [read(models.actor, batch).logprobs for batch in (rest if is_kept else batches)]
-        if is_kept:
-            with _as_in_update(models.actor):
+        # In 16 bits, generation with a KV cache rounds differently from the update's forward pass. Recompute
+        # the log-probabilities as the update does.
+        reuse = bool(first) and step > options.critic_warmup_steps
+        parts = [read(models.actor, batch).logprobs for batch in (rest if reuse else batches)]
+        if reuse:
+            with _training_mode(models.actor):
                 first_pass.policy = read(models.actor, first)
             parts.append(first_pass.policy.logprobs.detach())
-        found["logprobs"] = _placed(rollout, batches, parts)
+        fields["logprobs"] = _scatter(rollout, batches, parts)
     if first and models.critic:
         passes = [_value_pass(models.critic, rollout, batch, options) for batch in rest]
-        with _as_in_update(models.critic):
+        with _training_mode(models.critic):
             first_pass.values, last = _value_pass(models.critic, rollout, first, options)
         passes.append((first_pass.values.detach(), last.detach()))
-        found["values"] = _placed(rollout, batches, [values for values, _ in passes])
-        found["last_values"] = gather_rows(torch.cat([last for _, last in passes]), mine, len(prompts))
-    return replace(rollout, **found), first_pass
+        fields["values"] = _scatter(rollout, batches, [values for values, _ in passes])
+        fields["last_values"] = gather_rows(torch.cat([last for _, last in passes]), rank_rows, len(prompts))
+    return replace(rollout, **fields), first_pass
 
 
 @torch.no_grad()
 def score_responses(
-    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
-    batch_size: int, title: str = "",
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
+    rank_rows: Sequence[int], batch_size: int, title: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The score of each response, (B,), and its parts: of each reward model, then each function, (B, M + F).
+    """The score of each response (B,), and its parts by each reward model, then each function (B, M + F).
 
-    encoder: of the policy; mine: the rows that this rank asks for, of all that are shared out; title: of
-    progress lines, none: be silent.
+    encoder: of the policy. rank_rows: the rows that this rank scores. title: of progress lines; none when
+    empty.
     """
-    parts = [*_member_scores(scorer, encoder, prompts, rollout, mine, batch_size, title)]
-    parts += [*_function_scores(scorer, encoder, prompts, rollout, mine)]
-    whole = gather_rows(torch.stack(parts, 1), mine, len(prompts))  # (B, M + F)
-    of_members, of_functions = whole[:, : len(scorer.rewards)], whole[:, len(scorer.rewards) :]
-    scores = of_functions @ whole.new_tensor([function.weight for function in scorer.functions])
-    return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores, whole
+    rank_parts = [*_member_scores(scorer, encoder, prompts, rollout, rank_rows, batch_size, title)]
+    rank_parts += [*_function_scores(scorer, encoder, prompts, rollout, rank_rows)]
+    parts = gather_rows(torch.stack(rank_parts, 1), rank_rows, len(prompts))  # (B, M + F)
+    of_members, of_functions = parts[:, : len(scorer.rewards)], parts[:, len(scorer.rewards) :]
+    scores = of_functions @ parts.new_tensor([function.weight for function in scorer.functions])
+    return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores, parts
 
 
 def _value_pass(
     critic: Any, rollout: Rollout, batch: list[int], options: PPOOptions
 ) -> tuple[Tensor, Tensor]:
-    """Values (N,) before each response token, and (b,) after the last one where --bootstrap_truncated wants
-    it, else 0.
+    """Values (N,) before each response token, and (b,) after the last token of truncated responses with
+    --bootstrap_truncated, else 0.
     """
     rows = take_rows(rollout, batch)
-    wanted = ~rollout.ended[batch] & options.bootstrap_truncated  # (b,)
+    bootstrap = ~rollout.ended[batch] & options.bootstrap_truncated  # (b,)
     prompts, responses = rollout.prompt_lengths[batch], rollout.response_lengths[batch]
-    after = last_positions(prompts + responses, rows.input_ids.shape[1]) & wanted[:, None]  # (b, T)
+    after = last_positions(prompts + responses, rows.input_ids.shape[1]) & bootstrap[:, None]  # (b, T)
     positions = rows.positions | after
     values = token_scores(critic, rows.input_ids, positions)
     is_after = after[positions]
-    last = torch.zeros(len(batch), device=values.device).masked_scatter(wanted, values[is_after].detach())
+    last = torch.zeros(len(batch), device=values.device).masked_scatter(bootstrap, values[is_after].detach())
     return values[~is_after], last
 
 
-def _my_batches(rollout: Rollout, options: PPOOptions, step: int | None) -> tuple[list[list[int]], list[int]]:
-    """This rank's rows in batches of like length, and apart from them its first micro-batch of the update."""
+def _rank_batches(
+    rollout: Rollout, options: PPOOptions, step: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """This rank's rows in batches of similar length, and its first micro-batch of the update separately."""
     lengths, micro = rollout.lengths.tolist(), options.micro_batch_size
     first: list[list[int]] = [[] for _ in range(world_size())]
     if step is not None:
         minibatch = next(minibatches(len(lengths), options.global_batch_size, 1, options.seed, step))
         first = [deal(minibatch, lengths, micro, r, world_size())[0] for r in range(world_size())]
     rest = sorted(set(range(len(lengths))) - {row for rows in first for row in rows}, key=lengths.__getitem__)
-    mine, size = rest[rank() :: world_size()], options.generation_batch_size
-    return [mine[start : start + size] for start in range(0, len(mine), size)], first[rank()]
+    rank_rows, size = rest[rank() :: world_size()], options.generation_batch_size
+    return [rank_rows[start : start + size] for start in range(0, len(rank_rows), size)], first[rank()]
 
 
 @contextlib.contextmanager
-def _as_in_update(engine: Any) -> Iterator[None]:
-    """Passes keep what their gradients need, by recomputation where that is chosen."""
+def _training_mode(engine: Any) -> Iterator[None]:
+    """Forward passes with gradients, and with gradient checkpointing if it is on."""
     engine.train()
     with torch.enable_grad():
         yield
 
 
-def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
-    """The (N,) numbers of each batch at their tokens' places, those of all ranks together: (B, R)."""
+def _scatter(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
+    """Per-token numbers (N,) of each batch, scattered to (B, R) and summed over ranks."""
     mask = rollout.response_mask
     result = torch.zeros(mask.shape, device=mask.device)
     for batch, part in zip(batches, parts, strict=True):
@@ -162,54 +163,55 @@ def _placed(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tens
 
 
 def _function_scores(
-    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int]
-) -> Tensor:
-    """What each of F functions of the user says of this rank's b rows: (F, b)."""
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
+    rank_rows: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Scores (F, b) of this rank's b rows by F reward functions."""
     if not scorer.functions:
         return torch.zeros(0)
-    texts = [encoder.decode_response(rollout.prompt(row), rollout.reply(row)) for row in mine]
-    records = [prompts[row].record for row in mine]
-    said = function_scores(scorer.functions, [find_prompt(record) for record in records], texts, records)
-    return torch.tensor(said, device=device())
+    texts = [encoder.decode_response(rollout.prompt(row), rollout.reply(row)) for row in rank_rows]
+    records = [prompts[row].record for row in rank_rows]
+    scores = function_scores(scorer.functions, [find_prompt(record) for record in records], texts, records)
+    return torch.tensor(scores, device=device())
 
 
 def _member_scores(
-    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout, mine: Sequence[int],
-    batch_size: int, title: str,
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
+    rank_rows: Sequence[int], batch_size: int, title: str,
 ) -> Tensor:  # fmt: skip
-    """What each of M reward models says of this rank's b rows: (M, b)."""
+    """Scores (M, b) of this rank's b rows by M reward models."""
     inputs = {
-        e: [_scored_ids(e, encoder, prompts[row], rollout, row) for row in mine]
+        e: [_scored_ids(e, encoder, prompts[row], rollout, row) for row in rank_rows]
         for e in {member.encoder for member in scorer.rewards}
     }
     return member_scores(scorer.rewards, inputs, batch_size, title)
 
 
 def _scored_ids(
-    encoder: SegmentEncoder, of_policy: SegmentEncoder, prompt: Prompt, rollout: Rollout, row: int
+    encoder: SegmentEncoder, policy_encoder: SegmentEncoder, prompt: Prompt, rollout: Rollout, row: int
 ) -> list[int]:
-    """One prompt and response in a reward model's own tokens, with the end that replies have in its training
-    data, up to EOS, where the score is read. A response that was cut off gets that end too, for scoring only:
-    the reward model has never learnt to score elsewhere.
+    """Prompt and response in the reward model's tokens, closed as in its training data, up to EOS, where the
+    score is read. A truncated response is closed too, for scoring only: the reward model has not been trained
+    to score anywhere else.
     """
     ids, source = rollout.prompt(row), find_prompt(prompt.record)
-    if encoder is of_policy:
+    if encoder is policy_encoder:
         closing = closing_ids(encoder, is_conversation=not isinstance(source, str))
         return ids + close(rollout.response(row), bool(rollout.ended[row]), closing)
-    text = of_policy.decode_response(ids, rollout.reply(row))
+    text = policy_encoder.decode_response(ids, rollout.reply(row))
     if not isinstance(source, str):
-        text = text.strip()  # its own template decides about the space before a message
+        text = text.strip()  # the reward model's template adds the space before a message
     segments = dialogue_segments(source, text, encoder.render, encoder.tokenizer.eos_token)
     return encoder.encode(segments)[0]
 
 
 @cache
 def closing_ids(encoder: SegmentEncoder, is_conversation: bool) -> list[int]:
-    """What follows a reply in training data: EOS, in a conversation after what the chat template writes."""
+    """Tokens that follow a reply in training data: the end of turn of the chat template, if any, and EOS."""
     closing = Segment("", is_response=True, ends=True)
     if is_conversation:
         question = [{"role": "user", "content": PROBE}]
-        with contextlib.suppress(ValueError):  # of a template that wants more than a question and a reply
+        with contextlib.suppress(ValueError):  # a template that refuses a single question and reply
             reply = dialogue_segments(question, PROBE, encoder.render, encoder.tokenizer.eos_token)[-1]
             closing = reply._replace(text=reply.text.partition(PROBE)[2])
     ids, is_closing = encoder.encode([Segment(""), closing])
@@ -217,8 +219,8 @@ def closing_ids(encoder: SegmentEncoder, is_conversation: bool) -> list[int]:
 
 
 def close(response: list[int], has_ended: bool, closing: list[int]) -> list[int]:
-    """The response with `closing` at its end. What it has of that already is not repeated; another token that
-    ended it gives way.
+    """Append `closing` to the response, without the part that it already ends with. Another end token is
+    replaced.
     """
     for size in range(len(closing), 0, -1):
         if response[-size:] == closing[:size]:

@@ -1,4 +1,4 @@
-"""Advantage estimators, against other implementations and closed forms."""
+"""Advantage estimators, compared with other implementations and closed forms."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ MASK = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
 
 
 def random_case() -> tuple[torch.Tensor, torch.Tensor]:
-    """Rewards and values, with garbage where the mask is false."""
+    """Rewards and values, with large values outside the mask."""
     rewards, values = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     return torch.where(MASK, rewards, 1e3), torch.where(MASK, values, -1e3)
 
@@ -39,12 +39,12 @@ def test_advantages_match_the_reference(reference, name):
 def test_lambda_one_is_the_sum_of_future_rewards_minus_the_value():
     rewards, values = random_case()
     advantages, returns = generalised_advantages(rewards, values, MASK, gamma=1.0, gae_lambda=1.0)
-    to_come = (rewards * MASK).flip(1).cumsum(1).flip(1)
-    assert_close(advantages, (to_come - values) * MASK)
-    assert_close(returns, to_come * MASK)
+    expected = (rewards * MASK).flip(1).cumsum(1).flip(1)
+    assert_close(advantages, (expected - values) * MASK)
+    assert_close(returns, expected * MASK)
 
 
-def test_lambda_zero_is_the_one_step_error():
+def test_lambda_zero_is_the_one_step_td_error():
     rewards, values = random_case()
     advantages, _ = generalised_advantages(rewards, values, MASK, gamma=0.9, gae_lambda=0.0)
     for row, length in enumerate(MASK.sum(1).tolist()):
@@ -65,41 +65,41 @@ def test_definition_as_a_double_sum():
         assert_close(returns[row, :length], torch.tensor(expected) + values[row, :length])
 
 
-def test_after_a_response_that_was_cut_off_comes_the_critics_value():
-    """As if the value had been a further reward, discounted once, with a terminal state behind it."""
+def test_last_values_bootstrap_truncated_responses():
+    """Same as a last reward increased by the discounted value."""
     rewards, values = random_case()
     last = torch.tensor([0.7, 0.0, -1.3])
-    found, returns = generalised_advantages(rewards, values, MASK, 0.9, 0.8, last)
-    paid = rewards.clone()
-    paid[torch.arange(3), MASK.sum(1) - 1] += 0.9 * last
-    advantages, _ = generalised_advantages(paid, values, MASK, 0.9, 0.8)
-    assert_close(found, advantages)
-    assert_close(returns, (advantages + values) * MASK)
+    advantages, returns = generalised_advantages(rewards, values, MASK, 0.9, 0.8, last)
+    increased = rewards.clone()
+    increased[torch.arange(3), MASK.sum(1) - 1] += 0.9 * last
+    expected, _ = generalised_advantages(increased, values, MASK, 0.9, 0.8)
+    assert_close(advantages, expected)
+    assert_close(returns, (expected + values) * MASK)
 
 
 def test_leave_one_out_matches_the_reference(reference):
     case = reference("rloo.advantages.default")
-    found = leave_one_out_advantages(case.outputs.total_rewards, case.params.num_generations)
-    assert_close(found, case.outputs.advantages)
+    advantages = leave_one_out_advantages(case.outputs.total_rewards, case.params.num_generations)
+    assert_close(advantages, case.outputs.advantages)
 
 
-def test_reinforce_is_what_is_to_come_less_the_baseline():
+def test_reinforce_is_the_return_minus_the_baseline():
     rewards, _ = random_case()
-    found = reinforce_advantages(rewards, MASK, gamma=0.9, baseline=0.25)
+    advantages = reinforce_advantages(rewards, MASK, gamma=0.9, baseline=0.25)
     for row, length in enumerate(MASK.sum(1).tolist()):
         for t in range(length):
-            to_come = sum(0.9 ** (k - t) * rewards[row, k].item() for k in range(t, length))
-            assert found[row, t].item() == pytest.approx(to_come - 0.25, rel=1e-5)
-    assert not found[~MASK].any()
-    assert_close(discounted_sums(rewards * MASK, 0.9)[:, 0] - 0.25, found[:, 0])
+            expected = sum(0.9 ** (k - t) * rewards[row, k].item() for k in range(t, length))
+            assert advantages[row, t].item() == pytest.approx(expected - 0.25, rel=1e-5)
+    assert not advantages[~MASK].any()
+    assert_close(discounted_sums(rewards * MASK, 0.9)[:, 0] - 0.25, advantages[:, 0])
 
 
 def test_reinforce_pp_whitens_over_all_tokens():
     rewards, _ = random_case()
-    found = whitened_returns(rewards, MASK, gamma=1.0)
-    to_come = (rewards * MASK).double().flip(1).cumsum(1).flip(1)[MASK].numpy()
-    expected = (to_come - to_come.mean()) / to_come.std(ddof=1)
-    assert_close(found[MASK].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
+    advantages = whitened_returns(rewards, MASK, gamma=1.0)
+    returns = (rewards * MASK).double().flip(1).cumsum(1).flip(1)[MASK].numpy()
+    expected = (returns - returns.mean()) / returns.std(ddof=1)
+    assert_close(advantages[MASK].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_groups_by_hand():

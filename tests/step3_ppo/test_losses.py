@@ -1,4 +1,4 @@
-"""The losses of PPO and their gradients, against another implementation and closed forms."""
+"""The losses of PPO and their gradients, compared with another implementation and closed forms."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_value_loss_matches_the_reference(reference):
     assert_close(case.outputs.pg_loss + case.params.vf_coef * loss, case.outputs.loss)
 
 
-def test_the_first_update_has_ratio_one_and_the_policy_gradient():
+def test_first_update_has_ratio_one_and_the_policy_gradient():
     logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     advantages = torch.tensor([1.0, -2.0, 0.5])
     result = policy_loss(logprobs, logprobs.detach(), advantages, clip_range=0.2, dual_clip=3.0)
@@ -53,12 +53,12 @@ def test_the_first_update_has_ratio_one_and_the_policy_gradient():
     [
         (2.0, -1.0, 2.0, 2.0),  # below the bound: the plain surrogate
         (5.0, -1.0, 3.0, 0.0),  # beyond it: -c A, and no gradient
-        (5.0, 1.0, -1.2, 0.0),  # a good token has the ordinary clip
+        (5.0, 1.0, -1.2, 0.0),  # positive advantage: the ordinary clip
         (0.5, -1.0, 0.8, 0.0),
         (0.5, 1.0, -0.5, -0.5),
     ],
 )
-def test_dual_clip_bounds_a_bad_token(ratio, advantage, loss, gradient):
+def test_dual_clip_bounds_the_loss_of_negative_advantages(ratio, advantage, loss, gradient):
     logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
     result = policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), clip_range=0.2, dual_clip=3.0)
     result.loss.backward()
@@ -66,12 +66,12 @@ def test_dual_clip_bounds_a_bad_token(ratio, advantage, loss, gradient):
     assert_close(logprobs.grad, torch.tensor([gradient]))
 
 
-def test_without_dual_clip_a_bad_token_is_not_bounded():
+def test_without_dual_clip_the_loss_is_not_bounded():
     result = policy_loss(torch.tensor([math.log(5.0)]), torch.zeros(1), torch.tensor([-1.0]), 0.2)
     assert_close(result.loss, torch.tensor([5.0]))
 
 
-def test_an_absurd_ratio_does_not_become_inf():
+def test_extreme_ratio_stays_finite():
     logprobs = torch.tensor([0.0, -500.0], requires_grad=True)
     result = policy_loss(logprobs, torch.tensor([-500.0, 0.0]), torch.tensor([-1.0, -1.0]), clip_range=0.2)
     result.loss.sum().backward()
@@ -82,26 +82,26 @@ def test_an_absurd_ratio_does_not_become_inf():
 def test_value_clip_closed_form():
     values, old, returns = torch.tensor([1.0, 0.1, 1.0]), torch.zeros(3), torch.tensor([0.0, 1.0, 2.0])
     result = value_loss(values, old, returns, clip_range=0.2)
-    # First: the value itself is further off. Second: within the range. Third: kept at 0.2, far from 2.
+    # First: the unclipped error is larger. Second: within the range. Third: clipped to 0.2, far from 2.
     assert_close(result.loss, torch.tensor([0.5, 0.5 * 0.9**2, 0.5 * 1.8**2]))
     assert result.clipped.tolist() == [False, False, True]
 
 
-def test_kl_losses_are_those_of_their_names():
-    """Over all tokens of a distribution, weighted as they are drawn: k2 has KL's gradient, k3 its value."""
+def test_kl_losses_match_the_exact_kl():
+    """In expectation over a distribution: k2 has the gradient of the KL divergence, k3 its value."""
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
     ref_logprobs = torch.tensor([0.1, 0.5, -0.7, 1.0], dtype=torch.float64).log_softmax(0)
     logprobs = logits.log_softmax(0)
     exact = torch.nn.functional.kl_div(ref_logprobs, logprobs, reduction="sum", log_target=True)
-    drawn = logprobs.detach().exp()
+    weights = logprobs.detach().exp()
     k2, k3 = (kl_loss(logprobs, ref_logprobs, name) for name in ("k2", "k3"))
     (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    assert_close(torch.autograd.grad((drawn * k2).sum(), logits, retain_graph=True)[0], expected)
-    assert_close((drawn * k3).sum(), exact)
+    assert_close(torch.autograd.grad((weights * k2).sum(), logits, retain_graph=True)[0], expected)
+    assert_close((weights * k3).sum(), exact)
     assert (k3 > 0).all() and torch.equal(k2, 0.5 * (logprobs - ref_logprobs) ** 2)
 
 
-def test_a_kl_loss_of_an_absurd_token_is_finite():
+def test_kl_loss_of_an_extreme_token_is_finite():
     logprobs = torch.tensor([-800.0], requires_grad=True)
     loss = kl_loss(logprobs, torch.zeros(1), "k3")
     loss.backward()

@@ -1,4 +1,4 @@
-"""How the models of PPO are held."""
+"""Where the models of PPO are in memory."""
 
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from tests.stages import (
 SHOWN = ["reward/mean", "kl/mean", "policy/loss", "value/loss", "eval/score"]
 
 
-def recomputes(model: torch.nn.Module) -> bool:
+def has_checkpointing(model: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def test_frozen_models_are_on_the_device_while_they_score(
+def test_offloaded_models_are_on_the_device_while_they_score(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """float64 stands for another device while models are made, as in common/test_ensemble.py; then the run
-    goes on as any other. The critic alone recomputes.
+    """float64 stands for another device while models are built, as in common/model/test_ensemble.py. The run
+    has the metrics of one without offload. Only the critic has gradient checkpointing.
     """
 
     def build(*words):
@@ -41,7 +41,7 @@ def test_frozen_models_are_on_the_device_while_they_score(
                     tensors = [*model.parameters(), *model.buffers()]
                     assert {tensor.dtype for tensor in tensors} == {torch.float64}
                 assert torch.float64 not in {tensor.dtype for tensor in tensors}
-        assert recomputes(models.critic) and not recomputes(models.actor)
+        assert has_checkpointing(models.critic) and not has_checkpointing(models.actor)
         return models
 
     monkeypatch.setattr(step3_ppo.main, "build_models", build)
@@ -52,16 +52,16 @@ def test_frozen_models_are_on_the_device_while_they_score(
         assert metrics(tmp_path / "out", name) == metrics(run / "ppo", name)
 
 
-def test_partitions_of_frozen_models_wait_too(
+def test_partitions_of_frozen_models_are_offloaded(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """At ZeRO-3 DeepSpeed fetches them, layer by layer; those of trained models are left to the JSON."""
+    """At ZeRO-3, frozen models are offloaded; trained ones only if the JSON says so."""
 
     def build(*words):
         models = build_models(*words)
         with models.scorer.rewards[0].ready() as reward:
-            kept = [model.zero_offload_param() is None for model in (models.actor, models.reference, reward)]
-        assert kept == [True, False, False]
+            engines = models.actor, models.reference, reward
+            assert [engine.zero_offload_param() is None for engine in engines] == [True, False, False]
         return models
 
     monkeypatch.setattr(step3_ppo.main, "build_models", build)

@@ -1,4 +1,4 @@
-"""Functions of the user: what they may return, how they fail, and how a run goes on when they are mended."""
+"""User-defined reward functions: return values, failures, and resuming a run after a failure."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ RECORDS = [{"prompt": str(row)} for row in range(4)]
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders that become importable in a test are forgotten after it."""
+    """Restore sys.path after each test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
@@ -29,9 +29,9 @@ def score(folder: Path, body: str, count: int = 4) -> list[float]:
     file = folder / "one.py"
     head = "import asyncio, statistics, sys, time\nimport numpy as np, torch\n"
     file.write_text(f"{head}def f(prompts, responses, records):\n    {body}\n")
-    (found,) = load_functions([f"{file}:f"], "reward_function")
+    (function,) = load_functions([f"{file}:f"], "reward_function")
     prompts = [record["prompt"] for record in RECORDS[:count]]
-    (scores,) = function_scores([found], prompts, prompts, RECORDS[:count])
+    (scores,) = function_scores([function], prompts, prompts, RECORDS[:count])
     return scores
 
 
@@ -55,10 +55,10 @@ HOLE = "{'2': {}}.get(r['prompt'], {'limit': float(r['prompt'])})['limit'] for r
 OF_SECOND = 'for record {"prompt": "2"}; it must be a finite number'
 PROBLEMS = {
     f"x = [{HOLE}]; s = statistics.stdev(x); return x": 'KeyError: \'limit\'; record {"prompt": "2"}',
-    f"statistics.stdev(map(float, prompts)); return [{HOLE}]": "KeyError: 'limit'; no single record makes",
+    f"statistics.stdev(map(float, prompts)); return [{HOLE}]": "KeyError: 'limit'; no single record of the 4",
     f"return ({HOLE})": 'KeyError: \'limit\'; record {"prompt": "2"}',
     "return (int('x' * (p == '2') or p) for p in prompts)": "ValueError: invalid literal for int()",
-    "if len(records) > 1: raise OSError('slow\\n down')": "OSError: slow down; no single record makes",
+    "if len(records) > 1: raise OSError('slow\\n down')": "OSError: slow down; no single record of the 4",
     "sys.exit(0)": 'SystemExit: 0; record {"prompt": "0"}',
     "raise asyncio.CancelledError": "CancelledError; record",
     "return [None if p == '2' else 1 for p in prompts]": f"returned None {OF_SECOND}",
@@ -74,7 +74,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("body", PROBLEMS)
-def test_a_problem_is_one_line_that_names_the_record(body, tmp_path):
+def test_problem_is_one_line_with_the_record(body, tmp_path):
     with pytest.raises(UserError) as error:
         score(tmp_path, body)
     assert str(error.value).startswith("--reward_function f: ")
@@ -90,8 +90,8 @@ def test_weights(tmp_path):
             load_functions([f"{tmp_path}/one.py:f{text}"], "reward_function")
 
 
-def test_a_file_is_a_module_with_its_neighbours(tmp_path):
-    """Two files of one name live side by side, a neighbour is found, and one named as ours hides nothing."""
+def test_file_can_import_its_neighbours(tmp_path):
+    """Two files of the same name do not collide, and a neighbour called `common` does not shadow ours."""
     for number, name in enumerate(("one", "two")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scores.py").write_text(f"""
@@ -107,27 +107,26 @@ def {name}(prompts, responses, records):
 """)
         (tmp_path / name / f"neighbour_{name}.py").write_text("MORE = 0.5")
         (tmp_path / name / "common.py").write_text("raise AssertionError")
-    found = load_functions(
-        [f"{tmp_path}/{name}/scores.py:{name}" for name in ("one", "two")], "gold_function"
-    )
-    assert function_scores(found, RECORDS, ["a"] * 4, RECORDS) == [[0.5] * 4, [1.5] * 4]
+    sources = [f"{tmp_path}/{name}/scores.py:{name}" for name in ("one", "two")]
+    functions = load_functions(sources, "gold_function")
+    assert function_scores(functions, RECORDS, ["a"] * 4, RECORDS) == [[0.5] * 4, [1.5] * 4]
 
 
 @pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "1 / 0", "def"])
-def test_a_file_that_fails_is_named_each_time(line, tmp_path):
+def test_failing_file_is_reported_each_time(line, tmp_path):
     (tmp_path / "one.py").write_text(line)
     for _ in range(2):
         with pytest.raises(UserError, match=r"one\.py: (SystemExit: 0|ZeroDivisionError|SyntaxError)"):
             load_functions([f"{tmp_path}/one.py:f"], "reward_function")
 
 
-def test_a_function_that_blocks_is_named_by_its_rank_at_growing_intervals(tmp_path, monkeypatch, capsys):
+def test_blocking_function_is_reported_at_growing_intervals(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setattr(module, "PATIENCE", 0.1)
     assert score(tmp_path, "time.sleep(0.6); return [1.0] * 4") == [1.0] * 4
-    what = "--reward_function f on rank 3, given 4 responses: has not returned after"
-    said = [f"{what} {seconds} s; waiting" for seconds in ("0.1", "0.2", "0.4")]
-    assert capsys.readouterr().out.splitlines()[:3] == said
+    start = "--reward_function f on rank 3, given 4 responses: has not returned after"
+    expected = [f"{start} {seconds} s; waiting" for seconds in ("0.1", "0.2", "0.4")]
+    assert capsys.readouterr().out.splitlines()[:3] == expected
     time.sleep(0.4)
     assert not capsys.readouterr().out
 
@@ -151,7 +150,7 @@ def fail(name, at):
     if name == BROKEN and calls[name] >= at and os.environ["RANK"] == "1":
         raise RuntimeError("no answer")
 """
-# The reward in the third step; gold in the evaluation after the second, and after the last.
+# The reward function fails in step 3; the gold function in the evaluation after step 2, or after the last.
 CASES = {"score": ["--eval_fraction", "0"], "judge": ["--eval_steps", "1"], "last": ["--eval_steps", "2"]}
 
 
@@ -168,15 +167,15 @@ def functions(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_goes_on_when_its_function_is_mended(case, world, run, functions, tmp_path):
-    """With the same bytes as one whose function never failed, and nothing lost but the step that failed."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_run_resumes_after_the_function_is_fixed(case, world, run, functions, tmp_path):
+    """It writes the same bytes as a run without the failure; only the failed step is lost."""
+    uninterrupted, parts = tmp_path / "uninterrupted", tmp_path / "parts"
     more = [*CASES[case], "--reward_function", f"{functions}:score:1e-1", "--ema_decay", "0.5"]
     more += ["--normalise_scores", "--ptx_data", str(world / "demonstrations.jsonl")]
     if case != "score":
         more += ["--gold_function", f"{functions}:judge", "--best_metric", "eval/gold"]
     start = run / "sft/final", run / "reward/final"
-    succeed("step3_ppo.main", [*ppo(world, *start, whole, 4), *more], tmp_path, 2)
+    succeed("step3_ppo.main", [*ppo(world, *start, uninterrupted, 4), *more], tmp_path, 2)
     functions.write_text(broken("score" if case == "score" else "judge"))
     options = [*ppo(world, *start, parts, 4), *more]
     failed = run_stage("step3_ppo.main", options, tmp_path, 2)
@@ -188,15 +187,15 @@ def test_a_run_goes_on_when_its_function_is_mended(case, world, run, functions, 
     assert line.endswith(f"with its file corrected, the same command goes on after step {step}")
     assert (parts / f"checkpoints/step_{step:06}/manifest.json").exists()
 
-    functions.write_text(broken("") + "# mended")
-    going_on = run_stage("step3_ppo.main", options, tmp_path, 2)
-    assert going_on.codes == [0, 0], going_on.output
-    assert f"--reward_function 1 {functions}:score:1e-1: its file has changed" in going_on.output
-    assert_same_end(whole, parts)
+    functions.write_text(broken("") + "# fixed")
+    resumed = run_stage("step3_ppo.main", options, tmp_path, 2)
+    assert resumed.codes == [0, 0], resumed.output
+    assert f"--reward_function 1 {functions}:score:1e-1: its file has changed" in resumed.output
+    assert_same_end(uninterrupted, parts)
     if case != "score":
         for name in ("samples.jsonl", "best/model.safetensors"):
-            assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    if case == "last":  # what was made up for is not made again
+            assert (uninterrupted / name).read_bytes() == (parts / name).read_bytes()
+    if case == "last":  # a completed evaluation is not repeated
         before = (parts / "metrics.jsonl").read_text()
         succeed("step3_ppo.main", options, tmp_path, 2)
         assert (parts / "metrics.jsonl").read_text() == before

@@ -1,4 +1,4 @@
-"""What the critic says of responses, against the plain model, one row at a time."""
+"""Values and scored token ids, compared with single rows."""
 
 import json
 
@@ -20,7 +20,7 @@ ENDED = [False, True, False]
 
 
 @pytest.mark.parametrize("bootstrap", [True, False])
-def test_values_before_each_token_and_after_a_response_that_was_cut_off(bootstrap):
+def test_values_before_each_token_and_after_truncated_responses(bootstrap):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -40,16 +40,16 @@ def test_values_before_each_token_and_after_a_response_that_was_cut_off(bootstra
     with torch.no_grad():
         values, last = _value_pass(critic, rollout, order, options)
         states = [critic.model(ids[[row], : PROMPTS[row] + RESPONSES[row]])[0][0] for row in order]
-        alone = [critic.score(state)[:, 0] for state in states]  # (T,) of each row
-    before = [a[PROMPTS[row] - 1 : -1] for row, a in zip(order, alone, strict=True)]
+        single = [critic.score(state)[:, 0] for state in states]  # (T,) of each row
+    before = [one[PROMPTS[row] - 1 : -1] for row, one in zip(order, single, strict=True)]
     torch.testing.assert_close(values, torch.cat(before), rtol=0, atol=1e-6)
-    after = [a[-1] * (bootstrap and not ENDED[row]) for row, a in zip(order, alone, strict=True)]
+    after = [one[-1] * (bootstrap and not ENDED[row]) for row, one in zip(order, single, strict=True)]
     torch.testing.assert_close(last, torch.stack(after), rtol=0, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def encoder() -> SegmentEncoder:
-    """Bytes, and a template whose turns end in a token that is not EOS; EOS follows the last turn (Phi-3)."""
+    """Byte tokenizer with a template like Phi-3's: turns end in <|end|>, and EOS follows the last turn."""
     return byte_encoder(
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
@@ -58,11 +58,11 @@ def encoder() -> SegmentEncoder:
 
 @pytest.mark.parametrize("ending", ["turn", "eos", "both", "none"])
 @pytest.mark.parametrize("is_conversation", [True, False])
-def test_a_reward_model_reads_what_it_has_learnt_from(encoder, ending, is_conversation):
-    """However the policy ended, or was cut, the ids are those that step 2 makes of the dialogue."""
+def test_scored_ids_equal_those_of_step_2(encoder, ending, is_conversation):
+    """For every end of the response, and for truncated ones, the ids are those of step 2 for the dialogue."""
     question = [{"role": "user", "content": "What is this?"}] if is_conversation else "What is this?"
     record = {"prompt": question, "completion": "A tree"}
-    learnt, _ = tokenize_response(record, encoder, max_length=99, overlong="error")
+    expected, _ = tokenize_response(record, encoder, max_length=99, overlong="error")
     row, _ = tokenize_prompt(record, encoder, 99, "error")
     end = encoder.tokenizer.convert_tokens_to_ids("<|end|>")
     reply = encoder._continue.encode("A tree").ids
@@ -79,11 +79,10 @@ def test_a_reward_model_reads_what_it_has_learnt_from(encoder, ending, is_conver
         ref_logprobs=rows, values=rows, last_values=rows[:, 0], scores=rows[:, 0], score_parts=rows[:, :0],
         support=torch.zeros(1, 5, 0, dtype=torch.uint8), computed=torch.zeros(1),
     )  # fmt: skip
-    found = _scored_ids(encoder, encoder, Prompt(row.ids, json.dumps(record)), rollout, 0)
-    assert found == learnt.ids
+    assert _scored_ids(encoder, encoder, Prompt(row.ids, json.dumps(record)), rollout, 0) == expected.ids
 
 
-def test_what_a_response_has_of_the_closing_is_not_repeated():
+def test_closing_is_not_repeated():
     assert close([7, 1], True, [1, 2, 3]) == [7, 1, 2, 3]
     assert close([7, 1, 2, 3], True, [1, 2, 3]) == [7, 1, 2, 3]
     assert close([7, 3], True, [1, 2, 3]) == [7, 1, 2, 3]
