@@ -13,21 +13,20 @@ from step2_reward.direct.data import Dialogue
 
 
 def response_logprobs(
-    model: nn.Module, dialogues: Sequence[Dialogue], pad_token_id: int, is_whole: Sequence[bool] = ()
+    model: nn.Module, dialogues: Sequence[Dialogue], pad_token_id: int, with_prompt: Sequence[bool] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each response, summed over its tokens, and of all tokens that were read, (N,) each,
-    fp32: of the prompt too where `is_whole`. Then what a mixture of experts adds to the loss, times
-    tokens: ().
+    """Compute log-probabilities summed over tokens, (N,) fp32, in one forward pass.
 
-    Only these tokens take part in the output layer, in one forward pass.
+    Returns those of the responses; those of the responses and, where `with_prompt`, their prompts; and the
+    load-balancing loss of a mixture of experts times tokens, (). Only these tokens enter the output layer.
     """
-    is_whole = is_whole or [False] * len(dialogues)
+    with_prompt = with_prompt or [False] * len(dialogues)
     kinds = [[0] * d.start + [1] * (len(d.ids) - d.start) for d in dialogues]
     input_ids = pad_rows([d.ids for d in dialogues], pad_token_id).to(device())  # (N, T)
     kinds = pad_rows(kinds, -1).to(device())  # (N, T) 0: prompt; 1: response; -1: padding
-    is_read = (kinds == 1) | ((kinds == 0) & torch.tensor(is_whole, device=device())[:, None])
-    is_read[:, 0] = False  # nothing comes before it
-    logits, balance = logits_and_balance(model, input_ids, is_read.roll(-1, dims=1))  # (tokens, V), ()
-    found = label_logprobs(logits, input_ids[is_read])
-    logprobs = torch.zeros(is_read.shape, device=device()).masked_scatter(is_read, found)  # (N, T)
+    is_label = (kinds == 1) | ((kinds == 0) & torch.tensor(with_prompt, device=device())[:, None])
+    is_label[:, 0] = False  # no position predicts the first token
+    logits, balance = logits_and_balance(model, input_ids, is_label.roll(-1, dims=1))  # (tokens, V), ()
+    values = label_logprobs(logits, input_ids[is_label])
+    logprobs = torch.zeros(is_label.shape, device=device()).masked_scatter(is_label, values)  # (N, T)
     return (logprobs * (kinds == 1)).sum(1), logprobs.sum(1), balance

@@ -1,9 +1,9 @@
 """The losses of direct preference optimisation. Pure.
 
-A pair is compared by what its responses score, (P,) each: the log-ratio of policy and reference or, where a
-loss needs no reference, the log-probability; summed over the tokens of the response, or averaged.
+`chosen` and `rejected` are the implicit rewards of a pair's responses, (P,) each, up to the factor beta: the
+log-ratio of policy and reference or, without a reference, the log-probability. Sums or means over tokens:
 
-    sum of log-ratios            dpo, robust, hinge, kto, and ipo as its authors wrote it (--ipo_sum)
+    sum of log-ratios            dpo, robust, hinge, kto, and ipo as in its paper (--ipo_sum)
     mean of log-ratios           ipo, as in HALOs and TRL
     sum of log-probabilities     cpo
     mean of log-probabilities    simpo, orpo
@@ -18,7 +18,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: flo
     """-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d) of each pair, where d = chosen - rejected.
 
     (P,) fp32 -> (P,). Source: Rafailov et al. 2023, eq. 7. With e, the probability that a label is wrong,
-    conservative DPO: Mitchell 2023; so the authors' code, while TRL's `sigmoid` ignores e. Of
+    conservative DPO: Mitchell 2023, as in the authors' code (TRL's `sigmoid` ignores e). Applied to
     log-probabilities, the preference term of CPO: Xu et al. 2024.
     """
     difference = beta * (chosen - rejected)
@@ -26,10 +26,9 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: flo
 
 
 def robust_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """(-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2e): without bias if a share e of the
-    labels is wrong.
+    """(-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2e): (P,) -> (P,).
 
-    (P,) -> (P,). Source: Chowdhury et al. 2024 ("Provably Robust DPO").
+    Unbiased if a share e of the labels is wrong. Source: Chowdhury et al. 2024 ("Provably Robust DPO").
     """
     difference = beta * (chosen - rejected)
     right, wrong = F.logsigmoid(difference), F.logsigmoid(-difference)
@@ -44,7 +43,7 @@ def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """(d - 1 / (2 beta))^2: (P,) -> (P,). Source: Azar et al. 2023, eq. 17, where beta is tau.
 
-    There, and in the code of DPO's authors, d is of sums over tokens; HALOs and TRL take means.
+    The paper and the code of DPO's authors sum over tokens; HALOs and TRL take means.
     """
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
@@ -52,9 +51,9 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 def simpo_loss(
     chosen: Tensor, rejected: Tensor, beta: float, gamma_beta_ratio: float, label_smoothing: float = 0.0
 ) -> Tensor:
-    """`dpo_loss` of d less a margin gamma / beta: (P,) -> (P,). Source: Meng et al. 2024, eq. 6.
+    """`dpo_loss` with the margin gamma / beta subtracted from d: (P,) -> (P,).
 
-    As its authors' code, the margin is given as that ratio; TRL's `simpo` takes gamma.
+    Source: Meng et al. 2024, eq. 6. As in the authors' code, the option is this ratio; TRL's takes gamma.
     """
     return dpo_loss(chosen - gamma_beta_ratio, rejected, beta, label_smoothing)
 
@@ -74,7 +73,7 @@ def kto_loss(
 ) -> Tensor:  # fmt: skip
     """w (1 - sigmoid(+-beta (r - z))) of each response: + for desirable ones, - for the others.
 
-    log_ratios r and is_desirable (N,) -> (N,); reference_point z: an estimate of KL; weights: of desirable
+    log_ratios r and is_desirable (N,) -> (N,); reference_point z: an estimate of KL; weights w: of desirable
     and of undesirable responses. Source: Ethayarajh et al. 2024, section 4.
     """
     sign, weight = torch.where(is_desirable, 1.0, -1.0), torch.where(is_desirable, *weights)
@@ -82,7 +81,7 @@ def kto_loss(
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) of x < 0, exact near 0 and far from it; x above -1e-6 counts as that."""
+    """log(1 - exp(x)) of x < 0, accurate near 0 and far from it; x is clamped to at most -1e-6."""
     x = x.clamp(max=-1e-6)
     near = torch.log(-torch.expm1(x))
     return torch.where(x > -0.6931, near, torch.log1p(-torch.exp(x)))

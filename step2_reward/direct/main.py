@@ -1,6 +1,6 @@
-"""Step 2, direct preference optimisation: steps 2 and 3 in one.
+"""Direct preference optimisation, in place of steps 2 and 3.
 
-Teaches a policy to prefer the better responses of preference data, with no reward model and no sampling.
+Trains a policy on preferences, without a reward model and without sampling.
 
     bash launch/step2_direct.sh --model_name_or_path OUT1/final --train_data F.jsonl --output_dir OUT
 """
@@ -25,13 +25,13 @@ from common.training.means import Mean
 from common.training.metrics import peak_memory_gib
 from common.training.run_folder import check_folder
 from step2_reward.direct.data import Choice, tokenize_paired, tokenize_unpaired
-from step2_reward.direct.objective import check_accuracy, evaluate, measure
+from step2_reward.direct.objective import batch_metrics, check_accuracy, evaluate
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(DirectOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     for name in ("model_name_or_path", "reference_model_name_or_path"):
@@ -49,25 +49,25 @@ def main() -> None:
     check_accuracy(options, data[1])
     loop = TrainingLoop(options, *data, {"tokenizer": tokenizer}, options.global_batch_size)
 
-    # 2. The model, what the reference says, and where the run stands. The reference is the model as it is
-    #    before training, or another one, which has left by the time that the model comes. Exports need none.
+    # 2. Load the model, compute the reference log-probabilities and resume. By default the reference is the
+    #    model before training; another one is freed before the model is loaded. Exports need no reference.
     lengths = data[0].notes("length")
     used = examples_of_steps(lengths, options.global_batch_size, options.seed, loop.total_steps)
     needed = used, range(len(data[1]))
-    read = partial(with_reference, data, needed, options, zero, tokenizer.pad_token_id)
-    judged = data if loop.is_over else None
+    add_reference = partial(with_reference, data, needed, options, zero, tokenizer.pad_token_id)
+    examples = data if loop.is_over else None
     if options.reference_model_name_or_path and not loop.is_over:
-        judged = read(partial(load_reference, options, tokenizer, zero))
+        examples = add_reference(partial(load_reference, options, tokenizer, zero))
     model = add_adapters(load_causal_lm(options.model_name_or_path, tokenizer, zero), options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
-    train, held_out = judged or read(lambda: engine)
+    train, held_out = examples or add_reference(lambda: engine)
     loop.resume({"policy": engine}, "records")
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        figures = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        metrics = evaluate(engine, held_out, options, tokenizer.pad_token_id)
         is_best = loop.log_evaluation(
-            figures, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"]
+            metrics, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"]
         )
         if is_best:
             export_best(engine, tokenizer, loop.folder / "best", load_base)
@@ -77,23 +77,23 @@ def main() -> None:
     if loop.first_evaluation_is_due:
         evaluate_and_log()
     for indices in loop.batches():
-        figures = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
-        loop.finish_step(figures, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
+        metrics = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
+        loop.finish_step(metrics, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
-    # 4. What step 3, or another program, reads.
+    # 4. Export the model.
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
 def train_step(
     engine, batch: Sequence[Example], options: DirectOptions, pad_token_id: int
 ) -> dict[str, Mean | float]:
-    """One optimiser step on a global batch of records, of which this rank takes its micro-batches."""
+    """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
-    found, norm = measure(engine, batch, options, pad_token_id, learn=True)
+    metrics, norm = batch_metrics(engine, batch, options, pad_token_id, train=True)
     seconds = time.perf_counter() - start
     return {
-        **{name if "/" in name else f"train/{name}": value for name, value in found.items()},
+        **{name if "/" in name else f"train/{name}": value for name, value in metrics.items()},
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(sum(example.row.length for example in batch), seconds),

@@ -1,4 +1,4 @@
-"""Options of direct preference optimisation, and what each loss is by its authors."""
+"""Options of direct preference optimisation, and properties of each loss."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -8,16 +8,16 @@ from common.runtime.options import BEST_METRIC, TrainOptions, UserError, option
 
 
 class Kind(NamedTuple):
-    """What a loss compares of two responses (see loss.py)."""
+    """Properties of a loss (see loss.py)."""
 
-    beta: float = 0.1  # of its authors
+    beta: float = 0.1  # default, from the authors
     has_reference: bool = True
-    is_averaged: bool = False  # over tokens, not summed
-    has_nll: bool = False  # beside it, that of chosen responses
-    nll_has_prompt: bool = False
+    is_averaged: bool = False  # over tokens, instead of summed
+    has_nll: bool = False  # adds the negative log-likelihood of chosen responses
+    nll_has_prompt: bool = False  # that of their prompts too
 
 
-# ORPO's NLL is, as in its authors' code, that of prompt and response; CPO's that of the response.
+# As in their authors' code, ORPO's NLL includes the prompt, and CPO's does not.
 KINDS = {
     "dpo": Kind(),
     "ipo": Kind(is_averaged=True),
@@ -28,8 +28,8 @@ KINDS = {
     "robust": Kind(),
     "cpo": Kind(has_reference=False, has_nll=True),
 }
-# Options that not every loss takes.
-BELONGS = {
+# Options that only some losses take.
+LOSSES_OF_OPTION = {
     "label_smoothing": ("dpo", "robust", "simpo", "cpo"),
     "ipo_sum": ("ipo",),
     "gamma_beta_ratio": ("simpo",),
@@ -42,7 +42,7 @@ BELONGS = {
 
 @dataclass
 class DirectOptions(TrainOptions):
-    """A policy from preferences, without a reward model and without sampling."""
+    """Direct preference optimisation of a policy, without a reward model and without sampling."""
 
     stage: ClassVar[int] = 2
     output_dir: str = option(
@@ -50,37 +50,38 @@ class DirectOptions(TrainOptions):
     )
     learning_rate: float = option(
         1e-6,
-        "Highest learning rate; as published for some 7 B parameters (orpo: 8e-6). Small models and LoRA take"
-        " ten times as much and more.",
+        "Peak learning rate. The default is for about 7 B parameters (orpo: 8e-6); small models and LoRA need"
+        " ten times as much or more.",
         above=0,
     )
     best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
     loss: Literal["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"] = option(
-        "dpo", "What is learnt from a pair or, kto, from single responses with a label."
+        "dpo", "Loss of a pair or, for kto, of a single labelled response."
     )
     beta: float = option(
-        0.0, "How closely the policy stays at the reference; 0: 2 for simpo, 0.1 for the others.", at_least=0
-    )
+        0.0, "Strength of the pull towards the reference. 0: default of the loss (simpo: 2; others: 0.1).",
+        at_least=0,
+    )  # fmt: skip
     label_smoothing: float = option(
         0.0,
-        "Probability that a rater chose the wrong response: conservative dpo (also simpo, cpo), or robust.",
+        "Probability that a rater chose the wrong response; for dpo, simpo, cpo and robust.",
         at_least=0,
         at_most=0.49,
     )
-    ipo_sum: bool = option(False, "ipo: sum over tokens, as in its paper, instead of the mean over them.")
-    gamma_beta_ratio: float = option(0.25, "simpo: the margin, gamma / beta.", at_least=0)
+    ipo_sum: bool = option(False, "ipo: sum over tokens, as in the paper, instead of the mean.")
+    gamma_beta_ratio: float = option(0.25, "simpo: margin as gamma / beta.", at_least=0)
     nll_coef: float = option(
         1.0, "orpo, cpo: weight of the negative log-likelihood of chosen responses.", at_least=0
     )
     desirable_weight: float = option(1.0, "kto: weight of desirable responses.", at_least=0)
     undesirable_weight: float = option(1.0, "kto: weight of undesirable responses.", at_least=0)
     reference_model_name_or_path: str = option(
-        "", "The reference policy, a folder or hub name. Default: the model to start from.", resume="model"
+        "", "Reference policy: a folder or hub name. Default: --model_name_or_path.", resume="model"
     )
 
     @property
     def kind(self) -> Kind:
-        """What --loss compares."""
+        """Properties of --loss."""
         kind = KINDS[self.loss]
         return kind._replace(is_averaged=kind.is_averaged and not self.ipo_sum)
 
@@ -89,13 +90,13 @@ class DirectOptions(TrainOptions):
         return self.loss != "kto"
 
     def check(self) -> None:
-        """Set beta where it is left to the loss. Raises UserError for options that contradict each other."""
+        """Set the default beta of the loss. Raises UserError for options that contradict each other."""
         check_held_out(self)
         defaults = default_values(self)
-        for name, losses in BELONGS.items():
+        for name, losses in LOSSES_OF_OPTION.items():
             value = getattr(self, name)
             if value != defaults[name] and self.loss not in losses:
                 raise UserError(
-                    f"--{name} {value}: --loss {self.loss} does not take it; it belongs to {' '.join(losses)}"
+                    f"--{name} {value}: --loss {self.loss} does not take it; allowed: {', '.join(losses)}"
                 )
         self.beta = self.beta or self.kind.beta

@@ -199,7 +199,7 @@ def test_a_signal_while_the_reference_reads_tells_what_is_saved(
     monkeypatch.setattr(reference, "ROUNDS", 2)
     for name in ("FIRST_LINE", "NEXT_LINES"):
         monkeypatch.setattr(progress, name, -1)
-    read, calls = reference._read_part, []
+    read, calls = reference._part_logprobs, []
 
     def read_and_stop(*arguments: object) -> torch.Tensor:
         calls.append(1)
@@ -207,11 +207,11 @@ def test_a_signal_while_the_reference_reads_tells_what_is_saved(
             os.kill(os.getpid(), signal.SIGTERM)
         return read(*arguments)
 
-    monkeypatch.setattr(reference, "_read_part", read_and_stop)
+    monkeypatch.setattr(reference, "_part_logprobs", read_and_stop)
     words = [*direct(small, run / "sft/final", tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
     stopped = run_stage(MAIN, words, tmp_path)
     assert stopped.codes == [STOPPED], stopped.output
-    counts = re.search(r"(\d+) of (\d+) records read with the reference are in the cache", stopped.output)
+    counts = re.search(r"log-probabilities of (\d+) of (\d+) records are in the cache", stopped.output)
     (file,) = (tmp_path / "cache").glob("reference_*.npy")
     assert (~np.isnan(np.load(file)).any(1)).sum() == int(counts[1]) > 0
 
@@ -223,7 +223,7 @@ def test_what_the_reference_has_read_survives_a_kill(
     monkeypatch.setattr(reference, "ROUNDS", 2)
     for name in ("FIRST_LINE", "NEXT_LINES"):
         monkeypatch.setattr(progress, name, -1)
-    keep = reference._keep
+    keep = reference._save
     words = [*direct(small / "rankings", run / "sft/final", tmp_path / "out"), "--cache_dir"]
     succeed(MAIN, [*words, str(tmp_path / "whole"), "--output_dir", str(tmp_path / "once")], tmp_path)
 
@@ -232,12 +232,14 @@ def test_what_the_reference_has_read_survives_a_kill(
         if (~logprobs.isnan().any(1)).sum() == 12 and len(logprobs) == 32:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(reference, "_keep", keep_and_die)
+    monkeypatch.setattr(reference, "_save", keep_and_die)
     killed = run_stage(MAIN, [*words, str(tmp_path / "cache")], tmp_path)
     assert killed.codes == [-signal.SIGKILL] and "12/32 (38%)" in killed.output, killed.output
-    monkeypatch.setattr(reference, "_keep", keep)
+    monkeypatch.setattr(reference, "_save", keep)
     result = run_stage(MAIN, [*words, str(tmp_path / "cache")], tmp_path, ranks=2)
-    assert result.codes == [0, 0] and "20 records read with the reference" in result.output, result.output
+    assert result.codes == [0, 0] and "log-probabilities of 20 records computed" in result.output, (
+        result.output
+    )
     whole, parts = (sorted((tmp_path / name).glob("reference_*")) for name in ("whole", "cache"))
     assert [file.name for file in parts] == [file.name for file in whole] and len(whole) == 2
     for one, other in zip(whole, parts, strict=True):
@@ -252,11 +254,16 @@ def test_the_reference_reads_what_the_steps_use(small: Path, run: Path, tmp_path
     )
     constant = ["--lr_scheduler_type", "constant", "--save_steps", "1", "--max_steps"]
     result = run_stage(MAIN, [*parts, *constant, "1"], tmp_path)
-    assert result.codes == [0] and "\n8 records read with the reference" in result.output, result.output
-    assert "\n12 records read with the reference" in result.output, "the held-out ones"
+    assert result.codes == [0] and "\nreference log-probabilities of 8 records computed" in result.output, (
+        result.output
+    )
+    assert "\nreference log-probabilities of 12 records computed" in result.output, "the held-out ones"
     result = run_stage(MAIN, [*parts, *constant, "3"], tmp_path)
-    assert result.codes == [0] and "16 records read with the reference" in result.output, result.output
-    assert "8 of 24 records: the reference's" in result.output and "12 of 12 records" in result.output
+    assert result.codes == [0] and "log-probabilities of 16 records computed" in result.output, result.output
+    assert (
+        "reference log-probabilities: 8 of 24 records" in result.output
+        and "12 of 12 records" in result.output
+    )
     succeed(MAIN, [*whole, *constant, "3"], tmp_path)
     for name in ("train/loss", "train/grad_norm", "reward/margin"):
         found, expected = (metrics(tmp_path / folder, name) for folder in ("parts", "whole"))
@@ -273,7 +280,7 @@ def test_an_export_needs_no_reference(small: Path, run: Path, tmp_path: Path) ->
         shutil.rmtree(tmp_path / "cache")
         shutil.rmtree(tmp_path / "out/final")
         result = run_stage(MAIN, [*options, *more], tmp_path)
-        assert result.codes == [0] and "with the reference" not in result.output, result.output
+        assert result.codes == [0] and "reference log-probabilities" not in result.output, result.output
         assert (tmp_path / "out/final/model.safetensors").read_bytes() == weights
     assert metrics(tmp_path / "out", "eval/loss")[0] == pytest.approx(0.6931472)
 
@@ -292,7 +299,7 @@ MISTAKES = {
     "no label": (["--loss", "kto", "--train_data", "FOLDER/bad.jsonl"], ["bad.jsonl:1", "'label' is missin"]),
     "label": (["--loss", "kto", "--train_data", "FOLDER/no.jsonl"], ["no.jsonl:1", "'no'", "true or false"]),
     "reference": ([REFERENCE, "OTHER"], [REFERENCE, "another vocabulary"]),
-    "needless": (["--loss", "orpo", REFERENCE, "x"], [REFERENCE, "--loss orpo does not take it", "to dpo"]),
+    "needless": (["--loss", "orpo", REFERENCE, "x"], [REFERENCE, "orpo does not take it", "allowed: dpo"]),
     "smoothing": (["--loss", "ipo", "--label_smoothing", "0.1"], ["--label_smoothing 0.1", "ipo", "robust"]),
     "loss": (["--loss", "ppo"], ["--loss", "'ppo'", "orpo"]),
     "metric": (["--best_metric", "eval/score"], ["--best_metric", "'eval/score'", "eval/accuracy"]),

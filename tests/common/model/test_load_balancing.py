@@ -16,7 +16,7 @@ from common.model.forward import logits_and_balance
 from common.model.load_balancing import has_balance_loss
 from step1_sft.loss import sft_loss
 from step2_reward.direct.data import Choice
-from step2_reward.direct.objective import count, share
+from step2_reward.direct.objective import global_totals, micro_batch_loss
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example
 from tests.conftest import assert_close
@@ -73,7 +73,9 @@ def test_direct_optimisation_adds_it_in_training_alone():
     example = Example(row, [-3.0, -1.0], None, 0.0)
     losses = {}
     for training in (True, False):
-        loss, figures = share(model.train(training), [example], count([example], options), 0.0, options, 0)
+        loss, figures = micro_batch_loss(
+            model.train(training), [example], global_totals([example], options), 0.0, options, 0
+        )
         losses[training] = loss
         assert ("aux_loss" in figures) is training
         if training:

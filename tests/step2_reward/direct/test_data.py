@@ -1,4 +1,4 @@
-"""Records to dialogues, pairs and labels, and what is refused."""
+"""Records to dialogues, pairs and labels, and refused records."""
 
 import pytest
 
@@ -7,27 +7,27 @@ from common.text.truncation import Dropped
 from step2_reward.direct.data import Choice, Dialogue, tokenize_paired, tokenize_unpaired
 from tests.word_encoder import EOS, WordEncoder
 
-WAY = {"encoder": WordEncoder(), "max_length": 100, "overlong": "truncate_prompt"}
+FIT = {"encoder": WordEncoder(), "max_length": 100, "overlong": "truncate_prompt"}
 RANKING = {"prompt": "a b", "responses": ["w", "x y", "z", "v"], "ranks": [3, 1, 2, 1]}
 
 
-def test_a_pair_is_two_dialogues_the_better_first():
-    row, is_cut = tokenize_paired({"prompt": "a b", "chosen": "c d", "rejected": "e"}, **WAY)
+def test_a_pair_is_two_dialogues_better_first():
+    row, truncated = tokenize_paired({"prompt": "a b", "chosen": "c d", "rejected": "e"}, **FIT)
     assert row.dialogues == [Dialogue([10, 11, 12, 13, EOS], 2), Dialogue([10, 11, 12, EOS], 2)]
-    assert [d.count for d in row.dialogues] == [3, 2] and row.length == 9 and not is_cut
-    assert Dialogue([12, EOS], 0).count == 1  # nothing comes before the first token to predict it
+    assert [d.num_predicted for d in row.dialogues] == [3, 2] and row.length == 9 and not truncated
+    assert Dialogue([12, EOS], 0).num_predicted == 1  # no position predicts the first token
     assert row.pairs == [(0, 1, 1.0, True)]
     assert row.sides(is_paired=True) == row.sides(is_paired=False) == [(1.0, 0.0), (0.0, 1.0)]
 
 
-def test_the_pairs_of_a_ranking_weigh_one_and_a_tie_is_half_a_win_for_either():
-    row, _ = tokenize_paired(RANKING, **WAY)
+def test_pair_weights_of_a_ranking_sum_to_one_and_a_tie_counts_half_each_way():
+    row, _ = tokenize_paired(RANKING, **FIT)
     assert row.ranks == [1.0, 1.0, 2.0, 3.0]
     assert [pair[:2] for pair in row.pairs if not pair.is_label] == [(0, 1), (1, 0)]
     weights = {(p.better, p.worse): p.weight for p in row.pairs}
-    half, whole = 1 / 12, 1 / 6
+    half, full = 1 / 12, 1 / 6
     assert weights == pytest.approx(
-        {(0, 1): half, (1, 0): half} | dict.fromkeys([(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], whole)
+        {(0, 1): half, (1, 0): half} | dict.fromkeys([(0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], full)
     )
     chosen, rejected = zip(*row.sides(is_paired=True), strict=True)
     assert chosen == pytest.approx([5 / 12, 5 / 12, 1 / 6, 0])
@@ -37,36 +37,36 @@ def test_the_pairs_of_a_ranking_weigh_one_and_a_tie_is_half_a_win_for_either():
 SOFT = {"prompt": "a b", "response_a": "c", "response_b": "d e", "preference": 0.25}
 
 
-def test_a_soft_label_is_a_win_for_either_side_by_its_probability():
-    row, _ = tokenize_paired(recognise(SOFT), **WAY)
-    assert [d.count for d in row.dialogues] == [3, 2]  # B first
+def test_a_soft_label_weighs_both_orders_by_its_probability():
+    row, _ = tokenize_paired(recognise(SOFT), **FIT)
+    assert [d.num_predicted for d in row.dialogues] == [3, 2]  # B first
     assert row.pairs == [(0, 1, 0.75, True), (1, 0, 0.25, False)]
     assert row.sides(is_paired=True) == [(0.75, 0.25), (0.25, 0.75)]
-    assert tokenize_unpaired(recognise(SOFT), **WAY)[0].sides(is_paired=False) == row.sides(is_paired=True)
-    tie, _ = tokenize_paired(recognise(SOFT | {"preference": 0.5}), **WAY)
+    assert tokenize_unpaired(recognise(SOFT), **FIT)[0].sides(is_paired=False) == row.sides(is_paired=True)
+    tie, _ = tokenize_paired(recognise(SOFT | {"preference": 0.5}), **FIT)
     assert tie.pairs == [(0, 1, 0.5, False), (1, 0, 0.5, False)]
 
 
 def test_only_the_last_turn_is_the_response():
-    """Dialogues that differ earlier: what the other side said there is context."""
+    """Earlier turns that differ are context."""
     turns = [
         {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
     ]
     end = [{"role": "assistant", "content": "d e"}]
     other = [*turns[:1], {"role": "assistant", "content": "f"}, turns[2]]
-    row, _ = tokenize_paired({"chosen": turns + end, "rejected": other + end}, **WAY)
-    assert [d.count for d in row.dialogues] == [3, 3]
+    row, _ = tokenize_paired({"chosen": turns + end, "rejected": other + end}, **FIT)
+    assert [d.num_predicted for d in row.dialogues] == [3, 3]
 
 
-def test_a_response_that_was_cut_does_not_end():
-    way = WAY | {"max_length": 5, "overlong": "truncate_response"}
-    row, is_cut = tokenize_paired({"prompt": "a b", "chosen": "c d e f", "rejected": "g"}, **way)
-    assert is_cut and row.dialogues[0] == Dialogue([10, 11, 12, 13, 14], 2)
+def test_a_response_truncated_here_has_no_eos():
+    fit = FIT | {"max_length": 5, "overlong": "truncate_response"}
+    row, truncated = tokenize_paired({"prompt": "a b", "chosen": "c d e f", "rejected": "g"}, **fit)
+    assert truncated and row.dialogues[0] == Dialogue([10, 11, 12, 13, 14], 2)
 
 
 @pytest.mark.parametrize("convert", [tokenize_paired, tokenize_unpaired])
-def test_a_response_that_its_record_says_was_cut_does_not_end(convert):
-    """A string and messages, either side; as with `ended` of a single response."""
+def test_a_response_marked_as_truncated_has_no_eos(convert):
+    """Strings and messages, chosen and rejected; also `ended` of a single response."""
     messages = {
         side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "c"), ("rejected", "d"))
     }
@@ -76,25 +76,25 @@ def test_a_response_that_its_record_says_was_cut_does_not_end(convert):
     ):
         for ended in ((True, True), (False, True), (True, False)):
             record = pair | dict(zip(("chosen_ended", "rejected_ended"), ended, strict=True))
-            row, _ = convert(record, **WAY)
+            row, _ = convert(record, **FIT)
             assert tuple(d.ids[-1] == EOS for d in row.dialogues) == ended
-            assert tuple(d.count == 2 for d in row.dialogues) == ended
-    row, _ = tokenize_unpaired({"prompt": "a", "completion": "b", "label": True, "ended": False}, **WAY)
+            assert tuple(d.num_predicted == 2 for d in row.dialogues) == ended
+    row, _ = tokenize_unpaired({"prompt": "a", "completion": "b", "label": True, "ended": False}, **FIT)
     assert row.dialogues[0].ids[-1] != EOS
 
 
 @pytest.mark.parametrize("label", [True, False])
-def test_a_label_is_a_side(label):
-    row, _ = tokenize_unpaired({"prompt": "a b", "completion": "c", "label": label}, **WAY)
+def test_a_label_makes_a_response_chosen_or_rejected(label):
+    row, _ = tokenize_unpaired({"prompt": "a b", "completion": "c", "label": label}, **FIT)
     assert row.dialogues == [Dialogue([10, 11, 12, EOS], 2)] and row.pairs == []
     assert row.sides(is_paired=False) == [(1.0, 0.0) if label else (0.0, 1.0)]
 
 
 def test_a_preference_is_split_into_its_best_and_its_worst():
-    row, _ = tokenize_unpaired(RANKING, **WAY)
+    row, _ = tokenize_unpaired(RANKING, **FIT)
     assert isinstance(row, Choice) and row.ranks == [0.0, 0.0, 1.0]
     with pytest.raises(Dropped, match="ties"):
-        tokenize_unpaired({"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}, **WAY)
+        tokenize_unpaired({"prompt": "a", "chosen": "b", "rejected": "c", "tie": True}, **FIT)
 
 
 @pytest.mark.parametrize(
@@ -117,20 +117,20 @@ def test_a_preference_is_split_into_its_best_and_its_worst():
         (tokenize_unpaired, {"prompt": "a", "chosen": "b"}, "'rejected' is missing"),
     ],
 )
-def test_what_cannot_be_used_is_refused(convert, record, message):
+def test_unusable_records_are_refused(convert, record, message):
     with pytest.raises(ValueError, match=message):
-        convert(record, **WAY)
+        convert(record, **FIT)
 
 
-def test_labels_and_flags_may_be_text_as_in_csv():
+def test_labels_and_flags_may_be_strings_as_in_csv():
     single = {"prompt": "a b", "completion": "c"}
     for text, label in (("true", True), ("False", False)):
-        assert tokenize_unpaired(single | {"label": text}, **WAY) == tokenize_unpaired(
-            single | {"label": label}, **WAY
+        assert tokenize_unpaired(single | {"label": text}, **FIT) == tokenize_unpaired(
+            single | {"label": label}, **FIT
         )
     with pytest.raises(ValueError, match="field 'label' is 'yes'; it must be true or false"):
-        tokenize_unpaired(single | {"label": "yes"}, **WAY)
+        tokenize_unpaired(single | {"label": "yes"}, **FIT)
     pair = {"prompt": "a b", "chosen": "c", "rejected": "d"}
-    assert tokenize_paired(pair | {"rejected_ended": "false"}, **WAY) == tokenize_paired(
-        pair | {"rejected_ended": False}, **WAY
+    assert tokenize_paired(pair | {"rejected_ended": "false"}, **FIT) == tokenize_paired(
+        pair | {"rejected_ended": False}, **FIT
     )

@@ -1,4 +1,4 @@
-"""Every loss and its gradients against the authors' code, TRL or a closed form."""
+"""Every loss and its gradients, against the authors' code, TRL or a closed form."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from step2_reward.direct.objective import pair_losses
 from step2_reward.direct.options import DirectOptions
 from tests.conftest import assert_close
 
-OURS = {
+LOSS_OF_CASE = {
     "authors.dpo": "dpo",
     "authors.cdpo": "dpo",
     "trl.hinge": "hinge",
@@ -29,7 +29,7 @@ def settings(loss: str, **others) -> DirectOptions:
 )
 def test_losses_of_log_ratios_match_the_reference(reference, name):
     case = reference(f"dpo.{name}")
-    loss = next(ours for start, ours in OURS.items() if name.startswith(start))
+    loss = next(loss for prefix, loss in LOSS_OF_CASE.items() if name.startswith(prefix))
     smoothing = float(getattr(case.params, "label_smoothing", 0.0))
     options = settings(loss, beta=float(case.params.beta), label_smoothing=smoothing)
     inputs = case.inputs
@@ -47,7 +47,7 @@ def test_losses_of_log_ratios_match_the_reference(reference, name):
         assert_close(log_ratios.grad, case.outputs.grad_policy_logps_per_token[:, 0])
 
 
-def test_ipo_as_its_authors_wrote_it_takes_sums():
+def test_ipo_sum_sums_over_tokens():
     assert settings("ipo").kind.is_averaged and not settings("ipo", ipo_sum=True).kind.is_averaged
     chosen, rejected = torch.tensor([3.0]), torch.tensor([-1.0])
     assert_close(ipo_loss(chosen, rejected, 0.5), torch.tensor([9.0]))  # (4 - 1)^2
@@ -65,13 +65,13 @@ def test_cpo_is_dpo_without_a_reference():
     assert_close(pair_losses(chosen, rejected, settings("cpo")), expected)
 
 
-def test_odds_match_the_reference(reference):
+def test_orpo_matches_the_reference(reference):
     case = reference("orpo.trl.odds_ratio.b0.1")
     losses = orpo_loss(case.inputs.chosen_avg_logps, case.inputs.rejected_avg_logps, 0.1)
     assert_close(losses, -case.outputs.beta_logsigmoid_log_odds)
 
 
-def test_odds_are_exact_near_certainty_and_far_from_it():
+def test_orpo_is_accurate_for_probabilities_near_one_and_zero():
     chosen = torch.tensor([-1e-4, -60.0, 0.0], requires_grad=True)
     rejected = torch.tensor([-2e-4, -61.0, -0.5])
     losses = orpo_loss(chosen, rejected, 1.0)
@@ -97,8 +97,8 @@ def test_kto_matches_the_reference(reference, name):
     assert_close(losses.mean(), case.outputs.loss)
 
 
-def test_smoothing_has_its_least_where_the_win_rate_says():
-    """Conservative DPO: least at beta d = log((1 - e) / e), and symmetric at e = 1/2."""
+def test_conservative_dpo_is_minimal_at_the_smoothed_win_rate():
+    """The minimum is at beta d = log((1 - e) / e)."""
     best = torch.tensor([0.9 / 0.1]).log() / 0.5
     at, above, below = (dpo_loss(best + move, torch.zeros(1), 0.5, 0.1) for move in (0.0, 0.2, -0.2))
     assert at < above and at < below

@@ -1,4 +1,4 @@
-"""Losses and figures of a micro-batch, read off a model, against TRL and closed forms."""
+"""Losses and metrics of a micro-batch, against TRL and closed forms."""
 
 import math
 from types import SimpleNamespace
@@ -9,14 +9,14 @@ from torch import nn
 
 from step2_reward.direct.data import Choice, Dialogue
 from step2_reward.direct.logprobs import response_logprobs
-from step2_reward.direct.objective import count, reference_point, share
+from step2_reward.direct.objective import global_totals, micro_batch_loss, reference_point
 from step2_reward.direct.options import DirectOptions
-from step2_reward.direct.reference import Example, Referenced
+from step2_reward.direct.reference import Example, ReferencedExamples
 from tests.conftest import assert_close
 
 
-class Says(nn.Module):
-    """A model that says given logits (N, T, V), whatever it reads."""
+class FixedLogits(nn.Module):
+    """A model with fixed logits (N, T, V) for any input."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class Says(nn.Module):
         return SimpleNamespace(logits=self.head(self.states[:, : input_ids.shape[1]]))
 
 
-class Random(Says):
-    """A model whose logits depend on each token and nothing else."""
+class Random(FixedLogits):
+    """A model with random logits that depend only on the last token."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(torch.zeros(1, 1, 50))
@@ -41,7 +41,7 @@ class Random(Says):
         return SimpleNamespace(logits=self.head(self.table[input_ids]))
 
     def logprob(self, dialogue: Dialogue) -> float:
-        """Of the response, token by token."""
+        """Sum over the tokens of the response."""
         ids, table = dialogue.ids, self.table.log_softmax(-1)
         return sum(float(table[ids[t - 1], ids[t]]) for t in range(max(dialogue.start, 1), len(ids)))
 
@@ -62,15 +62,15 @@ def choice(seed: int, ranks: list[float]) -> Choice:
 def test_log_probabilities_match_the_authors(reference):
     case = reference("logps.authors.get_batch_logps")
     dialogues = [Dialogue([0, 3, 5, 1, 6, 2], 2), Dialogue([0, 3, 3, 2, 1], 3)]
-    sums, *_ = response_logprobs(Says(case.inputs.logits), dialogues, pad_token_id=0)
+    sums, *_ = response_logprobs(FixedLogits(case.inputs.logits), dialogues, pad_token_id=0)
     assert_close(sums, case.outputs.sum)
-    assert_close(sums / torch.tensor([d.count for d in dialogues]), case.outputs.average)
+    assert_close(sums / torch.tensor([d.num_predicted for d in dialogues]), case.outputs.average)
 
 
-def test_orpo_learns_prompt_and_response_of_the_chosen(reference):
-    """The whole loss and the gradient of every logit, as TRL has them: chosen rows first there."""
+def test_orpo_includes_the_nll_of_prompt_and_chosen_response(reference):
+    """The full loss and the gradient of every logit match TRL, which puts the chosen rows first."""
     case = reference("orpo.trl.b0.1")
-    order = torch.tensor([0, 2, 1, 3])  # a record's two responses together
+    order = torch.tensor([0, 2, 1, 3])  # both responses of a record in a row
     lengths = case.inputs.attention_mask.sum(1)[order].tolist()
     starts = (case.inputs.labels == -100).int().cumprod(1).sum(1)[order].tolist()
     ids = [row[:n].tolist() for row, n in zip(case.inputs.input_ids[order], lengths, strict=True)]
@@ -78,137 +78,142 @@ def test_orpo_learns_prompt_and_response_of_the_chosen(reference):
     examples = [Example(row, [0.0, 0.0], None, 0.0) for row in rows]
     options = settings("orpo")
     logits = case.inputs.logits[order].requires_grad_()
-    loss, _ = share(Says(logits), examples, count(examples, options), 0.0, options, pad_token_id=0)
+    loss, _ = micro_batch_loss(
+        FixedLogits(logits), examples, global_totals(examples, options), 0.0, options, pad_token_id=0
+    )
     loss.backward()
     assert_close(loss, case.outputs.loss)
     assert_close(logits.grad, case.outputs.grad_logits[order])
 
 
-def test_a_tie_is_half_a_win_for_either_side_and_no_part_of_accuracy():
+def test_a_tie_counts_half_each_way_and_not_in_accuracy():
     model, options = Random(0), settings("dpo", beta=0.5)
     row = choice(1, [0.0, 0.0])
     example = Example(row, [-3.0, -1.0], None, 0.0)
-    totals = count([example], options)
-    loss, figures = share(model, [example], totals, 0.0, options, 0)
+    totals = global_totals([example], options)
+    loss, metrics = micro_batch_loss(model, [example], totals, 0.0, options, 0)
     x, y = (model.logprob(d) - r for d, r in zip(row.dialogues, example.logprobs, strict=True))
     difference = torch.tensor(0.5 * (x - y))
     assert_close(loss, -0.5 * (difference.sigmoid().log() + (-difference).sigmoid().log()))
-    assert "accuracy" not in figures
-    assert_close(figures["reward/chosen"], figures["reward/rejected"])
+    assert "accuracy" not in metrics
+    assert_close(metrics["reward/chosen"], metrics["reward/rejected"])
 
     both = [example, example._replace(row=choice(1, [0.0, 1.0]))]
-    _, figures = share(model, both, count(both, options), 0.0, options, 0)
-    assert figures["accuracy"].item() == (x > y)
+    _, metrics = micro_batch_loss(model, both, global_totals(both, options), 0.0, options, 0)
+    assert metrics["accuracy"].item() == (x > y)
 
 
 LOSSES = ["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_soft_label_teaches_the_expectation_over_hard_ones(loss):
-    """Loss and its gradient, with all that comes beside the comparison; accuracy is of the label alone."""
+def test_a_soft_label_gives_the_expected_loss_over_hard_labels(loss):
+    """Loss, gradient and metrics are expectations, but accuracy is that of the more likely label."""
     options = settings(loss, beta=0.5)
-    ids, known = torch.randint(50, (12,), generator=torch.Generator().manual_seed(1)).tolist(), [-3.0, -1.0]
-    known = [value * options.kind.has_reference for value in known]
-    way = Choice(ids, [6, 6], [2, 2], [0.0, 1.0]), known
-    other = way[0]._replace(ids=ids[6:] + ids[:6]), known[::-1]
+    ids = torch.randint(50, (12,), generator=torch.Generator().manual_seed(1)).tolist()
+    reference = [value * options.kind.has_reference for value in (-3.0, -1.0)]
+    likely = Choice(ids, [6, 6], [2, 2], [0.0, 1.0]), reference
+    unlikely = likely[0]._replace(ids=ids[6:] + ids[:6]), reference[::-1]
     soft = {"probability": 0.8} if options.is_paired else {"ranks": [1 - 0.8, 0.8]}
-    found, accuracies = [], []
-    for row, logprobs in (way, other, (way[0]._replace(**soft), known)):
+    results, accuracies = [], []
+    for row, logprobs in (likely, unlikely, (likely[0]._replace(**soft), reference)):
         model, example = Random(0), Example(row, logprobs, None, 0.0)
-        value, figures = share(model, [example], count([example], options), 0.3, options, 0)
+        value, metrics = micro_batch_loss(
+            model, [example], global_totals([example], options), 0.3, options, 0
+        )
         value.backward()
-        means = (figures[name].detach() for name in ("nll_chosen", "reward/chosen", "logprobs/rejected"))
-        found.append((value.detach(), model.head.weight.grad, *means))
-        accuracies.append(figures["accuracy"].item())
-    for one, two, mixed in zip(*found, strict=True):
+        means = (metrics[name].detach() for name in ("nll_chosen", "reward/chosen", "logprobs/rejected"))
+        results.append((value.detach(), model.head.weight.grad, *means))
+        accuracies.append(metrics["accuracy"].item())
+    for one, two, mixed in zip(*results, strict=True):
         assert_close(mixed, 0.8 * one + 0.2 * two)
-    assert accuracies[2] == accuracies[0]  # that is of the label
+    assert accuracies[2] == accuracies[0]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_micro_batches_add_up_to_the_batch(loss):
-    """Shares of records with one, two and four responses; the figures by hand for two of them."""
+    """Records with one, two and four responses; metrics computed by hand for two of them."""
     model, options = Random(0), settings(loss)
     ranks = (
         [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0, 1.0, 2.0]] if options.is_paired else [[0.0, 1.0], [1.0], [0.0]]
     )
-    rows = [choice(seed, of_one) for seed, of_one in enumerate(ranks)]
+    rows = [choice(seed, row_ranks) for seed, row_ranks in enumerate(ranks)]
     has_reference = options.kind.has_reference
-    known = [[Random(1).logprob(d) * has_reference for d in row.dialogues] for row in rows]
-    examples = [Example(row, logprobs, None, 0.0) for row, logprobs in zip(rows, known, strict=True)]
-    totals = count(examples, options)
-    whole, figures = share(model, examples, totals, 0.3, options, 0)
-    parts = [share(model, [example], totals, 0.3, options, 0) for example in examples]
-    assert_close(sum(loss for loss, _ in parts), whole)
-    for name in figures:
-        assert_close(sum(part[name] for _, part in parts), figures[name])
+    reference = [[Random(1).logprob(d) * has_reference for d in row.dialogues] for row in rows]
+    examples = [Example(row, logprobs, None, 0.0) for row, logprobs in zip(rows, reference, strict=True)]
+    totals = global_totals(examples, options)
+    total, metrics = micro_batch_loss(model, examples, totals, 0.3, options, 0)
+    parts = [micro_batch_loss(model, [example], totals, 0.3, options, 0) for example in examples]
+    assert_close(sum(loss for loss, _ in parts), total)
+    for name in metrics:
+        assert_close(sum(part[name] for _, part in parts), metrics[name])
     chosen = [
         (d, side[0])
         for row in rows
         for d, side in zip(row.dialogues, row.sides(options.is_paired), strict=True)
     ]
     nll = -sum(model.logprob(d) * weight for d, weight in chosen) / sum(
-        d.count * weight for d, weight in chosen
+        d.num_predicted * weight for d, weight in chosen
     )
-    assert figures["nll_chosen"].item() == pytest.approx(nll, rel=1e-5)
-    assert ("logratio/mean" in figures) == has_reference
+    assert metrics["nll_chosen"].item() == pytest.approx(nll, rel=1e-5)
+    assert ("logratio/mean" in metrics) == has_reference
 
 
-def test_cpo_adds_the_likelihood_of_the_chosen_response():
+def test_cpo_adds_the_nll_of_the_chosen_response():
     model, options, row = Random(0), settings("cpo", nll_coef=0.7), choice(3, [0.0, 1.0])
     example = Example(row, [0.0, 0.0], None, 0.0)
-    loss, _ = share(model, [example], count([example], options), 0.0, options, 0)
+    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options, 0)
     chosen, rejected = (model.logprob(d) for d in row.dialogues)
     preferred = torch.tensor(1 + math.exp(-0.1 * (chosen - rejected))).log()
-    assert_close(loss, preferred - 0.7 * chosen / row.dialogues[0].count)
+    assert_close(loss, preferred - 0.7 * chosen / row.dialogues[0].num_predicted)
 
 
 @pytest.mark.parametrize(("loss", "is_averaged"), [("simpo", True), ("ipo", True), ("dpo", False)])
-def test_what_is_compared_is_a_sum_or_a_mean(loss, is_averaged):
+def test_rewards_are_sums_or_means_over_tokens(loss, is_averaged):
     model, options, row = Random(0), settings(loss), choice(3, [0.0, 1.0])
     example = Example(row, [0.0, 0.0], None, 0.0)
-    _, figures = share(model, [example], count([example], options), 0.0, options, 0)
+    _, metrics = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options, 0)
     dialogue = row.dialogues[0]
-    expected = options.beta * model.logprob(dialogue) / (dialogue.count if is_averaged else 1)
-    assert figures["reward/chosen"].item() == pytest.approx(expected, rel=1e-5)
+    expected = options.beta * model.logprob(dialogue) / (dialogue.num_predicted if is_averaged else 1)
+    assert metrics["reward/chosen"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_reference_point_is_that_of_other_responses():
-    """The mean over the batch, the same for every micro-batch size, and never below 0."""
-    policy, before, options = Random(0), Random(1), settings("kto", max_length=6)
+def test_the_reference_point_is_the_mean_log_ratio_of_unrelated_responses():
+    """It is the mean over the batch, the same for every micro-batch size, and at least 0."""
+    policy, reference, options = Random(0), Random(1), settings("kto", max_length=6)
     rows = [choice(seed, [0.0]) for seed in range(6)]
-    examples = Referenced(rows, options)
+    examples = ReferencedExamples(rows, options)
     prompts = [row.dialogues[0].ids[:2] for row in rows]
     unrelated = [examples[i].unrelated for i in range(6)]
     assert [d.ids[:2] for d in unrelated] == prompts and all(len(d.ids) <= 6 for d in unrelated)
     answers = [d.ids[2:] for row in rows for d in row.dialogues]
-    given = [next(j for j in range(6) if answers[j][: d.count] == d.ids[2:]) for d in unrelated]
-    assert sorted(given) == list(range(6)) and all(i != j for i, j in enumerate(given))
+    sources = [next(j for j in range(6) if answers[j][: d.num_predicted] == d.ids[2:]) for d in unrelated]
+    assert sorted(sources) == list(range(6)) and all(i != j for i, j in enumerate(sources))
 
-    known = [e._replace(unrelated_logprob=before.logprob(e.unrelated)) for e in examples]
-    mean = sum(policy.logprob(d) - before.logprob(d) for d in unrelated) / 6
+    scored = [e._replace(unrelated_logprob=reference.logprob(e.unrelated)) for e in examples]
+    mean = sum(policy.logprob(d) - reference.logprob(d) for d in unrelated) / 6
     for size in (1, 4):
         options.micro_batch_size = size
-        found = reference_point(policy, known, options, 0)
+        point = reference_point(policy, scored, options, 0)
         swapped = [
-            e._replace(unrelated_logprob=2 * policy.logprob(e.unrelated) - e.unrelated_logprob) for e in known
+            e._replace(unrelated_logprob=2 * policy.logprob(e.unrelated) - e.unrelated_logprob)
+            for e in scored
         ]
-        other = reference_point(policy, swapped, options, 0)
-        assert sorted([found, other]) == pytest.approx([0.0, abs(mean)], rel=1e-5)
+        swapped_point = reference_point(policy, swapped, options, 0)
+        assert sorted([point, swapped_point]) == pytest.approx([0.0, abs(mean)], rel=1e-5)
 
 
-def test_the_other_response_is_as_often_a_bad_one():
+def test_unrelated_responses_are_desirable_and_undesirable_equally_often():
     pairs = [choice(seed, [0.0, 1.0]) for seed in range(300)]
     good, bad = ({tuple(row.dialogues[side].ids[2:]) for row in pairs} for side in (0, 1))
-    drawn = [tuple(example.unrelated.ids[2:]) for example in Referenced(pairs, settings("kto"))]
+    drawn = [tuple(example.unrelated.ids[2:]) for example in ReferencedExamples(pairs, settings("kto"))]
     assert set(drawn) <= good | bad and 120 < sum(answer in bad for answer in drawn) < 180
 
 
-def test_kto_learns_of_each_response_by_its_label():
+def test_kto_weighs_each_response_by_its_label():
     options = settings("kto", beta=0.02, desirable_weight=2.0, undesirable_weight=0.7)
     model, example = Random(0), Example(choice(1, [0.0, 1.0]), [-3.0, -1.0], None, 0.0)
-    loss, _ = share(model, [example], count([example], options), 0.3, options, 0)
+    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.3, options, 0)
     good, bad = (model.logprob(d) - r for d, r in zip(example.row.dialogues, example.logprobs, strict=True))
     expected = 2.0 / (1 + math.exp(0.02 * (good - 0.3))) + 0.7 / (1 + math.exp(0.02 * (0.3 - bad)))
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
