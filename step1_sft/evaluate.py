@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from common.data.multi_encoder import load_alike
+from common.data.multi_encoder import load_shared_records
 from common.model.engine import gathered_weights, make_frozen
 from common.model.families import position_limit
 from common.model.forward import base_model, response_logits
@@ -76,7 +76,7 @@ def main() -> None:
         partial(convert, encoder=encoder, max_length=length)
         for encoder, length in zip(encoders, lengths, strict=True)
     ]
-    data = load_alike(options.eval_data, options, Demonstration, converts, options.max_eval_samples)
+    data = load_shared_records(options.eval_data, options, Demonstration, converts, options.max_eval_samples)
     init_distributed()
     stop_anywhere(UNWRITTEN)
 

@@ -1,4 +1,4 @@
-"""Global batches: their order over epochs, their micro-batches on each rank, and padding."""
+"""Global batches: order over epochs, micro-batches per rank, padding."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,25 +12,23 @@ from torch import Tensor
 
 from common.runtime.options import TrainOptions, world_size
 
-# Batches of like length are cut from this many batches at a time: enough to leave little padding, few enough
-# to stay close to a plain shuffle.
+# Batches per window that is sorted by length: more batches mean less padding, fewer are closer to a plain
+# shuffle.
 BATCHES_PER_WINDOW = 16
 
 
 def batch_order(
     lengths: Sequence[int], batch_size: int, seed: int, start: int, grouped: bool
 ) -> Iterator[list[int]]:
-    """Endless global batches of example indices, from batch number `start` on: a pure function of its
-    arguments.
+    """Yield global batches of example indices without end, from batch number `start` on. Deterministic.
 
-    Epochs follow each other without a break, each in its own order, so that no example is ever dropped and no
-    batch is short. With `grouped`, the batches of a window are formed by length, then shuffled.
+    Each epoch has its own order. A batch may cross epochs, so no example is dropped and no batch is short.
+    grouped: sort each window of batches by length, then shuffle its batches.
     """
     size, number = len(lengths), start
     while True:
         epoch = number * batch_size // size
-        # Batches that lie within one epoch are grouped; one that holds the turn of an epoch is taken as it
-        # is.
+        # Only batches inside one epoch are grouped by length.
         first, end = math.ceil(epoch * size / batch_size), (epoch + 1) * size // batch_size
         if not grouped or number < first or number >= end:
             yield _epoch_stream(size, seed, number * batch_size, batch_size)
@@ -47,7 +45,7 @@ def batch_order(
 
 
 def examples_of_steps(lengths: Sequence[int], batch_size: int, seed: int, steps: int) -> list[int]:
-    """Which examples the first steps use, in order of their numbers; batches are grouped by length."""
+    """Sorted indices of the examples in the first `steps` batches, grouped by length."""
     if steps * batch_size >= len(lengths):
         return list(range(len(lengths)))
     return sorted(chain(*islice(batch_order(lengths, batch_size, seed, 0, grouped=True), steps)))
@@ -56,10 +54,10 @@ def examples_of_steps(lengths: Sequence[int], batch_size: int, seed: int, steps:
 def deal(
     batch: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, ranks: int
 ) -> list[list[int]]:
-    """This rank's micro-batches of a global batch: rows of like length together, the same number on every
-    rank.
+    """This rank's micro-batches of a global batch, with rows of similar length.
 
-    When the rows do not fill the last round (as in evaluation), some of the lists are empty.
+    All ranks have the same number of micro-batches; some are empty if the rows do not fill the last round, as
+    in evaluation.
     """
     ordered = sorted(batch, key=lambda i: lengths[i])
     rounds = math.ceil(len(ordered) / (micro_batch * ranks))
@@ -68,33 +66,33 @@ def deal(
 
 
 def steps_in_epochs(examples: int, batch_size: int, epochs: float) -> int:
-    """Batches that show every example `epochs` times; the last one reaches into the next epoch to be full."""
+    """Number of batches in `epochs` epochs; the last batch is filled up from the next epoch."""
     return math.ceil(examples * epochs / batch_size)
 
 
 def padding_share(lengths: Sequence[int], options: TrainOptions, most_batches: int = 100) -> float:
-    """Share of padding in the micro-batches of an epoch of rows of these lengths, or of its first batches."""
+    """Share of padding tokens in the first `most_batches` batches of an epoch."""
     real = padded = 0
     steps = min(most_batches, steps_in_epochs(len(lengths), options.global_batch_size, 1))
     for batch in islice(
         batch_order(lengths, options.global_batch_size, options.seed, 0, grouped=True), steps
     ):
-        in_batch = [int(lengths[i]) for i in batch]
+        batch_lengths = [int(lengths[i]) for i in batch]
         for rank in range(world_size()):
-            for rows in deal(range(len(batch)), in_batch, options.micro_batch_size, rank, world_size()):
-                real += sum(in_batch[i] for i in rows)
-                padded += len(rows) * max((in_batch[i] for i in rows), default=0)
+            for rows in deal(range(len(batch)), batch_lengths, options.micro_batch_size, rank, world_size()):
+                real += sum(batch_lengths[i] for i in rows)
+                padded += len(rows) * max((batch_lengths[i] for i in rows), default=0)
     return 1 - real / padded
 
 
 def pad_rows(rows: Sequence[Sequence[Any]], value: Any) -> Tensor:
-    """Rows of unlike length as one tensor (B, T), padded on the right with `value`."""
+    """Stack rows of different length to a tensor (B, T), padded on the right with `value`."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
 def _epoch_stream(size: int, seed: int, first: int, count: int) -> list[int]:
-    """Entries first .. first + count of the endless concatenation of one permutation per epoch."""
+    """`count` example indices from position `first` of all epochs' permutations in a row."""
     stream: list[int] = []
     for epoch in range(first // size, (first + count - 1) // size + 1):
         begin = max(first - epoch * size, 0)

@@ -1,8 +1,7 @@
-"""Tokenise a source of data once: in parallel, into columns on disk, which later runs find again.
+"""Token cache: tokenise a data source in parallel, once, into memory-mapped columns for all later runs.
 
-The folder of a source is named by all that decides its content: the data, the tokenizer, the code that
-converts records, its settings. It appears by a rename, when it is whole; a lock lets one process prepare and
-others wait.
+The name of a cache folder is a hash of the data, the tokenizer, the converting code and its settings. The
+folder is renamed into place when it is complete; a lock makes other processes wait.
 """
 
 import contextlib
@@ -39,51 +38,51 @@ from common.text.record_formats import Record
 from common.text.segments import find_prompt
 from common.text.truncation import Dropped
 
-Convert = Callable[[Record], tuple[Row, bool]]  # record -> row, and whether the length policy has cut it
+Convert = Callable[[Record], tuple[Row, bool]]  # record -> row, and whether it was truncated
 
-CHUNK = 500  # records that a worker converts at once
-FEW = 4  # chunks that are not worth starting workers for
+CHUNK = 500  # records per task of a worker
+FEW = 4  # with fewer chunks, no workers are started
 
-# The folders whose code decides what a record becomes, beside the file that `convert` is in.
+# Folders whose code is part of the cache key, besides the file of `convert`.
 CODE = (Path(__file__).parent, Path(__file__).parents[1] / "text")
 
 
 class Note(NamedTuple):
-    """What is known of a row besides its content. Fractions are in [0, 1), of the prompt or record alone."""
+    """Metadata of a row. The last four fields are hashes of its prompt or record, in [0, 1)."""
 
     number: int  # line of the file, or row of the dataset, from 1
     length: int  # tokens
-    is_cut: bool  # lost a part to the length policy
-    is_string: bool  # its prompt is a string, used verbatim, not messages
-    held_out: float  # the fraction of the prompt that decides between training and evaluation
-    stage: float  # the one that --data_split goes by
-    weight: float  # the one that a source's weight goes by
-    record: float  # the fraction of the whole record: equal for duplicates
+    is_cut: bool  # truncated by --overlong
+    is_string: bool  # the prompt is a string (used verbatim), not messages
+    held_out: float  # of the prompt, for --eval_fraction
+    stage: float  # of the prompt, for --data_split
+    weight: float  # of the prompt, for the weight of the source
+    record: float  # of the record: equal for duplicates
 
 
 class Prepared(NamedTuple):
-    """The rows of one source, and what became of the records that are none."""
+    """Tokenised rows of one source, and counts of the records left out."""
 
     name: str
     rows: Table
     notes: Table
     read: int  # records
     bad: int  # skipped by --skip_bad_records
-    first_bad: tuple[int, str] | None  # the number of the first of these, and what is wrong with it
-    dropped: dict[str, int]  # how many records by reason
-    key: str  # of all that decides the rows
+    first_bad: tuple[int, str] | None  # record number and error of the first bad record
+    dropped: dict[str, int]  # number of records by reason
+    key: str  # cache key
 
     def origin(self, row: int) -> str:
-        """Where the record of a row stands, for messages."""
+        """File and line of a row's record, for messages."""
         return origin(self.name, int(self.notes.column("number")[row]))
 
 
 def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> Prepared:
-    """The rows of a file or hub dataset, from the cache if they are there.
+    """Tokenise a file or hub dataset, or load its rows from the cache.
 
-    convert: a `partial` of a function at the top of a module, whose arguments are all that its result depends
-    on; it raises ValueError for a bad record and Dropped for one that the length policy leaves out. Raises
-    UserError naming file and line of a bad record, unless --skip_bad_records.
+    convert: a `partial` of a module-level function; the cache key includes its keyword arguments. It raises
+    ValueError for a bad record and Dropped for one that --overlong drops. Raises UserError with file and line
+    of a bad record, unless --skip_bad_records.
     """
     cache = cache_folder(options)
     folder = cache / _key(name, options.skip_bad_records, row_class, convert)
@@ -96,18 +95,17 @@ def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Con
         raise UserError(f"--cache_dir {cache}: {error.strerror}") from None
     except BrokenProcessPool:
         raise UserError(
-            f"{name}: a process that tokenised it was killed; if memory was short, use fewer"
-            " --preprocessing_workers"
+            f"{name}: a tokenising process was killed; if memory ran out, use fewer --preprocessing_workers"
         ) from None
-    found = json.loads((folder / "found.json").read_text())
+    counts = json.loads((folder / "counts.json").read_text())
     tables = Table(folder / "rows", row_class), Table(folder / "notes", Note)
-    return Prepared(name, *tables, **found, key=folder.name)
+    return Prepared(name, *tables, **counts, key=folder.name)
 
 
 def cache_folder(options: CacheOptions) -> Path:
-    """Where tokenised data is kept, and what is made of it."""
-    named = options.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "triptych")
-    return Path(named).expanduser()
+    """Folder of the token cache."""
+    folder = options.cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "triptych")
+    return Path(folder).expanduser()
 
 
 def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:
@@ -126,7 +124,7 @@ def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock, waiting for as long as another process, which is preparing the same, has it."""
+    """Hold a lock; wait while another process prepares the same source."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,39 +132,39 @@ def _locked(path: Path, name: str) -> Iterator[None]:
             log(f"{name}: waiting for another process that is tokenising it")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass  # a file system without locks: each prepares its own, and the first rename wins
+            pass  # a file system without locks: several processes may prepare, and the first rename wins
         yield
 
 
 def _build(folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> None:
-    for left_over in folder.parent.glob(f"{folder.name}.tmp*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
+    for leftover in folder.parent.glob(f"{folder.name}.tmp*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
     try:
-        found = _write(beside, name, options, row_class, convert)
-        write_json(beside / "found.json", found)
-        beside.chmod(0o777 & ~UMASK)  # made for its owner alone, but a cache may be shared
+        counts = _write(temporary, name, options, row_class, convert)
+        write_json(temporary / "counts.json", counts)
+        temporary.chmod(0o777 & ~UMASK)  # mkdtemp gives access to the owner only; a cache may be shared
         if not folder.exists():  # without a lock, another process may have been faster
-            beside.rename(folder)
+            temporary.rename(folder)
         flush_folder(folder.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(
-    beside: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert
+    folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert
 ) -> dict[str, Any]:
-    """Convert all records into the columns of a new folder; what is counted on the way."""
-    (beside / "rows").mkdir()
-    (beside / "notes").mkdir()
-    writers = TableWriter(beside / "rows", row_class), TableWriter(beside / "notes", Note)
+    """Convert all records and write their columns to a new folder. Returns the counts of `Prepared`."""
+    (folder / "rows").mkdir()
+    (folder / "notes").mkdir()
+    writers = TableWriter(folder / "rows", row_class), TableWriter(folder / "notes", Note)
     work = partial(
         _convert_chunk, name=name, skip=options.skip_bad_records, row_class=row_class, convert=convert
     )
     read = bad = 0
     dropped: Counter[str] = Counter()
     first_bad: tuple[int, str] | None = None
-    progress = ReadingProgress(f"{name}: tokenising", partial(print, flush=True))  # off rank 0, too
+    progress = ReadingProgress(f"{name}: tokenising", partial(print, flush=True))  # on every rank
     for columns, count, share in _results(read_source(name), options.preprocessing_workers, work):
         for writer, part in zip(writers, columns, strict=True):
             writer.append(part)
@@ -180,7 +178,7 @@ def _write(
 
 
 def _results(records: Iterator[Any], workers: int, work: Callable[[Any], Any]) -> Iterator[Any]:
-    """`work` done on each chunk of records, in order, by this process if they are few."""
+    """Apply `work` to chunks of records, in order; small sources use no worker processes."""
     chunks = iter(lambda: list(islice(records, CHUNK)), [])
     first = list(islice(chunks, FEW))
     workers = workers or len(os.sched_getaffinity(0))
@@ -222,7 +220,7 @@ def _convert_chunk(
 
 
 def _begin_worker(work: Callable[[Any], Any]) -> None:
-    """Signals are the parent's affair, and a worker ends with it."""
+    """Set up a worker: the parent handles signals, and the worker ends with its parent."""
     global _work
     _work = work
     for number in SIGNALS:

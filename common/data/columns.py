@@ -1,5 +1,4 @@
-"""Rows of numbers, text and lists of numbers in memory-mapped columns: a million cost no more memory than
-what is read of them."""
+"""Rows of numbers, text and lists of numbers, in memory-mapped columns: only rows in use need memory."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ import numpy as np
 
 Row = TypeVar("Row", bound=tuple)
 
-# What the fields of a row may be, and how their values lie in a file.
+# Allowed types of fields, and the dtype of their files.
 DTYPES = {
     bool: np.bool_, int: np.int64, float: np.float64, str: np.uint8,
     list[bool]: np.bool_, list[int]: np.int32, list[float]: np.float64,
@@ -19,7 +18,7 @@ SCALARS = (bool, int, float)
 
 
 class Table(Generic[Row]):
-    """Rows of one class of named tuples, as `TableWriter` has written them to a folder."""
+    """Read-only sequence of named tuples, written by `TableWriter`."""
 
     def __init__(self, folder: Path, row_class: type[Row]) -> None:
         self._row_class = row_class
@@ -37,7 +36,7 @@ class Table(Generic[Row]):
         return self._row_class(*(self._field(name, kind, row) for name, kind in self._kinds.items()))
 
     def column(self, name: str) -> np.ndarray:
-        """All values of a field that is a single number, (N,)."""
+        """All values of a number field, (N,)."""
         return self._values[name]
 
     def _field(self, name: str, kind: Any, row: int) -> Any:
@@ -49,7 +48,7 @@ class Table(Generic[Row]):
 
 
 class TableWriter(Generic[Row]):
-    """Appends rows to the columns of a folder; only what is appended at once is in memory."""
+    """Appends rows to the columns of a folder, without holding earlier rows in memory."""
 
     def __init__(self, folder: Path, row_class: type[Row]) -> None:
         self._files: dict[str, BinaryIO] = {}
@@ -61,7 +60,7 @@ class TableWriter(Generic[Row]):
                 self._ends[name] = 0
 
     def append(self, columns: dict[str, np.ndarray]) -> None:
-        """Columns as `to_columns` makes them."""
+        """Append columns made by `to_columns`."""
         for name, values in columns.items():
             column, _, part = name.rpartition(".")
             if part == "ends" and len(values):
@@ -70,7 +69,7 @@ class TableWriter(Generic[Row]):
             self._files[name].write(values.tobytes())
 
     def close(self) -> None:
-        """Flush all to disk."""
+        """Flush all files to disk and close them."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -78,10 +77,10 @@ class TableWriter(Generic[Row]):
 
 
 def to_columns(rows: Sequence[Row], row_class: type[Row]) -> dict[str, np.ndarray]:
-    """The values of each field, one row after the other, and where each row's end, if they are several."""
+    """Concatenate the values of each field; for lists and text, also the end index of each row."""
     columns = {}
-    for place, (name, kind) in enumerate(get_type_hints(row_class).items()):
-        fields = [row[place] for row in rows]
+    for index, (name, kind) in enumerate(get_type_hints(row_class).items()):
+        fields = [row[index] for row in rows]
         if kind is str:
             fields = [np.frombuffer(text.encode(), np.uint8) for text in fields]
         if kind not in SCALARS:
@@ -96,5 +95,5 @@ def _joined(fields: Iterable[Sequence[Any]]) -> list[Any]:
 
 
 def _mapped(path: Path, dtype: Any) -> np.ndarray:
-    """A file as an array; one of no bytes cannot be mapped."""
+    """Memory-map a file as an array; an empty file cannot be mapped."""
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)

@@ -16,17 +16,16 @@ from common.text.record_formats import Record
 def work_through(
     items: Sequence[Any], work: Callable[[Mapping[int, Any]], list[Any]], journal: Path, size: int, noun: str
 ) -> list[Any]:
-    """The results of all items, on rank 0, those of an earlier run included; every rank must call.
+    """Process all items and return their results on rank 0, results of earlier runs included. A collective.
 
-    work: turns `size` items, by their numbers, into one result each, in JSON, the same on every rank.
-    journal: a file in the run's folder with the results so far, a line for each call of `work`. noun: of the
-    items, in messages. Raises Stopped, wherever it is, when that was asked for; once all items are done, a
-    stop waits.
+    work: converts up to `size` items, by index, to one JSON result each, the same on all ranks. journal: file
+    in the run's folder with one line of results per call of `work`. noun: name of the items in messages.
+    A stop raises Stopped at once until all items are done; after that it waits.
     """
     results, problem, total = [], "", len(items)
     if rank() == 0:
         try:
-            results = _take_up(journal)
+            results = _read_journal(journal)
         except (UserError, OSError) as error:
             problem = str(error)
     done, problem = gather_objects((len(results), problem))[0]
@@ -37,20 +36,20 @@ def work_through(
     progress = Progress(noun, total, done)
     while done < total:
         stop_resumably(f"{done} of {total} {noun} done", journal.parent)
-        made = work(dict(enumerate(items[done : done + size], start=done)))
+        batch = work(dict(enumerate(items[done : done + size], start=done)))
         if rank() == 0:
-            _append(journal, made)
-            results += made
-        done += len(made)
+            _append(journal, batch)
+            results += batch
+        done += len(batch)
         progress.update(done)
     stop_between_steps()  # rank 0 writes the results, the others wait for it
     return results
 
 
 def stop_resumably(done: str, output_dir: Path | str) -> None:
-    """From here on a stop ends this rank wherever it is: what is done is on disk. All ranks must call it.
+    """From now on, a stop ends this rank immediately: all results are on disk. A collective.
 
-    Raises Stopped when a stop was asked for already.
+    Raises Stopped if a stop was already requested.
     """
     line = f"Stopped; {done}, saved in {output_dir}. Run the same command to resume."
     stop_anywhere(line)
@@ -59,12 +58,12 @@ def stop_resumably(done: str, output_dir: Path | str) -> None:
 
 
 def to_lines(records: Sequence[Record]) -> str:
-    """Records as JSONL."""
+    """Format records as JSON Lines."""
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
-def _take_up(journal: Path) -> list[Any]:
-    """The results in the journal; an unfinished last line is removed. Raises UserError for a damaged one."""
+def _read_journal(journal: Path) -> list[Any]:
+    """Read the results; removes an unfinished last line. Raises UserError for a damaged line."""
     with journal.open("a+b") as file:
         file.seek(0)
         lines = file.read()
@@ -75,21 +74,21 @@ def _take_up(journal: Path) -> list[Any]:
             results += _parsed(line)
         except (ValueError, RecursionError):
             raise UserError(
-                f"{journal}:{number}: damaged; restore the line, or delete the file to begin again"
+                f"{journal}:{number}: damaged; restore the line, or delete the file to start again"
             ) from None
     return results
 
 
 def _parsed(line: bytes) -> list[Any]:
-    made = json.loads(line)
-    if not isinstance(made, list):
+    results = json.loads(line)
+    if not isinstance(results, list):
         raise ValueError(line)
-    return made
+    return results
 
 
-def _append(journal: Path, made: list[Any]) -> None:
-    """Returns when the disk holds it."""
+def _append(journal: Path, results: list[Any]) -> None:
+    """Append a line and flush it to disk."""
     with journal.open("a") as file:
-        file.write(f"{json.dumps(made)}\n")
+        file.write(f"{json.dumps(results)}\n")
         file.flush()
         os.fsync(file.fileno())

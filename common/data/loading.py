@@ -1,4 +1,4 @@
-"""Records to tokenised examples, the held-out part, and the order in which examples are seen."""
+"""Load, tokenise and split data into training and held-out examples."""
 
 import math
 from collections.abc import Sequence
@@ -9,56 +9,55 @@ from common.data.batching import padding_share
 from common.data.cache import Convert, Prepared, prepare
 from common.data.columns import Row
 from common.data.examples import Examples
-from common.data.rendering_report import describe_rendering
+from common.data.rendering_report import log_rendering
 from common.data.sources import copies, files_to_read, parse_source
-from common.data.summary import describe_data, warn_of_few, why_empty
+from common.data.summary import log_data_summary, warn_of_few, why_empty
 from common.runtime.distributed import log
 from common.runtime.options import DataOptions, TrainOptions, UserError
 
-LEARNT = {"is_trained", "is_response"}  # fields of rows in which every reply is learnt
+MASKS = {"is_trained", "is_response"}  # fields of rows that train on every reply
 
 
 def load_examples(
     sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert,
     is_training: bool = True,
 ) -> tuple[Examples[Row], list[Row]]:  # fmt: skip
-    """Training and held-out examples, tokenised by `convert` (see `prepare`), with a table of what was found.
+    """Load training and held-out examples, tokenised by `convert` (see `prepare`), and log a table of them.
 
-    is_training: see `files_of`. Without --eval_data, records are held out by a hash of their prompt, so that
-    a prompt is never on both sides; in the same way --data_split gives each stage its part of the prompts.
-    Raises UserError naming file and line for a bad record (unless --skip_bad_records), and when no rows are
-    left.
+    Without --eval_data, a hash of the prompt decides which records are held out, so no prompt is in both
+    parts; --data_split selects the prompts of each stage in the same way. is_training: see `files_of`. Raises
+    UserError for a bad record (unless --skip_bad_records) and if no rows are left.
     """
     begin, end = _stage_share(options)
-    read, prepared = _load(sources, options, row_class, convert, is_training)
-    ours = read.take((read.notes("stage") >= begin) & (read.notes("stage") < end))
+    examples, prepared = _load(sources, options, row_class, convert, is_training)
+    of_stage = examples.take((examples.notes("stage") >= begin) & (examples.notes("stage") < end))
     if options.eval_data:
-        train = ours
-        held_out, prepared_too = _load(options.eval_data, options, row_class, convert, is_training=False)
+        train = of_stage
+        held_out, prepared_eval = _load(options.eval_data, options, row_class, convert, is_training=False)
     else:
-        is_held_out = ours.notes("held_out") < options.eval_fraction
-        train, held_out, prepared_too = ours.take(~is_held_out), ours.take(is_held_out), []
+        is_held_out = of_stage.notes("held_out") < options.eval_fraction
+        train, held_out, prepared_eval = of_stage.take(~is_held_out), of_stage.take(is_held_out), []
     if not len(train):
-        elsewhere = {
-            "held out by --eval_fraction": 0 if options.eval_data else ours.distinct_rows(),
-            "in the parts of other steps by --data_split": read.distinct_rows() - ours.distinct_rows(),
+        other_uses = {
+            "held out by --eval_fraction": 0 if options.eval_data else of_stage.distinct_rows(),
+            "used by other steps (--data_split)": examples.distinct_rows() - of_stage.distinct_rows(),
         }
-        raise UserError(f"{' '.join(sources)}: no rows left: {why_empty(prepared, elsewhere)}")
-    describe_data(prepared + prepared_too, train, held_out)
+        raise UserError(f"{' '.join(sources)}: no rows left: {why_empty(prepared, other_uses)}")
+    log_data_summary(prepared + prepared_eval, train, held_out)
     if encoder := getattr(convert, "keywords", {}).get("encoder"):
-        used = [*ours.rendered(), *(held_out.rendered() if options.eval_data else [])]
-        describe_rendering(used, encoder, learns_replies=bool(LEARNT & {*row_class._fields}))
+        used = [*of_stage.rendered(), *(held_out.rendered() if options.eval_data else [])]
+        log_rendering(used, encoder, trains_on_replies=bool(MASKS & {*row_class._fields}))
     if options.eval_data or options.eval_fraction:
         warn_of_few(held_out.notes("held_out")[: options.max_eval_samples or None].tolist())
     if isinstance(options, TrainOptions):
-        log(f"{padding_share(train.notes('length'), options):.1%} padding in batches of like length")
+        log(f"{padding_share(train.notes('length'), options):.1%} padding in batches of similar length")
     return train, list(held_out.take(slice(options.max_eval_samples or None)))
 
 
 def _load(
     sources: Sequence[str], options: DataOptions, row_class: type[Row], convert: Convert, is_training: bool
 ) -> tuple[Examples[Row], list[Prepared]]:
-    """Every row of the sources, as often as the source's weight says."""
+    """Load all rows of the sources, repeated by weight."""
     prepared: list[Prepared] = []
     rows = []
     for source in map(parse_source, sources):
@@ -71,7 +70,7 @@ def _load(
 
 
 def _stage_share(options: DataOptions) -> tuple[float, float]:
-    """Where in [0, 1) the records of this stage lie, by --data_split."""
+    """Interval of [0, 1) that belongs to this stage, from --data_split."""
     if not options.data_split:
         return 0.0, 1.0
     try:

@@ -1,4 +1,4 @@
-"""Held-out records as several models read them: the same ones for all."""
+"""Load the same held-out records for several tokenizers."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -10,7 +10,7 @@ from common.data.cache import Convert, Prepared, prepare
 from common.data.columns import Row
 from common.data.readers import origin, read_source
 from common.data.records import fraction, parse_record
-from common.data.rendering_report import describe_rendering, rendered
+from common.data.rendering_report import log_rendering, rendered
 from common.data.sources import copies, files_to_read, parse_source
 from common.data.summary import left_out, warn_of_few, warn_of_sources, why_empty
 from common.runtime.distributed import log
@@ -19,24 +19,23 @@ from common.text.record_formats import Record
 from common.text.segments import find_prompt
 
 
-class Alike(NamedTuple):
-    """Records that are a row to every converter."""
+class SharedRecords(NamedTuple):
+    """Records that all converters accept."""
 
-    origins: list[str]  # where each stands, for messages
+    origins: list[str]  # file and line, for messages
     records: list[Record]
     rows: list[list[Row]]  # by converter
 
 
-def load_alike(
+def load_shared_records(
     sources: Sequence[str], options: CacheOptions, row_class: type[Row], converts: Sequence[Convert],
     at_most: int = 0, is_training: bool = False,
-) -> Alike:  # fmt: skip
-    """Records that every converter keeps, as often as the weight of its source says.
+) -> SharedRecords:  # fmt: skip
+    """Load the records that all converters accept, repeated by weight, through the cache (see `prepare`).
 
-    at_most: take the first so many; 0: all. Tokenised through the cache (see `prepare`). Raises
-    UserError for a bad record, and when none is left.
+    at_most: maximum number of records; 0: all. Raises UserError for a bad record and if none is left.
     """
-    found, first, shared, used = Alike([], [], [[] for _ in converts]), [], 0, []
+    result, first, shared, used = SharedRecords([], [], [[] for _ in converts]), [], 0, []
     for source in map(parse_source, sources):
         for name in files_to_read(source, is_training):
             prepared = [prepare(name, options, row_class, convert) for convert in converts]
@@ -44,37 +43,37 @@ def load_alike(
             numbers, fractions = _common_numbers(prepared)
             shared += len(numbers)
             numbers = np.repeat(numbers, copies(source.weight, fractions).astype(int))
-            numbers = numbers[: at_most - len(found.records)] if at_most else numbers
-            _extend(found, name, prepared, numbers)
-            places = np.searchsorted(prepared[0].notes.column("number"), numbers)
-            used += rendered(prepared[0], places)
+            numbers = numbers[: at_most - len(result.records)] if at_most else numbers
+            _extend(result, name, prepared, numbers)
+            indices = np.searchsorted(prepared[0].notes.column("number"), numbers)
+            used += rendered(prepared[0], indices)
     names = " ".join(sources)
-    if not found.records:
-        others = sum(len(one.notes.column("number")) for one in first) - shared
+    if not result.records:
+        others = sum(len(source.notes.column("number")) for source in first) - shared
         raise UserError(f"{names}: no rows left: {why_empty(first, {'left out for another model': others})}")
     read, count, reasons = left_out(first)
     rest = f"; left out: {', '.join(reasons)}" if reasons else ""
-    log(f"{names}: {len(found.records)} rows of {read} records{rest}")
+    log(f"{names}: {len(result.records)} rows of {read} records{rest}")
     warn_of_sources(first)
     if not is_training:
-        warn_of_few(fraction(find_prompt(record), "") for record in found.records)
+        warn_of_few(fraction(find_prompt(record), "") for record in result.records)
     if encoder := getattr(converts[0], "keywords", {}).get("encoder"):
-        describe_rendering(used, encoder, learns_replies=False)
-    return found
+        log_rendering(used, encoder, trains_on_replies=False)
+    return result
 
 
 def _common_numbers(prepared: Sequence[Prepared]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the records that are in all tables, and the fractions that a weight goes by."""
-    numbers = [one.notes.column("number") for one in prepared]
+    """Numbers of the records in all tables, and their fractions for the weight of the source."""
+    numbers = [table.notes.column("number") for table in prepared]
     shared = reduce(np.intersect1d, numbers)
     return shared, prepared[0].notes.column("weight")[np.searchsorted(numbers[0], shared)]
 
 
-def _extend(found: Alike, name: str, prepared: Sequence[Prepared], numbers: np.ndarray) -> None:
+def _extend(result: SharedRecords, name: str, prepared: Sequence[Prepared], numbers: np.ndarray) -> None:
     wanted = set(numbers.tolist())
     records = {number: parse_record(line) for number, _, line in read_source(name) if number in wanted}
     for number in numbers.tolist():
-        found.origins.append(origin(name, number))
-        found.records.append(records[number])
-    for rows, one in zip(found.rows, prepared, strict=True):
-        rows += [one.rows[place] for place in np.searchsorted(one.notes.column("number"), numbers)]
+        result.origins.append(origin(name, number))
+        result.records.append(records[number])
+    for rows, table in zip(result.rows, prepared, strict=True):
+        rows += [table.rows[index] for index in np.searchsorted(table.notes.column("number"), numbers)]

@@ -1,6 +1,4 @@
-"""Records of each kind of data file, one after the other, and of hub datasets. Nothing is guessed: text stays
-text, and a path is a path, never a pattern.
-"""
+"""Read records from data files and hub datasets. Text stays text, and a path is never a pattern."""
 
 import csv
 import json
@@ -15,18 +13,18 @@ from common.data.sources import KINDS, hub_reason, kind_of, parse_source
 from common.runtime.files import sha256
 from common.runtime.options import UserError, reason
 
-# A line of JSONL, not parsed yet; a value of another file; or what is wrong with the row.
+# An unparsed line of JSONL, a value from another kind of file, or the error of a row.
 Unparsed = bytes | Any | ValueError
-Rows = Iterator[tuple[int, float, Unparsed]]  # number from 1, the share that is read with it, itself
+Rows = Iterator[tuple[int, float, Unparsed]]  # number from 1, share of the file read so far, record
 
 BATCH = 1000  # rows of Parquet in memory
 SPACE = re.compile(r"\s*")
-BETWEEN = re.compile(r"[\s,]*")  # values of a JSON file that is no list
-COMMA = re.compile(r",\s*(?![\s\]])")  # between values of a list; one is not enough for an end
+BETWEEN = re.compile(r"[\s,]*")  # between values of a JSON file without a list
+COMMA = re.compile(r",\s*(?![\s\]])")  # between values of a list; not before its end
 
 
 def read_source(name: str) -> Rows:
-    """Each record of a file, or of a hub dataset with its split; lines of JSONL are not parsed yet.
+    """Yield the records of a file or hub dataset; lines of JSONL are not parsed.
 
     Raises UserError for a missing or unreadable file.
     """
@@ -41,12 +39,12 @@ def read_source(name: str) -> Rows:
 
 
 def origin(name: str, number: int) -> str:
-    """Where a record stands, for messages."""
+    """File and line of a record, for messages."""
     return f"{name}:{number}" if kind_of(name) == ".jsonl" else f"{name}: row {number}"
 
 
 def content_of(name: str) -> str:
-    """What tells the content of a file or hub dataset from any other. Raises UserError as `read_source`."""
+    """Hash of the content of a file or hub dataset. Raises UserError like `read_source`."""
     try:
         return sha256(Path(name)) if kind_of(name) in KINDS else load_hub_dataset(name)._fingerprint
     except OSError as error:
@@ -55,12 +53,12 @@ def content_of(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def load_hub_dataset(name: str) -> Any:
-    """One split of a hub dataset, as `files_of` names it. Raises UserError with the reason."""
-    import datasets  # here, because most runs never need them
+    """Load a split of a hub dataset, named as by `files_of`. Raises UserError with the reason."""
+    import datasets  # imported here, because most runs do not need them
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    huggingface_hub.logging.set_verbosity_error()  # its retries, one warning each
+    huggingface_hub.logging.set_verbosity_error()  # would print a warning for each retry
     source = parse_source(name)
     try:
         return datasets.load_dataset(source.name, source.config or None, split=source.split)
@@ -78,45 +76,45 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """The elements of one list, or values one after the other, be they on a line each or not."""
+    """Read one list, or a sequence of values with or without line breaks."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error.reason}") from None
-    decoder, place, number = json.JSONDecoder(), SPACE.match(text).end(), 0
-    is_list = text[place : place + 1] == "["
-    place = SPACE.match(text, place + is_list).end()
-    while place < len(text) and not (is_list and text[place] == "]"):
+    decoder, index, number = json.JSONDecoder(), SPACE.match(text).end(), 0
+    is_list = text[index : index + 1] == "["
+    index = SPACE.match(text, index + is_list).end()
+    while index < len(text) and not (is_list and text[index] == "]"):
         try:
-            value, place = decoder.raw_decode(text, place)
-            place = _next_element(text, place) if is_list else BETWEEN.match(text, place).end()
+            value, index = decoder.raw_decode(text, index)
+            index = _next_element(text, index) if is_list else BETWEEN.match(text, index).end()
         except json.JSONDecodeError as error:
             where = f"line {error.lineno}, column {error.colno}"
             raise UserError(f"{path}: not valid JSON: {error.msg} ({where})") from None
-        except (ValueError, RecursionError) as error:  # a number or a nesting that is too much for Python
+        except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep, for Python
             raise UserError(f"{path}: row {number + 1}: {reason(error)}") from None
         number += 1
-        yield number, place / len(text), value
-    if is_list and text[place:].strip() != "]":
-        what = "the list has no end" if place >= len(text) else "there is more behind the list"
+        yield number, index / len(text), value
+    if is_list and text[index:].strip() != "]":
+        what = "the list has no end" if index >= len(text) else "text after the end of the list"
         raise UserError(f"{path}: not valid JSON: {what}")
 
 
-def _next_element(text: str, place: int) -> int:
-    """Where the next element of a list begins, or the list's end. Raises JSONDecodeError."""
-    place = SPACE.match(text, place).end()
-    if text[place : place + 1] in ("", "]"):
-        return place
-    if comma := COMMA.match(text, place):
+def _next_element(text: str, index: int) -> int:
+    """Index of the next element of a list, or of the end of the list. Raises JSONDecodeError."""
+    index = SPACE.match(text, index).end()
+    if text[index : index + 1] in ("", "]"):
+        return index
+    if comma := COMMA.match(text, index):
         return comma.end()
-    raise json.JSONDecodeError("Expecting one comma and another value, or the end of the list", text, place)
+    raise json.JSONDecodeError("Expecting one comma and another value, or the end of the list", text, index)
 
 
 def _read_csv(path: Path) -> Rows:
-    """Rows as texts by the names in the header; an empty cell is an absent field, for CSV has no null."""
+    """Read rows as text by column name. Empty cells are absent fields, because CSV has no null."""
     csv.field_size_limit(sys.maxsize)
     size = path.stat().st_size
-    # Bytes that are no UTF-8 become surrogates, which the record is then refused for, with its row.
+    # Bytes that are not UTF-8 become surrogates, so that the error can name the row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, strict=True)
         number = 0
@@ -129,12 +127,14 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _column_names(path: Path, header: list[str]) -> list[str]:
-    """Only the first name may be empty: pandas writes the numbers of rows under none."""
+    """Check the header. Only the first name may be empty: pandas writes row numbers without a name."""
     names = [name.strip() for name in header]
     if not _is_text(names):
         raise UserError(f"{path}: header: not UTF-8 text; save the file as UTF-8")
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{path}: header: {min(twice)!r} is there twice; each column needs its own name")
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise UserError(
+            f"{path}: header: duplicate column {min(duplicates)!r}; each column needs its own name"
+        )
     if "" in names[1:]:
         raise UserError(f"{path}: header: column {names.index('', 1) + 1} has no name")
     if len(names) == 1 and (separators := set(names[0]) & set(";\t|")):
@@ -147,7 +147,7 @@ def _column_names(path: Path, header: list[str]) -> list[str]:
 
 def _row(names: list[str], cells: list[str]) -> Unparsed:
     if len(cells) != len(names):
-        return ValueError(f"has {len(cells)} cells, but the header has {len(names)} names")
+        return ValueError(f"has {len(cells)} cells, but the header has {len(names)} columns")
     if not _is_text(cells):
         return ValueError("not UTF-8 text")
     return {name: cell for name, cell in zip(names, cells, strict=True) if name and cell}
@@ -162,7 +162,7 @@ def _is_text(cells: list[str]) -> bool:
 
 
 def _read_parquet(path: Path) -> Rows:
-    import pyarrow.parquet  # `datasets` brings it along
+    import pyarrow.parquet  # a dependency of `datasets`
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -173,7 +173,7 @@ def _read_parquet(path: Path) -> Rows:
                     yield number, number / total, row
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 - what Arrow raises; the user needs the reason
+    except Exception as error:  # noqa: BLE001 - Arrow raises anything; the user needs the reason
         raise UserError(f"{path}: not readable as Parquet: {reason(error)}") from None
 
 

@@ -1,4 +1,4 @@
-"""Records: parsed, checked, in a documented shape; and what happens to a bad one."""
+"""Parse and check records, convert them to documented formats, and handle bad records."""
 
 import contextlib
 import hashlib
@@ -18,24 +18,24 @@ from common.text.record_formats import Record, recognise
 from common.text.segments import find_prompt
 
 Parsed = TypeVar("Parsed")
-LARGE_SHARE = 0.2  # of what is read, left out or cut
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # the one way in which half a character comes in UTF-8
+LARGE_SHARE = 0.2  # of records left out or truncated: worth a warning
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # lone surrogates in UTF-8 files appear only as escapes
 
 
 class BadRecords:
-    """The one boundary of everything that a record makes us or a library raise.
+    """Handles all errors that a record causes, here or in a library.
 
-    The first bad record ends the run with one line, unless they are to be skipped; then they are counted.
+    The first bad record raises UserError, or with `skip` bad records are counted.
     """
 
     def __init__(self, skip: bool) -> None:
         self.skip, self.count = skip, 0
-        self.first: tuple[int, str] | None = None  # its number, and what is wrong
-        self.place = ""  # of the first, for people
+        self.first: tuple[int, str] | None = None  # record number and error of the first bad record
+        self.first_origin = ""  # file and line of the first bad record
 
     @contextlib.contextmanager
     def at(self, name: str, number: int) -> Iterator[None]:
-        """Around all that is done with record `number` of a file."""
+        """Context in which record `number` of a file is processed."""
         try:
             yield
         except MemoryError:
@@ -47,11 +47,12 @@ class BadRecords:
             if not self.skip:
                 raise UserError(f"{origin(name, number)}: {why}") from None
             self.count += 1
-            self.first, self.place = self.first or (number, why), self.place or origin(name, number)
+            self.first = self.first or (number, why)
+            self.first_origin = self.first_origin or origin(name, number)
 
     def nothing_left(self, source: str, read: int, others: str = "") -> UserError:
-        """The error when no record of a source is left; others: what became of those that are not bad."""
-        bad = f"{self.count} bad, the first at {self.place}: {self.first[1]}" if self.first else ""
+        """Error for a source without usable records. others: why records that are not bad were left out."""
+        bad = f"{self.count} bad, the first at {self.first_origin}: {self.first[1]}" if self.first else ""
         why = ", ".join(filter(None, (others, bad)))
         return UserError(f"{source}: no rows left: {read} records read{': ' * bool(why)}{why}")
 
@@ -60,12 +61,12 @@ def read_all(
     sources: Sequence[str], parse: Callable[[Record], Parsed], skip_bad_records: bool = False,
     is_training: bool = True,
 ) -> tuple[list[Parsed], int]:  # fmt: skip
-    """`parse` of each record, as often as the weight of its source says; and how many records are bad.
+    """Parse all records, repeated by weight. Returns the results and the number of bad records.
 
-    parse: from a record in whatever shape it has; it raises ValueError for a bad one. Raises UserError naming
-    file and line of it, unless they are skipped, and when no record is left.
+    parse: converts a record in any format; raises ValueError for a bad one. Raises UserError with file and
+    line of a bad record, unless they are skipped, and if no record is left.
     """
-    found, bad, read = [], BadRecords(skip_bad_records), 0
+    results, bad, read = [], BadRecords(skip_bad_records), 0
     for source in map(parse_source, sources):
         for name in files_to_read(source, is_training):
             progress = ReadingProgress(f"reading {name}")
@@ -74,22 +75,22 @@ def read_all(
                 read += 1
                 with bad.at(name, number):
                     record = parse_object(unparsed)
-                    one, times = parse(record), source.weight
-                    if times != 1:  # a pair may not have its answer yet
+                    result, times = parse(record), source.weight
+                    if times != 1:  # pairs may not be rated yet
                         prompt = find_prompt(recognise({"preference": "tie", **record}))
                         times = copies(source.weight, fraction(prompt, "weight"))
-                    found += [one] * int(times)
+                    results += [result] * int(times)
                 progress.update(count, share)
             warn_of_left_out(bad.count - bad_before, count, f"records of {name}")
-    if sources and not found:
-        unseen = read - bad.count
-        others = f"{unseen} left out by the weight of their source" if unseen else ""
+    if sources and not results:
+        unused = read - bad.count
+        others = f"{unused} left out by the weight of their source" if unused else ""
         raise bad.nothing_left(" ".join(sources), read, others)
-    return found, bad.count
+    return results, bad.count
 
 
 def warn_of_left_out(count: int, read: int, what: str = "records") -> bool:
-    """Warn where `count` of what was read is a large part of it; whether it is."""
+    """Warn if a large share of the records is left out. Returns whether it warned."""
     is_large = count > LARGE_SHARE * read
     if is_large:
         log(f"warning: {count / read:.0%} of the {what} are left out")
@@ -97,17 +98,17 @@ def warn_of_left_out(count: int, read: int, what: str = "records") -> bool:
 
 
 def parse_record(record: Unparsed) -> Record:
-    """A record in a documented shape. Raises ValueError, in words for the user."""
+    """Parse a record and convert it to a documented format. Raises ValueError with a message for the user."""
     return recognise(parse_object(record))
 
 
 def parse_object(record: Unparsed) -> Record:
-    """A record in whatever shape it has, without null fields. Raises ValueError, in words for the user."""
+    """Parse a record in any format, without null fields. Raises ValueError with a message for the user."""
     return without_nulls(load_object(record))
 
 
 def load_object(record: Unparsed) -> Record:
-    """A record exactly as it is in its file. Raises ValueError, in words for the user."""
+    """Parse a record, null fields included. Raises ValueError with a message for the user."""
     if isinstance(record, ValueError):
         raise record
     parsed = _parse_line(record) if isinstance(record, bytes) else record
@@ -119,7 +120,7 @@ def load_object(record: Unparsed) -> Record:
 
 
 def fraction(content: str | list[Message] | Record, purpose: str) -> float:
-    """A number in [0, 1) that depends on the content, a prompt or a record, and the purpose alone."""
+    """Hash a prompt or record to a number in [0, 1); each purpose has its own hash."""
     text = purpose + json.dumps(content, sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,4 +1,4 @@
-"""Lines at the start of a run: how prompts became text, with an example from each source."""
+"""Log how prompts were rendered, with an example from each source."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -15,25 +15,25 @@ SHOWN = 200  # characters of an example
 
 
 class Rendered(NamedTuple):
-    """What is used of a source."""
+    """The rows in use of a source."""
 
     name: str
     is_string: np.ndarray  # whether the prompt of a row is a string, (N,)
     first: Any  # the first row
 
 
-def rendered(source: Prepared, places: np.ndarray) -> Iterator[Rendered]:
-    """The rows of a source that are used, each once, however often it is seen; nothing where none is."""
-    if len(places):
-        is_string = source.notes.column("is_string")[np.unique(places)]
-        yield Rendered(source.name, is_string, source.rows[np.min(places)])
+def rendered(source: Prepared, indices: np.ndarray) -> Iterator[Rendered]:
+    """Yield the rows in use of a source, without repetitions; yields nothing if no row is used."""
+    if len(indices):
+        is_string = source.notes.column("is_string")[np.unique(indices)]
+        yield Rendered(source.name, is_string, source.rows[np.min(indices)])
 
 
-def describe_rendering(sources: Sequence[Rendered], encoder: SegmentEncoder, learns_replies: bool) -> None:
-    """Print per source how many prompts went through which chat template, and the text of its first row.
+def log_rendering(sources: Sequence[Rendered], encoder: SegmentEncoder, trains_on_replies: bool) -> None:
+    """Log for each source how its prompts were rendered, and the text of its first row.
 
-    Warn where strings, which are used verbatim, meet a model with a chat template. learns_replies: all
-    replies of a conversation are learnt, where the template allows that.
+    Warns of string prompts, which are used verbatim, for a model with a chat template. trains_on_replies:
+    all replies of a conversation are trained on, if the template allows it.
     """
     template = encoder.chat_template
     if template is None:
@@ -51,17 +51,17 @@ def describe_rendering(sources: Sequence[Rendered], encoder: SegmentEncoder, lea
         log(f"{source.name}: {', '.join(parts)}")
     if strings and not template.is_default:
         log(
-            f"warning: {strings:,} prompts are strings, so {name} is not used for them; write prompts as"
-            " messages to use it"
+            f"warning: {strings:,} prompts are strings, so {name} is not applied; write prompts as messages"
+            " to apply it"
         )
     if conversations and template.has_date:
-        log(f"{name} writes today's date: in every run it is {TODAY:%d %b %Y}")
-    if conversations and learns_replies and template.changes_replies(encoder.tokenizer.eos_token):
-        log(f"{name} changes earlier replies of a conversation: only its last reply is learnt")
+        log(f"{name} writes today's date; every run uses {TODAY:%d %b %Y} instead")
+    if conversations and trains_on_replies and template.changes_replies(encoder.tokenizer.eos_token):
+        log(f"{name} changes earlier replies of a conversation: training uses only the last reply")
 
 
 def example(row: Any, encoder: SegmentEncoder) -> str:
-    """The text of a row with its special tokens, on one line; a long one without its middle."""
+    """Text of a row with special tokens, on one line; long texts lose their middle."""
     ids = getattr(row, "chosen_ids", None) or row.ids
     text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
     if len(text) > SHOWN:

@@ -1,4 +1,4 @@
-"""Names of data: a file, a folder or a hub dataset, perhaps one split of it, and how often it is seen.
+"""Names of data sources: a file, folder or hub dataset, with an optional split and weight.
 
 F.jsonl  F.jsonl:0.3  FOLDER  FOLDER:test  user/name  user/name:train_sft  user/name:config:split:0.5
 """
@@ -14,14 +14,14 @@ from common.runtime.files import exists, is_file, is_folder, is_local_path
 from common.runtime.options import UserError, reason
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-# What libraries write beside data, and what a run writes into its folder.
+# Files without records, written by libraries and by runs.
 METADATA = (
     "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "options.json",
     "fingerprint.json", "report.json",
 )  # fmt: skip
-CLICKS = ".clicks.jsonl"  # what raters did, beside the file of records that is made of it
+CLICKS = ".clicks.jsonl"  # log of the annotation page, not records
 LARGEST_WEIGHT = 100
-# Words in file names that name a split, as the hub knows them.
+# Words for splits in file names, as on the hub.
 SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -32,16 +32,16 @@ MOST_NAMES = 8  # file names in a log line
 
 
 class Source(NamedTuple):
-    """A file, folder or hub dataset, and how often its records are seen per epoch."""
+    """A file, folder or hub dataset. weight: how often its records are seen per epoch."""
 
     name: str
     weight: float = 1.0
     split: str = ""
-    config: str = ""  # of a hub dataset that has several
+    config: str = ""  # of a hub dataset with several configs
 
 
 def parse_source(text: str) -> Source:
-    """A source from the command line. UserError for a weight that makes no sense, and for too many parts."""
+    """Parse a source from the command line. Raises UserError."""
     name, parts = text, []
     while ":" in name and not _is_local(name):
         name, _, part = name.rpartition(":")
@@ -49,34 +49,36 @@ def parse_source(text: str) -> Source:
     weight = 1.0
     if parts and _as_number(parts[-1]) is not None:
         weight = _as_number(parts.pop())
-        if not 0 < weight <= LARGEST_WEIGHT:  # NaN neither
+        if not 0 < weight <= LARGEST_WEIGHT:  # also rejects NaN
             raise UserError(
                 f"{text}: the weight after the colon must be above 0 and at most {LARGEST_WEIGHT}"
             )
     if parts and kind_of(name) in KINDS and not is_folder(name):
         raise UserError(f"{text}: only a weight may follow the name of a file, as in {name}:0.3")
     if len(parts) > 2 or not all(parts):
-        raise UserError(f"{text}: must be NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, each perhaps with :WEIGHT")
+        raise UserError(
+            f"{text}: must be NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, each optionally with :WEIGHT"
+        )
     config, split = ["", "", *parts][-2:]
     return Source(name, weight, SPLIT_WORDS.get(split, split) if is_folder(name) else split, config)
 
 
 def copies(weight: float, fraction: Any) -> Any:
-    """How often a record is seen, by its fraction in [0, 1); element by element for an array."""
-    whole, rest = divmod(weight, 1)
-    return int(whole) + (fraction < rest)
+    """Number of repetitions of a record, from its fraction in [0, 1), or of an array of records."""
+    times, rest = divmod(weight, 1)
+    return int(times) + (fraction < rest)
 
 
 def kind_of(name: str) -> str:
-    """The ending of a file's name, in lower case: .jsonl."""
+    """Suffix of a file name in lower case, such as .jsonl."""
     return Path(name).suffix.lower()
 
 
 def files_of(source: Source, is_training: bool = True) -> list[str]:
-    """The files of a source, in order of their names; of a hub dataset its name with one split.
+    """Sorted files of a source; for a hub dataset, its name with one split.
 
-    Without a named split, training takes `train` where there are several; held-out data must name one. Raises
-    UserError for what is not there.
+    If there are several splits and none is named, training uses `train`, and held-out data raises UserError.
+    Raises UserError for missing files and splits.
     """
     path = Path(source.name)
     if is_folder(path):
@@ -93,38 +95,40 @@ def files_of(source: Source, is_training: bool = True) -> list[str]:
         return [source.name]
     if is_local_path(source.name):
         raise UserError(f"{source.name}: No such file or folder")
-    # `datasets` may have a split that is named without the network; where there is none, it lists the others.
+    # A named split may be cached by `datasets`, so do not ask the hub for the list of splits.
     split = source.split or _choose(source, hub_splits(source.name, source.config), is_training)
     return [":".join(filter(None, (source.name, source.config, split)))]
 
 
 def files_to_read(source: Source, is_training: bool = True) -> list[str]:
-    """`files_of`, with a log line that names those of a folder, or the split of a hub dataset."""
+    """Like `files_of`, but logs the files of a folder and the split of a hub dataset."""
     files, path = files_of(source, is_training), Path(source.name)
     if is_folder(path):
         others = [str(file) for file in _data_files(path) if str(file) not in files]
         rest = f"; not reading {_listed(others)}" if others else ""
         log(f"{source.name}: reading {_listed(files)}{rest}")
     elif files != [source.name]:
-        log(f"{source.name}: reading {files[0]} of the hub")
+        log(f"{source.name}: reading {files[0]} from the hub")
     return files
 
 
 @lru_cache
 def hub_splits(name: str, config: str) -> tuple[str, ...]:
-    """The splits of a hub dataset. Raises UserError, with the reason, when it cannot be reached."""
+    """Splits of a hub dataset. Raises UserError with the reason if it cannot be loaded."""
     import datasets
     import huggingface_hub
 
-    huggingface_hub.logging.set_verbosity_error()  # its retries, one warning each
+    huggingface_hub.logging.set_verbosity_error()  # would print a warning for each retry
     try:
         return tuple(datasets.get_dataset_split_names(name, config or None))
     except Exception as error:  # noqa: BLE001 - its loaders raise anything; the user needs the reason
-        raise UserError(f"{name}: no such file or folder, nor a hub dataset: {hub_reason(error)}") from None
+        raise UserError(
+            f"{name}: not a local file or folder, and not loadable from the hub: {hub_reason(error)}"
+        ) from None
 
 
 def hub_reason(error: Exception) -> str:
-    """Why a hub dataset cannot be loaded: all lines of the message as one, since later ones list names."""
+    """Why a hub dataset cannot be loaded: all lines of the error message, joined."""
     return " ".join(str(error).split())[:300] or reason(error)
 
 
@@ -163,23 +167,25 @@ def _files_in(source: Source, is_training: bool) -> list[str]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The data files of a folder; where it has none, of its `data`, `train`, `test` ..., as on the hub."""
+    """Data files of a folder or else of its subfolders `data`, `train`, `test`, ..., as on the hub."""
     parts = {"data", *SPLIT_WORDS}
     inner = [path for path in folder.iterdir() if path.name.lower() in parts and is_folder(path)]
     for folders in ([folder], inner):
-        files = [file for place in folders for file in place.iterdir() if _is_data(file)]
+        files = [file for path in folders for file in path.iterdir() if _is_data(file)]
         if files:
             return sorted(files)
     return []
 
 
 def _is_data(file: Path) -> bool:
-    is_named = kind_of(file.name) in KINDS and not file.name.startswith(".") and file.name not in METADATA
-    return is_named and not file.name.endswith(CLICKS) and is_file(file)
+    has_data_name = (
+        kind_of(file.name) in KINDS and not file.name.startswith(".") and file.name not in METADATA
+    )
+    return has_data_name and not file.name.endswith(CLICKS) and is_file(file)
 
 
 def _split_of(file: Path) -> str:
-    """The split that a file's name, or its folder's, is of; nothing where no word says so."""
+    """Split of a file, from its name or the name of its folder; empty if unknown."""
     if shard := SHARD.match(file.name):
         return SPLIT_WORDS.get(shard[1], shard[1])
     words = re.split(r"[^a-z]+", str(file.with_suffix("")).lower())
@@ -187,7 +193,7 @@ def _split_of(file: Path) -> str:
 
 
 def _choose(source: Source, splits: Sequence[str], is_training: bool) -> str:
-    """The split to read of those that there are. Raises UserError, with their names."""
+    """Choose a split. Raises UserError with the available ones."""
     names = ", ".join(splits)
     if source.split:
         if source.split not in splits:

@@ -1,4 +1,4 @@
-"""The table of what was found in the data, printed at the start of a run."""
+"""Data summary at the start of a run: table, records left out, warnings."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -18,11 +18,11 @@ FEW_PROMPTS = 32
 COLUMNS = ("data", "rows", "tokens 5 %", "median", "95 %", "longest", "truncated", "duplicates")
 
 
-def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Examples") -> None:
-    """Print what was read, used and dropped, how long it is, what it repeats; warn of a leak."""
-    lines = [COLUMNS, _describe("training", train)]
+def log_data_summary(sources: Sequence[Prepared], train: "Examples", held_out: "Examples") -> None:
+    """Log rows, lengths, duplicates and records left out. Warns of held-out prompts in the training data."""
+    lines = [COLUMNS, _table_row("training", train)]
     if len(held_out):
-        lines.append(_describe("held out", held_out))
+        lines.append(_table_row("held out", held_out))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         log("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -32,17 +32,17 @@ def describe_data(sources: Sequence[Prepared], train: "Examples", held_out: "Exa
     warn_of_sources(sources)
     for name, rows in (("training", train), ("held-out", held_out)):
         if len(rows) and (share := rows.notes("is_cut").mean()) > LARGE_SHARE:
-            log(f"warning: {share:.0%} of the {name} rows are cut to the length limit")
+            log(f"warning: {share:.0%} of the {name} rows are truncated to the length limit")
     shared = np.isin(held_out.notes("held_out"), train.notes("held_out")).sum() if len(held_out) else 0
     if shared:
         log(
-            f"warning: {shared:,} of {len(held_out):,} held-out prompts are in the training data too:"
-            " what is measured on them is memory"
+            f"warning: {shared:,} of {len(held_out):,} held-out prompts are also in the training data:"
+            " metrics on them measure memorisation"
         )
 
 
 def warn_of_sources(sources: Sequence[Prepared]) -> None:
-    """Warn where a large part of the records is left out: of all, or else of one of the files."""
+    """Warn if a large share of the records is left out, of all sources or of one file."""
     read, count, _ = left_out(sources)
     if not warn_of_left_out(count, read):
         for source in sources:
@@ -50,29 +50,27 @@ def warn_of_sources(sources: Sequence[Prepared]) -> None:
 
 
 def warn_of_few(prompts: Iterable[Hashable]) -> None:
-    """Warn where evaluations are on so few different prompts that they say little."""
-    different = set()
+    """Warn if evaluations use too few distinct prompts to be reliable."""
+    distinct = set()
     for prompt in prompts:
-        different.add(prompt)
-        if len(different) == FEW_PROMPTS:
+        distinct.add(prompt)
+        if len(distinct) == FEW_PROMPTS:
             return
-    are = "prompt is" if len(different) == 1 else "prompts are"
-    log(
-        f"warning: {len(different)} {are} held out; on fewer than {FEW_PROMPTS}, evaluations are mostly noise"
-    )
+    noun = "prompt" if len(distinct) == 1 else "prompts"
+    log(f"warning: only {len(distinct)} held-out {noun}; below {FEW_PROMPTS}, metrics are mostly noise")
 
 
-def why_empty(sources: Sequence[Prepared], elsewhere: Mapping[str, int]) -> str:
-    """Where all records are: left out for a reason, or elsewhere, by the name of the place."""
+def why_empty(sources: Sequence[Prepared], other_uses: Mapping[str, int]) -> str:
+    """Why no record is left. other_uses: number of records by further reasons."""
     read, count, reasons = left_out(sources)
-    by_weight = read - count - sum(elsewhere.values())
-    placed = {**elsewhere, "left out by the weight of their source": by_weight}
-    reasons += [f"{count:,} {place}" for place, count in placed.items() if count]
+    by_weight = read - count - sum(other_uses.values())
+    counts = {**other_uses, "left out by the weight of their source": by_weight}
+    reasons += [f"{count:,} {reason}" for reason, count in counts.items() if count]
     return f"{read:,} records read{': ' * bool(reasons)}{', '.join(reasons)}"
 
 
 def left_out(sources: Sequence[Prepared]) -> tuple[int, int, list[str]]:
-    """Records read and left out, and the reasons, each with its number of records."""
+    """Number of records read and left out, and the reasons with their counts."""
     dropped = sum((Counter(source.dropped) for source in sources), Counter())
     bad = sum(source.bad for source in sources)
     reasons = [f"{count:,} {reason}" for reason, count in sorted(dropped.items())]
@@ -82,7 +80,7 @@ def left_out(sources: Sequence[Prepared]) -> tuple[int, int, list[str]]:
     return sum(source.read for source in sources), sum(dropped.values()) + bad, reasons
 
 
-def _describe(name: str, examples: "Examples") -> tuple[str, ...]:
+def _table_row(name: str, examples: "Examples") -> tuple[str, ...]:
     lengths = np.percentile(examples.notes("length"), (5, 50, 95, 100)).astype(int)
     rows, records = examples.distinct_rows(), examples.notes("record")
     return (

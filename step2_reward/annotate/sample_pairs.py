@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.journal import to_lines, work_through
-from common.data.multi_encoder import load_alike
+from common.data.multi_encoder import load_shared_records
 from common.generation.generate import PolicyAnswer, check_generation, load_policy, sample_answers
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -78,7 +78,7 @@ def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]
     """The prompts as each encoder reads them, without those too long for one. Raises UserError."""
     convert = partial(tokenize_prompt, max_length=options.max_prompt_length, overlong="drop")
     converts = [partial(convert, encoder=encoder) for encoder in encoders]
-    return load_alike(options.prompt_data, options, Prompt, converts, is_training=True).rows
+    return load_shared_records(options.prompt_data, options, Prompt, converts, is_training=True).rows
 
 
 def responses(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from common.data.multi_encoder import load_alike
+from common.data.multi_encoder import load_shared_records
 from common.runtime.damaged_jsonl import read_metrics
 from common.runtime.distributed import (
     log,
@@ -45,7 +45,7 @@ def load_pairs(
     convert = partial(tokenize_preference, max_length=max_length, overlong="drop", use_margin=True)
     different = [*dict.fromkeys(encoders)]
     converts = [partial(convert, encoder=encoder) for encoder in different]
-    found = load_alike(sources, options, Preference, converts, at_most)
+    found = load_shared_records(sources, options, Preference, converts, at_most)
     if all(is_tie for row in found.rows[0] for is_tie, *_ in row.pair_facts):
         raise UserError(f"{' '.join(sources)}: every pair is a tie, so there is no accuracy to measure")
     return Pairs(found.origins, found.records, dict(zip(different, found.rows, strict=True)))

@@ -19,7 +19,7 @@ import numpy as np
 from common.data.journal import stop_resumably
 from common.data.readers import read_source
 from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, parse_record, warn_of_left_out
-from common.data.rendering_report import Rendered, describe_rendering
+from common.data.rendering_report import Rendered, log_rendering
 from common.data.sources import copies, files_to_read, parse_source
 from common.model.loading import load_config, longest_input
 from common.model.reward_ensemble import RewardModel, combine, load_encoders, load_members, member_scores
@@ -135,7 +135,7 @@ def describe(options: ScoreOptions, first: Sequence[Example], done: int, encoder
     name = options.input if is_all else f"{options.input}, records {done + 1} to {done + len(first)}"
     is_string = [isinstance(find_prompt(parse_record(record)), str) for record, _ in first]
     source = Rendered(name, np.array(is_string), Response(first[0][1][encoder]))
-    describe_rendering([source], encoder, learns_replies=False)
+    log_rendering([source], encoder, trains_on_replies=False)
 
 
 def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> tuple[list[int], bool]:

@@ -156,7 +156,7 @@ def test_a_killed_job_leaves_no_workers_and_no_half_a_table(tmp_path, monkeypatc
 def test_a_worker_that_is_killed_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_do_work", _kill_itself)
     path = write(tmp_path / "data.jsonl", list(range(3000)))
-    with pytest.raises(UserError, match="killed; if memory was short, use fewer --preprocessing_workers"):
+    with pytest.raises(UserError, match="killed; if memory ran out, use fewer --preprocessing_workers"):
         prepare(path, options(tmp_path, preprocessing_workers=2), Everything, everything)
     assert folders(tmp_path) == []
 

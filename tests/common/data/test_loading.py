@@ -21,7 +21,7 @@ from common.data.batching import (
     steps_in_epochs,
 )
 from common.data.loading import load_examples
-from common.data.multi_encoder import load_alike
+from common.data.multi_encoder import load_shared_records
 from common.data.records import read_all
 from common.runtime.options import DataOptions, UserError
 from common.text.segments import demonstration_segments, find_prompt
@@ -250,7 +250,7 @@ def test_no_rows_left_says_where_the_records_are(tmp_path):
         load([f"{path}:0.000001"], ALL)
     with pytest.raises(UserError, match="1 records read: 1 held out by --eval_fraction$"):
         load([write(tmp_path / "one.jsonl", RECORDS[1:2])], DataOptions(eval_fraction=0.9))
-    with pytest.raises(UserError, match="3 records read: 3 in the parts of other steps by --data_split$"):
+    with pytest.raises(UserError, match="3 records read: 3 used by other steps .--data_split.$"):
         load([path], SFTOptions(data_split="0.000001,1,1"))
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a"}, *RECORDS[:1]])
     with pytest.raises(
@@ -274,7 +274,10 @@ def test_a_large_share_of_records_left_out_or_cut_is_a_warning(tmp_path, capsys)
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
 
     assert warnings(0.1) == []
-    left_out, cut = "30% of the records are left out", "30% of the training rows are cut to the length limit"
+    left_out, cut = (
+        "30% of the records are left out",
+        "30% of the training rows are truncated to the length limit",
+    )
     assert warnings(0.3) == [f"warning: {left_out}", f"warning: {cut}"]
 
 
@@ -294,7 +297,7 @@ def test_a_file_among_others_that_is_mostly_left_out_is_a_warning(tmp_path, caps
     load(names[:1], DataOptions(eval_data=[names[1]]), convert=some)
     lines = capsys.readouterr().out.splitlines()
     assert left_out in lines
-    assert "warning: 100% of the held-out rows are cut to the length limit" in lines
+    assert "warning: 100% of the held-out rows are truncated to the length limit" in lines
 
 
 def test_records_read_as_they_are_are_counted_too(tmp_path, capsys):
@@ -321,10 +324,10 @@ def test_few_held_out_prompts_are_a_warning(tmp_path, capsys):
     for records, at_most, count in ((few, 0, "31"), (many, 0, ""), (many, 20, "20")):
         held_out = write(tmp_path / "eval.jsonl", records)
         load([train], DataOptions(eval_data=[held_out], max_eval_samples=at_most))
-        warned = "are held out; on fewer than 32" in (out := capsys.readouterr().out)
-        assert warned == bool(count) and (not count or f"warning: {count} prompts" in out)
+        warned = "held-out prompts; below 32, metrics" in (out := capsys.readouterr().out)
+        assert warned == bool(count) and (not count or f"warning: only {count} held-out" in out)
     load([train], ALL)
-    assert "held out" not in capsys.readouterr().out
+    assert "held" not in capsys.readouterr().out
 
 
 def test_a_weight_means_the_same_in_every_command(tmp_path):
@@ -335,7 +338,7 @@ def test_a_weight_means_the_same_in_every_command(tmp_path):
         source = [f"{path}:{weight}"]
         rows, (read, _) = load(source, ALL)[0], read_all(source, dict)
         assert [row.completion for row in rows] == [record["completion"] for record in read]
-        alike = load_alike(source, ALL, Pair, [convert])
+        alike = load_shared_records(source, ALL, Pair, [convert])
         assert [record["completion"] for record in alike.records] == [row.completion for row in rows]
         assert alike.rows == [list(rows)]
 
@@ -343,17 +346,17 @@ def test_a_weight_means_the_same_in_every_command(tmp_path):
 def test_records_for_several_models_are_those_that_all_keep(tmp_path, capsys):
     path = write(tmp_path / "data.jsonl", RECORDS[:30])
     converts = [partial(unless_divisible, by=by) for by in (2, 3)]
-    found = load_alike([path], ALL, Pair, converts)
+    found = load_shared_records([path], ALL, Pair, converts)
     numbers = [i for i in range(30) if i % 2 and i % 3]
     assert found.origins == [f"{path}:{i + 1}" for i in numbers]
     assert found.records == [RECORDS[i] for i in numbers]
     assert [[row.completion for row in rows] for rows in found.rows] == [[f"answer {i}" for i in numbers]] * 2
     assert f"{path}: 10 rows of 30 records; left out: 15 divisible" in capsys.readouterr().out
-    assert load_alike([path], ALL, Pair, converts, at_most=3).origins == found.origins[:3]
+    assert load_shared_records([path], ALL, Pair, converts, at_most=3).origins == found.origins[:3]
     with pytest.raises(
         UserError, match="no rows left: 30 records read: 15 divisible, 15 left out for another"
     ):
-        load_alike([path], ALL, Pair, [converts[0], drop])
+        load_shared_records([path], ALL, Pair, [converts[0], drop])
 
 
 def unless_divisible(record: dict, by: int) -> tuple[Pair, bool]:
@@ -422,8 +425,8 @@ def test_the_start_tells_what_was_found(tmp_path, capsys):
     assert train.split() == ["training", "214", "3", "47", "95", "100", "0.0%", "7"]
     assert ours.split() == ["held", "out", "4", "1", "1", "2", "3", "0.0%", "0"]
     assert left_out == "111 records read, 0 left out"
-    assert leak.startswith("warning: 3 of 4 held-out prompts are in the training data too")
-    assert few.startswith("warning: 4 prompts are held out; on fewer than 32")
+    assert leak.startswith("warning: 3 of 4 held-out prompts are also in the training data")
+    assert few.startswith("warning: only 4 held-out prompts; below 32")
 
 
 # Order

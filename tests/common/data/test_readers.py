@@ -137,7 +137,7 @@ def test_a_json_file_without_records(tmp_path, text):
     ("text", "message"),
     [
         (b'[{"prompt": "a"}', "a.json: not valid JSON: the list has no end"),
-        (b'[{"prompt": "a"}] x', "a.json: not valid JSON: there is more behind the list"),
+        (b'[{"prompt": "a"}] x', "a.json: not valid JSON: text after the end of the list"),
         (
             b'[{"prompt": "a"},\n {"prompt": ]',
             r"a.json: not valid JSON: Expecting value \(line 2, column 13\)",
@@ -181,7 +181,7 @@ def test_the_column_of_row_numbers_that_pandas_writes_is_left_out(tmp_path):
     [
         (b"prompt;completion\na;b\n", "header: one column, 'prompt;completion'; .* by commas, not by ';'"),
         (b"prompt\tcompletion\na\tb\n", r"header: one column, .* by commas, not by '\\t'"),
-        (b"prompt,answer,prompt\na,b,c\n", "header: 'prompt' is there twice"),
+        (b"prompt,answer,prompt\na,b,c\n", "header: duplicate column 'prompt'"),
         (b"prompt,,answer\na,b,c\n", "header: column 2 has no name"),
         (b'prompt,answer\na,b\nc,"d\n', "row 2, line 3: unexpected end of data"),
         (b'prompt,answer\na,"b" c\n', "row 1, line 2: ',' expected after '\"'"),
@@ -204,7 +204,7 @@ def test_a_bad_row_of_csv_is_a_bad_record(tmp_path):
         with bad.at(str(path), number):
             found.append(parse_object(record))
     assert found == [{"prompt": "a", "answer": "b"}, {"prompt": "h", "answer": "i"}]
-    assert (bad.count, bad.first) == (3, (2, "has 1 cells, but the header has 2 names"))
+    assert (bad.count, bad.first) == (3, (2, "has 1 cells, but the header has 2 columns"))
 
 
 def test_shares_rise_to_the_whole(tmp_path):

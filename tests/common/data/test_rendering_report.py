@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.data.loading import load_examples
-from common.data.multi_encoder import load_alike
+from common.data.multi_encoder import load_shared_records
 from common.runtime.options import CacheOptions, DataOptions
 from common.text.conversation import DEFAULT_CHAT_TEMPLATE
 from common.text.tokenizer import SegmentEncoder
@@ -43,7 +43,7 @@ def test_counts_example_and_warning(tmp_path, capsys):
     )
     assert "d.jsonl: 1 prompts rendered with the chat template of some/model, 1 prompts used verbatim" in text
     assert r"the first row: '<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\nA plum.<|im_end|>'" in text
-    assert "warning: 1 prompts are strings, so the chat template of some/model is not used" in text
+    assert "warning: 1 prompts are strings, so the chat template of some/model is not applied" in text
 
 
 def test_strings_are_at_home_under_the_default_template(tmp_path, capsys):
@@ -55,8 +55,8 @@ def test_strings_are_at_home_under_the_default_template(tmp_path, capsys):
 def test_habits_of_a_template_are_named(tmp_path, capsys):
     encoder = make_encoder("{{ strftime_now('%Y') }}" + QWEN3, "<|im_end|>")
     text = lines(tmp_path, capsys, encoder, [[{"role": "user", "content": "q" * 300}]])
-    assert "writes today's date: in every run it is 26 Jul 2024" in text
-    assert "changes earlier replies of a conversation: only its last reply is learnt" in text
+    assert "writes today's date; every run uses 26 Jul 2024" in text
+    assert "changes earlier replies of a conversation: training uses only the last reply" in text
     assert "qqq ... qqq" in text
 
 
@@ -80,7 +80,7 @@ def test_only_records_that_are_used_are_counted(tmp_path, capsys):
     assert f"d.jsonl: {len(train)} prompts used verbatim" in printed
     assert "e.jsonl: 40 prompts used verbatim" in printed
     options = CacheOptions(cache_dir=str(tmp_path / "cache"))
-    found = load_alike([f"{file}:0.5", str(held_out)], options, Demonstration, [convert], at_most=30)
+    found = load_shared_records([f"{file}:0.5", str(held_out)], options, Demonstration, [convert], at_most=30)
     printed = capsys.readouterr().out
     of_first = sum(str(file) in one for one in found.origins)
     assert 0 < of_first < 30

@@ -177,19 +177,20 @@ def hub(monkeypatch):
 @pytest.mark.usefixtures("hub")
 def test_splits_of_a_hub_dataset(capsys):
     assert files_to_read(parse_source("me/chat:main:test_sft")) == ["me/chat:main:test_sft"]
-    assert "me/chat: reading me/chat:main:test_sft of the hub" in capsys.readouterr().out
+    assert "me/chat: reading me/chat:main:test_sft from the hub" in capsys.readouterr().out
     assert parse_source("me/chat:main:test_sft").config == "main"
+    missing = "not a local file or folder, and not loadable from the hub"
     for text, is_training, message in (
         (
             "me/chat",
             True,
-            "me/chat: no such file or folder, nor a hub dataset: Config name is missing. Please pick one",
+            f"me/chat: {missing}: Config name is missing. Please pick one",
         ),
         ("me/two", True, "me/two: has the splits train_sft, test_sft; name one, as in me/two:test_sft"),
         (
             "me/char",
             True,
-            "me/char: no such file or folder, nor a hub dataset: Couldn't reach 'me/char' on the Hub",
+            f"me/char: {missing}: Couldn't reach 'me/char' on the Hub",
         ),
     ):
         with pytest.raises(UserError, match=message) as error:

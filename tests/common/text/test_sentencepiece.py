@@ -191,5 +191,5 @@ def test_added_tokens_must_follow_the_pieces(shared, tmp_path):
     decoder = {"600": {"content": "<|stop|>", "special": True}}
     config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|stop|>", "added_tokens_decoder": decoder}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"'<\|stop\|>' should have id 600, but .* it has 512"):
+    with pytest.raises(UserError, match=r"'<\|stop\|>' should have id 600, but .* it has id 512"):
         load_tokenizer(str(tmp_path))
