@@ -1,4 +1,4 @@
-"""The output directory of a run: one run at a time, and always the same one."""
+"""Claim the output directory: for one process at a time, and for one run only."""
 
 import hashlib
 import json
@@ -25,21 +25,21 @@ from common.runtime.options import RunOptions, UserError
 from common.runtime.process import on_refusal, report_accepted
 from common.training.checkpoint import Checkpoint, find_checkpoint
 
-ENDS = 1 << 20  # bytes at the beginning and at the end of a weights file that its fingerprint reads
-# Files that may change between the parts of a run, by `resume` of their option, and what the log then says.
+ENDS = 1 << 20  # bytes at each end of a weights file that its fingerprint reads
+# Log lines for files that may change before a resume, by the `resume` kind of their option.
 RENEWABLE = {
-    "function": "its file has changed since; scores before and after differ",
-    "centring": "other records than when the run began; final/ is centred on these",
+    "function": "the file has changed since this run started; earlier scores came from the old one",
+    "centring": "the records have changed since this run started; final/ is centred on the new ones",
 }
 
-CLAIM = ("run.lock", "options.json", "fingerprint.json")  # what a run writes before its first step
-_locks: list[Any] = []  # open for as long as the process lives
+CLAIM = ("run.lock", "options.json", "fingerprint.json")  # files that a claim writes
+_locks: list[Any] = []  # held until the process ends
 
 
 def check_folder(options: RunOptions) -> None:
-    """Raise UserError when the output directory holds another run, as far as the options tell.
+    """Raise UserError when the output directory holds a run with other options.
 
-    Called before data is read; `open_run` and `prepare_output` look again, with the data.
+    Called before data is read; `open_run` and `prepare_output` also compare the data.
     """
     folder, named = Path(options.output_dir), options.resume_from_checkpoint
     if named == "none" and (folder / "options.json").exists():
@@ -53,9 +53,9 @@ def check_folder(options: RunOptions) -> None:
 def open_run(
     options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast], total_steps: int
 ) -> Checkpoint | None:
-    """Claim the output directory for a training run; the checkpoint from which it continues, if there is one.
+    """Claim the output directory for a training run; returns the checkpoint to resume from, if any.
 
-    As `prepare_output`. Raises UserError too when the run has taken more than `total_steps` already.
+    Works like `prepare_output`, and also raises UserError when the run is beyond `total_steps` already.
     """
     files = _on_first_rank(_claim, options, tokenizers)
     checkpoint = find_checkpoint(options)
@@ -77,16 +77,16 @@ def open_run(
 def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     """Claim the output directory for this run; every rank must call it.
 
-    Writes options.json, and fingerprint.json of data, tokenizers and templates. Raises UserError on every
-    rank, naming what differs, when the directory holds a different run, when another process uses it, and
-    when it holds any run although --resume_from_checkpoint is 'none'. Nothing is written then.
+    Writes options.json, and fingerprint.json with checksums of data, models, tokenizers and templates. Raises
+    UserError on every rank, and writes nothing, when the directory holds a different run, when another
+    process uses it, or when it holds any run and --resume_from_checkpoint is 'none'.
     """
     _on_first_rank(_write, options, _on_first_rank(_claim, options, tokenizers))
     report_accepted()
 
 
 def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
-    """Checksums of what a run learns from, by names that a message can use."""
+    """Checksums of the run's inputs: data, models, functions, tokenizers and chat templates."""
     checksums = {}
     for name, kind in resume_kinds(options).items():
         value = getattr(options, name)
@@ -113,7 +113,7 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
 
 
 def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns, on rank 0; its UserError or OSError is a UserError on every rank."""
+    """Call `work` on rank 0; its UserError or OSError becomes a UserError on every rank."""
     problem, result = "", None
     if rank() == 0:
         try:
@@ -128,18 +128,18 @@ def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:
-    """Lock the folder and compare what it holds; returns the files to write there."""
+    """Lock the folder and compare it with this run; returns the files to write."""
     folder = Path(options.output_dir)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    before = _names(folder)
+    before = _file_names(folder)
     lock = lock_folder(folder)
     on_refusal(partial(_withdraw, folder, missing, before))
-    found = fingerprint(options, tokenizers)
+    checksums = fingerprint(options, tokenizers)
     check_folder(options)
     if (folder / "fingerprint.json").exists():
-        _compare_data(options, read_json(folder / "fingerprint.json"), found)
+        _compare_data(options, read_json(folder / "fingerprint.json"), checksums)
     _locks.append(lock)
-    return {"fingerprint.json": found, "options.json": resolved(options)}
+    return {"fingerprint.json": checksums, "options.json": resolved(options)}
 
 
 def _write(options: RunOptions, files: dict[str, Any]) -> None:
@@ -151,25 +151,25 @@ def _write(options: RunOptions, files: dict[str, Any]) -> None:
 
 
 def _withdraw(folder: Path, missing: Sequence[Path], before: set[str]) -> None:
-    """Remove what a claim has added to the disk, if the run has written nothing since but empty files."""
-    added_files = [folder / name for name in _names(folder) - before - {"train.log"}]
+    """Remove the files and folders of a claim, unless the run has written more than empty files since."""
+    added_files = [folder / name for name in _file_names(folder) - before - {"train.log"}]
     if all(file.name in CLAIM or _is_empty(file) for file in added_files):
         for file in added_files:
             file.unlink()
         for added in missing:
-            added.rmdir()  # fails where it holds anything
+            added.rmdir()  # fails for a folder that is not empty
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_file() and not path.stat().st_size
 
 
-def _names(folder: Path) -> set[str]:
+def _file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
-    """Raise UserError for options that differ from those of the run in a folder."""
+    """Raise UserError for options that differ from those of the run in `folder`."""
     if not (folder / "options.json").exists():
         return
     earlier = read_json(folder / "options.json")
@@ -182,35 +182,43 @@ def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
         )
     if renewed := changed_defaults(earlier, current, free_options):
         raise UserError(
-            f"{name} {folder}: its run began with other defaults; to continue it, add {' '.join(renewed)}"
+            f"{name} {folder}: its run started with other defaults; to resume it, add {' '.join(renewed)}"
         )
 
 
 def _compare_data(options: RunOptions, earlier: dict[str, str], current: dict[str, str]) -> None:
-    """Raises UserError for what differs; a function may, because its file is mended after it has failed, and
-    what scores are centred on may too, because that is done after training.
+    """Raise UserError for inputs that have changed.
+
+    A reward function may change, because users correct its file after an error. Demonstrations for centring
+    may change too, because centring happens after training.
     """
     names = [n for n in {**earlier, **current} if earlier.get(n) != current.get(n)]
-    for place, name in enumerate(names):
-        if name.startswith("--"):
-            option, number = name[2:].split()
-            value = getattr(options, option)
-            sources = [value] if isinstance(value, str) else value
-            names[place] = " ".join([name, *sources[int(number) - 1 : int(number)]])
     kinds = resume_kinds(options)
     kind_of = {name: kinds.get(name.split()[0].lstrip("-")) for name in names}
-    renewed = {name: RENEWABLE[kind] for name, kind in kind_of.items() if kind in RENEWABLE}
-    if refused := [name for name in names if name not in renewed]:
+    if refused := [_label(options, name) for name in names if kind_of[name] not in RENEWABLE]:
+        verb = "has" if len(refused) == 1 else "have"
         raise UserError(
-            f"--output_dir {options.output_dir}: its run began with another content of: {', '.join(refused)};"
+            f"--output_dir {options.output_dir}: {', '.join(refused)} {verb} changed since this run started;"
             " restore it or choose another folder"
         )
-    for name, meaning in renewed.items():
-        log(f"{name}: {meaning}")
+    for name in names:
+        log(f"{_label(options, name)}: {RENEWABLE[kind_of[name]]}")
+
+
+def _label(options: RunOptions, name: str) -> str:
+    """Label of a checksum in messages: `--train_data 1` becomes `FILE (--train_data, file 1)`."""
+    if not name.startswith("--"):
+        return name
+    option, number = name.split()
+    value = getattr(options, option[2:])
+    if isinstance(value, str):
+        return f"{value} ({option})"
+    path = "".join(value[int(number) - 1 : int(number)])
+    return f"{path} ({option}, file {number})".lstrip()
 
 
 def _content(text: str, is_training: bool) -> str:
-    """Checksum of a file or folder of data with its weight; of a hub dataset its name has to do."""
+    """Checksum of a data file or folder and its weight; for a hub dataset, of its name."""
     source = parse_source(text)
     path = Path(source.name)
     files = files_of(source, is_training) if path.is_dir() else [source.name] if path.is_file() else []
@@ -219,13 +227,13 @@ def _content(text: str, is_training: bool) -> str:
 
 
 def _weights(path: str) -> str:
-    """Fingerprint of a model folder: its configuration, and size and both ends of every file of weights."""
+    """Checksum of a model folder: its configuration, and size and both ends of each weights file."""
     parts = [(Path(path) / "config.json").read_text()] if Path(path).is_dir() else [path]
     for file in sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.bin")):
         with file.open("rb") as content:
-            begin = content.read(ENDS)
+            beginning = content.read(ENDS)
             content.seek(max(0, file.stat().st_size - ENDS))
-            parts.append(f"{file.name} {file.stat().st_size} {_digest(begin)} {_digest(content.read())}")
+            parts.append(f"{file.name} {file.stat().st_size} {_digest(beginning)} {_digest(content.read())}")
     return _digest("\n".join(parts))
 
 

@@ -164,7 +164,7 @@ def test_selection_can_be_repeated(world: Path, run: Path, done: Path, tmp_path:
     for words, part in (
         (["--temperature", "0.7"], "--temperature 1.0 -> 0.7"),
         (["--round", "2"], "--round 1 -> 2"),
-        (["--model_name_or_path", str(world / "model")], "another content of: --model_name_or_path 1"),
+        (["--model_name_or_path", str(world / "model")], "model (--model_name_or_path) has changed"),
     ):
         check_refusal(MODULE, options(world, run, done, *words), [str(done), part], tmp_path, done)
     assert {name: (done / name).read_bytes() for name in FILES} == before

@@ -256,7 +256,7 @@ def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None
     lines = data.read_text().splitlines()
     data.write_text("\n".join([*lines[1:], lines[0]]) + "\n")
     refused = run_stage("step1_sft.main", options, tmp_path)
-    assert refused.codes == [2] and f"another content of: --train_data 1 {data}" in refused.output
+    assert refused.codes == [2] and f"{data} (--train_data, file 1) has changed" in refused.output
     data.write_text("\n".join(lines) + "\n")
 
     moved = data.rename(tmp_path / "moved.jsonl")  # the same content elsewhere is the same data
@@ -265,7 +265,7 @@ def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None
     template = next(model.glob("chat_template.jinja"))
     template.write_text("{# reworded #}" + template.read_text())
     refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
-    assert refused.codes == [2] and "another content of: chat template of the tokenizer" in refused.output
+    assert refused.codes == [2] and "chat template of the tokenizer has changed" in refused.output
     shutil.copy(world / "model" / template.name, template)
 
     weights = model / "model.safetensors"
@@ -273,14 +273,14 @@ def test_changed_data_and_options_are_named(world: Path, tmp_path: Path) -> None
     content[-1] ^= 1
     weights.write_bytes(content)
     refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
-    assert refused.codes == [2] and f"another content of: --model_name_or_path 1 {model}" in refused.output
+    assert refused.codes == [2] and f"{model} (--model_name_or_path) has changed" in refused.output
     shutil.copy(world / "model" / weights.name, weights)
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens(["unheard-of"])
     tokenizer.save_pretrained(model)
     refused = run_stage("step1_sft.main", [*options, "--train_data", str(moved)], tmp_path)
-    assert refused.codes == [2] and "another content of: tokenizer;" in refused.output
+    assert refused.codes == [2] and ": tokenizer has changed since" in refused.output
 
 
 def test_one_run_at_a_time(world: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_a_default_of_another_version_is_named_with_its_remedy(tmp_path):
     earlier = resolved(options) | {"adam_beta2": 0.999, "logging_steps": 3}
     assert changed_defaults(earlier, resolved(options), free_to_change(options)) == ["--adam_beta2 0.999"]
     (tmp_path / "options.json").write_text(json.dumps(earlier))
-    with pytest.raises(UserError, match="began with other defaults; to continue it, add --adam_beta2 0.999$"):
+    with pytest.raises(UserError, match="started with other defaults; to resume it, add --adam_beta2 0.999$"):
         check_folder(options)
     words = ["--output_dir", str(tmp_path), "--adam_beta2", "0.999"]
     check_folder(parse_options(SFTOptions, words, check_required=False))

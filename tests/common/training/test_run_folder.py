@@ -44,9 +44,8 @@ def test_demonstrations_for_centring_may_change(tmp_path: Path, capsys) -> None:
     earlier = {"--train_data 1": "a", "--demonstration_data 1": "b", "--demonstration_data 2": "c"}
     _compare_data(options, earlier, {"--train_data 1": "a", "--demonstration_data 1": "d"})
     first, second = capsys.readouterr().out.splitlines()
-    assert (
-        first.startswith("--demonstration_data 1 D: other records")
-        and second[:22] == "--demonstration_data 2"
-    )
-    with pytest.raises(UserError, match="another content of: --train_data 1 T;"):
+    assert first.startswith(
+        "D (--demonstration_data, file 1): the records have changed"
+    ) and second.startswith("(--demonstration_data, file 2): ")
+    with pytest.raises(UserError, match=r": T \(--train_data, file 1\) has changed since this run started;"):
         _compare_data(options, earlier, {**earlier, "--train_data 1": "x", "--demonstration_data 1": "d"})

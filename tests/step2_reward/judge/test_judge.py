@@ -152,7 +152,7 @@ def test_ranks_and_a_stop_change_nothing(
     assert len(read(tmp_path / "one/preferences.jsonl")) == 60
     (tmp_path / "principles.txt").write_text("Be rude.\n")
     refused = run_stage("step2_reward.judge.main", stopped, tmp_path)
-    assert refused.codes == [2] and "another content of: --constitution" in refused.output
+    assert refused.codes == [2] and "(--constitution) has changed" in refused.output
 
 
 def test_answers_of_several_tokens(world: Path) -> None:
