@@ -1,13 +1,13 @@
-"""The loop that all trainers share: resume, batches, metrics, evaluations that are due, checkpoints, stops.
+"""Training loop of all stages: resume, batches, metrics, due evaluations, checkpoints, stops.
 
-A main creates one `TrainingLoop` and calls it; models, losses and the order of a step stay in the main:
+A main creates one `TrainingLoop` and calls it. Models, losses and the order of a step stay in the main:
 
     loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
     engine = ...
     loop.resume({"policy": engine}, "demonstrations")
     for indices in loop.batches():
-        figures = train_step(engine, [train[i] for i in indices], ...)
-        loop.finish_step(figures, SHOWN)
+        metrics = train_step(engine, [train[i] for i in indices], ...)
+        loop.finish_step(metrics, SHOWN)
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 """
 
@@ -34,7 +34,7 @@ from common.training.train_state import TrainState, check_best_metric
 
 
 class TrainingLoop:
-    """One training run in its output directory. Every rank creates it and makes the same calls."""
+    """A training run in its output directory. Every rank creates one and makes the same calls."""
 
     def __init__(
         self, options: RunOptions, train: Examples, held_out: Sequence[Any],
@@ -43,8 +43,8 @@ class TrainingLoop:
     ) -> None:  # fmt: skip
         """Open the output directory, and find the checkpoint to resume from.
 
-        tokenizers: by the name for messages; a run resumes with the same ones only. batch_size: examples per
-        step. by_length: form batches of examples of like length. patience: end the run after this many
+        tokenizers: by their names in messages; a run resumes only with the same ones. batch_size: examples
+        per step. by_length: batch examples of similar length. patience: stop early after this many
         evaluations without a better --best_metric; 0: never. Raises UserError when the directory holds
         another run.
         """
@@ -61,7 +61,7 @@ class TrainingLoop:
     def resume(self, engines: dict[str, Any], examples: str, steps: str = "steps") -> None:
         """Load the checkpoint, if there is one, into the engines.
 
-        engines: by their names in checkpoints. examples, steps: what the log calls them.
+        engines: by their names in checkpoints. examples, steps: nouns for the log.
         """
         self.engines = engines
         self.state: TrainState = resume(self.checkpoint, self._options, engines, self.total_steps)
@@ -75,12 +75,12 @@ class TrainingLoop:
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left to train; known before `resume`."""
+        """Whether no step is left to train; available before `resume`."""
         step = self.checkpoint.state.step if self.checkpoint else 0
         return self._options.export_only or step >= self.total_steps
 
     def batches(self) -> Iterator[list[int]]:
-        """Indices of the examples of each remaining step, with all random generators seeded for it."""
+        """Yield the example indices of each remaining step, and seed all random generators for it."""
         options, state = self._options, self.state
         lengths = self._train.notes("length")
         order = batch_order(lengths, self._batch_size, options.seed, state.step, self._by_length)
@@ -93,22 +93,22 @@ class TrainingLoop:
             log(f"stopped early: {self._patience} evaluations without a better {options.best_metric}")
 
     def finish_step(
-        self, figures: StepMetrics, shown: list[str], skipped: int | None = None, watched: float | None = None
+        self, metrics: StepMetrics, shown: list[str], skipped: int | None = None, watched: float | None = None
     ) -> None:
         """Count the step and write its metrics.
 
-        figures: with `time/step`; shown: those of the progress line. skipped: updates left out because of
-        numbers that are not finite; default: 1 if `train/grad_norm` is not. watched: loss checked for spikes;
-        default: `train/loss`. Raises UserError after too many skipped steps in a row.
+        metrics: with `time/step`. shown: names for the progress line. skipped: updates skipped because of
+        non-finite numbers; default: 1 if `train/grad_norm` is not finite. watched: loss checked for spikes;
+        default: `train/loss`. Raises UserError after too many steps in a row with skipped updates.
         """
         if skipped is None:
-            skipped = int(not math.isfinite(figures["train/grad_norm"].value))
+            skipped = int(not math.isfinite(metrics["train/grad_norm"].value))
         if watched is None:
-            watched = figures["train/loss"].value
+            watched = metrics["train/loss"].value
         self.state.advance(self._batch_size, len(self._train))
         origins = [self._train.origin(i) for i in self._indices]
         check_numbers(self.state, self._options, skipped, watched, origins)
-        self._last_step = {**figures, "train/skipped_updates": self.state.skipped}, shown
+        self._last_step = {**metrics, "train/skipped_updates": self.state.skipped}, shown
         self.metrics.step(self.state, *self._last_step)
 
     @property
@@ -119,29 +119,29 @@ class TrainingLoop:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether to evaluate after the step that has just finished."""
+        """Whether to evaluate after the last finished step."""
         step, interval = self.state.step, self._options.eval_steps
         is_due = step == self.total_steps or (interval > 0 and step % interval == 0)
         return self._held_out > 0 and is_due
 
-    def log_evaluation(self, figures: dict[str, float], shown: list[str]) -> bool:
-        """Write the metrics of an evaluation; true when --best_metric is the best so far."""
-        self.metrics.log(self.state.step, figures, shown)
-        return self.state.is_best(self._options.best_metric, figures)
+    def log_evaluation(self, metrics: dict[str, float], shown: list[str]) -> bool:
+        """Write the metrics of an evaluation; true if --best_metric is the best so far."""
+        self.metrics.log(self.state.step, metrics, shown)
+        return self.state.is_best(self._options.best_metric, metrics)
 
     @property
     def has_stalled(self) -> bool:
-        """Whether --best_metric has not improved for as many evaluations as the run is patient."""
+        """Whether --best_metric has not improved for `patience` evaluations."""
         return 0 < self._patience <= self.state.evaluations_since_best
 
     def save(self) -> bool:
-        """Save a checkpoint; false, with a line in the log, when the disk does not take it."""
+        """Save a checkpoint; false, with a line in the log, when it cannot be written."""
         return save_checkpoint(self._options, self.state, self.engines)
 
     def save_if_due(self, is_best: bool) -> None:
-        """Save a checkpoint after a step, at --save_steps, of the best model, and before a requested stop.
+        """Save a checkpoint after a step if it is due, the best so far, or the last before a requested stop.
 
-        Raises Stopped, on all ranks, in the last case.
+        Raises Stopped on all ranks after a requested stop.
         """
         if self.has_stalled:
             self.metrics.flush(self.state, *self._last_step)
@@ -156,7 +156,7 @@ class TrainingLoop:
             raise Stopped(f"Stopped at step {step}; {saved}. {same_command(options)} to resume.")
 
     def stop_after_training(self) -> NoReturn:
-        """Stop between the last step and the exports: with a checkpoint, the same command makes them."""
+        """Stop between the last step and the exports; the same command resumes from the checkpoint."""
         folder = checkpoint_folder(self._options, self.state)
         if any(gather_objects(folder.exists())) or self.save():
             saved, purpose = f"checkpoint {folder}", "finish"
