@@ -62,7 +62,7 @@ def main() -> None:
         metrics = evaluate(engine, held_out, options, tokenizer.pad_token_id)
         is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/perplexity"])
         samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
-        loop.metrics.text(loop.state.step, "samples", as_markdown(samples))
+        loop.writer.text(loop.state.step, "samples", as_markdown(samples))
         if is_best:
             export_best(engine, tokenizer, loop.folder / "best", load_base)
         return is_best

@@ -109,8 +109,8 @@ def main() -> None:
             figures, samples = evaluate(models, held_out, options)
         state.unevaluated = False
         is_best = loop.log_evaluation(figures, SHOWN_OF_EVALUATION)
-        loop.metrics.samples(state.step, samples)
-        loop.metrics.text(state.step, "samples", as_markdown(samples))
+        loop.writer.samples(state.step, samples)
+        loop.writer.text(state.step, "samples", as_markdown(samples))
         if is_best:
             export_best(models.actor, tokenizer, loop.folder / "best", load_actor)
         return is_best

@@ -65,7 +65,7 @@ class TrainingLoop:
         """
         self.engines = engines
         self.state: TrainState = resume(self.checkpoint, self._options, engines, self.total_steps)
-        self.metrics = MetricWriter(
+        self.writer = MetricWriter(
             self._options.output_dir, self.state.step, self.total_steps, self._options.logging_steps
         )
         log(
@@ -109,7 +109,7 @@ class TrainingLoop:
         origins = [self._train.origin(i) for i in self._indices]
         check_numbers(self.state, self._options, skipped, watched, origins)
         self._last_step = {**metrics, "train/skipped_updates": self.state.skipped}, shown
-        self.metrics.step(self.state, *self._last_step)
+        self.writer.step(self.state, *self._last_step)
 
     @property
     def first_evaluation_is_due(self) -> bool:
@@ -126,7 +126,7 @@ class TrainingLoop:
 
     def log_evaluation(self, metrics: dict[str, float], shown: list[str]) -> bool:
         """Write the metrics of an evaluation; true if --best_metric is the best so far."""
-        self.metrics.log(self.state.step, metrics, shown)
+        self.writer.log(self.state.step, metrics, shown)
         return self.state.is_best(self._options.best_metric, metrics)
 
     @property
@@ -144,7 +144,7 @@ class TrainingLoop:
         Raises Stopped on all ranks after a requested stop.
         """
         if self.has_stalled:
-            self.metrics.flush(self.state, *self._last_step)
+            self.writer.flush(self.state, *self._last_step)
         options, step = self._options, self.state.step
         is_last = step == self.total_steps or self.has_stalled
         is_stopped = stop_requested(options.output_dir) and not is_last
