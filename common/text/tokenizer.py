@@ -1,4 +1,4 @@
-"""Load a tokenizer as every stage needs it, and turn segments of text into ids."""
+"""Load a tokenizer, and encode segments of text."""
 
 import copy
 import hashlib
@@ -19,11 +19,11 @@ from common.text.fields import shown
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
-# Other versions may render or split a text differently.
+# Part of the cache key: other versions may render or split a text differently.
 VERSIONS = [(name, version(name)) for name in ("jinja2", "tokenizers", "transformers")]
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# Settings of tokenizer_config.json whose type transformers takes for granted.
+# Settings of tokenizer_config.json whose type transformers does not check.
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SETTINGS = {
     **dict.fromkeys(TOKENS, ((str, dict), "a token")),
@@ -32,14 +32,14 @@ SETTINGS = {
     "model_max_length": ((int, float), "a number"),
     "added_tokens_decoder": (dict, "an object with a token for each id"),
 }
-CUSTOM_CODE = "needs custom code, which is not run; convert it, or use a class that transformers has"
+CUSTOM_CODE = "needs custom code, which is not run; convert it, or use a tokenizer class of transformers"
 
 
 def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder or hub name, with a chat template and a pad token that is not EOS.
+    """Load the tokenizer of a model folder or hub name, with a chat template and a pad token other than EOS.
 
-    A SentencePiece `tokenizer.model` without a `tokenizer.json` is converted, exactly or not at all.
-    Raises UserError when there is no tokenizer, or it has no EOS.
+    A SentencePiece `tokenizer.model` without a `tokenizer.json` is converted if the result is exact. Raises
+    UserError for a missing or unusable tokenizer and for one without EOS.
     """
     folder = Path(path)
     if not exists(folder) and is_local_path(path):
@@ -52,7 +52,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
             tokenizer = load_sentencepiece_folder(folder)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        tokenizer("a")  # settings of a wrong type show at the first use
+        tokenizer("a")  # settings of a wrong type fail at the first use
     except Exception as error:  # noqa: BLE001 - a damaged or unknown tokenizer raises anything
         if "custom code" in str(error):
             raise UserError(f"{path}: {CUSTOM_CODE}") from None
@@ -63,7 +63,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: the tokenizer has no fast version (tokenizer.json), which Triptych needs")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no EOS token, so no response could ever end")
+        raise UserError(f"{path}: the tokenizer has no EOS token, so no response can end")
     if not isinstance(tokenizer.chat_template or "", str | dict):
         raise UserError(f"{path}: chat_template is {tokenizer.chat_template!r}; it must be text")
     tokenizer.chat_template = tokenizer.chat_template or default_template
@@ -72,7 +72,7 @@ def load_tokenizer(path: str, default_template: str = DEFAULT_CHAT_TEMPLATE) -> 
 
 
 def _check_files(folder: Path) -> None:
-    """Raise UserError, naming the file, for one of the tokenizer's files that is no JSON object."""
+    """Raise UserError for a tokenizer file that is not a JSON object."""
     for name in JSON_FILES:
         if not is_file(folder / name):
             continue
@@ -88,22 +88,21 @@ def _check_files(folder: Path) -> None:
 
 def _check_settings(file: Path, settings: dict[str, Any]) -> None:
     """Raise UserError for a setting of a wrong type."""
-    for name, (kinds, wanted) in SETTINGS.items():
+    for name, (kinds, allowed) in SETTINGS.items():
         value = settings.get(name)
-        is_right = value is None or isinstance(value, kinds)
+        is_valid = value is None or isinstance(value, kinds)
         if name == "chat_template" and isinstance(value, list):
-            is_right = all(isinstance(one, dict) and {"name", "template"} <= one.keys() for one in value)
+            is_valid = all(isinstance(part, dict) and {"name", "template"} <= part.keys() for part in value)
         if name == "added_tokens_decoder" and isinstance(value, dict):
-            is_right = all(key.isdecimal() and isinstance(token, dict) for key, token in value.items())
-        if not is_right:
-            raise UserError(f"{file}: {name} is {shown(value)}; it must be {wanted}")
+            is_valid = all(key.isdecimal() and isinstance(token, dict) for key, token in value.items())
+        if not is_valid:
+            raise UserError(f"{file}: {name} is {shown(value)}; it must be {allowed}")
 
 
 def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Choose a pad token that is not EOS: its own, one named like it, the unknown token, or else a new one.
+    """Set a pad token other than EOS: the tokenizer's own, a known name, the unknown token, or a new one.
 
-    Masks never look at it; but plain transformers finds the end of a scored text by it, and generation
-    returns it.
+    Masks do not use it, but transformers finds the end of a scored text by it, and generation returns it.
     """
     special = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
@@ -118,11 +117,10 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 class SegmentEncoder:
-    """Encodes the segments of one text: the first as a beginning, the others as continuations of it.
+    """Encodes the segments of a text, such as prompt and response, so that their ids can be concatenated.
 
-    A tokenizer may put BOS or a dummy space in front of a text. That is right at the beginning only, so later
-    segments go through a copy that does neither; ids of prompt + response are then the prompt's ids followed
-    by the response's.
+    A tokenizer may add BOS or a dummy space at the start of a text. Only the first segment needs them; later
+    segments use a copy of the tokenizer that adds neither.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -138,7 +136,7 @@ class SegmentEncoder:
         self.chat_template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
 
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
-        """Ids of all segments in order, and for each whether it belongs to a response, EOS included."""
+        """Token ids of all segments, and a response mask that includes EOS."""
         ids: list[int] = []
         is_response: list[bool] = []
         for number, segment in enumerate(segments):
@@ -152,12 +150,12 @@ class SegmentEncoder:
         return ids, is_response
 
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """A conversation under the chat template: see `ChatTemplate.render`."""
+        """Render a conversation, see `ChatTemplate.render`."""
         assert self.chat_template is not None
         return self.chat_template.render(messages, add_generation_prompt)
 
     def _ids(self, text: str, backend: Tokenizer) -> list[int]:
-        """Ids of a text. A control token that is broken by MARK becomes those of its parts."""
+        """Token ids of a text. A control token that MARK splits is encoded as plain text."""
         first, *others = text.split(MARK)
         ids = backend.encode(first, add_special_tokens=False).ids
         for part in others:
@@ -165,20 +163,20 @@ class SegmentEncoder:
         return ids
 
     def decode_prompt(self, prompt_ids: list[int]) -> str:
-        """The text of a prompt for people to read: markers of roles stay, BOS, EOS and padding do not."""
+        """Decode a prompt for display: without BOS, EOS and padding, but with role markers."""
         hidden = {
             self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         }  # fmt: skip
         return self.tokenizer.decode([token for token in prompt_ids if token not in hidden])
 
     def decode_response(self, prompt_ids: list[int], response_ids: list[int]) -> str:
-        """The text that the response adds to the prompt, without special tokens, its leading space kept."""
+        """Decode a response, without special tokens, but with its leading space."""
         prompt = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
         return self.tokenizer.decode(prompt_ids + response_ids, skip_special_tokens=True)[len(prompt) :]
 
 
 def _without_prefix(backend: Tokenizer) -> Tokenizer:
-    """The same tokenizer without the space that SentencePiece-style ones put in front of every text."""
+    """Copy a tokenizer without the space that SentencePiece adds in front of a text."""
     spec = json.loads(backend.to_str())
     original = copy.deepcopy(spec)
     for part in ("normalizer", "pre_tokenizer"):
@@ -198,6 +196,6 @@ def _without_prefix(backend: Tokenizer) -> Tokenizer:
 
 
 def _acts_at_the_beginning(step: dict[str, Any]) -> bool:
-    """Whether a normalizer adds a space in front of a text, or takes those away that are there."""
+    """Whether a normalizer adds or removes a space in front of a text."""
     pattern = step.get("pattern") if isinstance(step.get("pattern"), dict) else {}
     return step.get("type") == "Prepend" or pattern.get("Regex", "").startswith("\\A")
