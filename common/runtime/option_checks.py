@@ -1,4 +1,4 @@
-"""Options that need others, and options of a run that differ from those of its continuation."""
+"""Checks of options that depend on each other, and of options changed since a run started."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from common.runtime.options import Resume, UserError
 
 
 def check_held_out(options: Any) -> None:
-    """Raise UserError for a --best_metric without held-out data, as far as the options tell."""
+    """Raise UserError for --best_metric without held-out data."""
     if options.best_metric != "none" and not options.eval_data and not options.eval_fraction:
         raise UserError(
             f"--best_metric {options.best_metric}: needs held-out data: --eval_data, or an --eval_fraction"
@@ -18,29 +18,29 @@ def check_held_out(options: Any) -> None:
 
 
 def same_command(options: Any) -> str:
-    """How to continue a run that was stopped, as the beginning of a sentence."""
+    """Start of a sentence: how to resume a stopped run."""
     is_latest = options.resume_from_checkpoint == "latest"
     return f"Run the same command{'' if is_latest else ' with --resume_from_checkpoint latest'}"
 
 
 def resolved(options: Any) -> dict[str, Any]:
-    """All options, ready for JSON, and under `given` the names of those on the command line."""
+    """All options as JSON values; `given` lists the options on the command line."""
     names = {field.name for field in dataclasses.fields(options)}
     return json.loads(json.dumps(dataclasses.asdict(options))) | {"given": sorted(given_options() & names)}
 
 
 def resume_kinds(options: Any) -> dict[str, Resume]:
-    """How each option binds a resumed run, by the name of the option."""
+    """For each option, whether it may change when a run is resumed (see `Resume`)."""
     return {field.name: field.metadata["resume"] for field in dataclasses.fields(options)}
 
 
 def free_to_change(options: Any) -> set[str]:
-    """Options that may have another value when a run is resumed."""
+    """Options that may change when a run is resumed."""
     return {name for name, kind in resume_kinds(options).items() if kind not in ("same", "function")}
 
 
 def default_values(options: Any) -> dict[str, Any]:
-    """The default of every option."""
+    """Default values of all options."""
     return {
         field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         for field in dataclasses.fields(options)
@@ -50,11 +50,10 @@ def default_values(options: Any) -> dict[str, Any]:
 def changed_options(
     earlier: dict[str, Any], current: dict[str, Any], defaults: dict[str, Any], free: set[str]
 ) -> list[str]:
-    """How the options of two runs differ, by those that the user gave to one of them.
+    """List options that differ between two runs and were on the command line of at least one.
 
-    earlier, current: as from `resolved`; a run of a version without `given` gave all. Options that another
-    one decides, as --loss decides --beta, are listed only where they were given. free: options that
-    may differ.
+    earlier, current: results of `resolved`; without `given`, as in old versions, all options count as given.
+    Options set by another option (--loss sets --beta) count only if given. free: options that may differ.
     """
     given = {*earlier.get("given", earlier), *current["given"]} - free
     changes = []
@@ -67,13 +66,13 @@ def changed_options(
 
 
 def changed_defaults(earlier: dict[str, Any], current: dict[str, Any], free: set[str]) -> list[str]:
-    """Options with their earlier values that differ although nobody gave them: this version has others."""
+    """List options, with earlier values, whose default has changed between two versions."""
     names = sorted((earlier.keys() & current.keys()) - free - {"given"})
     return [f"--{name} {_in_words(earlier[name])}" for name in names if earlier[name] != current[name]]
 
 
 def _in_words(value: Any) -> str:
-    """An option's value as it stands on a command line."""
+    """Format a value as on the command line."""
     if isinstance(value, list):
         return " ".join(map(str, value)) or "(none)"
     return "(empty)" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 import shutil
+import textwrap
 import typing
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -68,11 +69,12 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
     groups: dict[str, list[dataclasses.Field]] = {"Required": required}
     title_of = {field.name: "Required" for field in required}
     for owner in options_class.__mro__:
-        title = "Of this command" if owner is options_class else (owner.__doc__ or "").partition(".")[0]
+        summary = (owner.__doc__ or "").partition(".")[0]
+        title = "Options of this command" if owner is options_class else summary
         groups.setdefault(title, [])
         for name in owner.__dict__.get("__annotations__", {}):
             if name in fields and title_of.get(name) != "Required":
-                title_of[name] = title  # of the class that declares it first, which comes last here
+                title_of[name] = title  # the last class in this order declares the option first
     for name, title in title_of.items():
         groups[title] += [fields[name]] * (title != "Required")
     for title, members in groups.items():
@@ -118,6 +120,7 @@ def _help(field: dataclasses.Field) -> str:
     """Help text of an option, with its default and limits."""
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     shown = str(default).lower() if isinstance(default, bool) else default
+    shown = " ".join(default) if isinstance(default, list) else shown
     facts = [f"default {shown}"] * (default not in ("", []))
     facts += [f"{kind.replace('_', ' ')} {limit:g}" for kind, limit in field.metadata["limits"].items()]
     facts += [f"turn off with --no_{field.name}"] * (default is True)
@@ -131,6 +134,9 @@ class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         width = min(100, shutil.get_terminal_size().columns)
         super().__init__(prog, max_help_position=8, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [line for paragraph in text.splitlines() for line in textwrap.wrap(paragraph.strip(), width)]
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
         if action.nargs == "+":

@@ -1,6 +1,6 @@
-"""Options that stages share. Every option is declared once, with its type, default, help text and limits.
+"""Shared options. Every option is declared once, with its type, default, help text and limits.
 
-The options of a command are one dataclass that inherits the groups it needs; `parse_options` checks them.
+The options of a command are one dataclass, which inherits option groups; `parse_options` checks them.
 """
 
 import dataclasses
@@ -12,23 +12,24 @@ Options = TypeVar("Options")
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct; shown as one line, without a traceback."""
+    """An error that the user can fix; shown as one line without a traceback."""
 
 
 def reason(error: BaseException) -> str:
-    """Why a library failed, in one line for the user: the first line of the message, with the next where it
-    ends in a colon, or the error's type.
+    """Reason of a library's error in one line: the first line of its message, or the type of the error.
+
+    A first line that ends in a colon is joined with the next one.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [" ".join(lines[:2])]
-    is_bare = not lines or isinstance(error, KeyError)  # whose message is the key alone
+    is_bare = not lines or isinstance(error, KeyError)  # its message is only the key
     return ": ".join([type(error).__name__] * is_bare + lines[:1])
 
 
-# How an option binds a resumed run. same: it must have the same value. free: it may change. data, model: the
-# path may change, the content of the files or the weights may not. function: the file may change, because a
-# mistake in it is mended. centring: the data may change, because scores are only centred on them.
+# Whether an option may change when a run is resumed. same: no. free: yes. data, model: the path may change,
+# the content of the files may not. function: the content of the file may change, to fix bugs, the value may
+# not. centring: the data may change, because they are only used to centre scores.
 Resume = Literal["same", "free", "data", "model", "function", "centring"]
 
 
@@ -41,55 +42,58 @@ def option(default: Any, help: str, required: bool = False, resume: Resume = "sa
 
 
 Overlong = Literal["truncate_prompt", "truncate_response", "drop", "error"]
-BEST_METRIC = "Keep the model with the best value of this in best/, and its checkpoint."
+BEST_METRIC = "Save the model with the best value of this metric in best/, and keep its checkpoint."
 
 
 @dataclass
 class RunOptions:
-    """Length of the run, outputs and their intervals."""
+    """Run length, outputs and intervals."""
 
     output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.", resume="free")
-    seed: int = option(0, "Seed of the data order, of new weights and of sampling.", at_least=0)
+    seed: int = option(0, "Seed of data order, new weights and sampling.", at_least=0)
     max_steps: int = option(
-        0, "Stop after this many steps; 0 means as many as the epochs take.", at_least=0, resume="free"
+        0, "Number of training steps; 0: computed from --num_train_epochs.", at_least=0, resume="free"
     )
     num_train_epochs: float = option(
-        1.0, "Passes over the training data, when --max_steps is 0.", above=0, resume="free"
+        1.0, "Epochs over the training data if --max_steps is 0.", above=0, resume="free"
     )
     logging_steps: int = option(
-        10, "Write metrics and a progress line every so many steps.", at_least=1, resume="free"
+        10, "Steps between progress lines and entries of metrics.jsonl.", at_least=1, resume="free"
     )
     eval_steps: int = option(
         100,
-        "Evaluate every so many steps; 0: only before the first step and at the end.",
+        "Steps between evaluations; 0: evaluate only before the first step and at the end.",
         at_least=0,
         resume="free",
     )
     save_steps: int = option(
-        500, "Save a checkpoint every so many steps and at the end; 0: never.", at_least=0, resume="free"
+        500, "Steps between checkpoints, also saved at the end; 0: no checkpoints.", at_least=0, resume="free"
     )
     save_total_limit: int = option(
-        2, "Keep this many newest checkpoints; 0 keeps all.", at_least=0, resume="free"
+        2, "Number of newest checkpoints to keep; 0: all.", at_least=0, resume="free"
     )
     resume_from_checkpoint: str = option(
         "latest",
-        "'latest' goes on from the newest checkpoint in --output_dir if there is one, 'none' starts "
-        "anew in an empty folder, or the path of a checkpoint folder.",
+        "Checkpoint to resume from.\nlatest: the newest one in --output_dir, if any"
+        "\nnone: start a new run in an empty folder\nPATH: folder of a checkpoint\n",
         resume="free",
     )
     resume_weights_only: bool = option(
-        False, "Take weights and position from the checkpoint, and start the optimiser anew.", resume="free"
+        False, "Resume weights and step from the checkpoint, but reset the optimiser.", resume="free"
     )
     export_only: bool = option(
-        False, "Write final/ from the newest checkpoint, and train no more.", resume="free"
+        False, "Write final/ from the newest checkpoint without further training.", resume="free"
     )
-    # Each stage declares which figures it measures.
+    # Each stage declares the metrics it has.
     best_metric: str = option("none", BEST_METRIC)
     max_skipped_steps: int = option(
-        20, "Stop after this many steps in a row whose numbers were not finite.", at_least=1, resume="free"
+        20,
+        "Stop after this many consecutive steps skipped for non-finite gradients.",
+        at_least=1,
+        resume="free",
     )
     timeout_minutes: float = option(
-        30.0, "How long a rank waits for the slowest one before it gives up.", above=0, resume="free"
+        30.0, "Timeout of collectives: how long a rank waits for the slowest one.", above=0, resume="free"
     )
 
 
@@ -98,11 +102,11 @@ class CacheOptions:
     """Tokenisation and bad records."""
 
     skip_bad_records: bool = option(
-        False, "Count and skip malformed records instead of stopping at the first."
+        False, "Skip and count malformed records instead of stopping at the first one."
     )
-    cache_dir: str = option("", "Folder of tokenised data. Default: ~/.cache/triptych.", resume="free")
+    cache_dir: str = option("", "Folder of the token cache. Default: ~/.cache/triptych.", resume="free")
     preprocessing_workers: int = option(
-        0, "Processes that tokenise; 0: one per core.", at_least=0, resume="free"
+        0, "Number of tokenising processes; 0: one per core.", at_least=0, resume="free"
     )
 
 
@@ -113,53 +117,48 @@ class DataOptions(CacheOptions):
     stage: ClassVar[int] = 1
     eval_data: list[str] = option(
         [],
-        "Held-out data: files, FOLDER:SPLIT or HUB_NAME:SPLIT. Default: a part of the training data.",
+        "Held-out data: files, FOLDER:SPLIT or HUB_NAME:SPLIT. Default: split off the training data.",
         resume="data",
     )
     eval_fraction: float = option(
         0.1,
-        "Part of the training data to hold out, by record content, when --eval_data is not given.",
+        "Fraction of the training data to hold out, by hash of the prompt, if --eval_data is not given.",
         at_least=0,
         at_most=0.9,
     )
     data_split: str = option(
-        "", "Parts of the data for steps 1, 2 and 3, as in 2,4,4: each takes its own, by prompt."
+        "", "Proportions of the data for steps 1, 2 and 3, such as 2,4,4; split by hash of the prompt."
     )
     max_eval_samples: int = option(
-        256, "Use at most this many held-out records; 0 uses all.", at_least=0, resume="free"
+        256, "Maximum number of held-out records; 0: all.", at_least=0, resume="free"
     )
     overlong: Overlong = option(
         "truncate_prompt",
-        "Records longer than --max_length. truncate_prompt: take the oldest messages, then the prompt's"
-        " beginning, away; truncate_response: cut the response; drop: leave them out; error: stop. A record"
-        " whose response does not fit is left out.",
+        "Records longer than --max_length; those whose response still does not fit are left out."
+        "\ntruncate_prompt: remove the oldest messages, then the start of the prompt"
+        "\ntruncate_response: cut the end of the response\ndrop: leave the record out"
+        "\nerror: stop with an error\n",
     )
 
 
 @dataclass
 class OptimiserOptions:
-    """Batches and AdamW. global_batch_size = micro_batch_size x accumulation x ranks, exactly."""
+    """Batches and AdamW. global_batch_size = micro_batch_size x accumulation steps x ranks."""
 
     zero_config: str = option(
         "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2.", resume="free"
     )
     global_batch_size: int = option(32, "Sequences in one optimiser step, over all ranks.", at_least=1)
-    micro_batch_size: int = option(
-        4, "Sequences that one rank puts through the model at once.", at_least=1, resume="free"
-    )
+    micro_batch_size: int = option(4, "Sequences per rank in one forward pass.", at_least=1, resume="free")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
-        "cosine", "Shape of the learning rate over the run."
+        "cosine", "Learning rate schedule."
     )
-    warmup_ratio: float = option(
-        0.03, "Part of the steps over which the learning rate rises.", at_least=0, at_most=1
-    )
-    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only.", at_least=0)
+    warmup_ratio: float = option(0.03, "Fraction of the steps used for linear warmup.", at_least=0, at_most=1)
+    weight_decay: float = option(0.0, "AdamW weight decay, applied to matrices only.", at_least=0)
     adam_beta1: float = option(0.9, "AdamW beta 1.", at_least=0, at_most=0.9999)
     adam_beta2: float = option(0.95, "AdamW beta 2.", at_least=0, at_most=0.99999)
     adam_epsilon: float = option(1e-8, "AdamW epsilon.", above=0)
-    max_grad_norm: float = option(
-        1.0, "Clip the gradient norm of each model to this; 0: do not clip.", at_least=0
-    )
+    max_grad_norm: float = option(1.0, "Maximum gradient norm of each model; 0: no clipping.", at_least=0)
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", resume="free"
     )
@@ -167,15 +166,13 @@ class OptimiserOptions:
 
 @dataclass
 class LoraOptions:
-    """LoRA adapters, through `peft`."""
+    """LoRA adapters."""
 
-    lora_rank: int = option(0, "Rank of the adapters; 0 trains all weights.", at_least=0)
-    lora_alpha: float = option(
-        32.0, "Scale of the adapters: the update is multiplied by alpha / rank.", above=0
-    )
+    lora_rank: int = option(0, "Rank of the LoRA adapters; 0: train all weights.", at_least=0)
+    lora_alpha: float = option(32.0, "LoRA alpha: updates are scaled by alpha / rank.", above=0)
     lora_target_modules: list[str] = option(
         ["all-linear"],
-        "Names (or endings of names) of the modules to adapt; all-linear: all but the output head.",
+        "Modules to adapt, by name or suffix; all-linear: all linear layers except the output head.",
     )
 
 
@@ -183,18 +180,19 @@ class LoraOptions:
 class TrainOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions):
     """Model and training data."""
 
-    model_name_or_path: str = option(
-        "", "Folder or hub name of the model to start from.", required=True, resume="model"
-    )
+    model_name_or_path: str = option("", "Initial model: folder or hub name.", required=True, resume="model")
     train_data: list[str] = option(
-        [], "Data: files (F.jsonl:0.3 takes 30 %), FOLDER, NAME:SPLIT.", required=True, resume="data"
+        [],
+        "Training data: files, FOLDER or HUB_NAME:SPLIT. F.jsonl:0.3 uses 30 % of F.jsonl.",
+        required=True,
+        resume="data",
     )
-    max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", at_least=8)
-    learning_rate: float = option(1e-5, "Highest learning rate.", above=0)
+    max_length: int = option(1024, "Maximum tokens of prompt and response together.", at_least=8)
+    learning_rate: float = option(1e-5, "Peak learning rate.", above=0)
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per rank in a step. Raises UserError unless global = micro x steps x ranks."""
+    """Micro-batches per rank and optimiser step. Raises UserError for sizes that do not divide."""
     steps, rest = divmod(global_batch, micro_batch * ranks)
     if rest or not steps:
         raise UserError(
@@ -205,5 +203,5 @@ def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
 
 
 def world_size() -> int:
-    """Number of ranks, as the launcher says; 1 without a launcher."""
+    """Number of ranks, set by the launcher; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
