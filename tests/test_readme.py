@@ -20,7 +20,7 @@ PAGES = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 OPTION = r"--[a-z][a-z0-9_-]*"
-FOREIGN_OPTIONS = {"--help", "--signal"}  # of argparse, of sbatch
+FOREIGN_OPTIONS = {"--help", "--ignore", "--requeue", "--signal"}  # of argparse, pytest, sbatch
 EXTENSIONS = r"\.(?:py|sh|md|jsonl?|ya?ml|txt|log|html|css|js|png|svg|toml)"
 DATA_FILE = r"\.(?:jsonl|json|csv|parquet)$"
 
@@ -37,9 +37,8 @@ def spans(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Command lines of fenced blocks, comments removed, and of inline code."""
-    lines = [line for block in fences(text) for line in block.replace("\\\n", " ").splitlines()]
-    return [line.partition("  #")[0] for line in lines if re.search(r"\w\.(sh|py)\b", line)] + spans(text)
+    """Lines of fenced blocks, as commands may be, and inline code."""
+    return [line for block in fences(text) for line in block.replace("\\\n", " ").splitlines()] + spans(text)
 
 
 @cache
@@ -132,16 +131,16 @@ def words(lines: list[str]) -> Iterator[str]:
 
 
 def trees(text: str) -> list[str]:
-    """Lines of fenced blocks that begin with a folder or a file, without their comments."""
-    lines = [line.partition("  #")[0] for block in fences(text) for line in block.splitlines()]
+    """Lines of fenced blocks that begin with a folder or a file."""
+    lines = [line for block in fences(text) for line in block.splitlines()]
     return [line for line in lines if re.match(rf"\s*[\w./-]+(/|{EXTENSIONS}),?(\s|$)", line)]
 
 
 def missing(text: str, page: Path) -> list[str]:
     """What a page names and nobody has."""
     lines = commands(text)
-    scripts = {script for line in lines for script in re.findall(r"[\w./-]*/[\w-]+\.(?:sh|py)\b", line)}
-    absent = [script for script in scripts if not is_file(script, page)]
+    own = re.findall(rf"(?<![\w/.$-])(?:{'|'.join(FOLDERS)})/(?:[\w./-]*\w)?", text)
+    absent = [path for path in own if not is_file(path, page)]
     absent += [option for line in lines for option in refused_options(line)]
     # A file of data that belongs to the user is named by an option of a command.
     values = {word.split(":")[0] for line in lines if "--" in line for word in line.split()}
