@@ -12,6 +12,7 @@ import matplotlib
 
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.runtime.options import reason
 from launch.quickstart.report import read_jsonl, series
 
 matplotlib.use("Agg")
@@ -127,8 +128,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path(".github"), help="folder for the pictures")
     options = parser.parse_args()
     matplotlib.rcParams["svg.hashsalt"] = "quickstart"  # the same runs give the same bytes
-    metrics = read_jsonl(options.quickstart_dir / "step3_ppo/metrics.jsonl")
-    figures = json.loads((options.quickstart_dir / "report.json").read_text(encoding="utf-8"))
+    folder = options.quickstart_dir
+    try:
+        metrics = read_jsonl(folder / "step3_ppo/metrics.jsonl")
+        figures = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"error: {folder}: not a finished quickstart: {reason(error)}", file=sys.stderr)
+        sys.exit(2)
     for name, theme in THEMES.items():
         draw(metrics, figures, theme, options.output_dir / f"quickstart_{name}.svg")
 
