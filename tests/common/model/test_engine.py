@@ -1,4 +1,4 @@
-"""A trained model inside DeepSpeed."""
+"""DeepSpeed engines."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import pytest
 import step1_sft.main
 from common.model.engine import make_engine
 from tests.ranks import succeed
-from tests.stages import sft  # noqa: F401 - world is a fixture
+from tests.stages import sft
 
 
 @pytest.mark.parametrize(("words", "passes"), [([], 1), (["--gradient_checkpointing"], 2)])
-def test_layers_are_recomputed_from_the_first_step_on(
+def test_gradient_checkpointing_is_active_in_the_first_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], passes: int
 ) -> None:  # fmt: skip
-    """A model is loaded for evaluation, and without held-out data no evaluation puts it back to training."""
+    """Models load in eval mode, and without held-out data no evaluation switches back to train mode."""
 
     def make(*parts):
         engine = make_engine(*parts)

@@ -1,4 +1,4 @@
-"""The load-balancing loss of mixtures of experts, against that of transformers."""
+"""Load-balancing loss of mixtures of experts, against transformers."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ MIXTURES: dict[str, PretrainedConfig] = {
 LENGTHS = [9, 5]
 IDS = torch.randint(1, 40, (2, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(9) < torch.tensor(LENGTHS)[:, None]  # (2, 9)
-IS_LEARNT = MASK & (torch.arange(9) >= 3)
+LOSS_MASK = MASK & (torch.arange(9) >= 3)
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -43,29 +43,29 @@ def build(config: PretrainedConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).train()
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_loss_and_gradients_are_those_of_transformers(name, recomputes):
-    """With padding, which its attention mask leaves out and which is never passed to the model here."""
+def test_loss_and_gradients_match_transformers(name, checkpointing):
+    """With padding: transformers uses an attention mask, Triptych passes none."""
     model, ids = build(MIXTURES[name]), IDS.masked_fill(~MASK, 0)
-    labels = ids.masked_fill(~IS_LEARNT, -100)
+    labels = ids.masked_fill(~LOSS_MASK, -100)
     expected = model(input_ids=ids, attention_mask=MASK.long(), labels=labels)
     assert expected.aux_loss > 1
     expected.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    if recomputes:
+    if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    logits, balance = logits_and_balance(model, ids, IS_LEARNT.roll(-1, dims=1))
+    logits, balance = logits_and_balance(model, ids, LOSS_MASK.roll(-1, dims=1))
     assert_close(balance, 0.5 * expected.aux_loss * sum(LENGTHS))
-    loss = sft_loss(logits, ids[IS_LEARNT], int(IS_LEARNT.sum())) + balance / sum(LENGTHS)
+    loss = sft_loss(logits, ids[LOSS_MASK], int(LOSS_MASK.sum())) + balance / sum(LENGTHS)
     assert_close(loss, expected.loss)
     loss.backward()
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name])
 
 
-def test_direct_optimisation_adds_it_in_training_alone():
+def test_direct_optimisation_adds_it_only_in_training():
     model = build(MIXTURES["mixtral"])
     row = Choice([*IDS[0].tolist(), *IDS[1, :5].tolist()], LENGTHS, [3, 3], [0.0, 1.0])
     options = DirectOptions(loss="dpo")
@@ -90,14 +90,14 @@ def test_direct_optimisation_adds_it_in_training_alone():
         MixtralConfig(**SHAPE | {"output_router_logits": False}),
     ],
 )
-def test_others_have_none(config):
+def test_models_without_the_loss_return_zero(config):
     model = build(config)
     assert not has_balance_loss(model)
     ids = torch.tensor([[1, 2, 3]])
     assert logits_and_balance(model, ids, ids > 2)[1] == 0
 
 
-def test_router_jitter_is_noise():
+def test_router_jitter_and_dropout_are_turned_off():
     config = MixtralConfig(**SHAPE, router_jitter_noise=0.3, attention_dropout=0.1)
     families.remove_noise(config)
     assert (config.router_jitter_noise, config.attention_dropout) == (0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Model folders that are not what they seem are refused in one line; what is only unusual loads."""
+"""Broken model folders are refused in one line; unusual ones load."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def another_shard(folder: Path) -> None:
 
 
 class Marker:
-    """Unpickled with code, it would leave a file."""
+    """Leaves a file if unpickling runs code."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -127,7 +127,7 @@ def pickled_code(folder: Path) -> None:
 
 
 def custom_code(folder: Path) -> None:
-    configure(model_type="mine", auto_map={"AutoConfig": "code.Mine"})(folder)
+    configure(model_type="own", auto_map={"AutoConfig": "code.Own"})(folder)
     (folder / "code.py").write_text("from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n")
 
 
@@ -136,13 +136,13 @@ def only_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
 
 
-def no_layer(state: dict[str, Tensor]) -> None:
+def remove_layer(state: dict[str, Tensor]) -> None:
     for name in [name for name in state if ".layers.1." in name]:
         del state[name]
 
 
 FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
-    "a layer": (weights(no_layer), ["missing", "layers.1.input_layernorm.weight", "... (9 in all)"]),
+    "a layer": (weights(remove_layer), ["missing", "layers.1.input_layernorm.weight", "... (9 in all)"]),
     "more layers": (configure(num_hidden_layers=3), ["missing", "layers.2.", "... (9 in all)"]),
     "vocabulary": (configure(vocab_size=12), ["embed_tokens.weight is (10, 8), not (12, 8)"]),
     "width": (configure(intermediate_size=16), ["is (12, 8), not (16, 8)", "... (6 in all)"]),
@@ -169,7 +169,7 @@ FOLDERS: dict[str, tuple[Spoil, list[str]]] = {
     "cut bin": (after(as_bin, cut("pytorch_model.bin")), ["pytorch_model.bin: not read"]),
     "empty bin": (after(as_bin, replace("pytorch_model.bin", b"")), ["pytorch_model.bin: is empty"]),
     "code in bin": (pickled_code, ["pytorch_model.bin: not read", "code in it is not run"]),
-    "custom code": (custom_code, ["custom code (code.Mine)", "not run"]),
+    "custom code": (custom_code, ["custom code (code.Own)", "not run"]),
     "adapter": (only_an_adapter, ["a peft adapter, not a model", "final/"]),
     "quantised": (configure(quantization_config={"quant_method": "gptq"}), ["quantised weights"]),
     "type": (configure(hidden_size="abc"), ["config.json", "'hidden_size' expected int, got str"]),
@@ -208,8 +208,8 @@ def refusal(check: Callable[..., object], *arguments: object) -> str:
 def test_a_broken_folder_is_refused_in_one_line(
     policy: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    """Before training, and by whatever loads it. No code in the folder runs, and no question is asked."""
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    """By the check before training and by each loader. No code in the folder runs; nothing reads stdin."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("read from stdin"))
     spoil, parts = FOLDERS[case]
     spoil(policy)
     messages = [
@@ -224,7 +224,7 @@ def test_a_broken_folder_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(
+def test_a_non_finite_weight_is_refused(
     policy: Path, tokenizer: PreTrainedTokenizerFast, value: float
 ) -> None:
     def change(state: dict[str, Tensor]) -> None:
@@ -236,7 +236,7 @@ def test_a_weight_that_is_not_finite_is_refused(
         assert f"{policy}: weight model.layers.1.mlp.up_proj.weight holds NaN or Inf" in message
 
 
-def test_a_weight_too_large_for_16_bits_is_refused(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_weight_too_large_for_fp16_is_refused(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     weights(lambda state: state["lm_head.weight"].fill_(1e6))(policy)
     load_causal_lm(str(policy), tokenizer, None)
     assert "lm_head.weight holds NaN or Inf (as float16)" in refusal(
@@ -244,7 +244,7 @@ def test_a_weight_too_large_for_16_bits_is_refused(policy: Path, tokenizer: PreT
     )
 
 
-def test_a_file_of_zeros_behind_a_good_header_is_refused(
+def test_a_file_of_zeros_with_a_valid_header_is_refused(
     policy: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     weights(lambda state: [tensor.zero_() for tensor in state.values()])(policy)
@@ -252,16 +252,15 @@ def test_a_file_of_zeros_behind_a_good_header_is_refused(
 
 
 def test_a_layer_of_zeros_is_refused(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """As in a file that was not written to its end."""
+    """As in an incomplete file."""
     weights(zeros(r"layers\.1\."))(policy)
     assert "model.layers.1: all zeros" in refusal(load_causal_lm, str(policy), tokenizer, None)
 
 
-def test_matrices_of_zeros_draw_one_warning(
+def test_all_zero_matrices_get_one_warning(
     policy: Path, reward: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
 ) -> None:
-    """Vectors may be zeros, as biases are, and so may a head."""
-
+    """Zero vectors, such as biases, and a zero head get none."""
     weights(zeros(r"o_proj|down_proj"))(policy)
     load_causal_lm(str(policy), tokenizer, None)
     (line,) = capsys.readouterr().out.splitlines()
@@ -271,7 +270,7 @@ def test_matrices_of_zeros_draw_one_warning(
     assert not capsys.readouterr().out
 
 
-def test_weights_without_a_place_draw_one_warning(
+def test_unexpected_weights_get_one_warning(
     policy: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
 ) -> None:
     weights(lambda s: s.update({f"model.more.{n}": torch.ones(2) for n in "abcd"}))(policy)
@@ -281,10 +280,10 @@ def test_weights_without_a_place_draw_one_warning(
     assert line.startswith(f"warning: {policy}") and "model.more.a" in line and "(4 in all)" in line
 
 
-def test_a_new_head_draws_no_warning(
+def test_a_new_head_gets_no_warning(
     policy: Path, reward: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
 ) -> None:
-    """A language model has an output head instead; a reward model has its own."""
+    """A language model has an output head instead; a reward model has a scalar head already."""
     for folder in (policy, reward):
         backbone_config(str(folder), "model_name_or_path")
         load_scalar_model(str(folder), tokenizer, None)
@@ -292,7 +291,7 @@ def test_a_new_head_draws_no_warning(
 
 
 @pytest.mark.parametrize("rewrite", [shard, as_bin], ids=["shards", "bin"])
-def test_other_files_hold_the_same_weights(
+def test_other_file_formats_load_the_same_weights(
     policy: Path, tokenizer: PreTrainedTokenizerFast, rewrite: Spoil
 ) -> None:
     before = load_causal_lm(str(policy), tokenizer, None).state_dict()
@@ -301,14 +300,14 @@ def test_other_files_hold_the_same_weights(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_untied_head_must_be_there(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """For a policy; a reward model has no use for it."""
+def test_a_missing_untied_head_is_refused(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """For a policy only; a reward model does not use it."""
     weights(lambda state: state.pop("lm_head.weight"))(policy)
     assert "missing: lm_head.weight" in refusal(policy_config, str(policy), "x")
     load_scalar_model(str(policy), tokenizer, None)
 
 
-def test_a_tied_head_may_be_absent(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tied_head_may_be_missing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     model = load_causal_lm(str(tmp_path), tokenizer, None)
@@ -318,7 +317,7 @@ def test_a_tied_head_may_be_absent(tmp_path: Path, tokenizer: PreTrainedTokenize
 # --- roles --------------------------------------------------------------------------------------------------
 
 
-def test_each_option_takes_its_kind_of_model(policy: Path, reward: Path, tmp_path: Path) -> None:
+def test_each_option_accepts_only_its_kind_of_model(policy: Path, reward: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     LlamaForSequenceClassification(LlamaConfig(**SIZE, num_labels=2)).save_pretrained(two)
     policy_config(str(policy), "x")
@@ -350,7 +349,7 @@ def test_a_reward_model_without_its_head_is_refused(reward: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_scores_that_cannot_be_centred_are_refused(reward: Path, values: dict) -> None:
+def test_invalid_centring_of_scores_is_refused(reward: Path, values: dict) -> None:
     configure(**values)(reward)
     ((name, _),) = values.items()
     for check in (check_scalar_model, backbone_config):
@@ -361,7 +360,7 @@ def test_scores_that_cannot_be_centred_are_refused(reward: Path, values: dict) -
 
 
 @pytest.mark.parametrize(
-    ("content", "kept", "ignored"),
+    ("content", "valid", "ignored"),
     [
         ('{"eos_token_id": [1, 3], "temperature": 0.6}', {"eos_token_id": [1, 3]}, "temperature 0.6"),
         ('{"top_p": 0.9, "do_sample": true, "max_new_tokens": -1}', {"top_p": 0.9}, "max_new_tokens -1"),
@@ -371,9 +370,9 @@ def test_scores_that_cannot_be_centred_are_refused(reward: Path, values: dict) -
         ("{bad", {"eos_token_id": 1}, "not valid JSON"),
     ],
 )
-def test_an_invalid_generation_config_costs_no_result(
+def test_invalid_values_of_a_generation_config_are_ignored(
     policy: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture, tmp_path: Path,
-    content: str, kept: dict, ignored: str,
+    content: str, valid: dict, ignored: str,
 ) -> None:  # fmt: skip
     (policy / "generation_config.json").write_text(content)
     configure(eos_token_id=1)(policy)
@@ -382,10 +381,10 @@ def test_an_invalid_generation_config_costs_no_result(
     assert "generation_config.json" in line and ignored in line
     model.save_pretrained(tmp_path / "final")
     written = GenerationConfig.from_pretrained(tmp_path / "final")
-    assert {name: getattr(written, name) for name in kept} == kept and written.pad_token_id == 2
+    assert {name: getattr(written, name) for name in valid} == valid and written.pad_token_id == 2
 
 
-def test_a_valid_generation_config_is_kept_as_it_is(
+def test_a_valid_generation_config_is_unchanged(
     policy: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
 ) -> None:
     (policy / "generation_config.json").write_text(

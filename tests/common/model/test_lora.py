@@ -1,4 +1,4 @@
-"""Checks of adapters before training."""
+"""Warnings for learning rates of adapters."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from step3_ppo.options import PPOOptions
         (PPOOptions(lora_rank=8, actor_learning_rate=3e-5, critic_learning_rate=1e-4), []),
     ],
 )
-def test_a_learning_rate_for_full_weights_draws_one_warning(
+def test_a_learning_rate_for_full_weights_gets_one_warning(
     capsys: pytest.CaptureFixture, options: TrainOptions, named: list[str]
 ) -> None:
     check_adapters("", replace(options, lora_target_modules=["all-linear"]))

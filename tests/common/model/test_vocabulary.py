@@ -1,4 +1,4 @@
-"""Models with more rows than tokens and with several end tokens, wherever responses are drawn."""
+"""Models with spare embedding rows and several end tokens, in every kind of sampling."""
 
 import json
 
@@ -16,18 +16,18 @@ from step1_sft import evaluate
 from step1_sft.data import Demonstration
 from tests.byte_encoder import byte_encoder
 
-SPARE = 8  # rows without a token
+SPARE = 8  # embedding rows without a token
 
 
 @pytest.fixture(scope="module")
 def encoder() -> SegmentEncoder:
-    """Bytes, and an end token that is not marked as special, so that decoding does not leave it out."""
+    """A byte tokenizer with an end token that is not special, so decoding would show it."""
     return byte_encoder("{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}")
 
 
 @pytest.fixture
 def model(encoder: SegmentEncoder) -> PhiForCausalLM:
-    """Spare rows are by far the likeliest; then <|end|>; EOS never comes."""
+    """Spare rows have by far the highest probability, then <|end|>; EOS is never sampled."""
     tokenizer = encoder.tokenizer
     torch.manual_seed(0)
     config = PhiConfig(
@@ -43,7 +43,7 @@ def model(encoder: SegmentEncoder) -> PhiForCausalLM:
     return fit_to_tokenizer(model, tokenizer)
 
 
-def test_end_ids_are_those_of_tokenizer_and_model_and_are_saved(encoder, model, tmp_path):
+def test_end_ids_of_tokenizer_and_model_are_saved(encoder, model, tmp_path):
     end = len(encoder.tokenizer) - 1
     assert model.num_tokens == len(encoder.tokenizer)
     assert model.end_ids == [encoder.eos_token_id, end]
@@ -57,28 +57,29 @@ def test_rollouts_end_at_any_end_token(encoder, model):
     options = GenerationOptions(max_response_length=40, generation_batch_size=3)
     options.seed = 0
     prompts = {number: encoder.tokenizer("Say it").input_ids for number in range(6)}
-    found = generate(PlainEngine(model), encoder, prompts, list(range(6)), options, step=1)
-    assert found.ended.all() and found.lengths.float().mean() < 30
-    assert (found.ids < model.num_tokens).all()
-    last = found.ids.gather(1, found.lengths[:, None] - 1)
+    responses = generate(PlainEngine(model), encoder, prompts, list(range(6)), options, step=1)
+    assert responses.ended.all() and responses.lengths.float().mean() < 30
+    assert (responses.ids < model.num_tokens).all()
+    last = responses.ids.gather(1, responses.lengths[:, None] - 1)
     assert (last == model.end_ids[1]).all()
     answers = sample_answers(PlainEngine(model), encoder, prompts, options, step=1)
     assert all(answer.ended and "<|end|>" not in answer.text for answer in answers.values())
-    texts = [encoder.tokenizer.decode(ids[: n - 1]) for ids, n in zip(found.ids, found.lengths, strict=True)]
+    rows = zip(responses.ids, responses.lengths, strict=True)
+    texts = [encoder.tokenizer.decode(ids[: n - 1]) for ids, n in rows]
     assert [answers[number].text for number in range(6)] == texts
 
 
-def test_greedy_answers_of_step_1_end_there_too(encoder, model):
+def test_greedy_answers_of_step_1_end_at_any_end_token(encoder, model):
     row = Demonstration(encoder.tokenizer("Say it").input_ids, [False] * 5 + [True])
-    (found,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
-    assert found.answer == "", "the likeliest token is the end"
+    (sample,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
+    assert sample.answer == "", "the most likely token is the end token"
     with torch.no_grad():
         model.lm_head.bias[encoder.tokenizer("a").input_ids] = 20.0
-    (found,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
-    assert found.answer == "a" * 20, "not a row without a token"
+    (sample,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
+    assert sample.answer == "a" * 20, "spare rows are not sampled"
 
 
-def test_a_chat_ends_there_too(encoder, model, capsys):
+def test_a_chat_ends_at_any_end_token(encoder, model, capsys):
     options = ChatOptions(max_response_length=40, seed=1)
     chat = Chat([Speaker("new", model, encoder, 24)], [], options)
     chat.say("Hello")

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: shipped files work, "auto" is filled, and no contradiction is silent."""
+"""DeepSpeed JSON: shipped files load, "auto" is filled in, and contradictions are errors."""
 
 import json
 from pathlib import Path
@@ -66,12 +66,12 @@ def stage(number: int, **more) -> dict:
     return {"zero_optimization": {"stage": number}, **more}
 
 
-def test_all_shipped_files_are_known_here():
+def test_all_shipped_files_are_tested():
     assert sorted(path.stem for path in CONFIG_FOLDER.glob("*.json")) == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_file_loads_with_its_autos_filled(name):
+def test_a_shipped_file_loads_without_autos(name):
     config = load_zero_config(str(CONFIG_FOLDER / f"{name}.json"), OPTIONS, learning_rate=1e-5)
     assert config["zero_optimization"]["stage"] == int(name[4])
     assert config["train_micro_batch_size_per_gpu"] == 4
@@ -81,8 +81,8 @@ def test_a_shipped_file_loads_with_its_autos_filled(name):
     assert '"auto"' not in json.dumps(config)
 
 
-def test_accumulation_is_left_to_the_loop(tmp_path, monkeypatch):
-    """DeepSpeed sees one micro-batch per step; the boundary is set by hand."""
+def test_accumulation_is_done_outside_deepspeed(tmp_path, monkeypatch):
+    """DeepSpeed sees one micro-batch per step; Triptych sets the accumulation boundary."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = load(tmp_path, stage(2))
     assert config["train_micro_batch_size_per_gpu"] == 4
@@ -94,7 +94,7 @@ def test_default_file():
     assert load_zero_config("", OPTIONS, learning_rate=1e-5)["zero_optimization"]["stage"] == 0
 
 
-def test_bf16_is_chosen_where_the_accelerator_has_it(tmp_path, monkeypatch):
+def test_auto_bf16_follows_the_accelerator(tmp_path, monkeypatch):
     monkeypatch.setattr("common.model.zero.on_cpu", lambda: False)
     for has_bf16 in (True, False):
         monkeypatch.setattr("common.model.zero._has_bf16", lambda has_bf16=has_bf16: has_bf16)
@@ -102,14 +102,14 @@ def test_bf16_is_chosen_where_the_accelerator_has_it(tmp_path, monkeypatch):
         assert load(tmp_path, stage(0, bf16={"enabled": "auto"}))["bf16"]["enabled"] is False
 
 
-def test_a_file_written_for_hugging_face_is_accepted(tmp_path):
+def test_a_hugging_face_file_is_accepted(tmp_path):
     config = load(tmp_path, HUGGING_FACE)
     assert not {"optimizer", "scheduler"} & config.keys()
     assert config["zero_optimization"]["sub_group_size"] == 1e9
     assert config["steps_per_print"] == 2000
 
 
-def test_the_same_values_as_the_options_are_accepted(tmp_path):
+def test_values_equal_to_the_options_are_accepted(tmp_path):
     params = {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     same = {
         "train_batch_size": 32,
@@ -153,7 +153,7 @@ def test_an_unknown_stage_is_refused(tmp_path, value):
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_16_bits_at_stage_0_are_refused(tmp_path, name):
+def test_16_bit_precision_at_stage_0_is_refused(tmp_path, name):
     assert f"{name} needs ZeRO stage 1" in refusal(tmp_path, stage(0, **{name: {"enabled": True}}))
     assert load(tmp_path, stage(1, **{name: {"enabled": True}}))[name]["enabled"] is True
 
@@ -171,7 +171,7 @@ def test_a_misspelt_key_is_refused_with_a_suggestion(tmp_path):
         (stage(1, fp16={"enabled": "auto", "loss_scale": "auto"}), "fp16.loss_scale"),
     ],
 )
-def test_an_auto_that_nobody_owns_is_refused(tmp_path, content, name):
+def test_an_auto_without_an_option_is_refused(tmp_path, content, name):
     assert f'{name} cannot be "auto"' in refusal(tmp_path, content)
 
 
@@ -181,12 +181,12 @@ def test_a_section_that_is_not_an_object_is_refused(tmp_path, section):
 
 
 @pytest.mark.parametrize("params", [[], None, "auto"])
-def test_params_that_are_no_object_are_refused(tmp_path, params):
+def test_params_that_are_not_an_object_are_refused(tmp_path, params):
     assert "optimizer.params is" in refusal(tmp_path, stage(1, optimizer={"type": "Adam", "params": params}))
     assert "scheduler.params is" in refusal(tmp_path, stage(1, scheduler={"params": params}))
 
 
-def test_an_unreadable_file_is_named(tmp_path):
+def test_the_error_names_an_unreadable_file(tmp_path):
     with pytest.raises(UserError, match="absent.json: No such file"):
         load_zero_config(str(tmp_path / "absent.json"), OPTIONS, learning_rate=1e-5)
     (tmp_path / "broken.json").write_text('{\n"a": 1,\n}')
@@ -205,14 +205,16 @@ def test_frozen_models_are_partitioned_at_stage_3_only(tmp_path):
     trained = load(tmp_path, {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}})
     frozen = frozen_config(trained)
     assert frozen["zero_optimization"] == {"stage": 3}
-    assert "offload_optimizer" in trained["zero_optimization"], "the trained model's own is left as it was"
+    assert "offload_optimizer" in trained["zero_optimization"], (
+        "the trained model's configuration is unchanged"
+    )
     assert unpartitioned(trained)["zero_optimization"] == {"stage": 0}
 
 
 @pytest.mark.parametrize("section", [None, {}, {"device": "none"}, {"device": "none", "pin_memory": True}])
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
 def test_an_offload_without_a_device_is_off(tmp_path, monkeypatch, name, section):
-    """The optimiser stays on the GPU, and a frozen model with offload is in host memory."""
+    """The optimiser stays on the GPU; offloaded frozen models are still in host memory."""
     monkeypatch.setattr("common.model.engine.on_cpu", lambda: False)
     config = load(tmp_path, {"zero_optimization": {"stage": 3, name: section}})
     assert name not in config["zero_optimization"]
@@ -222,7 +224,7 @@ def test_an_offload_without_a_device_is_off(tmp_path, monkeypatch, name, section
 
 
 @pytest.mark.parametrize("section", [{}, {"device": "none"}, {"device": None}, {"device": "cpu"}])
-def test_adamw_is_deepspeeds_where_a_gpu_run_offloads(monkeypatch, section):
+def test_gpu_runs_with_optimiser_offload_use_deepspeeds_adamw(monkeypatch, section):
     monkeypatch.setattr("common.model.engine.on_cpu", lambda: False)
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", lambda *_, **__: "on the host")
     config = {"zero_optimization": {"stage": 2, "offload_optimizer": section}}
@@ -230,22 +232,22 @@ def test_adamw_is_deepspeeds_where_a_gpu_run_offloads(monkeypatch, section):
     assert (adamw == "on the host") == (section == {"device": "cpu"})
 
 
-def test_an_offload_with_a_device_is_kept_where_there_is_zero(tmp_path):
+def test_an_offload_section_with_a_device_is_off_only_at_stage_0(tmp_path):
     section = {"device": "cpu", "pin_memory": True}
-    kept = load(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": section}})
-    assert kept["zero_optimization"]["offload_optimizer"] == section
+    config = load(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": section}})
+    assert config["zero_optimization"]["offload_optimizer"] == section
     assert load(tmp_path, {"zero_optimization": {"stage": 0, "offload_optimizer": section}}) == load(
         tmp_path, stage(0)
     )
 
 
 @pytest.mark.parametrize("section", [True, "cpu", "none", ["cpu"], {"device": "gpu"}])
-def test_an_offload_section_that_is_none_is_refused(tmp_path, section):
+def test_an_invalid_offload_section_is_refused(tmp_path, section):
     message = refusal(tmp_path, {"zero_optimization": {"stage": 3, "offload_optimizer": section}})
     assert "zero_optimization.offload_optimizer" in message and "none, cpu, nvme" in message
 
 
-def test_bucket_sizes_follow_the_hidden_size_where_they_are_auto(tmp_path):
+def test_auto_bucket_sizes_follow_the_hidden_size(tmp_path):
     config = load(tmp_path, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto",
                                                    "stage3_prefetch_bucket_size": 77}})  # fmt: skip
     fill_bucket_sizes(config, hidden_size=64)
