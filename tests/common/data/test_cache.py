@@ -1,4 +1,4 @@
-"""Tokenised once, whoever asks: the cache of prepared data, its workers, and what it is keyed by."""
+"""Token cache: keys, workers, concurrent and killed processes."""
 
 import json
 import multiprocessing
@@ -22,7 +22,7 @@ from common.text.truncation import Dropped
 
 
 class Everything(NamedTuple):
-    """A field of every kind."""
+    """Row with a field of each type."""
 
     ids: list[int]
     mask: list[bool]
@@ -64,7 +64,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
-def test_rows_come_back_as_they_went_in(tmp_path):
+def test_rows_round_trip(tmp_path):
     rows = [everything({"n": n})[0] for n in range(7)]
     writer = TableWriter(tmp_path, Everything)
     for part in (rows[:3], [], rows[3:]):
@@ -76,30 +76,30 @@ def test_rows_come_back_as_they_went_in(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(tmp_path, workers):
-    """Rows in order, with the lines they come from, and a count of those left out."""
+def test_results_do_not_depend_on_workers(tmp_path, workers):
+    """Order of rows, their line numbers and the counts of records left out."""
     path = write(tmp_path / "data.jsonl", list(range(5000)))
-    found = prepare(path, options(tmp_path, preprocessing_workers=workers), Everything, everything)
+    prepared = prepare(path, options(tmp_path, preprocessing_workers=workers), Everything, everything)
     numbers = [n for n in range(5000) if n != 7]
-    assert [found.rows[i] for i in range(4999)] == [everything({"n": n})[0] for n in numbers]
-    assert found.notes.column("number").tolist() == [n + 1 for n in numbers]
-    assert found.notes.column("is_cut").tolist() == [n > 20 for n in numbers]
-    assert found.origin(7) == f"{path}:9"
-    assert (found.read, found.bad, found.dropped) == (5000, 0, {"unlucky": 1})
-    assert len(np.unique(found.notes.column("record"))) == 4999
+    assert [prepared.rows[i] for i in range(4999)] == [everything({"n": n})[0] for n in numbers]
+    assert prepared.notes.column("number").tolist() == [n + 1 for n in numbers]
+    assert prepared.notes.column("is_cut").tolist() == [n > 20 for n in numbers]
+    assert prepared.origin(7) == f"{path}:9"
+    assert (prepared.read, prepared.bad, prepared.dropped) == (5000, 0, {"unlucky": 1})
+    assert len(np.unique(prepared.notes.column("record"))) == 4999
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_first_bad_record_is_named_and_nothing_stays(tmp_path, workers):
+def test_first_bad_record_is_named_and_leaves_no_files(tmp_path, workers):
     path = write(tmp_path / "data.jsonl", [*range(4000), -1, *range(100), -2])
     with pytest.raises(UserError, match=r"data\.jsonl:4001: field 'n' is below 0"):
         prepare(path, options(tmp_path, preprocessing_workers=workers), Everything, everything)
     assert folders(tmp_path) == []
-    found = prepare(path, options(tmp_path, skip_bad_records=True), Everything, everything)
-    assert found.bad == 2
+    prepared = prepare(path, options(tmp_path, skip_bad_records=True), Everything, everything)
+    assert prepared.bad == 2
 
 
-def test_it_is_prepared_again_only_when_something_that_counts_has_changed(tmp_path, monkeypatch):
+def test_cache_is_rebuilt_only_when_an_input_changes(tmp_path, monkeypatch):
     calls = []
     build = module._build
     monkeypatch.setattr(module, "_build", lambda *parts: (calls.append(1), build(*parts)))
@@ -112,18 +112,18 @@ def test_it_is_prepared_again_only_when_something_that_counts_has_changed(tmp_pa
     write(tmp_path / "data.jsonl", list(range(1, 9)))
     assert prepare(path, options(tmp_path), Everything, everything).rows[0].number == 1
     assert len(calls) == 3
-    (tmp_path / "data.json").write_bytes((tmp_path / "data.jsonl").read_bytes())  # read in another way
+    (tmp_path / "data.json").write_bytes((tmp_path / "data.jsonl").read_bytes())  # another reader
     assert prepare(str(tmp_path / "data.json"), options(tmp_path), Everything, everything).read == 8
     assert len(calls) == 4
 
 
 def _prepare_in_a_process(path: str, cache: str, results) -> None:
-    found = prepare(path, DataOptions(cache_dir=cache, preprocessing_workers=2), Everything, everything)
-    results.put((found.rows[100].number, found.read))
+    prepared = prepare(path, DataOptions(cache_dir=cache, preprocessing_workers=2), Everything, everything)
+    results.put((prepared.rows[100].number, prepared.read))
 
 
-def test_two_jobs_share_a_cache(tmp_path):
-    """They ask at the same time; one prepares, and both read the same."""
+def test_two_processes_share_a_cache(tmp_path):
+    """Of two concurrent processes one prepares, and both read the same rows."""
     path, cache = write(tmp_path / "data.jsonl", list(range(20_000))), str(tmp_path / "cache")
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
@@ -136,7 +136,7 @@ def test_two_jobs_share_a_cache(tmp_path):
     assert len(folders(tmp_path)) == 1
 
 
-def test_a_killed_job_leaves_no_workers_and_no_half_a_table(tmp_path, monkeypatch):
+def test_killed_process_leaves_no_workers_and_no_partial_table(tmp_path, monkeypatch):
     monkeypatch.setenv("SLOW", "1")
     path, cache = write(tmp_path / "data.jsonl", list(range(3000))), str(tmp_path / "cache")
     fork = multiprocessing.get_context("fork")
@@ -153,7 +153,7 @@ def test_a_killed_job_leaves_no_workers_and_no_half_a_table(tmp_path, monkeypatc
     assert len(folders(tmp_path)) == 1
 
 
-def test_a_worker_that_is_killed_is_told(tmp_path, monkeypatch):
+def test_killed_worker_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_do_work", _kill_itself)
     path = write(tmp_path / "data.jsonl", list(range(3000)))
     with pytest.raises(UserError, match="killed; if memory ran out, use fewer --preprocessing_workers"):
@@ -165,15 +165,15 @@ def _kill_itself(_: list) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+def test_unwritable_cache_is_named(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"--cache_dir .*cache: (File exists|Not a directory)"):
         prepare(write(tmp_path / "data.jsonl", [1]), options(tmp_path), Everything, everything)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_progress_is_shown_while_data_is_tokenised(tmp_path, monkeypatch, capsys, workers):
-    """Whichever rank does it."""
+def test_tokenising_logs_progress(tmp_path, monkeypatch, capsys, workers):
+    """On any rank."""
     monkeypatch.setattr(progress, "FIRST_LINE", -1.0)
     monkeypatch.setattr(progress, "NEXT_LINES", 0.0)
     monkeypatch.setenv("RANK", "1")

@@ -1,4 +1,4 @@
-"""Resumable batch processing: batch sizes, stops and kills change no results, and no item is done twice."""
+"""Resumable batch processing: same results with any batch size, after stops and kills; no item runs twice."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ ITEMS = [f"item {n}" for n in range(11)]
 MADE = [{"number": n, "item": item} for n, item in enumerate(ITEMS)]
 
 
-def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_resumes_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     journal, asked, calls = tmp_path / "journal", [], []
     monkeypatch.setattr(common.data.journal, "stop_requested", lambda folder: asked.append(folder) or stops())
 
@@ -31,7 +31,7 @@ def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.
         work_through(ITEMS, work, journal, 3, "texts")
     assert calls == [[0, 1, 2], [3, 4, 5]] and set(asked) == {str(tmp_path)}
     with journal.open("a") as file:
-        file.write('[{"number": 6, "item"')  # killed while it wrote
+        file.write('[{"number": 6, "item"')  # killed while writing
     calls += [[]]
     assert work_through(ITEMS, work, journal, 2, "texts") == MADE
     assert capsys.readouterr().out == "resuming: 6 of 11 texts done\n"
@@ -40,7 +40,7 @@ def test_it_goes_on_after_a_stop_and_a_kill(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_stop_waits_once_all_items_are_done(tmp_path: Path) -> None:
-    """Rank 0 writes the results then; before, a stop ends a rank at once with the number that is done."""
+    """Before that, a stop ends a rank at once and prints the number of finished items."""
     lines = []
 
     def work(items: dict[int, str]) -> list[str]:
@@ -54,7 +54,7 @@ def test_a_stop_waits_once_all_items_are_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"\x00\xff", b"{}", b"7", b'["cut', b"[" * 99_999])
-def test_a_damaged_journal_is_named_and_left_alone(tmp_path: Path, line: bytes) -> None:
+def test_damaged_journal_is_named_and_not_changed(tmp_path: Path, line: bytes) -> None:
     content = b"[1, 2]\n" + line + b"\n[3]\n"
     (tmp_path / "journal").write_bytes(content)
     with pytest.raises(UserError, match="journal:2: damaged"):

@@ -1,4 +1,4 @@
-"""Files to records, the held-out split, the order of examples and how a batch is dealt to ranks."""
+"""Loading of data files, held-out split, order of examples, micro-batches of ranks."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ RECORDS = [{"prompt": f"question {i % 40}", "completion": f"answer {i}"} for i i
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path, monkeypatch):
-    """What is kept of tokenised data, by us and by `datasets`, goes with the test."""
+    """Put the caches of Triptych and `datasets` into the folder of the test."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -65,7 +65,7 @@ def convert(record: dict) -> tuple[Pair, bool]:
 
 
 def as_json(record: dict) -> tuple[Pair, bool]:
-    """A converter that takes anything."""
+    """A converter that accepts everything."""
     return Pair("", json.dumps(record)), False
 
 
@@ -110,33 +110,33 @@ def test_several_files_are_read_in_order(tmp_path):
     assert [completion for _, completion in examples] == ["answer 4", "answer 5", "answer 0", "answer 1"]
 
 
-def test_a_folder_is_its_files_in_order(tmp_path):
+def test_folder_is_read_in_order_of_its_files(tmp_path):
     for name, part in (("b.jsonl", RECORDS[2:4]), ("a.jsonl", RECORDS[:2])):
         write(tmp_path / name, part)
     (tmp_path / "notes.txt").write_text("not data")
     clicks = write(tmp_path / "a.clicks.jsonl", RECORDS[4:])
     examples, _ = load([str(tmp_path)], ALL)
     assert [completion for _, completion in examples] == ["answer 0", "answer 1", "answer 2", "answer 3"]
-    assert len(load([clicks], ALL)[0]) == len(RECORDS[4:])  # by its name a file is read, whatever it is
+    assert len(load([clicks], ALL)[0]) == len(RECORDS[4:])  # a file given by name is always read
 
 
 @pytest.mark.parametrize(("weight", "low", "high"), [("0.3", 0.2, 0.4), ("2", 2, 2), ("1.5", 1.35, 1.65)])
-def test_a_weight_is_how_often_a_source_is_seen(tmp_path, weight, low, high):
-    """By content: the same records whatever their order, each as often as any other, give or take one."""
+def test_weight_is_the_number_of_repetitions(tmp_path, weight, low, high):
+    """Repetitions depend on the content, not on the order, and differ by at most one."""
     records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(1000)]
     one = write(tmp_path / "one.jsonl", records)
     other = write(tmp_path / "other.jsonl", records[::-1])
     options = ALL
-    found, again = (load([f"{path}:{weight}"], options)[0] for path in (one, other))
-    assert low <= len(found) / len(records) <= high
-    assert Counter(found) == Counter(again)
-    counts = Counter(found)
+    examples, again = (load([f"{path}:{weight}"], options)[0] for path in (one, other))
+    assert low <= len(examples) / len(records) <= high
+    assert Counter(examples) == Counter(again)
+    counts = Counter(examples)
     assert set(counts.values()) <= {math.ceil(float(weight)), math.floor(float(weight))}
     both, _ = load([f"{one}:{weight}", other], options)
-    assert list(both) == [*found, *load([other], options)[0]]
+    assert list(both) == [*examples, *load([other], options)[0]]
 
 
-def test_a_weight_of_nothing_is_refused(tmp_path):
+def test_weight_of_zero_is_refused(tmp_path):
     with pytest.raises(UserError, match="weight after the colon must be above 0"):
         load([write(tmp_path / "one.jsonl", RECORDS) + ":0"], DataOptions())
 
@@ -156,25 +156,25 @@ def test_data_split_gives_each_stage_its_own_prompts(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["2,4", "a,b,c", "0,1,1", "1,-1,1", "1,1,1,1"])
-def test_a_wrong_split_is_named(tmp_path, split):
+def test_invalid_data_split_is_refused(tmp_path, split):
     with pytest.raises(UserError, match=f"--data_split {split}: must be three numbers"):
         load([write(tmp_path / "one.jsonl", RECORDS)], SFTOptions(data_split=split))
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_missing_file_is_named(tmp_path, name):
     with pytest.raises(UserError, match=f"{name}: No such file"):
         read_all([str(tmp_path / name)], dict)
 
 
-def test_an_unknown_kind_of_file_is_named_with_what_is_allowed(tmp_path):
+def test_unknown_kind_of_file_lists_allowed_kinds(tmp_path):
     (tmp_path / "data.txt").write_text("hello")
     with pytest.raises(UserError, match=r"data.txt: unknown kind .* \.jsonl \.json \.csv \.parquet"):
         read_all([str(tmp_path / "data.txt")], dict)
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe{}", b'{"prompt": "a"}\n\xc3('])
-def test_a_file_that_is_not_text_is_named(tmp_path, content):
+def test_file_that_is_not_text_is_named(tmp_path, content):
     (tmp_path / "binary.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"binary.jsonl:\d: not UTF-8"):
         load([str(tmp_path / "binary.jsonl")], DataOptions(), convert=as_json)
@@ -197,7 +197,7 @@ def test_a_bad_record_is_an_error_with_file_and_line(tmp_path, line):
     path.write_text(path.read_text() + "\n" + line + "\n" + json.dumps(RECORDS[0]) + "\n")
     with pytest.raises(UserError) as error:
         load([str(path)], DataOptions())
-    assert str(error.value).startswith(f"{path}:5: ")  # an empty line counts as a line
+    assert str(error.value).startswith(f"{path}:5: ")  # empty lines count
     assert BAD[line] in str(error.value) and "\n" not in str(error.value)
 
 
@@ -211,7 +211,7 @@ def test_bad_records_are_skipped_and_counted_on_request(tmp_path, capsys):
     assert f"{read} records read, {left_out} left out: {left_out} bad" in capsys.readouterr().out
 
 
-def test_a_record_that_converts_but_has_no_prompt_is_bad_too(tmp_path, capsys):
+def test_record_without_prompt_is_bad_even_if_it_converts(tmp_path, capsys):
     records = [{"messages": [{"role": "assistant", "content": "b"}]}, RECORDS[0]]
     path = write(tmp_path / "data.jsonl", records)
     with pytest.raises(UserError, match="data.jsonl:1: field 'messages' has nothing before"):
@@ -224,22 +224,22 @@ def test_a_record_that_converts_but_has_no_prompt_is_bad_too(tmp_path, capsys):
 @pytest.mark.parametrize(
     "error", [TypeError("must be str"), RecursionError("too deep"), IndexError(), OverflowError("x\ny")]
 )
-def test_whatever_a_library_raises_on_a_record_makes_it_a_bad_one(tmp_path, capsys, error):
+def test_any_exception_of_a_library_makes_a_record_bad(tmp_path, capsys, error):
     def fail_at_2(record: dict) -> tuple[Pair, bool]:
         if record["completion"] == "answer 2":
             raise error
         return convert(record)
 
     path = write(tmp_path / "data.jsonl", RECORDS[:5])
-    said = ": ".join(filter(None, [type(error).__name__, str(error).partition("\n")[0]]))
-    with pytest.raises(UserError, match=f"data.jsonl:3: {said}$"):
+    reason = ": ".join(filter(None, [type(error).__name__, str(error).partition("\n")[0]]))
+    with pytest.raises(UserError, match=f"data.jsonl:3: {reason}$"):
         load([path], ALL, convert=fail_at_2)
     skipping = DataOptions(eval_fraction=0.0, skip_bad_records=True)
     assert len(load([path], skipping, convert=fail_at_2)[0]) == 4
-    assert f"5 records read, 1 left out: 1 bad, the first at {path}:3: {said}" in capsys.readouterr().out
+    assert f"5 records read, 1 left out: 1 bad, the first at {path}:3: {reason}" in capsys.readouterr().out
 
 
-def test_no_rows_left_says_where_the_records_are(tmp_path):
+def test_no_rows_left_lists_the_reasons(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl: no rows left: 0 records read$"):
         load([str(tmp_path / "empty.jsonl")], DataOptions())
@@ -259,7 +259,7 @@ def test_no_rows_left_says_where_the_records_are(tmp_path):
         load([f"{bad}:0.000001"], DataOptions(skip_bad_records=True))
 
 
-def test_a_large_share_of_records_left_out_or_cut_is_a_warning(tmp_path, capsys):
+def test_warning_for_a_large_share_of_records_left_out_or_truncated(tmp_path, capsys):
     path = write(tmp_path / "data.jsonl", RECORDS)
 
     def warnings(share: float) -> list[str]:
@@ -281,8 +281,8 @@ def test_a_large_share_of_records_left_out_or_cut_is_a_warning(tmp_path, capsys)
     assert warnings(0.3) == [f"warning: {left_out}", f"warning: {cut}"]
 
 
-def test_a_file_among_others_that_is_mostly_left_out_is_a_warning(tmp_path, capsys):
-    """And held-out rows that are cut."""
+def test_warning_for_a_single_file_that_is_mostly_left_out(tmp_path, capsys):
+    """Also for truncated held-out rows."""
     long = [{"prompt": f"p{i}", "completion": "long" if i % 2 else "cut"} for i in range(40)]
     names = write(tmp_path / "data.jsonl", RECORDS), write(tmp_path / "long.jsonl", long)
 
@@ -300,8 +300,8 @@ def test_a_file_among_others_that_is_mostly_left_out_is_a_warning(tmp_path, caps
     assert "warning: 100% of the held-out rows are truncated to the length limit" in lines
 
 
-def test_records_read_as_they_are_are_counted_too(tmp_path, capsys):
-    """What the judge and the page read."""
+def test_warning_for_records_read_without_tokenising(tmp_path, capsys):
+    """As the judge and the annotation page read them."""
     bad = [{"prompt": 1}] * 30
     few, many = (
         write(tmp_path / "few.jsonl", RECORDS + bad),
@@ -317,8 +317,8 @@ def test_records_read_as_they_are_are_counted_too(tmp_path, capsys):
     assert capsys.readouterr().out == f"warning: 30% of the records of {many} are left out\n"
 
 
-def test_few_held_out_prompts_are_a_warning(tmp_path, capsys):
-    """Prompts, not rows; of those that are evaluated on; and not where nothing is to be evaluated."""
+def test_warning_for_few_held_out_prompts(tmp_path, capsys):
+    """Counts distinct prompts after --max_eval_samples; no warning without held-out data."""
     few, many = ([{"prompt": f"q{i % n}", "completion": f"a{i}"} for i in range(100)] for n in (31, 32))
     train = write(tmp_path / "train.jsonl", RECORDS)
     for records, at_most, count in ((few, 0, "31"), (many, 0, ""), (many, 20, "20")):
@@ -330,8 +330,8 @@ def test_few_held_out_prompts_are_a_warning(tmp_path, capsys):
     assert "held" not in capsys.readouterr().out
 
 
-def test_a_weight_means_the_same_in_every_command(tmp_path):
-    """Training, what reads records as they are, and evaluation take the same ones, as often."""
+def test_weight_selects_the_same_records_in_every_command(tmp_path):
+    """Training, evaluation, and commands that do not tokenise."""
     records = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(300)]
     path = write(tmp_path / "data.jsonl", records)
     for weight in ("0.4", "1", "2.3"):
@@ -343,16 +343,18 @@ def test_a_weight_means_the_same_in_every_command(tmp_path):
         assert alike.rows == [list(rows)]
 
 
-def test_records_for_several_models_are_those_that_all_keep(tmp_path, capsys):
+def test_shared_records_are_those_that_all_converters_accept(tmp_path, capsys):
     path = write(tmp_path / "data.jsonl", RECORDS[:30])
     converts = [partial(unless_divisible, by=by) for by in (2, 3)]
-    found = load_shared_records([path], ALL, Pair, converts)
+    shared = load_shared_records([path], ALL, Pair, converts)
     numbers = [i for i in range(30) if i % 2 and i % 3]
-    assert found.origins == [f"{path}:{i + 1}" for i in numbers]
-    assert found.records == [RECORDS[i] for i in numbers]
-    assert [[row.completion for row in rows] for rows in found.rows] == [[f"answer {i}" for i in numbers]] * 2
+    assert shared.origins == [f"{path}:{i + 1}" for i in numbers]
+    assert shared.records == [RECORDS[i] for i in numbers]
+    assert [[row.completion for row in rows] for rows in shared.rows] == [
+        [f"answer {i}" for i in numbers]
+    ] * 2
     assert f"{path}: 10 rows of 30 records; left out: 15 divisible" in capsys.readouterr().out
-    assert load_shared_records([path], ALL, Pair, converts, at_most=3).origins == found.origins[:3]
+    assert load_shared_records([path], ALL, Pair, converts, at_most=3).origins == shared.origins[:3]
     with pytest.raises(
         UserError, match="no rows left: 30 records read: 15 divisible, 15 left out for another"
     ):
@@ -365,7 +367,7 @@ def unless_divisible(record: dict, by: int) -> tuple[Pair, bool]:
     return convert(record)
 
 
-def test_a_folder_with_train_and_test_files_trains_on_the_first_alone(tmp_path, capsys):
+def test_folder_with_train_and_test_files_trains_only_on_train(tmp_path, capsys):
     write(tmp_path / "train-00000-of-00001.jsonl", RECORDS[:50])
     write(tmp_path / "test-00000-of-00001.jsonl", RECORDS[50:100])
     train, held_out = load([str(tmp_path)], DataOptions(eval_data=[f"{tmp_path}:test"]))
@@ -392,7 +394,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_part_of_the_prompts_is_held_out(tmp_path, kind):
-    """Also with a system message that all records share, and with preferences that have no `prompt` field."""
+    """Also with a system message common to all records, and for preferences without a `prompt` field."""
     records = [KINDS[kind](i) for i in range(400)]
     options = DataOptions(eval_fraction=0.3, max_eval_samples=0)
     split = partial(load, options=options, convert=as_json)
@@ -408,14 +410,14 @@ def test_a_part_of_the_prompts_is_held_out(tmp_path, kind):
     assert [sorted(part) for part in shuffled] == [sorted(train), sorted(held_out)]
 
 
-def test_eval_data_of_its_own_leaves_all_records_for_training(tmp_path):
+def test_eval_data_leaves_all_records_for_training(tmp_path):
     options = DataOptions(eval_data=[write(tmp_path / "eval.jsonl", RECORDS[:9])], max_eval_samples=5)
     train, held_out = load([write(tmp_path / "train.jsonl", RECORDS)], options)
     assert (len(train), len(held_out)) == (200, 5)
 
 
-def test_the_start_tells_what_was_found(tmp_path, capsys):
-    """Rows, lengths, duplicates, a weight that is none, and prompts that are on both sides."""
+def test_data_summary(tmp_path, capsys):
+    """Rows, lengths, duplicates with an integer weight, and held-out prompts in the training data."""
     records = [{"prompt": f"p{i}", "completion": "c" * (i + 1)} for i in range(100)]
     data = write(tmp_path / "data.jsonl", [*records, *records[:7]])
     held_out = write(tmp_path / "eval.jsonl", [*records[:3], {"prompt": "new", "completion": "c"}])
@@ -448,8 +450,8 @@ def test_an_epoch_shows_every_example(grouped, size):
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_no_example_falls_behind(grouped):
-    """When epochs and batches come out even, every example has been seen equally often."""
+def test_all_examples_are_seen_equally_often(grouped):
+    """Whenever a batch ends with an epoch."""
     seen = Counter(i for batch in take(103, grouped=grouped) for i in batch)
     assert seen == dict.fromkeys(range(103), 4)
 
@@ -468,8 +470,8 @@ def test_epochs_differ():
     assert stream[:103] != stream[103:206]
 
 
-def test_grouped_batches_hold_like_lengths():
-    for start in (0, 25, 75):  # one epoch after another
+def test_grouped_batches_hold_similar_lengths():
+    for start in (0, 25, 75):  # in three epochs
         grouped, plain = (
             np.mean([np.ptp([LENGTHS[i] for i in batch]) for batch in take(25, start, grouped)])
             for grouped in (True, False)
@@ -477,7 +479,7 @@ def test_grouped_batches_hold_like_lengths():
         assert grouped < 0.4 * plain
 
 
-def test_grouped_batches_do_not_come_in_the_order_of_length():
+def test_grouped_batches_are_not_sorted_by_length():
     first = [max(LENGTHS[i] for i in batch) for batch in take(12)]
     assert first != sorted(first) and first != sorted(first, reverse=True)
 
@@ -491,7 +493,7 @@ def test_deal_gives_each_row_to_one_rank_and_each_rank_the_same_number_of_rounds
     assert sorted(i for part in parts for chunk in part for i in chunk) == list(range(rows))
 
 
-def test_deal_puts_rows_of_like_length_together():
+def test_deal_groups_rows_of_similar_length():
     parts = [deal(range(24), LENGTHS, 3, rank, 2) for rank in range(2)]
     chunks = sorted((sorted(LENGTHS[i] for i in chunk) for part in parts for chunk in part), key=min)
     assert [length for chunk in chunks for length in chunk] == sorted(LENGTHS[:24])
@@ -514,7 +516,7 @@ def test_little_padding_on_real_conversations(shared):
     assert 0 < padding_share(lengths, options) < 0.05
 
 
-def test_padding_share_counts_what_fills_up_a_micro_batch():
+def test_padding_share():
     """Of [1, 2] and [3, 4] together, two positions of twelve; of all four at once, six of sixteen."""
     for size, share in ((1, 0), (2, 2 / 12), (4, 6 / 16)):
         options = SFTOptions(global_batch_size=4, micro_batch_size=size)

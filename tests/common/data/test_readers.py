@@ -1,4 +1,4 @@
-"""Records of files: text stays text, a path is a path, and damage is one line."""
+"""Readers of data files: types, paths, and one-line errors for damaged files."""
 
 import csv
 import datetime
@@ -47,7 +47,7 @@ def write_parquet(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def test_no_text_is_guessed_at(tmp_path):
+def test_text_is_never_converted(tmp_path):
     records = [{"prompt": "Q", "answer": word} for word in WORDS if word]
     (tmp_path / "a.json").write_text(json.dumps(records))
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
@@ -57,11 +57,11 @@ def test_no_text_is_guessed_at(tmp_path):
         assert read(tmp_path / f"a.{kind}") == records, kind
 
 
-def test_numbers_and_dates_keep_their_types_where_the_format_has_them(tmp_path):
+def test_numbers_and_dates_keep_the_types_of_the_format(tmp_path):
     records = [{"a": 1, "b": 2.5, "c": True, "d": [1, "x"], "e": {"f": [None]}}]
     (tmp_path / "a.json").write_text(json.dumps(records))
     assert read(tmp_path / "a.json") == records
-    day = datetime.datetime(2024, 1, 2)  # noqa: DTZ001 - as Parquet has it
+    day = datetime.datetime(2024, 1, 2)  # noqa: DTZ001 - Parquet stores it without a zone
     assert read(write_parquet(tmp_path / "a.parquet", [{"n": 3, "day": day}])) == [{"n": 3, "day": day}]
 
 
@@ -78,22 +78,22 @@ def test_a_null_field_is_an_absent_field(tmp_path, kind):
     assert read(path) == [{"prompt": "a", "n": "1"}, {"completion": "b", "n": "2"}]
 
 
-def test_nulls_in_messages_are_absent_and_those_in_other_fields_stay(tmp_path):
+def test_nulls_are_removed_from_messages_but_not_from_other_fields(tmp_path):
     turn = {"role": "user", "content": "a", "tool_calls": None, "name": None}
     record = {"messages": [turn, {**turn, "content": [{"type": "text", "text": "b", "image": None}]}]}
     (tmp_path / "a.jsonl").write_text(json.dumps({**record, "answer": {"expected": None}}))
-    (found,) = read(tmp_path / "a.jsonl")
+    (record,) = read(tmp_path / "a.jsonl")
     parts = [{"type": "text", "text": "b"}]
-    assert found["messages"] == [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
-    assert found["answer"] == {"expected": None}
+    assert record["messages"] == [{"role": "user", "content": "a"}, {"role": "user", "content": parts}]
+    assert record["answer"] == {"expected": None}
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
 @pytest.mark.parametrize("name", ["run[1]", "a*", "b?", "c{d,e}", "100%"])
 def test_a_path_is_never_a_pattern(tmp_path, kind, name):
-    """Neither is the decoy beside it read, nor is the file itself missing without the decoy."""
+    """A similarly named file is never read, and not needed."""
     for folder, text in (
-        (name, "mine"),
+        (name, "expected"),
         ("run1", "decoy"),
         ("ab", "decoy"),
         ("bc", "decoy"),
@@ -107,7 +107,7 @@ def test_a_path_is_never_a_pattern(tmp_path, kind, name):
             write_csv(path, [["prompt"], [text]])
         else:
             write_parquet(path, [{"prompt": text}])
-    assert read(tmp_path / name / f"d.{kind}") == [{"prompt": "mine"}]
+    assert read(tmp_path / name / f"d.{kind}") == [{"prompt": "expected"}]
     assert content_of(str(tmp_path / name / f"d.{kind}")) != content_of(str(tmp_path / "run1" / f"d.{kind}"))
 
 
@@ -122,7 +122,7 @@ ONE, TWO = {"prompt": "a", "n": 1}, {"prompt": "b\\u00e4", "n": 2}
         json.dumps(ONE) + json.dumps(TWO),
     ],
 )  # fmt: skip
-def test_a_json_file_is_a_list_or_values_one_after_the_other(tmp_path, text):
+def test_json_file_is_a_list_or_a_sequence_of_values(tmp_path, text):
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     assert read(tmp_path / "a.json") == [ONE, TWO]
 
@@ -162,7 +162,7 @@ def test_a_damaged_json_file_is_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-def test_csv_quotes_line_ends_a_bom_and_large_cells(tmp_path):
+def test_csv_with_quotes_line_ends_bom_and_large_cells(tmp_path):
     large = "x" * 200_000
     rows = [["prompt", "completion"], ['He said "no",', "two\nlines"], ["", ""], [" a ", large]]
     path = write_csv(tmp_path / "a.csv", rows, encoding="utf-8-sig", lineterminator="\r\n")
@@ -172,7 +172,7 @@ def test_csv_quotes_line_ends_a_bom_and_large_cells(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_column_of_row_numbers_that_pandas_writes_is_left_out(tmp_path):
+def test_column_of_row_numbers_from_pandas_is_dropped(tmp_path):
     assert read(write_csv(tmp_path / "a.csv", [["", "prompt"], ["0", "a"]])) == [{"prompt": "a"}]
 
 
@@ -196,18 +196,18 @@ def test_a_damaged_csv_file_is_one_line(tmp_path, text, message):
 
 
 def test_a_bad_row_of_csv_is_a_bad_record(tmp_path):
-    """With too few cells, too many, or in another encoding: named by its row, or skipped."""
+    """Too few or too many cells, or another encoding: the error names the row."""
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,answer\na,b\nc\nd,e,f\ng,\xe9\nh,i\n")
-    bad, found = BadRecords(skip=True), []
+    bad, records = BadRecords(skip=True), []
     for number, _, record in read_source(str(path)):
         with bad.at(str(path), number):
-            found.append(parse_object(record))
-    assert found == [{"prompt": "a", "answer": "b"}, {"prompt": "h", "answer": "i"}]
+            records.append(parse_object(record))
+    assert records == [{"prompt": "a", "answer": "b"}, {"prompt": "h", "answer": "i"}]
     assert (bad.count, bad.first) == (3, (2, "has 1 cells, but the header has 2 columns"))
 
 
-def test_shares_rise_to_the_whole(tmp_path):
+def test_share_read_rises_to_one(tmp_path):
     rows = [{"prompt": str(n)} for n in range(5000)]
     (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))

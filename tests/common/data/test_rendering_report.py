@@ -1,4 +1,4 @@
-"""The lines that say how prompts became text."""
+"""Log lines about the rendering of prompts."""
 
 import json
 from functools import partial
@@ -46,13 +46,13 @@ def test_counts_example_and_warning(tmp_path, capsys):
     assert "warning: 1 prompts are strings, so the chat template of some/model is not applied" in text
 
 
-def test_strings_are_at_home_under_the_default_template(tmp_path, capsys):
+def test_no_warning_for_strings_with_the_default_template(tmp_path, capsys):
     text = lines(tmp_path, capsys, make_encoder(DEFAULT_CHAT_TEMPLATE, "</s>"), ["Q:", "R:"])
     assert "d.jsonl: 2 prompts used verbatim; the first row: 'Q:A plum.</s>'" in text
     assert "chat template" not in text
 
 
-def test_habits_of_a_template_are_named(tmp_path, capsys):
+def test_dates_and_changed_replies_are_logged(tmp_path, capsys):
     encoder = make_encoder("{{ strftime_now('%Y') }}" + QWEN3, "<|im_end|>")
     text = lines(tmp_path, capsys, encoder, [[{"role": "user", "content": "q" * 300}]])
     assert "writes today's date; every run uses 26 Jul 2024" in text
@@ -60,7 +60,7 @@ def test_habits_of_a_template_are_named(tmp_path, capsys):
     assert "qqq ... qqq" in text
 
 
-def test_only_records_that_are_used_are_counted(tmp_path, capsys):
+def test_only_used_records_are_counted(tmp_path, capsys):
     file, held_out = tmp_path / "d.jsonl", tmp_path / "e.jsonl"
     for path in (file, held_out):
         records = ({"prompt": f"Q{number}:", "completion": "A plum."} for number in range(40))
@@ -80,9 +80,11 @@ def test_only_records_that_are_used_are_counted(tmp_path, capsys):
     assert f"d.jsonl: {len(train)} prompts used verbatim" in printed
     assert "e.jsonl: 40 prompts used verbatim" in printed
     options = CacheOptions(cache_dir=str(tmp_path / "cache"))
-    found = load_shared_records([f"{file}:0.5", str(held_out)], options, Demonstration, [convert], at_most=30)
+    shared = load_shared_records(
+        [f"{file}:0.5", str(held_out)], options, Demonstration, [convert], at_most=30
+    )
     printed = capsys.readouterr().out
-    of_first = sum(str(file) in one for one in found.origins)
+    of_first = sum(str(file) in origin for origin in shared.origins)
     assert 0 < of_first < 30
     assert f"d.jsonl: {of_first} prompts used verbatim" in printed
     assert f"e.jsonl: {30 - of_first} prompts used verbatim" in printed

@@ -1,4 +1,4 @@
-"""Names of data: weights, splits, folders with several splits, hub datasets; and what is refused."""
+"""Names of data sources: weights, splits, folders with several splits, hub datasets, errors."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def test_names_weights_and_splits(text, source):
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e9", "101", "0.0"])
-def test_weights_that_make_no_sense_are_refused(weight):
+def test_invalid_weights_are_refused(weight):
     with pytest.raises(UserError, match="weight after the colon must be above 0 and at most 100"):
         parse_source(f"F.jsonl:{weight}")
 
@@ -45,7 +45,7 @@ def test_weights_that_make_no_sense_are_refused(weight):
         ("me/chat::train", "must be NAME"),
     ],
 )
-def test_other_parts_are_refused(text, message):
+def test_invalid_parts_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         parse_source(text)
 
@@ -72,7 +72,7 @@ def names(text: str, is_training: bool = True) -> list[str]:
     return [str(Path(file).relative_to(source.name)) for file in files_of(source, is_training)]
 
 
-def test_training_takes_the_train_files_of_a_folder_and_says_so(tmp_path, capsys):
+def test_training_reads_and_logs_the_train_files_of_a_folder(tmp_path, capsys):
     data = folder(tmp_path, "train.jsonl", "test.jsonl", "my-validation.json", "notes.txt")
     assert names(str(data)) == ["train.jsonl"]
     for split, file in (
@@ -93,13 +93,13 @@ def test_training_takes_the_train_files_of_a_folder_and_says_so(tmp_path, capsys
         names(f"{data}:dev2")
 
 
-def test_a_folder_without_split_names_is_all_of_its_files(tmp_path):
+def test_folder_without_split_names_uses_all_files(tmp_path):
     data = folder(tmp_path, "b.jsonl", "a.jsonl", ".hidden.jsonl", "contest.jsonl")
     for is_training in (True, False):
         assert names(str(data), is_training) == ["a.jsonl", "b.jsonl", "contest.jsonl"]
 
 
-def test_files_without_a_split_are_read_beside_train_but_not_test(tmp_path):
+def test_files_without_a_split_are_training_data(tmp_path):
     data = folder(tmp_path, "extra.jsonl", "train.jsonl", "eval.jsonl")
     assert names(str(data)) == ["extra.jsonl", "train.jsonl"]
     assert names(f"{data}:test") == ["eval.jsonl"]
@@ -117,14 +117,14 @@ def test_a_copy_of_a_hub_dataset(tmp_path):
     assert names(str(data)) == ["train/part-1.jsonl"]
 
 
-def test_metadata_beside_data_is_no_data(tmp_path):
+def test_metadata_files_are_not_data(tmp_path):
     data = folder(tmp_path, "dataset_infos.json", "state.json", "data/train-00000-of-00001.parquet")
     assert names(str(data)) == ["data/train-00000-of-00001.parquet"]
     folder(data, "dataset_info.json", "own.json")
     assert names(str(data)) == ["own.json"]
 
 
-def test_a_named_split_is_a_file_of_that_name_first(tmp_path):
+def test_a_file_with_the_name_of_the_split_comes_first(tmp_path):
     data = folder(tmp_path, "train_sft.jsonl", "train_gen.jsonl", "eval.jsonl", "my-eval.jsonl")
     assert names(f"{data}:train_sft") == ["train_sft.jsonl"]
     assert names(f"{data}:train_gen") == ["train_gen.jsonl"]
@@ -144,19 +144,19 @@ def test_a_name_that_is_too_long_is_one_line():
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "./no", "/no/where", "a/b/c", "~/no"])
-def test_a_path_that_is_not_there_is_no_hub_name(name):
+def test_missing_path_is_not_a_hub_name(name):
     with pytest.raises(UserError, match=f"{name}: No such file"):
         files_of(parse_source(name))
 
 
-def test_a_folder_without_data_is_named_with_what_is_allowed(tmp_path):
+def test_folder_without_data_lists_allowed_kinds(tmp_path):
     with pytest.raises(UserError, match=r"a folder without data files; allowed: \.jsonl"):
         files_of(parse_source(str(tmp_path)))
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with one dataset of two configs, and another that cannot be reached."""
+    """A hub with a dataset of two configs and an unreachable one."""
     import datasets
 
     def split_names(name: str, config: str | None) -> list[str]:
@@ -198,7 +198,7 @@ def test_splits_of_a_hub_dataset(capsys):
         assert "\n" not in str(error.value)
 
 
-def test_a_run_is_compared_by_the_files_that_it_reads(tmp_path):
+def test_fingerprint_holds_the_files_in_use(tmp_path):
     data = folder(tmp_path, "train.jsonl", "test.jsonl", "notes.txt")
     options = SimpleNamespace(train_data=[str(data)], eval_data=[f"{data}:test"])
     before = fingerprint(options, {})

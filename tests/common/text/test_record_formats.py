@@ -1,4 +1,4 @@
-"""Popular shapes of records become the documented ones, and near misses are named."""
+"""Conversion of popular record formats, and errors for invalid records."""
 
 import json
 
@@ -19,7 +19,7 @@ def reply(text: str) -> dict[str, str]:
     return message("assistant", text)
 
 
-def test_documented_shapes_stay_as_they_are():
+def test_documented_formats_are_unchanged():
     for record in (
         {"prompt": "a", "completion": "b"},
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 1},
@@ -45,8 +45,8 @@ def test_alpaca(given, text):
     assert record["prompt"] == [{"role": "user", "content": text}] and record["completion"] == "3"
     assert find_prompt(recognise({"instruction": "Sum.", **given})) == record["prompt"]
     as_messages = {"messages": [*record["prompt"], reply("3")]}
-    found, expected = (demonstration_segments(r, DEFAULT, EOS) for r in (record, as_messages))
-    assert found == expected
+    segments, expected = (demonstration_segments(r, DEFAULT, EOS) for r in (record, as_messages))
+    assert segments == expected
 
 
 def test_whole_dialogues_of_human_and_assistant():
@@ -56,9 +56,9 @@ def test_whole_dialogues_of_human_and_assistant():
     assert record["chosen"] == [*shared, reply("Good.")]
     assert record["rejected"] == [*shared, reply("Bad.")]
     explicit = {"prompt": shared, "chosen": "Good.", "rejected": "Bad."}
-    found, expected = comparison(record), comparison(explicit)
-    assert found.prompt == expected.prompt
-    assert found.responses == {name: [reply(text)] for name, text in expected.responses.items()}
+    result, expected = comparison(record), comparison(explicit)
+    assert result.prompt == expected.prompt
+    assert result.responses == {name: [reply(text)] for name, text in expected.responses.items()}
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_comparisons_and_votes(says, chosen, tie):
         ({}, "A", {}),
     ],
 )  # fmt: skip
-def test_a_cut_response_stays_marked_on_its_side(flags, preference, expected):
+def test_truncated_response_keeps_its_flag(flags, preference, expected):
     record = recognise(
         {"prompt": "p", "response_a": "x", "response_b": "y", "preference": preference} | flags
     )
     assert {name: record[name] for name in ("chosen_ended", "rejected_ended") if name in record} == expected
 
 
-def test_a_field_of_ours_in_a_record_is_not_taken_for_it():
+def test_chosen_probability_of_a_record_is_ignored():
     pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
     assert recognise({**pair, "chosen_probability": "high"}) == pair
     sides = {"prompt": "p", "response_a": "x", "response_b": "y", "preference": 0.8}
@@ -104,7 +104,7 @@ def test_a_field_of_ours_in_a_record_is_not_taken_for_it():
 
 
 def test_alpaca_with_history_and_system_is_a_dialogue():
-    """Its earlier replies are learnt too, as those of any dialogue."""
+    """Its earlier replies are trained on, as in any dialogue."""
     given = {
         "instruction": "And 3?",
         "input": "",
@@ -152,8 +152,8 @@ def test_a_system_text_becomes_the_first_message(name):
 
 
 @pytest.mark.parametrize("begin", [[], [message("system", "Be kind.")]])
-def test_a_system_text_comes_before_dialogues_that_repeat_the_prompt(begin):
-    """The prompt is there once, be the system message in the dialogues already or not."""
+def test_system_text_is_inserted_in_dialogues_that_repeat_the_prompt(begin):
+    """The prompt appears once, whether or not the dialogues have the system message."""
     prompt = [message("system", "Be kind."), ASK]
     b, c = ([*begin, ASK, reply(text)] for text in "bc")
     for asked in ([ASK], prompt):
@@ -175,22 +175,22 @@ def test_a_system_text_comes_before_dialogues_that_repeat_the_prompt(begin):
         recognise({"system": "Be brief.", "prompt": [ASK], "completion": [*prompt, reply("b")]})
 
 
-def test_a_system_text_comes_before_a_string_that_replies_answer():
+def test_system_text_with_a_string_prompt_and_replies():
     sides = {"chosen": [reply("b")], "rejected": [reply("c")]}
     record = recognise({"system": "Be kind.", "prompt": "Hi?", **sides})
     assert comparison(record).prompt == find_prompt(record) == [message("system", "Be kind."), ASK]
     assert comparison(record).responses == sides
 
 
-def test_replies_at_the_end_of_messages_are_no_part_of_a_prompt():
+def test_last_replies_are_not_part_of_a_prompt():
     sides = {"chosen": [reply("b")], "rejected": [reply("c")]}
     record = recognise({"messages": [ASK, reply("a")], **sides})
     assert comparison(record).prompt == find_prompt(record) == [ASK]
     assert comparison(record).responses == sides
 
 
-def test_a_question_is_the_prompt():
-    """The shapes of Orca, with pairs or with one response."""
+def test_orca():
+    """With pairs or with one response."""
     sides = {"chosen": "The sky is blue", "rejected": "The sky is red"}
     for system, begin in (("", []), ("Be kind.", [message("system", "Be kind.")])):
         compared = comparison(recognise({"system": system, "question": "Hi?", **sides}))
@@ -205,14 +205,14 @@ def test_a_question_is_the_prompt():
     assert recognise({"prompt": "Hi?", "question": "a note"})["prompt"] == "Hi?"
 
 
-def test_the_context_and_response_of_dolly():
+def test_dolly():
     record = recognise({"instruction": "Sum.", "context": "1 2", "response": "3", "category": "maths"})
     assert record["prompt"] == [message("user", "Sum.\n\n1 2")] and record["completion"] == "3"
     for more in ({"context": ""}, {"input": "", "context": " "}):
         assert recognise({"instruction": "Hi?", "response": "b", **more})["prompt"] == [ASK]
 
 
-def test_sharegpt_before_two_responses_is_their_prompt():
+def test_sharegpt_with_two_responses():
     turns = [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi?"}]
     prompt = [message("system", "Be kind."), ASK]
     for wrap in (
@@ -224,11 +224,11 @@ def test_sharegpt_before_two_responses_is_their_prompt():
         compared = comparison(record)
         assert compared.prompt == prompt == find_prompt(record)
         assert compared.responses == {"chosen": [reply("b")], "rejected": [reply("c")]}
-    whole = {"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], "messages": [ASK, reply("b")]}
-    assert "prompt" not in recognise(whole)  # the responses are dialogues, and have it themselves
+    dialogues = {"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], "messages": [ASK, reply("b")]}
+    assert "prompt" not in recognise(dialogues)  # the responses are dialogues that include it
 
 
-def test_messages_under_the_name_of_sharegpt_and_the_other_way_round():
+def test_messages_in_conversations_and_turns_in_messages():
     turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "b", "weight": 0}]
     assert recognise({"messages": turns})["messages"] == [ASK, {**reply("b"), "weight": 0}]
     assert recognise({"conversations": [ASK, reply("b")]})["messages"] == [ASK, reply("b")]
@@ -257,7 +257,7 @@ def test_a_preference_may_be_the_text_of_a_probability(text, sure):
 @pytest.mark.parametrize(
     "name", ["tools", "functions", "documents", "chat_template_kwargs", "images", "videos", "audios"]
 )
-def test_a_field_that_would_be_lost_is_refused_by_name(name):
+def test_unsupported_field_is_refused_by_name(name):
     for record in ({"messages": [ASK, reply("b")]}, {"prompt": "a", "completion": "b"}, {"instruction": "a"}):
         for value in ([{"name": "look_up"}], {"enable_thinking": False}, "[{}]"):
             with pytest.raises(ValueError, match=f"field '{name}' changes the input of the model"):
@@ -310,6 +310,6 @@ def test_a_field_that_would_be_lost_is_refused_by_name(name):
         ({"prompt": "p", "response_a": "x", "response_b": "y", "preference": True}, "preference is True"),
     ],
 )
-def test_a_near_miss_is_named(record, message):
+def test_invalid_record_of_a_known_format_is_named(record, message):
     with pytest.raises(ValueError, match=message):
         recognise(record)
