@@ -1,4 +1,4 @@
-"""Model families: which ones each stage supports, and how their configurations name the same quantities.
+"""Model families: checks that a stage supports one, and quantities that families name differently.
 
 Only the configuration is read; no weights are loaded.
 """

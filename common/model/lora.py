@@ -62,7 +62,7 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         task_type="SEQ_CLS" if is_scalar else "CAUSAL_LM",
         modules_to_save=["score"] if is_scalar else None,
-        exclude_modules=_beside_text(model),
+        exclude_modules=_outside_text(model),
     )
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
@@ -72,7 +72,7 @@ def is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "disable_adapter")
 
 
-def _beside_text(model: PreTrainedModel) -> str | None:
+def _outside_text(model: PreTrainedModel) -> str | None:
     """Regular expression for the modules of a multimodal model outside the text path, such as vision."""
     if model.config.get_text_config() is model.config:
         return None

@@ -78,22 +78,22 @@ def check_values(model: PreTrainedModel, path: str) -> None:
     weights = {id(weight): (name, weight) for name, weight in model.state_dict(keep_vars=True).items()}
     named = [(name, weight) for name, weight in weights.values() if weight.is_floating_point()]
     ranges = [_range(weight) for _, weight in named]
-    bad = next((n for n, (is_finite, _) in enumerate(ranges) if not is_finite), len(named))
-    zeros = {n for n, (_, is_zero) in enumerate(ranges) if is_zero}
+    bad = {i for i, (is_finite, _) in enumerate(ranges) if not is_finite}
+    zeros = {i for i, (_, is_zero) in enumerate(ranges) if is_zero}
     embeddings = model.get_input_embeddings().weight
-    parts = gather_objects((bad, zeros)) if is_partitioned(embeddings) else [(bad, zeros)]
-    bad = min(number for number, _ in parts)
-    if bad < len(named):
-        name, weight = named[bad]
+    if is_partitioned(embeddings):
+        bad_by_rank, zeros_by_rank = zip(*gather_objects((bad, zeros)), strict=True)
+        bad, zeros = set.union(*bad_by_rank), set.intersection(*zeros_by_rank)
+    if bad:
+        name, weight = named[min(bad)]
         dtype = str(weight.dtype).removeprefix("torch.")
         raise UserError(f"{path}: weight {name} holds NaN or Inf (as {dtype}); the file is damaged")
-    zeros = set.intersection(*(part for _, part in parts))
-    layers = ["embeddings" if weight is embeddings else "".join(LAYER.findall(n)) for n, weight in named]
-    full = {layer for number, layer in enumerate(layers) if number not in zeros}
-    matrices = [n for n in sorted(zeros) if len(_shape(named[n][1])) > 1]
-    if empty := next((layers[n] for n in matrices if layers[n] and layers[n] not in full), None):
-        raise UserError(f"{path}: {empty}: all zeros; the file is damaged")
-    names = [named[n][0] for n in matrices if named[n][0] != "score.weight"]  # a critic's may be 0
+    layers = ["embeddings" if w is embeddings else "".join(LAYER.findall(name)) for name, w in named]
+    nonzero = {layer for i, layer in enumerate(layers) if i not in zeros}
+    matrices = [i for i in sorted(zeros) if len(_shape(named[i][1])) > 1]
+    if layer := next((layers[i] for i in matrices if layers[i] and layers[i] not in nonzero), None):
+        raise UserError(f"{path}: {layer}: all zeros; the file is damaged")
+    names = [named[i][0] for i in matrices if named[i][0] != "score.weight"]  # a critic's may be 0
     if names:
         log_once(f"warning: {path}: weights are all zeros, the file may be damaged: {some(names)}")
 
@@ -158,13 +158,13 @@ def _weight_files(path: str, config: PretrainedConfig) -> Iterable[str]:
 
 
 def _read_error(error: Exception, file: Path | None = None) -> str:
-    begin = b"-"
+    start = b"-"
     if file:
         with file.open("rb") as opened:
-            begin = opened.read(len(LFS))
-    if not begin:
+            start = opened.read(len(LFS))
+    if not start:
         return "is empty"
-    if begin == LFS:
+    if start == LFS:
         return "is a pointer of Git LFS, not the weights; run `git lfs pull` in its folder"
     if isinstance(error, pickle.UnpicklingError):
         return "not read: truncated, or not only tensors; code in it is not run; give safetensors"
@@ -181,8 +181,8 @@ def _range(weight: Tensor) -> tuple[bool, bool]:
     if is_partitioned(weight):  # the last partition ends in padding
         import torch.distributed as dist
 
-        begin = weight.ds_tensor.ds_numel * dist.get_rank(weight.ds_process_group)
-        values = weight.ds_tensor.flatten()[: max(0, weight.ds_numel - begin)]
+        start = weight.ds_tensor.ds_numel * dist.get_rank(weight.ds_process_group)
+        values = weight.ds_tensor.flatten()[: max(0, weight.ds_numel - start)]
     if not values.numel():
         return True, True
     low, high = torch.aminmax(values)  # ten times as fast as isfinite; propagates NaN

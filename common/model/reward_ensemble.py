@@ -110,18 +110,18 @@ def load_members(
 
 @contextlib.contextmanager
 def on_device(model: nn.Module) -> Iterator[nn.Module]:
-    """A frozen model with its weights on the device for the duration of a `with` block.
+    """Context manager: a frozen model with its weights on the device.
 
-    Nothing is copied back: the weights on the host are still what they were.
+    Nothing is copied back, because the host tensors have not changed.
     """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_partitioned(t)]
-    waiting = [tensor.data for tensor in tensors]
+    host_data = [tensor.data for tensor in tensors]
     for tensor in tensors:
         tensor.data = tensor.data.to(device(), non_blocking=True)
     try:
         yield model
     finally:
-        for tensor, data in zip(tensors, waiting, strict=True):
+        for tensor, data in zip(tensors, host_data, strict=True):
             tensor.data = data
 
 

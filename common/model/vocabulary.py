@@ -25,7 +25,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
         generation.pad_token_id = tokenizer.pad_token_id
         generation.eos_token_id = model.end_ids if len(model.end_ids) > 1 else tokenizer.eos_token_id
     if text is not model.config:
-        model.base_model.requires_grad_(False)  # vision and the like get no gradients from text
+        model.base_model.requires_grad_(False)  # vision parts get no gradients from text
         model.get_decoder().requires_grad_(True)
     return model
 

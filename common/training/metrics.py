@@ -98,8 +98,8 @@ class MetricWriter:
     def _time(self, step: int) -> str:
         """Remaining time; after the last step, the elapsed time of this process."""
         if step == self._total_steps:
-            begin = f" since step {self._start_step}" * bool(self._start_step)
-            return f"elapsed {clock(time.monotonic() - self._start_time)}{begin}"
+            since = f" since step {self._start_step}" * bool(self._start_step)
+            return f"elapsed {clock(time.monotonic() - self._start_time)}{since}"
         if self._timed_steps < 1:
             return "ETA ?"
         return f"ETA {clock(self._timed_seconds / self._timed_steps * (self._total_steps - step))}"

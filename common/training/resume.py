@@ -1,4 +1,4 @@
-"""Load a checkpoint into engines: exactly on as many ranks, else through DeepSpeed's universal checkpoint."""
+"""Load a checkpoint into engines; on another number of ranks as a DeepSpeed universal checkpoint."""
 
 import shutil
 import subprocess
