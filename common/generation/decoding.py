@@ -32,7 +32,7 @@ class Responses(NamedTuple):
     ended: Tensor  # (B,) bool: ended by EOS, not by the length limit
     logprobs: Tensor  # (B, R) of softmax(logits / temperature) over the support, 0 after the end
     support: Tensor  # (B, R, V / 8) uint8: tokens left by top-k and top-p, as bits; (B, R, 0): all
-    computed: Tensor  # (B,) positions computed for it, including padding and idle steps
+    computed: Tensor  # (B,) positions computed per row, including padding and idle steps
 
 
 def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tensor:
