@@ -81,7 +81,7 @@ def kl_advice(
 def _steer(kl_coef: float, options: KLOptions, closer: bool) -> str:
     """The option that brings KL down (closer) or up, and its usual range where that lies ahead."""
     if options.kl_controller == "adaptive":
-        name, now, (low, high), is_more = "--target_kl", options.target_kl, USUAL_TARGET, not closer
+        name, now, (low, high), is_more = "--kl_target", options.kl_target, USUAL_TARGET, not closer
     else:
         name, now, (low, high), is_more = "--kl_coef", kl_coef, USUAL_COEF, closer
     is_ahead = now < high if is_more else now > low

@@ -37,10 +37,11 @@ from step3_ppo.models import build_models, load_critic
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix, load_texts
-from step3_ppo.returns import estimate_advantages, kl_controller, shape_rewards
+from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.reward_functions import FunctionError, load_functions
 from step3_ppo.rollout import sample_rollout
 from step3_ppo.scoring import score_rollout
+from step3_ppo.state import PPOState
 
 SHOWN_OF_EVALUATION = ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/distinct_2"]
 SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/explained_var", "time/step"]
@@ -88,12 +89,10 @@ def main() -> None:
     )  # fmt: skip
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     loop.resume(engines, "prompts", "iterations")
-    controllers = loop.state.controllers
-    kl = kl_controller(options, controllers)
+    state = PPOState.load(options, loop.state.controllers)
     pretraining = None
     if texts:
-        taken = int(controllers.get("ptx_batches", 0))
-        pretraining = PretrainingMix(texts, options, tokenizer.pad_token_id, taken)
+        pretraining = PretrainingMix(texts, options, tokenizer.pad_token_id, state.ptx_batches)
     load_actor = partial(
         load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
     )
@@ -102,15 +101,14 @@ def main() -> None:
     )
 
     def evaluate_and_log() -> bool:
-        state = loop.state
-        seed_everything(options.seed, state.step)
-        state.unevaluated = True  # for as long as a function may fail
+        seed_everything(options.seed, loop.state.step)
+        loop.state.unevaluated = True  # for as long as a function may fail
         with checkpoint_on_function_error(loop):
             figures, samples = evaluate(models, held_out, options)
-        state.unevaluated = False
+        loop.state.unevaluated = False
         is_best = loop.log_evaluation(figures, SHOWN_OF_EVALUATION)
-        loop.writer.samples(state.step, samples)
-        loop.writer.text(state.step, "samples", as_markdown(samples))
+        loop.writer.samples(loop.state.step, samples)
+        loop.writer.text(loop.state.step, "samples", as_markdown(samples))
         if is_best:
             export_best(models.actor, tokenizer, loop.folder / "best", load_actor)
         return is_best
@@ -130,13 +128,13 @@ def main() -> None:
         with checkpoint_on_function_error(loop):
             rollout, first_pass = score_rollout(models, batch, rollout, options, step)
         # 4. Per-token KL penalty, and the score on the last token.
-        rewards, shaped = shape_rewards(rollout, options, controllers)
+        rewards, shaped = shape_rewards(rollout, options, state)
         # 5. Advantages over the whole rollout.
-        advantages, returns = estimate_advantages(rollout, rewards, options, controllers)
+        advantages, returns = estimate_advantages(rollout, rewards, options, state)
         # 6. Clipped policy and value losses, several epochs.
         scored = time.perf_counter()
         stats = optimise(
-            models, rollout, first_pass, advantages, returns, options, kl.coef, pretraining, step
+            models, rollout, first_pass, advantages, returns, options, state.kl, pretraining, step
         )
         if options.ema_decay:
             update_ema_weights(loop.state.average, models.actor, options.ema_decay)
@@ -144,7 +142,7 @@ def main() -> None:
 
         # 7. Record.
         skipped = stats.pop("train/skipped_updates")
-        figures = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": kl.coef}
+        figures = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": state.kl.coef}
         passes = options.ppo_epochs * stats["policy/updates"].value / options.updates_per_step
         figures |= speed(rollout, seconds, passes)
         figures |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib()}
@@ -152,10 +150,10 @@ def main() -> None:
         if step == 1:
             warn_of_penalty(values, options)
         advise(loop.state, step, values, options)
-        kl.update(values["kl/mean"], options.rollout_batch_size)
-        controllers["kl_coef"] = kl.coef
+        state.kl.update(values["kl/mean"], options.rollout_batch_size)
         if pretraining:
-            controllers["ptx_batches"] = pretraining.taken
+            state.ptx_batches = pretraining.taken
+        loop.state.controllers = state.plain()
         watched = values["value/loss" if models.critic else "policy/approx_kl"]
         loop.finish_step(figures, SHOWN, skipped, watched)
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())

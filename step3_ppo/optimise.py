@@ -16,7 +16,8 @@ from common.numeric.tensor_ops import entropy
 from common.runtime.distributed import rank, sum_over_ranks
 from common.runtime.options import world_size
 from common.training.means import Mean
-from step3_ppo.losses import kl_loss, policy_loss, value_loss
+from step3_ppo.kl_penalty import KLPenalty
+from step3_ppo.losses import policy_loss, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
@@ -42,13 +43,14 @@ class MicroBatch(NamedTuple):
 
 def optimise(
     models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor | None,
-    options: PPOOptions, kl_coef: float, pretraining: PretrainingMix | None, step: int,
+    options: PPOOptions, kl: KLPenalty, pretraining: PretrainingMix | None, step: int,
 ) -> dict[str, Mean | float]:  # fmt: skip
     """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
 
     first_pass: the forward passes of the first micro-batch, which scoring has made already. Epochs end early
-    when the policy is further than --target_kl from that of the rollout; the learning rates go on as if they
-    had not.
+    when the policy is further than --max_update_kl from that of the rollout; the learning
+    rates follow their schedule as if all updates had been made.
+
     Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
     micro-batches. Returns means over the tokens of all updates, the mean gradient norms, and how many updates
     were skipped because of numbers that are not finite. `policy/ratio` is that of the first minibatch, where
@@ -57,7 +59,7 @@ def optimise(
     `policy/update_kl` is how far the last update left the policy from the rollout's, in nats per response
     (k2). It is measured on the last minibatch by one more forward pass at the end of each epoch, which costs
     a third of the actor's training on that minibatch. Within an epoch the forward pass of each minibatch
-    measures all updates before it; one that is beyond --target_kl ends the epochs after its own update.
+    measures all updates before it; one that is beyond --max_update_kl ends the epochs after its own update.
     """
     models.actor.train()
     if models.critic:
@@ -73,7 +75,7 @@ def optimise(
             ptx_losses.append(pretraining.add_gradients(models.actor))
         for micro in _micro_batches(rollout, batch, advantages, returns, options):
             if actor_learns:
-                norm = _update_actor(models.actor, first_pass, micro, options, kl_coef, sums)
+                norm = _update_actor(models.actor, first_pass, micro, options, kl, sums)
                 norms["policy/grad_norm"] += [norm] * micro.is_last
             if models.critic:
                 norm = _update_critic(models.critic, first_pass, micro, options, sums)
@@ -82,11 +84,11 @@ def optimise(
         updates += 1
         first = first or {name: float(total) for name, total in sums.items()}
         (moved,) = sum_over_ranks(sums["policy/approx_kl"] - before)
-        is_too_far = moved / len(batch) > options.target_kl
+        is_too_far = moved / len(batch) > options.max_update_kl
         is_end_of_epoch = updates * options.ppo_epochs % options.updates_per_step == 0
         if actor_learns and (is_too_far or is_end_of_epoch):
             update_kl = _distance(models.actor, rollout, batch, options)
-        if is_too_far or update_kl > options.target_kl:
+        if is_too_far or update_kl > options.max_update_kl:
             break
     for engine in [models.actor] * actor_learns + [models.critic] * bool(models.critic):
         for _ in range(options.updates_per_step - updates):
@@ -156,15 +158,13 @@ def _mean_norm(norms: list[float]) -> Mean:
 
 
 def _update_actor(
-    actor: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl_coef: float, sums: Sums
+    actor: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
 ) -> float | None:
     """One micro-batch of the clipped policy loss, and of what stands beside it."""
     found = done.take_policy() or policy_pass(actor, batch.rows, options.temperature)
     logprobs, logits, balance = found
     result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
-    loss = result.loss  # (N,)
-    if options.kl_penalty != "reward":
-        loss = loss + kl_coef * kl_loss(logprobs, batch.ref_logprobs, options.kl_penalty)
+    loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
         loss = loss - options.entropy_coef * entropy(logits, options.temperature)
     loss = loss.sum() / batch.tokens + balance / batch.tokens_read

@@ -66,13 +66,20 @@ class KLOptions:
         " whose gradient is not that of the KL divergence (as in GRPO).",
     )
     kl_controller: Literal["fixed", "adaptive"] = option(
-        "fixed", "fixed: keep --kl_coef; adaptive: steer KL to --target_kl."
+        "fixed", "fixed: keep --kl_coef; adaptive: steer KL to --kl_target."
     )
-    target_kl: float = option(
+    kl_target: float = option(
         6.0,
-        "KL per response, in nats: from the reference, what the adaptive controller steers to; from the"
-        " rollout's policy (policy/update_kl), what ends the epochs of an iteration.",
+        "KL to the reference that the adaptive controller steers to, in nats per response.",
         above=0,
+        formerly="target_kl",
+    )
+    max_update_kl: float = option(
+        6.0,
+        "End the epochs of an iteration when the policy is this far from that of the rollout"
+        " (policy/update_kl), in nats per response.",
+        above=0,
+        formerly="target_kl",
     )
     kl_horizon: int = option(10_000, "Responses over which the adaptive controller acts.", at_least=1)
 
@@ -91,7 +98,7 @@ class AlgorithmOptions:
         "batch", "batch: the mean return of the rollout; moving: a moving average of it."
     )
     group_std: bool = option(True, "Divide by the standard deviation of the group (GRPO; without: Dr. GRPO).")
-    ppo_epochs: int = option(4, "Passes over each rollout; --target_kl may end them earlier.", at_least=1)
+    ppo_epochs: int = option(4, "Passes over each rollout; --max_update_kl may end them earlier.", at_least=1)
     actor_learning_rate: float = option(3e-6, "Highest learning rate of the actor.", above=0)
     critic_learning_rate: float = option(9e-6, "Highest learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations in which only the critic learns.", at_least=0)
@@ -178,7 +185,7 @@ class PPOOptions(
 
     @property
     def updates_per_step(self) -> int:
-        """Optimiser steps of an iteration, unless --target_kl ends it earlier."""
+        """Optimiser steps of an iteration, unless --max_update_kl ends it earlier."""
         return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
 
     def check(self) -> None:

@@ -65,21 +65,3 @@ def token_rewards(scores: Tensor, kl: Tensor, response_lengths: Tensor, kl_coef:
     rows = torch.arange(len(scores), device=scores.device)
     rewards[rows, response_lengths - 1] += scores
     return rewards
-
-
-@dataclass
-class KLController:
-    """The coefficient of the KL penalty; adaptive when a horizon is given, fixed when it is 0.
-
-    Adaptive: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon after each n responses.
-    Source: Ziegler et al. 2019, section 2.2; kl is summed over the response, averaged over responses.
-    """
-
-    coef: float
-    target: float = 6.0
-    horizon: float = 0.0
-
-    def update(self, kl: float, num_responses: int) -> None:
-        if self.horizon and math.isfinite(kl):
-            error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-            self.coef *= 1.0 + error * num_responses / self.horizon

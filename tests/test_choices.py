@@ -24,9 +24,12 @@ from step2_reward.options import RewardOptions
 from step3_ppo.best_of_n import files as best_of_n_files
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.select import rejected
+from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.losses import kl_loss
 from step3_ppo.options import PPOOptions
-from step3_ppo.returns import estimate_advantages, kl_controller, shape_rewards
+from step3_ppo.returns import estimate_advantages, shape_rewards
+from step3_ppo.rewards import RunningScale
+from step3_ppo.state import PPOState, make_kl_penalty
 from tests.step3_ppo.test_returns import PLAIN, rollout
 from tests.word_encoder import WordEncoder
 
@@ -64,7 +67,9 @@ def share(value: str, patch: pytest.MonkeyPatch) -> None:
 def estimate(**options: Any) -> None:
     scored = rollout([1.0, 2.0])
     rewards = torch.randn(2, 4) * scored.response_mask
-    estimate_advantages(scored, rewards, PPOOptions(**options, samples_per_prompt=2), {})
+    estimate_advantages(
+        scored, rewards, PPOOptions(**options, samples_per_prompt=2), PPOState(KLPenalty(0.1), RunningScale())
+    )
 
 
 def keep(value: str) -> None:
@@ -93,9 +98,9 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
     "kl_penalty": lambda v: shape_rewards(
-        rollout([1.0, 2.0]), PPOOptions(**PLAIN, kl_penalty=v), {"kl_coef": 0.1}
+        rollout([1.0, 2.0]), PPOOptions(**PLAIN), PPOState(KLPenalty(0.1, v), RunningScale())
     ),
-    "kl_controller": lambda v: kl_controller(PPOOptions(kl_controller=v), {}),
+    "kl_controller": lambda v: make_kl_penalty(PPOOptions(kl_controller=v), 0.1),
     "advantage_estimator": lambda v: estimate(advantage_estimator=v),
     "reinforce_baseline": lambda v: estimate(advantage_estimator="reinforce", reinforce_baseline=v),
     "keep": keep,

@@ -39,6 +39,18 @@ def free_to_change(options: Any) -> set[str]:
     return {name for name, kind in resume_kinds(options).items() if kind not in ("same", "function")}
 
 
+def with_new_names(earlier: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Options of an earlier run, as from `resolved`, under the names that they have now."""
+    given, renamed = set(earlier.get("given", earlier)), dict(earlier)
+    for field in dataclasses.fields(options):
+        old_name = field.metadata["formerly"]
+        if old_name in earlier and field.name not in earlier:
+            renamed[field.name] = earlier[old_name]
+            renamed.pop(old_name, None)
+            given |= {field.name} if old_name in given else set()
+    return renamed | ({"given": sorted(given & renamed.keys())} if "given" in earlier else {})
+
+
 def default_values(options: Any) -> dict[str, Any]:
     """Default values of all options."""
     return {

@@ -4,8 +4,10 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import re
 import shutil
+import sys
 import textwrap
 import typing
 from typing import Any, Literal, NoReturn, TypeVar
@@ -26,6 +28,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(re.sub(r"^(--\w+)[^:]*:", r"\1:", message.removeprefix("argument ")))
 
 
+class _OldName(argparse.Action):
+    """Sets the options that have taken the place of an older one."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ARG002
+        for name in self.const:
+            setattr(namespace, name, values)
+
+
 def parse_options(
     options_class: type[Options], argv: list[str] | None = None, usage: str = "",
     check_required: bool = True,
@@ -42,6 +52,8 @@ def parse_options(
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options_class)}")
     options = options_class(**vars(parsed))
+    if not usage and os.environ.get("RANK", "0") == "0":
+        _log_old_names(options_class, argv)
     for field in dataclasses.fields(options):
         _check_limits(field.name, getattr(options, field.name), field.metadata["limits"])
         if check_required and field.metadata["required"] and not getattr(options, field.name):
@@ -77,11 +89,32 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
                 title_of[name] = title  # the last class in this order declares the option first
     for name, title in title_of.items():
         groups[title] += [fields[name]] * (title != "Required")
+    for old_name, names in _old_names(options_class).items():
+        parser.add_argument(
+            f"--{old_name}", action=_OldName, const=names, type=fields[names[0]].type, help=argparse.SUPPRESS
+        )
     for title, members in groups.items():
         group = parser.add_argument_group(title)
         for field in members:
             _add(group, field)
     return parser
+
+
+def _old_names(options_class: type) -> dict[str, list[str]]:
+    """Older names of options, each with the options that it sets now."""
+    names: dict[str, list[str]] = {}
+    for field in dataclasses.fields(options_class):
+        if field.metadata["formerly"]:
+            names.setdefault(field.metadata["formerly"], []).append(field.name)
+    return names
+
+
+def _log_old_names(options_class: type, argv: list[str] | None) -> None:
+    """Print the new names of options that were given by an older one."""
+    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+    for old_name, names in _old_names(options_class).items():
+        if f"--{old_name}" in words:
+            print(f"--{old_name} is an old name: it sets --{' and --'.join(names)}", flush=True)
 
 
 def _add(group: Any, field: dataclasses.Field) -> None:

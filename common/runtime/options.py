@@ -33,9 +33,15 @@ def reason(error: BaseException) -> str:
 Resume = Literal["same", "free", "data", "model", "function", "centring"]
 
 
-def option(default: Any, help: str, required: bool = False, resume: Resume = "same", **limits: float) -> Any:
-    """A dataclass field with its help text and, optionally, the limits `at_least`, `above` or `at_most`."""
-    metadata = {"help": help, "required": required, "resume": resume, "limits": limits}
+def option(
+    default: Any, help: str, required: bool = False, resume: Resume = "same", formerly: str = "",
+    **limits: float,
+) -> Any:  # fmt: skip
+    """A dataclass field with its help text and, optionally, the limits `at_least`, `above` or `at_most`.
+
+    formerly: an older name, which is still accepted; several options may share one.
+    """
+    metadata = {"help": help, "required": required, "resume": resume, "formerly": formerly, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -20,6 +20,7 @@ from common.runtime.option_checks import (
     free_to_change,
     resolved,
     resume_kinds,
+    with_new_names,
 )
 from common.runtime.options import RunOptions, UserError
 from common.runtime.process import on_refusal, report_accepted
@@ -172,7 +173,7 @@ def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
     """Raise UserError for options that differ from those of the run in `folder`."""
     if not (folder / "options.json").exists():
         return
-    earlier = read_json(folder / "options.json")
+    earlier = with_new_names(read_json(folder / "options.json"), options)
     current, free_options = resolved(options), free_to_change(options)
     if changes := changed_options(earlier, current, default_values(options), free_options):
         free = " ".join(f"--{option}" for option in sorted(free_options))

@@ -53,7 +53,7 @@ def kl_jump(steps: Values, kls: Values) -> Finding | None:
     return Finding(
         f"A jump of KL: kl/mean went from {max(kls[first], 0):.2f} to {kls[later]:.2f} nats between steps"
         f" {steps[first]} and {steps[later]}.",
-        "a higher --kl_coef, or --kl_controller adaptive with a low --target_kl; a lower"
+        "a higher --kl_coef, or --kl_controller adaptive with a low --kl_target; a lower"
         " --actor_learning_rate, or a longer --warmup_ratio to it.",
     )
 
@@ -65,7 +65,7 @@ def kl_too_large(steps: Values, kls: Values) -> Finding | None:
         return None
     return Finding(
         f"Drifted far: kl/mean exceeds {FAR:.0f} nats from step {above[0]} and ends at {kls[-1]:.3g}.",
-        "a higher --kl_coef, or --kl_controller adaptive with a --target_kl; the samples before that step.",
+        "a higher --kl_coef, or --kl_controller adaptive with a --kl_target; the samples before that step.",
     )
 
 
@@ -75,7 +75,7 @@ def large_updates(kls: Values) -> Finding | None:
         return None
     return Finding(
         f"Updates too large: policy/approx_kl has a median of {often:.2g} nats per token.",
-        "a lower --actor_learning_rate; fewer --ppo_epochs; a lower --target_kl, which ends epochs earlier.",
+        "a lower --actor_learning_rate; fewer --ppo_epochs; a lower --max_update_kl, to end epochs early.",
     )
 
 

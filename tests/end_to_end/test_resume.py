@@ -51,7 +51,7 @@ def words(stage: str, world: Path, run: Path, output: Path, steps: int = 4) -> l
     start = run / "sft/final", run / "reward/final"
     if stage == "ppo":
         # What a resume must bring back: a moving coefficient, a schedule, the best evaluation.
-        adaptive = ["--kl_controller", "adaptive", "--target_kl", "0.1", "--kl_horizon", "100"]
+        adaptive = ["--kl_controller", "adaptive", "--kl_target", "0.1", "--kl_horizon", "100"]
         return [
             *ppo(world, *start, output, steps),
             *adaptive,

@@ -52,7 +52,7 @@ MIXES = {
         "0.7",
     ],
     "ptx": ["--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--zero_config", "{zero2}"],
-    "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--target_kl", "1e-3"],
+    "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--max_update_kl", "1e-3"],
 }
 
 
@@ -76,7 +76,7 @@ def test_ranks_and_stops_change_nothing(name, world, run, tmp_path):
     for folder in finals:
         assert (parts / folder / WEIGHTS).read_bytes() == (one / folder / WEIGHTS).read_bytes()
     if name == "lora":
-        assert min(metrics(one, "policy/updates")) < 4, "two epochs of two updates, ended by --target_kl"
+        assert min(metrics(one, "policy/updates")) < 4, "two epochs of two updates, ended by --max_update_kl"
 
 
 def test_the_average_is_that_of_the_weights_after_each_iteration(world, run, tmp_path):
@@ -94,7 +94,7 @@ def test_the_average_is_that_of_the_weights_after_each_iteration(world, run, tmp
 
 
 def test_the_actor_waits_for_the_critic_and_rates_fall(world, run, tmp_path):
-    """Also when --target_kl ends every iteration as soon as the policy has moved."""
+    """Also when --max_update_kl ends every iteration as soon as the policy has moved."""
     words = [
         "--eval_fraction",
         "0",
@@ -104,7 +104,7 @@ def test_the_actor_waits_for_the_critic_and_rates_fall(world, run, tmp_path):
         str(world / "demonstrations.jsonl"),
     ]
     before = load_file(run / "sft/final" / WEIGHTS)
-    for output, steps, more in (("warm", 2, []), ("whole", 4, []), ("cut", 4, ["--target_kl", "1e-9"])):
+    for output, steps, more in (("warm", 2, []), ("whole", 4, []), ("cut", 4, ["--max_update_kl", "1e-9"])):
         succeed(
             "step3_ppo.main", options(world, run, tmp_path / output, *words, *more, steps=steps), tmp_path
         )

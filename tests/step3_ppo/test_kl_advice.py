@@ -45,9 +45,9 @@ def test_kl_advice(kl, reward, said):
         ([0.01] * REMEMBERED, 0.125, {}, "lower --kl_coef (now 0.125; usual: 0.01 to 0.1)"),
         ([0.01] * REMEMBERED, 0.005, {}, "lower --kl_coef (now 0.005),"),
         ([0.01] * REMEMBERED, 0.0, {}, None),
-        ([0.0, 4.0], 0.05, {"target_kl": 30.0}, "lower --target_kl (now 30; usual: 6 to 10)"),
-        ([0.0, 4.0], 0.05, {"target_kl": 6.0}, "lower --target_kl (now 6),"),
-        ([0.01] * REMEMBERED, 0.05, {"target_kl": 0.1}, "raise --target_kl (now 0.1; usual: 6 to 10)"),
+        ([0.0, 4.0], 0.05, {"kl_target": 30.0}, "lower --kl_target (now 30; usual: 6 to 10)"),
+        ([0.0, 4.0], 0.05, {"kl_target": 6.0}, "lower --kl_target (now 6),"),
+        ([0.01] * REMEMBERED, 0.05, {"kl_target": 0.1}, "raise --kl_target (now 0.1; usual: 6 to 10)"),
     ],
 )
 def test_the_option_is_the_one_that_steers_and_its_range_lies_ahead(kl, kl_coef, words, part):

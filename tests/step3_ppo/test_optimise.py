@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from step3_ppo import optimise as module
+from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, policy_pass, take_rows
@@ -61,7 +62,7 @@ def update(actor: LlamaForCausalLM, rollout: Rollout, **more: object) -> dict[st
     options = PPOOptions(rollout_batch_size=ROWS, micro_batch_size=1, advantage_estimator="rloo", **more)
     models = SimpleNamespace(actor=actor, critic=None)
     advantages = torch.randn(ROWS, WIDTH)
-    found = optimise(models, rollout, FirstPass(), advantages, None, options, 0.0, None, 1)
+    found = optimise(models, rollout, FirstPass(), advantages, None, options, KLPenalty(0.0), None, 1)
     return {name: figure.value for name, figure in found.items() if name.startswith("policy/")}
 
 
@@ -78,7 +79,7 @@ def test_the_last_update_counts(actor):
 @pytest.mark.parametrize(("size", "expected"), [(ROWS, 1), (2, 2)])
 def test_the_limit_acts_before_the_next_update(actor, size, expected):
     """Where a minibatch is the rollout, after one; else after the first that sees what others have done."""
-    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, target_kl=1e-5)
+    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, max_update_kl=1e-5)
     assert found["policy/updates"] == expected and found["policy/update_kl"] > 1e-5
-    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, target_kl=1e5)
+    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, max_update_kl=1e5)
     assert found["policy/updates"] == 3 * ROWS / size

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import shape_rewards
+from step3_ppo.rewards import RunningScale
 from step3_ppo.rollout import Rollout
+from step3_ppo.state import PPOState
 from tests.conftest import assert_close
 
 # Two responses after one token each: four tokens, of which a trigram repeats, cut off; two, ended.
@@ -26,6 +29,10 @@ def rollout(scores: list[float]) -> Rollout:
     )  # fmt: skip
 
 
+def state(kl_coef: float, kind: str = "reward") -> PPOState:
+    return PPOState(KLPenalty(kl_coef, kind), RunningScale())
+
+
 @pytest.mark.parametrize(
     "options, expected, clipped, penalty",
     [
@@ -44,7 +51,7 @@ def rollout(scores: list[float]) -> Rollout:
     ],
 )
 def test_what_is_done_to_scores(options, expected, clipped, penalty):
-    rewards, figures = shape_rewards(rollout([3.0, -7.0]), PPOOptions(**PLAIN | options), {"kl_coef": 0.0})
+    rewards, figures = shape_rewards(rollout([3.0, -7.0]), PPOOptions(**PLAIN | options), state(0.0))
     assert_close(rewards, torch.tensor([[0, 0, 0, expected[0]], [0, expected[1], 0, 0]]))
     assert figures["reward/clipped"].value == clipped
     assert figures["reward/penalty"].value == pytest.approx(penalty)
@@ -53,17 +60,16 @@ def test_what_is_done_to_scores(options, expected, clipped, penalty):
 
 def test_kl_is_paid_at_every_token_with_the_coefficient_of_now():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN)
-    rewards, figures = shape_rewards(scored, options, {"kl_coef": 0.5})
+    rewards, figures = shape_rewards(scored, options, state(0.5))
     assert_close(rewards, torch.tensor([[-0.25, 0.5, -0.25, 3.0], [-0.25, -7.5, 0, 0]]))
     assert figures["reward/total"].value == pytest.approx((3.0 - 7.75) / 2)
-    options.kl_penalty = "k2"
-    rewards, _ = shape_rewards(scored, options, {"kl_coef": 0.5})
+    rewards, _ = shape_rewards(scored, options, state(0.5, "k2"))
     assert_close(rewards, torch.tensor([[0, 0, 0, 3.0], [0, -7.0, 0, 0]]))
 
 
 def test_whitened_rewards_have_variance_one_and_keep_their_mean():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN, whiten_rewards=True)
-    rewards, figures = shape_rewards(scored, options, {"kl_coef": 0.5})
+    rewards, figures = shape_rewards(scored, options, state(0.5))
     plain = torch.tensor([-0.25, 0.5, -0.25, 3.0, -0.25, -7.5])
     found = torch.cat([rewards[0], rewards[1, :2]])
     assert_close(found, (plain - plain.mean()) / plain.std() + plain.mean())
@@ -71,9 +77,9 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean():
 
 
 def test_scores_are_normalised_by_those_of_earlier_rollouts_too():
-    options, controllers = PPOOptions(**PLAIN, normalise_scores=True), {"kl_coef": 0.0}
-    shape_rewards(rollout([3.0, -7.0]), options, controllers)
-    rewards, _ = shape_rewards(rollout([1.0, 0.0]), options, controllers)
+    options, scores_so_far = PPOOptions(**PLAIN, normalise_scores=True), state(0.0)
+    shape_rewards(rollout([3.0, -7.0]), options, scores_so_far)
+    rewards, _ = shape_rewards(rollout([1.0, 0.0]), options, scores_so_far)
     known = torch.tensor([3.0, -7.0, 1.0, 0.0])
     expected = (known[2:] - known.mean()) / known.std(unbiased=False)
     assert_close(rewards.sum(1), expected)

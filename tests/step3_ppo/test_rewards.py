@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from step3_ppo.rewards import (
-    KLController,
     RunningScale,
     clip_scores,
     repeated_share,
@@ -41,35 +40,6 @@ def test_clip_scores():
     scores = torch.tensor([-12.0, 3.0, 12.0])
     assert clip_scores(scores, 10.0).tolist() == [-10.0, 3.0, 10.0]
     assert clip_scores(scores, 0.0).tolist() == [-12.0, 3.0, 12.0]
-
-
-@pytest.mark.parametrize(
-    "kl, expected",
-    [
-        (6.6, 0.1 * (1 + 0.1 * 0.05)),  # 10 % above the target
-        (5.4, 0.1 * (1 - 0.1 * 0.05)),
-        (6.0, 0.1),
-        (60.0, 0.1 * (1 + 0.2 * 0.05)),  # the error counts 0.2 at most
-        (-60.0, 0.1 * (1 - 0.2 * 0.05)),
-    ],
-)
-def test_adaptive_controller_by_hand(kl, expected):
-    controller = KLController(coef=0.1, target=6.0, horizon=1000)
-    controller.update(kl, num_responses=50)
-    assert controller.coef == pytest.approx(expected, rel=1e-12)
-
-
-def test_adaptive_controller_compounds():
-    controller = KLController(coef=0.1, target=6.0, horizon=100)
-    for _ in range(3):
-        controller.update(60.0, num_responses=10)
-    assert controller.coef == pytest.approx(0.1 * 1.02**3, rel=1e-12)
-
-
-def test_fixed_controller_stays():
-    controller = KLController(coef=0.1)
-    controller.update(1e6, num_responses=50)
-    assert controller.coef == 0.1
 
 
 def test_running_scale_is_that_of_all_scores_together():

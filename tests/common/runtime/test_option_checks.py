@@ -11,6 +11,7 @@ from common.runtime.option_checks import (
     free_to_change,
     resolved,
     resume_kinds,
+    with_new_names,
 )
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
@@ -112,3 +113,19 @@ def test_an_option_binds_a_resumed_run_alike_in_every_stage():
     assert len(names) == len(set(names))
     assert {"learning_rate", "seed", "lora_rank", "global_batch_size"} & free_to_change(SFTOptions) == set()
     assert {"save_steps", "micro_batch_size", "train_data", "zero_config"} <= free_to_change(SFTOptions)
+
+
+def test_a_run_of_a_version_with_an_older_name_is_resumed_under_the_new_names():
+    def ppo(*words: str) -> PPOOptions:
+        return parse_options(PPOOptions, ["--reward_function", "f.py:f", *words], check_required=False)
+
+    options = ppo("--kl_target", "0.5", "--max_update_kl", "0.5")
+    earlier = {
+        name: value for name, value in resolved(options).items() if name not in ("kl_target", "max_update_kl")
+    }
+    earlier |= {"target_kl": 0.5, "given": ["reward_function", "target_kl"]}
+    same = with_new_names(earlier, options)
+    assert "target_kl" not in same and same["given"] == ["kl_target", "max_update_kl", "reward_function"]
+    assert changed_options(same, resolved(options), default_values(options), set()) == []
+    other = resolved(ppo("--kl_target", "0.5"))
+    assert changed_options(same, other, default_values(options), set()) == ["--max_update_kl 0.5 -> 6.0"]

@@ -155,3 +155,13 @@ def test_the_help_of_every_command_is_printed_as_it_is_written(command, capsys):
 def test_what_stands_on_the_command_line_is_known():
     parse("--seed=0", "--packing", "false")
     assert given_options() == {"model_name_or_path", "train_data", "seed", "packing"}
+
+
+def test_an_old_name_sets_what_has_taken_its_place(capsys):
+    words = ["--reward_function", "f.py:f", "--target_kl", "0.5"]
+    options = parse_options(PPOOptions, words, check_required=False)
+    assert (options.kl_target, options.max_update_kl) == (0.5, 0.5)
+    assert capsys.readouterr().out == "--target_kl is an old name: it sets --kl_target and --max_update_kl\n"
+    assert {"kl_target", "max_update_kl"} <= given_options() and "target_kl" not in given_options()
+    parse_options(PPOOptions, words, usage="bash launch/step3_ppo.sh", check_required=False)
+    assert not capsys.readouterr().out

@@ -1,0 +1,22 @@
+"""The state of PPO, as checkpoints hold it."""
+
+import torch
+
+from step3_ppo.options import PPOOptions
+from step3_ppo.state import PPOState
+
+
+def test_a_new_run_begins_with_the_options_and_saves_what_it_uses():
+    state = PPOState.load(PPOOptions(kl_coef=0.2, kl_penalty="k3"), {})
+    assert (state.kl.coef, state.kl.kind, state.kl.horizon) == (0.2, "k3", 0.0)
+    assert state.plain() == {"kl_coef": 0.2}
+
+
+def test_a_checkpoint_holds_every_number():
+    options = PPOOptions(kl_controller="adaptive", kl_target=3.0, kl_horizon=500)
+    state = PPOState.load(options, {})
+    state.kl.update(30.0, 50)
+    state.score_scale.update(torch.tensor([1.0, 4.0]))
+    state.baseline, state.ptx_batches = 0.5, 7
+    again = PPOState.load(options, state.plain())
+    assert again == state and again.kl.coef > options.kl_coef and again.kl.target == 3.0
