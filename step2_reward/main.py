@@ -42,8 +42,8 @@ from step2_reward.data import (
     tokenize_preference,
     tokenize_response,
 )
-from step2_reward.evaluation.report import judge, load_pairs, write_report
-from step2_reward.evaluation.scores import evaluate, score_statistics, scored_pairs
+from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
+from step2_reward.evaluation.scores import evaluate, score_pairs, score_statistics
 from step2_reward.lm_regulariser import best_response_logits, check_language_model, load_language_head
 from step2_reward.loss import centring_loss, language_loss, pairwise_loss
 from step2_reward.options import RewardOptions
@@ -120,7 +120,7 @@ def main() -> None:
             " Run the same command to write it."
         )
         rows = golden.rows[encoder]
-        judged = judge(golden, rows, *scored_pairs(engine, rows, options.micro_batch_size, layout))
+        judged = collect_pairs(golden, rows, *score_pairs(engine, rows, options.micro_batch_size, layout))
         std = engine.module.config.reward_std
         stop_between_steps()  # rank 0 writes, the others wait for it
         write_report(judged, std, loop.folder / "metrics.jsonl", loop.folder / "golden")

@@ -1,8 +1,7 @@
-"""What a reward model says of held-out pairs, and the average that its scores are centred on.
+"""Evaluation of a reward model, or of an ensemble, on held-out preferences.
 
-A part of step 2, and a command that judges a reward model, or several as one, on preferences:
 
-    bash launch/evaluate_reward.sh --reward_model_name_or_path OUT2/final --eval_data F.jsonl --output_dir DIR
+bash launch/evaluate_reward.sh --reward_model_name_or_path OUT2/final --eval_data F.jsonl --output_dir DIR
 """
 
 from pathlib import Path
@@ -19,13 +18,13 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import UNWRITTEN, report_accepted, run_main, stop_anywhere, stop_between_steps
 from step2_reward.data import Layout
-from step2_reward.evaluation.report import judge, load_pairs, write_report
-from step2_reward.evaluation.scores import scored_pairs
+from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
+from step2_reward.evaluation.scores import score_pairs
 from step2_reward.options import EvaluateRewardOptions, RewardOptions
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(EvaluateRewardOptions)
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
@@ -38,22 +37,22 @@ def main() -> None:
     report_accepted()
     stop_anywhere(UNWRITTEN)
 
-    # 2. One model after the other.
+    # 2. Score the pairs with one model after the other.
     sides = []
     for member in load_members(options, encoders, zero):
         rows, layout = data.rows[member.encoder], Layout(member.encoder.tokenizer.pad_token_id)
         with member.ready() as model:
-            sides.append(torch.stack(scored_pairs(model, rows, options.micro_batch_size, layout)))  # (2, P)
+            sides.append(torch.stack(score_pairs(model, rows, options.micro_batch_size, layout)))  # (2, P)
             reward_std = getattr(base_model(model).config, "reward_std", 1.0)
     members = torch.stack(sides)  # (M, 2, P)
     better, worse = (combine(members[:, side], options) for side in (0, 1))  # (P,) each
 
-    # 3. What was found. Probabilities are of raw scores, which an ensemble has not.
+    # 3. Write the report. Probabilities need raw scores, which an ensemble does not have.
     history = Path(options.reward_model_name_or_path[0]).parent / "metrics.jsonl"
-    alone = len(members) == 1
-    judged = judge(data, rows, better, worse)
+    is_single = len(members) == 1
+    judged = collect_pairs(data, rows, better, worse)
     stop_between_steps()
-    write_report(judged, reward_std if alone else None, history if alone else None, output)
+    write_report(judged, reward_std if is_single else None, history if is_single else None, output)
 
 
 if __name__ == "__main__":

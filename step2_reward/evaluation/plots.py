@@ -1,23 +1,23 @@
-"""Pictures of a reward model: whether its confidence is earned, and how far apart its scores are."""
+"""Plots of a reward model: reliability diagram and score histogram."""
 
 from typing import Any
 
 import numpy as np
 
-from step2_reward.evaluation.figures import Judged
+from step2_reward.evaluation.figures import ScoredPairs
 
-DARK, LIGHT = "#1b4f8a", "#f2a541"  # apart for the colour-blind, and in brightness on grey paper
+DARK, LIGHT = "#1b4f8a", "#f2a541"  # distinct for the colour-blind and in greyscale
 HISTOGRAM_BINS = 30
 
 
-def plots(judged: Judged, figures: dict[str, Any]) -> dict[str, Any]:
-    """Matplotlib figures by name, each for `savefig` and for TensorBoard's `add_figure`."""
-    return {"reliability": reliability_diagram(figures), "scores": score_histogram(judged)}
+def plots(judged: ScoredPairs, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Draw Matplotlib figures by name, each for `savefig` and for TensorBoard's `add_figure`."""
+    return {"reliability": reliability_diagram(metrics), "scores": score_histogram(judged)}
 
 
-def reliability_diagram(figures: dict[str, Any]) -> Any:
-    """Accuracy over confidence with 95 % intervals, and the pairs of each point: Guo et al. 2017, fig. 1."""
-    error, bins = figures["prediction"]["calibration_error"], figures["prediction"]["bins"]
+def reliability_diagram(metrics: dict[str, Any]) -> Any:
+    """Plot accuracy over confidence with 95 % intervals, and the pairs per bin: Guo et al. 2017, fig. 1."""
+    error, bins = metrics["prediction"]["calibration_error"], metrics["prediction"]["bins"]
     names = ("confidence", "accuracy", "low", "high", "pairs")
     confidence, accuracy, low, high, pairs = (np.array([one[name] for one in bins]) for name in names)
     figure, (upper, lower) = _figure(f"Calibration of the reward model: error {error:.1%}", [3, 1])
@@ -34,8 +34,8 @@ def reliability_diagram(figures: dict[str, Any]) -> Any:
     return figure
 
 
-def score_histogram(judged: Judged) -> Any:
-    """Scores of the chosen and of the rejected responses, ties left out, and their means."""
+def score_histogram(judged: ScoredPairs) -> Any:
+    """Plot the scores of chosen and rejected responses, without ties, and their means."""
     chosen, rejected = judged.chosen_scores[~judged.is_tie], judged.rejected_scores[~judged.is_tie]
     edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), HISTOGRAM_BINS)
     figure, (axes,) = _figure("Scores of held-out responses", [1])
@@ -49,7 +49,7 @@ def score_histogram(judged: Judged) -> Any:
 
 
 def _figure(title: str, heights: list[int]) -> tuple[Any, Any]:
-    """A figure, which needs no screen, and its panels from top to bottom."""
+    """Make a figure, which needs no display, and its panels from top to bottom."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -63,5 +63,5 @@ def _figure(title: str, heights: list[int]) -> tuple[Any, Any]:
 
 
 def _legend(axes: Any) -> None:
-    """Above the panel, where it hides nothing."""
+    """Draw the legend above the panel, where it hides no data."""
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)

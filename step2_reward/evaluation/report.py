@@ -1,4 +1,4 @@
-"""Held-out pairs, their judgement by a reward model, and the report on them."""
+"""Loading of held-out pairs, and the report on their scores."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,14 +19,14 @@ from common.runtime.options import CacheOptions, UserError
 from common.text.record_formats import Record, agreement
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import Preference, tokenize_preference
-from step2_reward.evaluation.figures import Judged, measure
+from step2_reward.evaluation.figures import ScoredPairs, reward_metrics
 from step2_reward.evaluation.plots import plots
 from step2_reward.evaluation.report_text import table
-from step2_reward.evaluation.verdicts import in_words, verdicts
+from step2_reward.evaluation.verdicts import format_verdicts, verdicts
 
 
-class Pairs(NamedTuple):
-    """Records to judge models on, whole, as each encoder reads them."""
+class EvaluationPairs(NamedTuple):
+    """Records for evaluation, without truncation, tokenised by each encoder."""
 
     origins: list[str]  # as `file:line`
     records: list[Record]
@@ -35,39 +35,43 @@ class Pairs(NamedTuple):
 
 def load_pairs(
     sources: Sequence[str], encoders: Sequence[SegmentEncoder], options: CacheOptions, max_length: int,
-    at_most: int = 0,
-) -> Pairs:  # fmt: skip
-    """Preferences of at most `max_length` tokens to every encoder, so that all models are judged on the same.
+    max_records: int = 0,
+) -> EvaluationPairs:  # fmt: skip
+    """Load the preferences of at most `max_length` tokens for every encoder, so that all models get the same.
 
-    at_most: take the first so many; 0: all. Raises UserError naming file and line of a bad record, when no
-    record is left, and when every pair is a tie.
+    max_records: take the first ones only; 0: all. Raises UserError, with file and line for a bad record, also
+    when no record is left or every pair is a tie.
     """
     convert = partial(tokenize_preference, max_length=max_length, overlong="drop", use_margin=True)
-    different = [*dict.fromkeys(encoders)]
-    converts = [partial(convert, encoder=encoder) for encoder in different]
-    found = load_shared_records(sources, options, Preference, converts, at_most)
-    if all(is_tie for row in found.rows[0] for is_tie, *_ in row.pair_facts):
-        raise UserError(f"{' '.join(sources)}: every pair is a tie, so there is no accuracy to measure")
-    return Pairs(found.origins, found.records, dict(zip(different, found.rows, strict=True)))
+    distinct = [*dict.fromkeys(encoders)]
+    converts = [partial(convert, encoder=encoder) for encoder in distinct]
+    data = load_shared_records(sources, options, Preference, converts, max_records)
+    if all(is_tie for row in data.rows[0] for is_tie, *_ in row.pair_facts):
+        raise UserError(f"{' '.join(sources)}: every pair is a tie, so accuracy is undefined")
+    return EvaluationPairs(data.origins, data.records, dict(zip(distinct, data.rows, strict=True)))
 
 
-def judge(data: Pairs, rows: Sequence[Preference], better: Tensor, worse: Tensor) -> Judged:
-    """All pairs of the rows with their scores, (P,) each, and what the records say of them."""
+def collect_pairs(
+    data: EvaluationPairs, rows: Sequence[Preference], better: Tensor, worse: Tensor
+) -> ScoredPairs:
+    """Join all pairs of the rows with their scores, (P,) each, and their lengths, margins and agreement."""
     facts = [
         (row.response_lengths[i], row.response_lengths[j], margin, is_tie, origin.rpartition(":")[0], share)
         for origin, record, row in zip(data.origins, data.records, rows, strict=True)
         for share in [agreement(record)]
         for (i, j), (is_tie, margin, *_) in zip(row.pairs, row.pair_facts, strict=True)
     ]
-    return Judged(better.numpy(), worse.numpy(), *(np.array(column) for column in zip(*facts, strict=True)))
+    return ScoredPairs(
+        better.numpy(), worse.numpy(), *(np.array(column) for column in zip(*facts, strict=True))
+    )
 
 
-def write_report(judged: Judged, reward_std: float | None, history: Path | None, folder: Path) -> None:
-    """Print figures and verdicts, and on rank 0 write report.json, pictures and TensorBoard to a folder.
+def write_report(judged: ScoredPairs, reward_std: float | None, history: Path | None, folder: Path) -> None:
+    """On rank 0, print metrics and verdicts, and write report.json, plots and TensorBoard to a folder.
 
-    reward_std: what the scores were divided by; None for those of an ensemble, which have no raw scores.
-    history: metrics.jsonl of the model's training, if it is to be found. Raises UserError when there is
-    nothing to measure.
+    reward_std: divisor of the raw scores; None for an ensemble, which has no raw scores. history:
+    metrics.jsonl of the model's training, or None. Raises UserError when accuracy is undefined or a score is
+    not finite.
     """
     if rank() != 0:
         return
@@ -77,16 +81,18 @@ def write_report(judged: Judged, reward_std: float | None, history: Path | None,
     for problem in problems:
         log(problem)
     try:
-        figures = measure(judged, reward_std or 1.0)
+        metrics = reward_metrics(judged, reward_std or 1.0)
     except ValueError as error:
         raise UserError(f"no report in {folder}: {error}") from None
     is_ensemble = reward_std is None
-    found = verdicts(figures, lines, is_ensemble)
-    log(f"\n{table(figures)}\n\n{in_words(found, figures, lines, is_ensemble)}")
+    problems_found = verdicts(metrics, lines, is_ensemble)
+    log(f"\n{table(metrics)}\n\n{format_verdicts(problems_found, metrics, lines, is_ensemble)}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", figures | {"verdicts": [verdict._asdict() for verdict in found]})
+    write_json(
+        folder / "report.json", metrics | {"verdicts": [verdict._asdict() for verdict in problems_found]}
+    )
     with SummaryWriter(str(folder / "tensorboard")) as board:
-        for name, figure in plots(judged, figures).items():
+        for name, figure in plots(judged, metrics).items():
             figure.savefig(folder / f"{name}.png", dpi=150)
             board.add_figure(f"eval/{name}", figure)
-    log(f"\nreport.json and pictures: {folder}")
+    log(f"\nreport.json and plots: {folder}")

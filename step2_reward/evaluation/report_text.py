@@ -1,26 +1,28 @@
-"""The figures of a reward model as text for a terminal."""
+"""The metrics of a reward model as a table for the terminal."""
 
 from typing import Any
 
 from step2_reward.evaluation.figures import PERCENTILES, SATURATED
 
 
-def table(figures: dict[str, Any]) -> str:
-    """Accuracy overall and by group, what else `measure` found, and the spread of the scores."""
-    groups = {"all pairs": figures["accuracy"]}
-    for kind, found in figures["accuracy_by"].items():
-        groups |= {f"{kind:8}{name}": one for name, one in found.items()}
+def table(metrics: dict[str, Any]) -> str:
+    """Format accuracy overall and by group, the other metrics, and the spread of the scores."""
+    groups = {"all pairs": metrics["accuracy"]}
+    for kind, by_name in metrics["accuracy_by"].items():
+        groups |= {f"{kind:8}{name}": one for name, one in by_name.items()}
     facts = {
-        "ties, left out above": str(figures["ties"]),
-        "log-loss (coin toss: 0.693)": f"{figures['prediction']['log_loss']:.3f}",
-        "mean confidence": f"{figures['prediction']['confidence']:.1%}",
-        "calibration error": f"{figures['prediction']['calibration_error']:.1%}",
-        f"confidence above {SATURATED:.1%}": f"{figures['prediction']['saturation']:.1%}",
-        "score and length, Pearson": _show(figures["length"]["pearson"], "+.2f"),
-        "score and length, Spearman": _show(figures["length"]["spearman"], "+.2f"),
-        "longer one is chosen": f"{figures['length']['longer_wins']['accuracy']:.1%}",
-        "longer one scores higher": _show((figures["length"]["prefers_longer"] or {}).get("accuracy"), ".1%"),
-        "raters agree with majority": _show(figures["agreement"]["mean"], ".1%"),
+        "ties (excluded above)": str(metrics["ties"]),
+        "log-loss (coin toss: 0.693)": f"{metrics['prediction']['log_loss']:.3f}",
+        "mean confidence": f"{metrics['prediction']['confidence']:.1%}",
+        "calibration error": f"{metrics['prediction']['calibration_error']:.1%}",
+        f"confidence above {SATURATED:.1%}": f"{metrics['prediction']['saturation']:.1%}",
+        "score-length Pearson": _show(metrics["length"]["pearson"], "+.2f"),
+        "score-length Spearman": _show(metrics["length"]["spearman"], "+.2f"),
+        "longer response is chosen": f"{metrics['length']['longer_wins']['accuracy']:.1%}",
+        "longer response scores higher": _show(
+            (metrics["length"]["prefers_longer"] or {}).get("accuracy"), ".1%"
+        ),
+        "rater agreement with majority": _show(metrics["agreement"]["mean"], ".1%"),
     }
     heads = ("mean", "std", *(f"p{p}" for p in PERCENTILES))
     width = max(len(name) for name in (*groups, *facts))
@@ -34,7 +36,7 @@ def table(figures: dict[str, Any]) -> str:
             f"{'score':10}" + "".join(f"{head:>8}" for head in heads),
             *(
                 f"{name:10}" + "".join(f"{one[head]:8.2f}" for head in heads)
-                for name, one in figures["scores"].items()
+                for name, one in metrics["scores"].items()
             ),
         ]
     )

@@ -1,8 +1,8 @@
-"""Scores of responses, for other programs: a JSONL file of records in, the same with `score` added out.
+"""Scoring of a JSONL file of responses: the output has the same records with `score` added.
 
     bash launch/score.sh --reward_model_name_or_path OUT2/final --input F.jsonl --output G.jsonl
 
-The same command again goes on after the last whole line of the output.
+The same command resumes after the last complete line of the output.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from common.text.truncation import Dropped, fit_demonstration
 from step2_reward.data import Response
 from step2_reward.options import ScoreOptions
 
-WINDOW = 4096  # records that are read, sorted by length, scored and written together
-NEAR = 0.05  # as near are scores of the same models on another machine; those of other models hardly
-Example = tuple[Record, dict[SegmentEncoder, list[int]]]  # as it was read; token ids for each encoder
+WINDOW = 4096  # records per window: read, sorted by length, scored and written together
+TOLERANCE = 0.05  # for scores of the same models on another machine
+Example = tuple[Record, dict[SegmentEncoder, list[int]]]  # input record; token ids for each encoder
 
 
 def main() -> None:
-    # 1. What can be wrong with the options and the first records is found before a model is loaded.
+    # 1. Validate options and first records before loading a model.
     options = parse_options(ScoreOptions)
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
@@ -50,15 +50,15 @@ def main() -> None:
     examples = read_examples(options, encoders, done)
     windows = iter(lambda: list(islice(examples, WINDOW)), [])
     first = next(windows, [])
-    describe(options, first, done, encoders[0])
+    describe_first_records(options, first, done, encoders[0])
     zero = {"bf16": {"enabled": options.bf16 and not on_cpu()}, "zero_optimization": {"stage": 0}}
     members = load_members(options, encoders, zero)
 
-    # 2. The window that was begun last is scored again: the same batches make the same bytes, and what is
-    # there already must be what these models say of these records.
+    # 2. Score window by window. An incomplete last window is scored again: the same batches give the same
+    # bytes, and its lines must match the scores of these models.
     for window in chain([first], windows):
         stop_resumably(f"{done} records scored", options.output)
-        lines = score(members, window, options, f"scoring records {done + 1} to {done + len(window)}")
+        lines = score_window(members, window, options, f"scoring records {done + 1} to {done + len(window)}")
         check_written(written, lines, options)
         stop_between_steps()
         file.seek(end)
@@ -70,12 +70,13 @@ def main() -> None:
 
 
 def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
-    """The output, for this process alone; the window that was begun last: the number of records and of bytes
-    before it, and its whole lines. A new file goes with a refusal. Raises UserError when it cannot be had.
+    """Open and lock the output. Also return records and bytes before the last window, and its complete lines.
+
+    A new file is deleted again if the run is refused. Raises UserError when the file cannot be opened.
     """
     is_new = not exists(path)
     try:
-        file = Path(path).open("a+b")  # noqa: SIM115 - open, and locked, for as long as the process lives
+        file = Path(path).open("a+b")  # noqa: SIM115 - open and locked until the process ends
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}") from None
@@ -83,7 +84,7 @@ def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
         on_refusal(lambda: Path(path).stat().st_size or Path(path).unlink())
     file.seek(0)
     done, begin, lines = 0, 0, []
-    for number, line in enumerate(whole for whole in file if whole.endswith(b"\n")):
+    for number, line in enumerate(complete for complete in file if complete.endswith(b"\n")):
         if number % WINDOW == 0:
             done, begin, lines = number, file.tell() - len(line), []
         lines.append(line)
@@ -91,24 +92,25 @@ def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
 
 
 def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], done: int) -> Iterator[Example]:
-    """The records after the first `done` good ones, as often as the weight of the source says. Raises
-    UserError naming file and line of a bad one.
+    """Yield the records after the first `done` good ones, repeated by the source's weight.
+
+    Raises UserError naming file and line of a bad record.
     """
     source = parse_source(options.input)
     files = files_to_read(source, is_training=False)
     records = chain.from_iterable(((name, *row) for row in read_source(name)) for name in files)
     bad, good, is_begun = BadRecords(options.skip_bad_records), 0, done > 0
-    if not options.skip_bad_records and source.weight == 1:  # those done need not be looked at
+    if not options.skip_bad_records and source.weight == 1:  # finished records need not be parsed
         records, done = islice(records, done, None), 0
-    read = cut = 0
+    read = num_truncated = 0
     for name, number, _, unparsed in records:
         example, times, read = None, 1, read + 1
         with bad.at(name, number):
-            whole = load_object(unparsed)
-            record = parse_record(whole)
+            original = load_object(unparsed)
+            record = parse_record(original)
             rows = {e: token_ids(record, e, options.max_length) for e in encoders}
-            example = whole, {e: ids for e, (ids, _) in rows.items()}
-            cut += any(is_cut for _, is_cut in rows.values())
+            example = original, {e: ids for e, (ids, _) in rows.items()}
+            num_truncated += any(truncated for _, truncated in rows.values())
             if source.weight != 1:
                 times = copies(source.weight, fraction(find_prompt(record), "weight"))
         for _ in range(times * (example is not None)):
@@ -123,12 +125,17 @@ def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], don
     if bad.count:
         log(f"{options.input}: left out {bad.count} bad records")
         warn_of_left_out(bad.count, read)
-    if cut > LARGE_SHARE * read:
-        log(f"warning: {cut / read:.0%} of the prompts are cut to --max_length {options.max_length}")
+    if num_truncated > LARGE_SHARE * read:
+        log(
+            f"warning: {num_truncated / read:.0%} of the prompts are truncated to --max_length"
+            f" {options.max_length}"
+        )
 
 
-def describe(options: ScoreOptions, first: Sequence[Example], done: int, encoder: SegmentEncoder) -> None:
-    """Print how the records of the first window became text."""
+def describe_first_records(
+    options: ScoreOptions, first: Sequence[Example], done: int, encoder: SegmentEncoder
+) -> None:
+    """Log how the records of the first window are rendered as text."""
     if not first:
         return
     is_all = not done and len(first) < WINDOW
@@ -139,45 +146,50 @@ def describe(options: ScoreOptions, first: Sequence[Example], done: int, encoder
 
 
 def token_ids(record: Record, encoder: SegmentEncoder, max_length: int) -> tuple[list[int], bool]:
-    """A prompt and response that ends in EOS, and whether the prompt was cut. Raises ValueError, in words for
-    the user.
+    """Tokenise prompt and response with a final EOS; also return whether the prompt was truncated.
+
+    Raises ValueError with a message for the user.
     """
     if "response" in record:
         record = {**record, "completion": record["response"]}
     if "messages" not in record and not {"prompt", "completion"} <= record.keys():
         raise ValueError("must have 'prompt' and 'response' (or 'completion'), or 'messages'")
     try:
-        row, is_cut = fit_demonstration(record, encoder, max_length, "truncate_prompt", keep_end=True)
+        row, truncated = fit_demonstration(record, encoder, max_length, "truncate_prompt", keep_end=True)
     except Dropped as why:
         raise ValueError(f"{why} for --max_length {max_length}") from None
     if "messages" in record and record["messages"][-1]["role"] != "assistant":
         raise ValueError("field 'messages' must end with an assistant message, the one to score")
-    return row.ids, is_cut
+    return row.ids, truncated
 
 
-def score(
+def score_window(
     members: list[RewardModel], window: list[Example], options: ScoreOptions, title: str
 ) -> list[bytes]:
-    """A line of output for each record. title: of progress lines."""
+    """Return an output line for each record. title: of the progress lines."""
     inputs = {encoder: [ids[encoder] for _, ids in window] for encoder, _ in members}
     scores = member_scores(members, inputs, options.micro_batch_size, title)  # (M, B)
     lines = []
-    for (record, _), *found in zip(window, combine(scores, options).tolist(), *scores.tolist(), strict=True):
-        total, *parts = [round(score, 6) for score in found]
-        added = {"score": total, "scores": parts} if parts[1:] else {"score": total}
+    columns = combine(scores, options).tolist(), *scores.tolist()
+    for (record, _), *row in zip(window, *columns, strict=True):
+        combined, *members_scores = [round(score, 6) for score in row]
+        added = {"score": combined, "scores": members_scores} if members_scores[1:] else {"score": combined}
         lines.append(f"{json.dumps({**record, **added}, default=str)}\n".encode())
     return lines
 
 
 def check_written(written: list[bytes], lines: list[bytes], options: ScoreOptions) -> None:
-    """Raise UserError unless lines that are there already are, but for rounding, those to be written."""
+    """Raise UserError unless the lines already written match the new ones up to TOLERANCE."""
     same, added = 0, {"score": 0, "scores": 0}
-    with contextlib.suppress(ValueError, TypeError, KeyError):  # what is there can be anything
+    with contextlib.suppress(ValueError, TypeError, KeyError):  # the file may hold anything
         for old, new in zip(map(json.loads, written), map(json.loads, lines), strict=False):
-            is_near = math.isclose(old["score"], new["score"], rel_tol=NEAR, abs_tol=NEAR)
+            is_near = math.isclose(old["score"], new["score"], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
             same += is_near and {**old, **added} == {**new, **added}
     if same < len(written):
-        raise UserError(f"--output {options.output}: not these models' scores of --input; choose another")
+        raise UserError(
+            f"--output {options.output}: holds other scores than those of these models on --input; choose"
+            " another file"
+        )
 
 
 if __name__ == "__main__":

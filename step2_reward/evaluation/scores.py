@@ -1,4 +1,4 @@
-"""Scores of a reward model on held-out pairs and on demonstrations."""
+"""Scoring of held-out pairs and of demonstrations with a reward model."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -26,41 +26,41 @@ from step2_reward.shared_prompt import pair_scores
 
 
 @torch.no_grad()
-def scored_pairs(
+def score_pairs(
     model: nn.Module, rows: Sequence[Preference], micro_batch: int, layout: Layout
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the better and the worse response of every pair, row after row: (P,) each, fp64 on the CPU.
+    """Score the better and the worse response of every pair, row after row: (P,) each, fp64 on the CPU.
 
-    model: an engine, or a plain model on this rank's device. Each rank scores its part, and gets all.
+    model: an engine, or a plain model on this rank's device. Each rank scores its share, and returns all.
     """
     model.eval()
     starts = list(accumulate((len(row.pairs) for row in rows), initial=0))
     scores = torch.zeros(starts[-1], 2, dtype=torch.float64)
     lengths = [max(layout.row_lengths(row)) for row in rows]
     batches = deal(range(len(rows)), lengths, micro_batch, rank(), world_size())
-    for picked in track("scoring records", batches, len(rows)):
-        # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs every rank.
-        found = pair_scores(model, collate([rows[i] for i in picked or [0]], layout))
-        if picked:
-            places = [place for i in picked for place in range(starts[i], starts[i + 1])]
-            scores[places] = torch.stack(found, dim=1).double().cpu()  # (p, 2)
+    for batch_indices in track("scoring records", batches, len(rows)):
+        # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
+        batch_scores = pair_scores(model, collate([rows[i] for i in batch_indices or [0]], layout))
+        if batch_indices:
+            pair_indices = [pair for i in batch_indices for pair in range(starts[i], starts[i + 1])]
+            scores[pair_indices] = torch.stack(batch_scores, dim=1).double().cpu()  # (p, 2)
     better, worse = sum_tensor_over_ranks(scores.to(device())).cpu().unbind(1)
     return better, worse
 
 
 def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: Layout) -> dict[str, float]:
-    """Loss, accuracy, mean margin, and mean and std of the scores of either side.
+    """Compute loss, accuracy, mean margin, and mean and std of chosen and rejected scores.
 
-    The loss is a mean over records, as in training; the others are over pairs. Accuracy is over the pairs of
-    which one is better; equal scores are half right there.
+    The loss is a mean over records, as in training; the others are means over pairs. Accuracy excludes ties;
+    equal scores count half.
     """
-    better, worse = scored_pairs(engine, rows, micro_batch, layout)
+    better, worse = score_pairs(engine, rows, micro_batch, layout)
     engine.train()
     facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 4)
     is_tie, margins, weights, targets = facts[:, 0].bool(), *facts[:, 1:].unbind(1)
     losses = pairwise_loss(better, worse, margins, targets)
     right = (better > worse).double() + 0.5 * (better == worse)
-    found = {
+    metrics = {
         "eval/loss": (losses * weights).sum() / len(rows),
         "eval/accuracy": right[~is_tie].sum() / max(1, (~is_tie).sum()),
         "eval/margin": (better - worse).mean(),
@@ -69,29 +69,29 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: 
         "eval/rejected_mean": worse.mean(),
         "eval/rejected_std": worse.std(correction=0),
     }
-    return {name: float(figure) for name, figure in found.items()}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 @torch.no_grad()
 def score_statistics(
     engine: Any, rows: Sequence[list[int]], micro_batch: int, pad_token_id: int, output_dir: str
 ) -> tuple[float, float] | None:
-    """Mean and standard deviation of the raw scores of token rows that end in EOS.
+    """Compute mean and standard deviation of the raw scores of rows of token ids that end in EOS.
 
-    None when the run in `output_dir` was asked to stop before the last micro-batch.
+    None when a stop of the run in `output_dir` was requested before the last micro-batch.
     """
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     batches = deal(range(len(rows)), [len(row) for row in rows], micro_batch, rank(), world_size())
-    for picked in track("scoring demonstrations", batches, len(rows)):
+    for batch_indices in track("scoring demonstrations", batches, len(rows)):
         if stop_requested(output_dir):
             engine.train()
             return None
-        ids = [rows[i] for i in picked] or [rows[0]]
+        ids = [rows[i] for i in batch_indices] or [rows[0]]
         input_ids = pad_rows(ids, pad_token_id).to(device())
         lengths = torch.tensor([len(row) for row in ids], device=device())
         scores = token_scores(engine, input_ids, last_positions(lengths, input_ids.shape[1])).double().cpu()
-        if picked:
+        if batch_indices:
             sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
     engine.train()
     count, total, squares = sum_over_ranks(*sums)

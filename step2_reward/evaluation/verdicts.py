@@ -1,4 +1,4 @@
-"""What the figures of a reward model, and the curves of its training, say in words. Pure."""
+"""Problems of a reward model, detected from its metrics and training curves. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,97 +9,99 @@ from step2_reward.evaluation.figures import SATURATED
 
 COIN_TOSS = math.log(2)  # nats per pair
 LOWEST_ACCURACY, HIGHEST_ACCURACY = 0.65, 0.9  # raters agree in 73 to 77 % of pairs: Ouyang et al. 2022, 3.4
-WIDEST_INTERVAL = 0.1  # from end to end; that of some 350 pairs
-LEAST_CONFIDENCE = 0.51  # on average: below it every prediction is close to a coin toss
+WIDEST_INTERVAL = 0.1  # width of the 95 % interval; that of about 350 pairs
+LEAST_CONFIDENCE = 0.51  # mean; below it every prediction is close to a coin toss
 MOST_SATURATED = 0.25  # share of pairs
 STRONGEST_CORRELATION = 0.5  # of score and length, over responses to different prompts
-MOST_BY_LENGTH = 0.75  # share of pairs that score as their lengths do; chance is 0.5
+MOST_BY_LENGTH = 0.75  # share of pairs where the longer response scores higher (or lower); chance is 0.5
 LARGEST_RISE = 0.05  # of the evaluation loss, relative to its lowest
 
 
 class Verdict(NamedTuple):
-    """Something wrong, with its figure, and what to try."""
+    """A problem with its metric, and what to try."""
 
     found: str
     advice: str
 
 
 def verdicts(
-    figures: dict[str, Any], history: Sequence[dict[str, Any]] = (), is_ensemble: bool = False
+    metrics: dict[str, Any], history: Sequence[dict[str, Any]] = (), is_ensemble: bool = False
 ) -> list[Verdict]:
-    """What is wrong by the figures of `report.measure`, and by lines of metrics.jsonl if there are any.
+    """Detect problems from the metrics of `reward_metrics` and, if given, the lines of metrics.jsonl.
 
-    is_ensemble: the scores are of several models, and have no scale on which probabilities can be judged.
+    is_ensemble: skips the checks of probabilities, which need raw scores.
     """
-    accuracy, confidence = figures["accuracy"], figures["prediction"]["confidence"]
-    log_loss = figures["prediction"]["log_loss"]
+    accuracy, confidence = metrics["accuracy"], metrics["prediction"]["confidence"]
+    log_loss = metrics["prediction"]["log_loss"]
     right, interval = accuracy["accuracy"], f"95% interval {accuracy['low']:.1%} to {accuracy['high']:.1%}"
-    saturation, agreement = figures["prediction"]["saturation"], figures["agreement"]["mean"]
+    saturation, agreement = metrics["prediction"]["saturation"], metrics["agreement"]["mean"]
     raters = "" if agreement is None else f"; raters agree with their majority in {agreement:.1%}"
-    by_length, overfitting = _by_length(figures["length"]), _overfitting(history)
+    by_length, overfitting = _by_length(metrics["length"]), _overfitting(history)
     checks = [
         (accuracy["high"] - accuracy["low"] > WIDEST_INTERVAL,
-         f"Accuracy is known only roughly: {accuracy['pairs']} pairs, {interval}.",
-         "judge more held-out pairs before acting on the rest; 1000 tell it to ±3 points."),
+         f"Accuracy is uncertain: {accuracy['pairs']} pairs, {interval}.",
+         "evaluate more held-out pairs before acting on the rest; 1000 pairs give ±3 points."),
         (right < LOWEST_ACCURACY,
-         f"Low accuracy, noisy labels or not converged: {right:.1%} ({interval}){raters}.",
+         f"Low accuracy, from noisy labels or too little training: {right:.1%} ({interval}){raters}.",
          "while train/loss falls, a higher --learning_rate or --num_train_epochs; else better labels."),
         (right > HIGHEST_ACCURACY,
-         f"Accuracy too good for preferences, a trivial signal or a leak: {right:.1%} ({interval}).",
-         "look for these prompts in the training data, and for a mark that only chosen responses bear."),
+         f"Accuracy too high for preferences, from a trivial signal or a leak: {right:.1%} ({interval}).",
+         "look for these prompts in the training data, and for a feature that only chosen responses have."),
         (not is_ensemble and confidence < LEAST_CONFIDENCE,
-         f"Collapsed scores: mean confidence is {confidence:.2%}, and a coin toss has 50%.",
+         f"Collapsed scores: mean confidence is {confidence:.2%}; that of a coin toss is 50%.",
          "a higher --learning_rate or --num_train_epochs; a lower --centre_coef or --label_smoothing."),
         (not is_ensemble and log_loss >= COIN_TOSS,
-         f"No better than a coin toss: the log-loss is {log_loss:.3f} nats per pair, and that of a model that"
-         f" prefers neither response is ln 2 = {COIN_TOSS:.3f}.",
-         "with a high accuracy, the model is too sure: --label_smoothing, a lower --learning_rate, fewer"
+         f"No better than a coin toss: the log-loss is {log_loss:.3f} nats per pair; that of a coin toss is"
+         f" ln 2 = {COIN_TOSS:.3f}.",
+         "if accuracy is high, the model is overconfident: --label_smoothing, a lower --learning_rate, fewer"
          " --num_train_epochs; else a higher --learning_rate or better labels."),
         (not is_ensemble and saturation > MOST_SATURATED,
          f"Saturated scores: {saturation:.1%} of pairs have a confidence above {SATURATED:.1%}.",
-         "--label_smoothing, the share of wrong labels; a lower --learning_rate or --num_train_epochs."),
-        (by_length, by_length, "training pairs of like length, or in which length misleads."),
+         "--label_smoothing (the share of wrong labels); a lower --learning_rate or --num_train_epochs."),
+        (by_length, by_length, "training pairs of similar length, or with a shorter chosen response."),
         (overfitting, overfitting, "--best_metric eval/loss; fewer --num_train_epochs; more data."),
     ]  # fmt: skip
-    return [Verdict(found, advice) for is_wrong, found, advice in checks if is_wrong]
+    return [Verdict(text, advice) for is_wrong, text, advice in checks if is_wrong]
 
 
-def in_words(
-    found: Sequence[Verdict], figures: dict[str, Any], history: Sequence[dict[str, Any]] = (),
+def format_verdicts(
+    problems: Sequence[Verdict], metrics: dict[str, Any], history: Sequence[dict[str, Any]] = (),
     is_ensemble: bool = False,
 ) -> str:  # fmt: skip
-    """Two lines for each verdict, or one when there is none; and what could not be checked."""
-    lines = [f"- {verdict.found}\n  Try: {verdict.advice}" for verdict in found]
+    """Format two lines per problem, or one line without problems, and list the checks that were skipped."""
+    lines = [f"- {verdict.found}\n  Try: {verdict.advice}" for verdict in problems]
     unchecked = []
     if not any(line.get("eval/loss") is not None for line in history):
         unchecked.append("overfitting (no evaluations in metrics.jsonl beside the model)")
     if is_ensemble:
         unchecked.append("confidence and log-loss (an ensemble has no raw scores)")
-    if figures["length"]["prefers_longer"] is None:
-        unchecked.append("preference for longer responses (all pairs are of equal lengths)")
-    if figures["agreement"]["mean"] is None:
-        unchecked.append("agreement of raters (no votes)")
+    if metrics["length"]["prefers_longer"] is None:
+        unchecked.append("preference for longer responses (the lengths in each pair are equal)")
+    if metrics["agreement"]["mean"] is None:
+        unchecked.append("rater agreement (no votes)")
     rest = f"not checked: {', '.join(unchecked)}." if unchecked else ""
     if lines:
         return "\n".join([*lines, *[rest.capitalize()] * bool(rest)])
-    return f"No problems detected in {figures['pairs']} pairs{f'; {rest}' if rest else '.'}"
+    return f"No problems detected in {metrics['pairs']} pairs{f'; {rest}' if rest else '.'}"
 
 
 def _by_length(length: dict[str, Any]) -> str:
-    """How scores follow length; empty if they do not. By an interval, so that few pairs do not tell."""
+    """Describe how scores follow length; empty if they do not. The interval makes it robust to few pairs."""
     pairs, correlation = length["prefers_longer"], length["spearman"] or 0.0
     if pairs and max(pairs["low"], 1 - pairs["high"]) > MOST_BY_LENGTH:
-        said = f"{pairs['accuracy']:.1%}, by the labels {length['longer_wins']['accuracy']:.1%}"
-        return f"Scores follow length: of two responses the longer wins {said}."
-    strong = abs(correlation) > STRONGEST_CORRELATION
-    return f"Scores follow length: their rank correlation is {correlation:+.2f}." if strong else ""
+        return (
+            f"Scores follow length: the longer response scores higher in {pairs['accuracy']:.1%} of pairs,"
+            f" and is chosen in {length['longer_wins']['accuracy']:.1%}."
+        )
+    is_strong = abs(correlation) > STRONGEST_CORRELATION
+    return f"Scores follow length: their rank correlation is {correlation:+.2f}." if is_strong else ""
 
 
 def _overfitting(history: Sequence[dict[str, Any]]) -> str:
-    """How far eval/loss rose above its lowest while train/accuracy did not fall; empty if it did not.
+    """Describe the rise of eval/loss above its minimum while train/accuracy did not fall; empty if none.
 
-    Accuracy in training is compared over as many lines before the lowest loss as after; where that is at
-    step 0, over the two halves of the run.
+    Training accuracy is compared over as many lines before the minimum as after it; with the minimum at step
+    0, over the two halves of the run.
     """
     losses = [(line["eval/loss"], line["step"]) for line in history if line.get("eval/loss") is not None]
     best, step = min(losses, default=(0.0, 0))

@@ -1,4 +1,4 @@
-"""The command that judges reward models: its figures, and a verdict for each way in which they go wrong."""
+"""Evaluation of reward models: metrics, and a verdict for each kind of problem."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from tests.stages import (
 )
 
 
-def judge(models: list[Path], data: Path, output: Path, *words: str, ranks: int = 1) -> dict:
+def evaluate_models(models: list[Path], data: Path, output: Path, *words: str, ranks: int = 1) -> dict:
     options = ["--reward_model_name_or_path", *map(str, models), "--eval_data", str(data)]
     succeed("step2_reward.evaluation.main", [*options, "--output_dir", str(output), *words], output, ranks)
     return json.loads((output / "report.json").read_text())
@@ -36,45 +36,45 @@ def write(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def test_figures_are_those_of_the_run(
+def test_metrics_match_those_of_training(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """In the run itself, by the command on one rank and on two; the accuracy and loss are eval/..."""
+    """The report of step 2, and the command on one rank and on two, match eval/accuracy and eval/loss."""
 
     def write_unstopped(*arguments: object) -> None:
-        assert process._last_line is None, "a stop of rank 0 alone would leave the others waiting"
+        assert process._last_line is None, "a stop of rank 0 alone would make the others wait"
         evaluate.write_report(*arguments)
 
     monkeypatch.setattr(main, "write_report", write_unstopped)
     data = write(tmp_path / "golden.jsonl", held_out(world, 40))
     options = [*reward(world, run / "sft/final", tmp_path / "out"), "--max_eval_samples", "0"]
     succeed("step2_reward.main", [*options, "--eval_data", str(data), "--golden_data", str(data)], tmp_path)
-    found = json.loads((tmp_path / "out/golden/report.json").read_text())
-    assert found["accuracy"]["accuracy"] == pytest.approx(metrics(tmp_path / "out", "eval/accuracy")[-1])
-    assert found["prediction"]["log_loss"] == pytest.approx(
+    report = json.loads((tmp_path / "out/golden/report.json").read_text())
+    assert report["accuracy"]["accuracy"] == pytest.approx(metrics(tmp_path / "out", "eval/accuracy")[-1])
+    assert report["prediction"]["log_loss"] == pytest.approx(
         metrics(tmp_path / "out", "eval/loss")[-1], rel=1e-5
     )
     for ranks in (1, 2):
-        again = judge([tmp_path / "out/final"], data, tmp_path / f"ranks_{ranks}", ranks=ranks)
-        assert again["accuracy"] == found["accuracy"] and again["verdicts"] == found["verdicts"]
-        assert again["scores"]["all"] == pytest.approx(found["scores"]["all"], rel=1e-4, abs=1e-5)
+        again = evaluate_models([tmp_path / "out/final"], data, tmp_path / f"ranks_{ranks}", ranks=ranks)
+        assert again["accuracy"] == report["accuracy"] and again["verdicts"] == report["verdicts"]
+        assert again["scores"]["all"] == pytest.approx(report["scores"]["all"], rel=1e-4, abs=1e-5)
     for name in ("reliability.png", "scores.png"):
         assert (tmp_path / "ranks_2" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_model_twice_is_that_model(world: Path, run: Path, tmp_path: Path) -> None:
-    """But for verdicts on probabilities, which are of raw scores."""
+def test_an_ensemble_of_one_model_twice_matches_the_model(world: Path, run: Path, tmp_path: Path) -> None:
+    """Only the verdicts on probabilities differ: they need raw scores."""
     data = write(tmp_path / "pairs.jsonl", held_out(world, 20))
     model = with_head(1e4)(world, run, tmp_path)
-    one = judge([model], data, tmp_path / "one")
-    two = judge([model, model], data, tmp_path / "two", "--reward_combine", "mean_std")
+    one = evaluate_models([model], data, tmp_path / "one")
+    two = evaluate_models([model, model], data, tmp_path / "two", "--reward_combine", "mean_std")
     assert two["scores"] == one["scores"] and two["accuracy"] == one["accuracy"]
     kinds = [[verdict["found"].split(":")[0] for verdict in each["verdicts"]] for each in (one, two)]
     assert "Saturated scores" in kinds[0] and "Saturated scores" not in kinds[1]
 
 
 def with_head(factor: float) -> Callable[[Path, Path, Path], Path]:
-    """A finished model whose head is multiplied."""
+    """Multiply the head of a finished model."""
 
     def make(_: Path, run: Path, folder: Path) -> Path:
         shutil.copytree(run / "reward/final", folder / "final")
@@ -89,7 +89,7 @@ def with_head(factor: float) -> Callable[[Path, Path, Path], Path]:
 def trained(
     records: Callable[[Path], list[dict]], steps: int, eval_steps: int
 ) -> Callable[[Path, Path, Path], Path]:
-    """A model that has learnt from these records."""
+    """Train a model on these records."""
 
     def make(world: Path, _: Path, folder: Path) -> Path:
         data = write(folder / "train.jsonl", records(world))
@@ -112,7 +112,7 @@ def longer_is_better(_: Path) -> list[dict]:
 
 
 def by_chance(world: Path) -> list[dict]:
-    """Sixteen pairs in no order, to be learnt by heart."""
+    """Sixteen pairs with random labels, to be memorised."""
     rng = random.Random(0)
     records = held_out(world, 16)
     for record in records:
@@ -127,22 +127,22 @@ BROKEN = {
     "Saturated scores": (with_head(1e4), None),
     "Overfitting": (trained(by_chance, 80, 10), None),
     "Scores follow length": (trained(longer_is_better, 60, 0), longer_is_better),
-    "Accuracy too good": (trained(longer_is_better, 60, 0), longer_is_better),
+    "Accuracy too high": (trained(longer_is_better, 60, 0), longer_is_better),
 }
 
 
 @pytest.mark.parametrize("verdict", BROKEN)
-def test_what_is_wrong_is_told(world: Path, run: Path, tmp_path: Path, verdict: str) -> None:
+def test_each_problem_gets_its_verdict(world: Path, run: Path, tmp_path: Path, verdict: str) -> None:
     make, records = BROKEN[verdict]
     model = make(world, run, tmp_path)
     data = write(tmp_path / "judged.jsonl", records(world) if records else held_out(world, 400))
-    found = judge([model], data, tmp_path / "report")
-    assert any(one["found"].startswith(verdict) and one["advice"] for one in found["verdicts"]), found[
+    report = evaluate_models([model], data, tmp_path / "report")
+    assert any(one["found"].startswith(verdict) and one["advice"] for one in report["verdicts"]), report[
         "verdicts"
     ]
 
 
-def test_mistakes_are_one_line(world: Path, run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(world: Path, run: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "pairs.jsonl", held_out(world, 2))
     ties = write(tmp_path / "ties.jsonl", [record | {"tie": True} for record in held_out(world, 2)])
     bad = write(tmp_path / "bad.jsonl", [*held_out(world, 2), {"prompt": "a", "chosen": "b"}])

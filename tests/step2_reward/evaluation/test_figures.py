@@ -1,4 +1,4 @@
-"""The figures of the reward-model report against closed forms and plain counting."""
+"""Metrics of the reward-model report, against closed forms and plain counting."""
 
 import json
 from statistics import NormalDist
@@ -9,13 +9,13 @@ import torch
 
 from step2_reward.evaluation.figures import (
     LENGTHS,
-    Judged,
+    ScoredPairs,
     accuracy,
     by_quarter,
     length_bucket,
-    measure,
     prediction,
     ranks,
+    reward_metrics,
 )
 from step2_reward.evaluation.report_text import table
 from step2_reward.loss import pairwise_loss
@@ -23,8 +23,8 @@ from step2_reward.loss import pairwise_loss
 DRAW = np.random.default_rng(0)
 
 
-def pairs(chosen, rejected, **fields) -> Judged:
-    """Preferences with these scores; all else is as plain as can be."""
+def pairs(chosen, rejected, **fields) -> ScoredPairs:
+    """Preferences with these scores, and defaults for the other fields."""
     count = len(chosen)
     plain = {
         "chosen_lengths": np.full(count, 10),
@@ -35,41 +35,41 @@ def pairs(chosen, rejected, **fields) -> Judged:
         "agreement": np.full(count, np.nan),
     }
     fields = plain | {name: np.array(values) for name, values in fields.items()}
-    return Judged(np.array(chosen, float), np.array(rejected, float), **fields)
+    return ScoredPairs(np.array(chosen, float), np.array(rejected, float), **fields)
 
 
-def test_accuracy_leaves_ties_out_and_takes_equal_scores_for_half():
+def test_accuracy_excludes_ties_and_counts_equal_scores_half():
     judged = pairs([3, 1, 2, 0, 9], [1, 2, 2, -1, 0], is_tie=np.arange(5) == 4)
-    figures = measure(judged)
-    assert (figures["pairs"], figures["ties"]) == (5, 1)
-    assert (figures["accuracy"]["pairs"], figures["accuracy"]["accuracy"]) == (4, 2.5 / 4)
-    assert figures["scores"]["chosen"]["mean"] == 1.5 and figures["scores"]["all"]["mean"] == 1.9
+    metrics = reward_metrics(judged)
+    assert (metrics["pairs"], metrics["ties"]) == (5, 1)
+    assert (metrics["accuracy"]["pairs"], metrics["accuracy"]["accuracy"]) == (4, 2.5 / 4)
+    assert metrics["scores"]["chosen"]["mean"] == 1.5 and metrics["scores"]["all"]["mean"] == 1.9
 
 
 @pytest.mark.parametrize(("right", "wrong"), [(7, 3), (1, 0), (0, 5), (40, 0), (913, 87)])
-def test_the_interval_ends_where_the_score_test_rejects(right, wrong):
+def test_the_interval_is_that_of_the_score_test(right, wrong):
     """Wilson's limits are the two p with |share - p| = z sqrt(p (1 - p) / n)."""
-    found = accuracy(np.array([1.0] * right + [-1.0] * wrong))
-    assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
+    metrics = accuracy(np.array([1.0] * right + [-1.0] * wrong))
+    assert 0 <= metrics["low"] <= metrics["accuracy"] <= metrics["high"] <= 1
     z = NormalDist().inv_cdf(0.975)
-    for p in (found["low"], found["high"]):
-        distance = abs(found["accuracy"] - p)
+    for p in (metrics["low"], metrics["high"]):
+        distance = abs(metrics["accuracy"] - p)
         assert distance == pytest.approx(z * (p * (1 - p) / (right + wrong)) ** 0.5, rel=1e-6, abs=1e-9)
-    assert found["high"] - found["low"] > 0.01
+    assert metrics["high"] - metrics["low"] > 0.01
 
 
-def test_rounding_leaves_the_share_inside_its_interval():
+def test_the_share_is_inside_its_interval_despite_rounding():
     for count in range(1, 300):
         for sign in (-1.0, 1.0):
-            found = accuracy(np.full(count, sign))
-            assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
+            metrics = accuracy(np.full(count, sign))
+            assert 0 <= metrics["low"] <= metrics["accuracy"] <= metrics["high"] <= 1
 
 
 def test_groups_by_source_and_raters():
     judged = pairs(
         [1, 1, 0, 0], [0, 0, 1, 1], sources=["x", "y", "y", "y"], agreement=[1.0, 0.6, 1.0, float("nan")]
     )
-    by = measure(judged)["accuracy_by"]
+    by = reward_metrics(judged)["accuracy_by"]
     assert {name: (one["pairs"], one["accuracy"]) for name, one in by["source"].items()} == {
         "x": (1, 1.0),
         "y": (3, 1 / 3),
@@ -78,7 +78,7 @@ def test_groups_by_source_and_raters():
         "divided": (1, 1.0),
         "unanimous": (2, 0.5),
     }
-    assert measure(judged)["agreement"] == {"pairs": 3, "mean": pytest.approx(2.6 / 3)}
+    assert reward_metrics(judged)["agreement"] == {"pairs": 3, "mean": pytest.approx(2.6 / 3)}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_groups_by_source_and_raters():
         (0, 1, "about equal"),
     ],
 )
-def test_length_buckets_mirror_each_other(chosen, rejected, name):
+def test_length_buckets_are_symmetric(chosen, rejected, name):
     judged = pairs([0, 0], [0, 0], chosen_lengths=[chosen, rejected], rejected_lengths=[rejected, chosen])
     there, back = length_bucket(judged)
     assert LENGTHS[there] == name and LENGTHS[back] == name.replace("longer", "shorter")
@@ -107,18 +107,18 @@ def test_quarters_of_margins():
         "1": (3, 1.0),
         "3": (2, 0.5),
     }
-    some = measure(pairs([1, 1, 1], [0, 0, 0], margins=[0, 2, -1]))["accuracy_by"]["margin"]
-    assert sum(one["pairs"] for one in some.values()) == 2, "a margin of 0 is none"
+    some = reward_metrics(pairs([1, 1, 1], [0, 0, 0], margins=[0, 2, -1]))["accuracy_by"]["margin"]
+    assert sum(one["pairs"] for one in some.values()) == 2, "a margin of 0 means no margin"
 
 
 def test_log_loss_is_the_loss_of_raw_scores():
     raw = DRAW.normal(1, 3, (2, 500))
-    found = measure(pairs(*(raw - 0.7) / 2.5), reward_std=2.5)["prediction"]["log_loss"]
-    assert found == pytest.approx(pairwise_loss(*torch.tensor(raw)).double().mean().item(), rel=1e-5)
+    metrics = reward_metrics(pairs(*(raw - 0.7) / 2.5), reward_std=2.5)["prediction"]["log_loss"]
+    assert metrics == pytest.approx(pairwise_loss(*torch.tensor(raw)).double().mean().item(), rel=1e-5)
     assert prediction(np.array([1000.0, -1000.0]))["log_loss"] == 500.0
 
 
-def test_calibration_error_is_that_of_the_pairs_in_both_orders():
+def test_calibration_error_matches_that_of_pairs_in_both_orders():
     difference = DRAW.normal(0.5, 2, 700)
     both = np.concatenate([difference, -difference])
     probability, first_wins = 1 / (1 + np.exp(-both)), np.arange(1400) < 700
@@ -132,13 +132,13 @@ def test_calibration_error_is_that_of_the_pairs_in_both_orders():
 
 @pytest.mark.parametrize(("right", "error"), [(3, 0.0), (4, 0.25), (2, 0.25)])
 def test_calibration_in_closed_form(right, error):
-    """Four pairs predicted with 75 %: calibrated if three of them are right."""
-    found = prediction(np.log(3) * np.where(np.arange(4) < right, 1, -1))
-    assert found["calibration_error"] == pytest.approx(error, abs=1e-12)
-    assert found["confidence"] == pytest.approx(0.75)
+    """Four pairs predicted with 75 % are calibrated if three of them are right."""
+    metrics = prediction(np.log(3) * np.where(np.arange(4) < right, 1, -1))
+    assert metrics["calibration_error"] == pytest.approx(error, abs=1e-12)
+    assert metrics["confidence"] == pytest.approx(0.75)
 
 
-def test_saturation_counts_either_side():
+def test_saturation_counts_right_and_wrong_pairs():
     edge = np.log(0.999 / 0.001)
     assert prediction(np.array([edge + 0.01, -edge - 0.01, edge - 0.01, 0.0]))["saturation"] == 0.5
 
@@ -154,42 +154,42 @@ def test_ranks_and_correlations():
         chosen_lengths=lengths[::2],
         rejected_lengths=lengths[1::2],
     )
-    found = measure(curved)["length"]
+    metrics = reward_metrics(curved)["length"]
     x, y = lengths - lengths.mean(), np.exp(lengths) - np.exp(lengths).mean()
-    assert found["pearson"] == pytest.approx((x * y).sum() / ((x**2).sum() * (y**2).sum()) ** 0.5)
-    assert found["spearman"] == pytest.approx(1.0)
-    assert found["longer_wins"]["accuracy"] == 0.0 and found["prefers_longer"]["accuracy"] == 1.0
+    assert metrics["pearson"] == pytest.approx((x * y).sum() / ((x**2).sum() * (y**2).sum()) ** 0.5)
+    assert metrics["spearman"] == pytest.approx(1.0)
+    assert metrics["longer_wins"]["accuracy"] == 0.0 and metrics["prefers_longer"]["accuracy"] == 1.0
 
 
-def test_longer_wins_and_what_the_model_prefers_are_told_apart():
-    """Longer ones: chosen, chosen, rejected, neither; the model prefers the longer, shorter, longer."""
+def test_longer_wins_and_prefers_longer_differ():
+    """Longer response: chosen, chosen, rejected, neither; the model prefers longer, shorter, longer."""
     judged = pairs([1, 0, 0, 1], [0, 1, 1, 0], chosen_lengths=[9, 9, 5, 5], rejected_lengths=[5, 5, 9, 5])
-    found = measure(judged)["length"]
-    assert found["longer_wins"]["accuracy"] == 2.5 / 4
-    assert (found["prefers_longer"]["pairs"], found["prefers_longer"]["accuracy"]) == (3, 2 / 3)
+    metrics = reward_metrics(judged)["length"]
+    assert metrics["longer_wins"]["accuracy"] == 2.5 / 4
+    assert (metrics["prefers_longer"]["pairs"], metrics["prefers_longer"]["accuracy"]) == (3, 2 / 3)
 
 
 def test_spread():
-    found = measure(pairs(np.arange(101), np.arange(101) - 2.0))["scores"]
-    assert [found["chosen"][f"p{p}"] for p in (1, 5, 25, 50, 75, 95, 99)] == [1, 5, 25, 50, 75, 95, 99]
-    assert found["chosen"]["std"] == pytest.approx(((101**2 - 1) / 12) ** 0.5)
-    assert (found["difference"]["mean"], found["difference"]["std"]) == (2.0, 0.0)
+    metrics = reward_metrics(pairs(np.arange(101), np.arange(101) - 2.0))["scores"]
+    assert [metrics["chosen"][f"p{p}"] for p in (1, 5, 25, 50, 75, 95, 99)] == [1, 5, 25, 50, 75, 95, 99]
+    assert metrics["chosen"]["std"] == pytest.approx(((101**2 - 1) / 12) ** 0.5)
+    assert (metrics["difference"]["mean"], metrics["difference"]["std"]) == (2.0, 0.0)
 
 
-def test_what_cannot_be_measured_is_refused_or_none():
+def test_undefined_metrics_are_refused_or_none():
     with pytest.raises(ValueError, match="2 of 4 scores are not finite"):
-        measure(pairs([1, float("nan")], [float("inf"), 0]))
-    with pytest.raises(ValueError, match="no pair has a better response"):
-        measure(pairs([1, 2], [0, 0], is_tie=[True, True]))
-    figures = measure(pairs([1], [1]))
-    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+        reward_metrics(pairs([1, float("nan")], [float("inf"), 0]))
+    with pytest.raises(ValueError, match="all pairs are ties"):
+        reward_metrics(pairs([1, 2], [0, 0], is_tie=[True, True]))
+    metrics = reward_metrics(pairs([1], [1]))
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
     assert (
-        figures["length"]["pearson"]
-        is figures["length"]["prefers_longer"]
-        is figures["agreement"]["mean"]
+        metrics["length"]["pearson"]
+        is metrics["length"]["prefers_longer"]
+        is metrics["agreement"]["mean"]
         is None
     )
-    assert "none" in table(figures)
+    assert "none" in table(metrics)
 
 
 def test_the_table_is_aligned():
@@ -199,7 +199,7 @@ def test_the_table_is_aligned():
         margins=np.arange(40),
         agreement=[1.0, 0.75] * 20,
     )
-    groups, facts, scores = table(measure(judged)).split("\n\n")
+    groups, facts, scores = table(reward_metrics(judged)).split("\n\n")
     header, *rows = groups.splitlines()
     assert [row.split("  ")[0] for row in rows] == [
         "all pairs",

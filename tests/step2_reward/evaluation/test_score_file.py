@@ -1,4 +1,4 @@
-"""The scores that other programs get: the right ones, whole, in order, and the same after a kill."""
+"""Scores of a JSONL file: correct, complete, in order, and the same after a kill and a resume."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import step2_reward.evaluation.score_file
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import tokenize_response
-from step2_reward.evaluation.score_file import check_written, describe, read_examples, token_ids
+from step2_reward.evaluation.score_file import check_written, describe_first_records, read_examples, token_ids
 from step2_reward.options import ScoreOptions
 from tests.common.text.test_chat_templates import CHATML, make_encoder
 from tests.end_to_end.test_ensemble import keep_scores, make_other
@@ -26,7 +26,7 @@ from tests.word_encoder import EOS, WordEncoder
 
 
 def make_input(world: Path, path: Path, count: int) -> list[dict]:
-    """Records in every shape, with a field of their own."""
+    """Write records in every shape, with an extra field."""
     pairs = [json.loads(line) for line in (world / "preferences.jsonl").read_text().splitlines()[:count]]
     records = []
     for number, pair in enumerate(pairs):
@@ -58,8 +58,8 @@ def refused(result: Result, *parts: str) -> None:
     assert all(part in lines[0] for part in parts), lines
 
 
-def test_scores_are_those_of_plain_transformers(world: Path, run: Path, tmp_path: Path) -> None:
-    """Of both members, centred, through the launch script; and every record is there with all it had."""
+def test_scores_match_plain_transformers(world: Path, run: Path, tmp_path: Path) -> None:
+    """Centred scores of an ensemble through the launch script; every record has all its fields."""
     models = [run / "reward/final", make_other(tmp_path / "other", run / "reward/final")]
     records = make_input(world, tmp_path / "in.jsonl", 9)
     combined = ["--reward_combine", "mean_std", "--reward_std_coef", "2"]
@@ -81,40 +81,40 @@ def test_scores_are_those_of_plain_transformers(world: Path, run: Path, tmp_path
             row.append(model(ids).logits.item())
         expected.append((torch.tensor(row) - model.config.reward_mean) / model.config.reward_std)
     a, b = expected
-    for number, (found, record) in enumerate(zip(read(tmp_path / "out.jsonl"), records, strict=True)):
-        score, scores = found.pop("score"), found.pop("scores")
+    for number, (scored, record) in enumerate(zip(read(tmp_path / "out.jsonl"), records, strict=True)):
+        score, scores = scored.pop("score"), scored.pop("scores")
         record.pop("score", None)
-        assert found == record
+        assert scored == record
         assert scores == pytest.approx([a[number].item(), b[number].item()], abs=1e-5)
         assert score == pytest.approx(((a + b) / 2 - (a - b).abs())[number].item(), abs=2e-5)
 
 
-def test_scores_are_those_of_step_3(
+def test_scores_match_those_of_step_3(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Responses of a rollout, which this model reads as text, have the scores that PPO gave them."""
+    """The text of a rollout's responses gets the scores of PPO."""
     keep_scores(monkeypatch)
     model = make_other(tmp_path / "other", run / "reward/final")
     succeed("step3_ppo.main", ppo(world, run / "sft/final", model, tmp_path / "ppo", steps=1), tmp_path)
-    kept = torch.load(tmp_path / "ppo/scores.pt")
-    rows = [row for row, text in enumerate(kept["texts"]) if text.strip()]
+    rollout = torch.load(tmp_path / "ppo/scores.pt")
+    rows = [row for row, text in enumerate(rollout["texts"]) if text.strip()]
     assert len(rows) > 10
-    records = [{"prompt": kept["prompts"][row], "response": kept["texts"][row].strip()} for row in rows]
+    records = [{"prompt": rollout["prompts"][row], "response": rollout["texts"][row].strip()} for row in rows]
     (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     succeed("step2_reward.evaluation.score_file", words([model], tmp_path, "out.jsonl"), tmp_path)
-    found = [record["score"] for record in read(tmp_path / "out.jsonl")]
-    assert found == pytest.approx([kept["scores"][row].item() for row in rows], abs=1e-5)
+    scores = [record["score"] for record in read(tmp_path / "out.jsonl")]
+    assert scores == pytest.approx([rollout["scores"][row].item() for row in rows], abs=1e-5)
 
 
 def test_a_killed_run_ends_with_the_same_bytes(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Killed at some moment, and cut off at chosen places: within a line, at its end, after whole windows."""
+    """Killed during scoring; then truncated within a line, after a line and after a window."""
     monkeypatch.setattr(step2_reward.evaluation.score_file, "WINDOW", 8)
     models, out = [run / "reward/final"], tmp_path / "out.jsonl"
     make_input(world, tmp_path / "in.jsonl", 200)
     good = (tmp_path / "in.jsonl").read_text().splitlines()
-    good.insert(11, '{"prompt": "Hello!"}')  # a bad one, which has no line in the output
+    good.insert(11, '{"prompt": "Hello!"}')  # a bad record has no line in the output
     (tmp_path / "in.jsonl").write_text("\n".join(good))
     options = words(models, tmp_path, "out.jsonl", "--skip_bad_records")
     running = start_stage("step2_reward.evaluation.score_file", options, tmp_path)
@@ -123,16 +123,18 @@ def test_a_killed_run_ends_with_the_same_bytes(
     assert running.result().codes == [-signal.SIGKILL]
     assert out.read_bytes().count(b"\n") < 200
     succeed("step2_reward.evaluation.score_file", options, tmp_path)
-    whole = out.read_bytes()
-    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    expected = out.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(expected) if byte == ord("\n")]
     assert len(ends) == 200 and [record["id"] for record in read(out)] == [f"é{n}" for n in range(200)]
     for cut in (ends[15], ends[15] + 9, ends[20]):
-        out.write_bytes(whole[:cut])
+        out.write_bytes(expected[:cut])
         succeed("step2_reward.evaluation.score_file", options, tmp_path)
-        assert out.read_bytes() == whole, cut
+        assert out.read_bytes() == expected, cut
 
 
-def test_a_stop_is_polite(world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_after_a_window(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step2_reward.evaluation.score_file, "WINDOW", 8)
     make_input(world, tmp_path / "in.jsonl", 400)
     out = tmp_path / "out.jsonl"
@@ -148,7 +150,7 @@ def test_a_stop_is_polite(world: Path, run: Path, tmp_path: Path, monkeypatch: p
     assert result.output.splitlines()[-1] == last
 
 
-def test_nothing_to_score_leaves_nothing_behind(run: Path, tmp_path: Path) -> None:
+def test_without_records_no_output_is_left(run: Path, tmp_path: Path) -> None:
     for lines, *parts in (
         ("", "no rows left: 0 records read"),
         ('{"prompt": 3}\n[]\n', "no rows left: 2 records read: 2 bad, the first at", "in.jsonl:1"),
@@ -159,15 +161,15 @@ def test_nothing_to_score_leaves_nothing_behind(run: Path, tmp_path: Path) -> No
         assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_another_output_is_left_alone(world: Path, run: Path, tmp_path: Path) -> None:
-    """One of other models is refused, without losing a byte; one of other batches is not."""
+def test_the_output_of_other_models_is_refused(world: Path, run: Path, tmp_path: Path) -> None:
+    """It stays unchanged. Another batch size is accepted."""
     one, two = run / "reward/final", make_other(tmp_path / "other", run / "reward/final")
     make_input(world, tmp_path / "in.jsonl", 12)
     succeed("step2_reward.evaluation.score_file", words([one], tmp_path, "out.jsonl"), tmp_path)
     before = (tmp_path / "out.jsonl").read_bytes()
     refused(
         run_stage("step2_reward.evaluation.score_file", words([two], tmp_path, "out.jsonl"), tmp_path),
-        "--output", "out.jsonl", "not these models' scores",
+        "--output", "out.jsonl", "other scores than those of these models",
     )  # fmt: skip
     assert (tmp_path / "out.jsonl").read_bytes() == before
     other_batches = [*words([one], tmp_path, "out.jsonl"), "--micro_batch_size", "5"]
@@ -191,7 +193,7 @@ def test_another_output_is_left_alone(world: Path, run: Path, tmp_path: Path) ->
         ),  # more records
     ],
 )
-def test_what_is_written_already_must_fit(written: list[str], fits: bool) -> None:
+def test_existing_lines_must_match(written: list[str], fits: bool) -> None:
     lines = [b'{"id": 1, "score": 0.5}\n', b'{"id": 2, "score": -3.0}\n']
     with contextlib.nullcontext() if fits else pytest.raises(UserError, match="--output F.jsonl"):
         check_written([f"{line}\n".encode() for line in written], lines, ScoreOptions(output="F.jsonl"))
@@ -211,7 +213,7 @@ def test_what_is_written_already_must_fit(written: list[str], fits: bool) -> Non
         ),
     ],
 )
-def test_a_bad_record_is_named_or_left_out(tmp_path: Path, line: str, part: str) -> None:
+def test_a_bad_record_is_named_or_skipped(tmp_path: Path, line: str, part: str) -> None:
     good = '{"prompt": "a b", "response": "c"}'
     (tmp_path / "in.jsonl").write_text(f"\n{line}\n{good}\n{good}\n")
     options = ScoreOptions(input=str(tmp_path / "in.jsonl"), max_length=8)
@@ -225,7 +227,7 @@ def test_a_bad_record_is_named_or_left_out(tmp_path: Path, line: str, part: str)
     assert list(read_examples(options, [encoder], 1)) == [expected]
 
 
-def test_a_weight_scores_a_part_or_several_times_and_resumes_there(tmp_path: Path) -> None:
+def test_a_weight_selects_or_repeats_records_also_after_a_resume(tmp_path: Path) -> None:
     file, encoder = tmp_path / "in.jsonl", WordEncoder()
     file.write_text("".join(f'{{"prompt": "p{n}", "response": "c"}}\n' for n in range(40)))
 
@@ -241,7 +243,7 @@ def test_a_weight_scores_a_part_or_several_times_and_resumes_there(tmp_path: Pat
         prompts(":0.0001", 0)
 
 
-def test_many_records_left_out_or_cut_are_a_warning(tmp_path: Path, capsys) -> None:
+def test_many_skipped_records_or_truncated_prompts_are_a_warning(tmp_path: Path, capsys) -> None:
     lines = ['{"prompt": "a b c d e f g h", "response": "c"}', "[]", '{"prompt": "a", "response": "c"}']
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     encoder = WordEncoder()
@@ -250,29 +252,29 @@ def test_many_records_left_out_or_cut_are_a_warning(tmp_path: Path, capsys) -> N
     assert len(list(read_examples(options, [encoder], 0))) == 2
     out = capsys.readouterr().out
     assert "warning: 33% of the records are left out" in out
-    assert "warning: 33% of the prompts are cut to --max_length 8" in out
+    assert "warning: 33% of the prompts are truncated to --max_length 8" in out
 
 
-def test_how_records_became_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    asked = [{"role": "user", "content": "q"}]
-    records = [{"prompt": asked, "response": "A plum."}, *[{"prompt": "Q:", "completion": " A pear."}] * 2]
+def test_rendering_of_the_first_records_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    turns = [{"role": "user", "content": "q"}]
+    records = [{"prompt": turns, "response": "A plum."}, *[{"prompt": "Q:", "completion": " A pear."}] * 2]
     file = tmp_path / "in.jsonl"
     file.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     tokenizer = make_encoder(CHATML, "<|im_end|>").tokenizer
     tokenizer.name_or_path = "some/model"
     encoder, options = SegmentEncoder(tokenizer), ScoreOptions(input=str(file), max_length=512)
-    describe(options, [*read_examples(options, [encoder], 0)], 0, encoder)
+    describe_first_records(options, [*read_examples(options, [encoder], 0)], 0, encoder)
     printed = capsys.readouterr().out
     assert "1 prompts rendered with the chat template of some/model, 2 prompts used verbatim" in printed
     assert "warning: 2 prompts are strings" in printed
-    describe(options, [*read_examples(options, [encoder], 1)], 1, encoder)
+    describe_first_records(options, [*read_examples(options, [encoder], 1)], 1, encoder)
     assert "in.jsonl, records 2 to 3: 2 prompts used verbatim" in capsys.readouterr().out
 
 
-def test_a_response_that_was_cut_is_scored_as_in_step_3() -> None:
-    encoder, whole = WordEncoder(), {"prompt": "a b", "completion": "c d"}
-    cut = whole | {"ended": False}
-    expected, _ = token_ids(whole, encoder, 16)
+def test_a_truncated_response_is_scored_as_in_step_3() -> None:
+    encoder, ended = WordEncoder(), {"prompt": "a b", "completion": "c d"}
+    truncated = ended | {"ended": False}
+    expected, _ = token_ids(ended, encoder, 16)
     assert expected[-1] == EOS
-    assert token_ids(cut, encoder, 16)[0] == expected
-    assert tokenize_response(cut, encoder, 16, "drop")[0].ids == expected
+    assert token_ids(truncated, encoder, 16)[0] == expected
+    assert tokenize_response(truncated, encoder, 16, "drop")[0].ids == expected
