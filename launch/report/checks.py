@@ -1,7 +1,7 @@
-"""Problems of training that any stage may have, and those of steps 1 and 2. Pure.
+"""Problems of training in any stage, and of steps 1 and 2. Pure.
 
-Rules that judge a change compare the mean over the first fifth of a curve with that over the last; rules that
-judge a level look at the latter. Thresholds are rules of thumb: a finding is a reason to look, not a proof.
+Rules about a change compare the means over the first and the last fifth of a curve; rules about a level use
+the last fifth. Thresholds are rules of thumb: a finding is a reason to look, not a proof.
 """
 
 import math
@@ -13,23 +13,23 @@ from launch.report.read import Line
 from launch.report.rule import Finding
 from launch.report.trends import ERRORS, Values, ends, error_of_change
 
-COIN_TOSS = math.log(2)  # loss of a preference model that knows nothing, nats per pair
+COIN_TOSS = math.log(2)  # preference loss of a random model, nats per pair
 LEAST_ACCURACY = 0.55  # of pairs; 0.5 is a coin toss
-KNOWN_BY_HEART, LARGEST_GAP = 0.95, 0.15  # accuracy in training, and how far the held-out one is below it
+MEMORISED, LARGEST_GAP = 0.95, 0.15  # training accuracy, and its gap to the held-out accuracy
 LARGEST_LOSS = math.log(1000)  # nats per token after training, a perplexity of 1000
-LARGEST_RISE = 0.05  # of the evaluation loss, relative to its lowest
-LEAST_RISE = 0.01  # above the value at step 0, of the evaluation loss and of the NLL of chosen responses
-LEAST_FALL = 0.005  # of the evaluation loss from step 0, below which nothing was learnt
-LARGEST_NORM, EXPLOSION = 100.0, 10.0  # of gradients: a level, and a growth
+LARGEST_RISE = 0.05  # of the evaluation loss, relative to its minimum
+LEAST_RISE = 0.01  # of the evaluation loss and of the NLL of chosen responses, relative to step 0
+LEAST_FALL = 0.005  # of the evaluation loss, relative to step 0
+LARGEST_NORM, EXPLOSION = 100.0, 10.0  # of gradients: level, and growth
 MOST_SKIPPED = 0.005  # share of the steps
-FEWEST_LOSSES = 10  # that tell that a training loss does not fall: fewer may be noise
+FEWEST_LOSSES = 10  # training losses needed to say that they do not fall
 LEAST_SPREAD = 0.01  # of the scores of a reward model
-FURTHEST = 50.0  # nats per response of the data
+FURTHEST = 50.0  # log-ratio to the reference, nats per response of the data
 MOST_NAMES = 3
 
 
 def not_finite(lines: Sequence[Line]) -> Finding | None:
-    """Metrics that were NaN or infinite, which metrics.jsonl holds as null."""
+    """Metrics that were NaN or infinite; metrics.jsonl has them as null."""
     bad = [(name, line["step"]) for line in lines for name, value in line.items() if value is None]
     if not bad:
         return None
@@ -43,22 +43,22 @@ def not_finite(lines: Sequence[Line]) -> Finding | None:
 
 
 def skipped_updates(steps: Values, skipped: Values) -> Finding | None:
-    """Updates left out because of gradients that were not finite."""
+    """Updates skipped because of non-finite gradients."""
     if skipped[-1] <= MOST_SKIPPED * max(steps[-1], 1):
         return None
     return Finding(
-        f"Skipped updates: {skipped[-1]:.0f} in {steps[-1]:.0f} steps, as gradients were not finite.",
-        "a lower learning rate; bf16 instead of fp16, which skips some while it looks for its loss scale.",
+        f"Skipped updates: {skipped[-1]:.0f} in {steps[-1]:.0f} steps, because of non-finite gradients.",
+        "a lower learning rate; bf16 instead of fp16, which skips some while it adjusts the loss scale.",
     )
 
 
 def large_gradients(name: str, norms: Values) -> Finding | None:
-    """Norms that are huge, or have grown without end."""
+    """Gradient norms that are huge, or explode."""
     start, end = ends(norms)
     if end <= EXPLOSION or (end <= LARGEST_NORM and end <= EXPLOSION * start):
         return None
     return Finding(
-        f"Large gradients: {name} went from {start:.3g} to {end:.3g}; clipping leaves little of them.",
+        f"Large gradients: {name} went from {start:.3g} to {end:.3g}, far above the clipping norm.",
         "a lower learning rate; a longer --warmup_ratio; the records of the steps where the norm jumps.",
     )
 
@@ -71,7 +71,7 @@ def zero_rate(rates: Values) -> Finding | None:
 
 
 def rising_loss(losses: Values, held_out: Values) -> Finding | None:
-    """A training loss that rises; or does not fall, in a run whose held-out loss stays."""
+    """A training loss that rises, or that stays the same while the held-out loss does too."""
     start, end = ends(losses)
     if end < start:
         return None
@@ -90,7 +90,7 @@ def rising_loss(losses: Values, held_out: Values) -> Finding | None:
 
 
 def high_loss(losses: Values) -> Finding | None:
-    """A language model that does not fit its data at all."""
+    """A language model with a huge loss."""
     if (end := ends(losses)[1]) <= LARGEST_LOSS:
         return None
     return Finding(
@@ -103,8 +103,9 @@ def high_loss(losses: Values) -> Finding | None:
 def overfitting(
     eval_steps: Values, eval_losses: Values, train_steps: Values, train_losses: Values
 ) -> Finding | None:
-    """A held-out loss above its lowest, while that in training fell: over as many lines before as after, or
-    over the two halves of a run whose lowest is at step 0. Or one that rose, or stayed, from step 0 on.
+    """A held-out loss above its minimum while the training loss fell, compared over as many lines before the
+    minimum as after it (over the two halves of the run if the minimum is at step 0). Or a held-out loss that
+    rose, or stayed the same, since step 0.
     """
     lowest, best = min(zip(eval_losses, eval_steps, strict=True))
     after = [loss for step, loss in zip(train_steps, train_losses, strict=True) if step > best]
@@ -134,7 +135,7 @@ def overfitting(
 
 
 def coin_toss(losses: Values, use_margin: bool = False, loss: str = "dpo") -> Finding | None:
-    """A loss of preferences that a model without any knowledge would have too."""
+    """A preference loss no lower than that of a random model."""
     end = ends(losses)[1]
     if use_margin or loss not in ("dpo", "robust") or end < COIN_TOSS:
         return None
@@ -147,21 +148,21 @@ def coin_toss(losses: Values, use_margin: bool = False, loss: str = "dpo") -> Fi
 
 
 def coin_toss_in_training(losses: Values, held_out: Values, **options: Any) -> Finding | None:
-    """The same of the training loss, in a run without evaluations, if nothing but preferences is in it."""
+    """The same for the training loss, in a run without evaluations, unless it contains other terms."""
     added = [options.pop(name, 0.0) for name in ("centre_coef", "lm_loss_coef")]
-    found = coin_toss(losses, **options)
-    if held_out or not found or any(added):
+    finding = coin_toss(losses, **options)
+    if held_out or not finding or any(added):
         return None
-    return found._replace(found=found.found.replace("held-out pairs", "training pairs"))
+    return finding._replace(problem=finding.problem.replace("held-out pairs", "training pairs"))
 
 
 def low_accuracy(accuracies: Values) -> Finding | None:
-    """Held-out pairs ranked about as a coin would, or worse."""
+    """Held-out accuracy near chance or below."""
     end = ends(accuracies)[1]
     if end > LEAST_ACCURACY:
         return None
     level = "below chance" if end < 0.5 else "near chance"
-    swapped = "look whether labels are swapped; " if end < 0.5 else ""
+    swapped = "check whether labels are swapped; " if end < 0.5 else ""
     return Finding(
         f"Accuracy {level}: {end:.1%} of the held-out pairs are ranked as labelled.",
         f"{swapped}a higher --learning_rate; more steps; better labels.",
@@ -169,50 +170,50 @@ def low_accuracy(accuracies: Values) -> Finding | None:
 
 
 def accuracy_gap(held_out: Values, trained: Values) -> Finding | None:
-    """Training pairs known by heart, and held-out ones not."""
-    (_, known), (_, new) = ends(trained), ends(held_out)
-    if known < KNOWN_BY_HEART or known - new < LARGEST_GAP:
+    """Memorised training pairs with a much lower held-out accuracy."""
+    (_, in_training), (_, on_held_out) = ends(trained), ends(held_out)
+    if in_training < MEMORISED or in_training - on_held_out < LARGEST_GAP:
         return None
     return Finding(
-        f"Overfitting: accuracy is {known:.1%} in training and {new:.1%} on held-out pairs.",
+        f"Overfitting: accuracy is {in_training:.1%} in training and {on_held_out:.1%} on held-out pairs.",
         "fewer --num_train_epochs; a lower --learning_rate; --best_metric eval/accuracy; more data.",
     )
 
 
 def equal_scores(spreads: Values) -> Finding | None:
-    """A reward model that gives all responses the same score."""
+    """A reward model that gives all responses nearly the same score."""
     if (end := ends(spreads)[1]) >= LEAST_SPREAD:
         return None
     return Finding(
-        f"Collapsed scores: those of held-out chosen responses have a standard deviation of {end:.2g}.",
+        f"Collapsed scores: scores of held-out chosen responses have a standard deviation of {end:.2g}.",
         "a higher --learning_rate; a lower --centre_coef.",
     )
 
 
 def unlearning(nlls: Values) -> Finding | None:
-    """Chosen responses that become less likely, as the rejected ones do: by their NLL, nats per token."""
+    """Chosen responses that become less likely, as rejected ones do. nlls: nats per token."""
     start, end = nlls[0], ends(nlls)[1]
     if not end > start + LEAST_RISE * abs(start):
         return None
     return Finding(
-        f"The chosen responses are unlearnt too: eval/nll_chosen rose from {start:.3g} to {end:.3g} nats per"
+        f"Chosen responses become less likely: eval/nll_chosen rose from {start:.3g} to {end:.3g} nats per"
         " token.",
         "a higher --beta; a lower --learning_rate; --loss cpo; an earlier checkpoint.",
     )
 
 
 def wrong_side(margins: Values) -> Finding | None:
-    """Rejected responses with the higher rewards."""
+    """Rejected responses with higher rewards than chosen ones."""
     if (end := ends(margins)[1]) >= 0:
         return None
     return Finding(
-        f"The margin is {end:.3g} at the end: rejected responses have the higher reward.",
-        "look whether labels are swapped; a higher --learning_rate; more steps.",
+        f"Negative margin: eval/margin is {end:.3g} at the end; rejected responses have the higher reward.",
+        "check whether labels are swapped; a higher --learning_rate; more steps.",
     )
 
 
 def far_on_data(log_ratios: Values) -> Finding | None:
-    """A policy that gives the responses of the data another probability altogether."""
+    """A policy far from the reference on the responses of the data."""
     end = ends(log_ratios)[1]
     if abs(end) <= FURTHEST:
         return None

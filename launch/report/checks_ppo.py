@@ -1,4 +1,4 @@
-"""Problems of step 3: policy, critic, scores and responses. Pure. See checks.py for how rules judge."""
+"""Problems of step 3: policy, critic, scores and responses. Pure. See checks.py."""
 
 from statistics import median
 
@@ -14,20 +14,20 @@ from launch.report.trends import (
     running_means,
 )
 
-LEAST_ENTROPY, LEAST_VARIETY = 0.1, 0.5  # of what it was at the start
-NO_ENTROPY, RANDOM = 0.05, 2.0  # nats per token; growth from which a policy becomes noise
-LEAST_DISTINCT, MOST_REPEATED = 0.3, 0.5  # shares of pairs and of trigrams within a response
+LEAST_ENTROPY, LEAST_DIVERSITY = 0.1, 0.5  # relative to the start
+NO_ENTROPY, RANDOM = 0.05, 2.0  # nats per token; growth of entropy
+LEAST_DISTINCT = 0.3  # share of distinct pairs of tokens within a response
 MOST_CUT, NO_EOS, SOME_EOS = 0.25, 0.01, 0.1  # shares of responses
-MOST_CLIPPED = 0.3  # share of tokens, in a quarter of the steps or more
+MOST_CLIPPED = 0.3  # share of tokens, in at least a quarter of the steps
 MOST_CLIPPED_SCORES = 0.2
-WORST_CRITIC = -1.0  # explained variance from which a few values tell enough
+WORST_CRITIC = -1.0  # explained variance that is reported even for few values
 LEAST_SPREAD = 1e-3  # of scores
-SHORT = 0.3  # of the length at the start
-FORGOTTEN = 0.05  # rise of the loss on --ptx_data
+SHORT = 0.3  # relative to the length at the start
+FORGOTTEN = 0.05  # relative rise of the loss on --ptx_data
 
 
 def entropy_collapse(entropies: Values) -> Finding | None:
-    """A policy that no longer explores, or one that becomes noise."""
+    """Entropy that collapses, or explodes."""
     start, end = ends(entropies)
     if end > RANDOM * start and end > start + 1:
         return Finding(
@@ -42,41 +42,41 @@ def entropy_collapse(entropies: Values) -> Finding | None:
     )
 
 
-def variety_collapse(distinct: Values) -> Finding | None:
-    """Held-out responses that repeat their pairs of tokens."""
+def diversity_collapse(distinct: Values) -> Finding | None:
+    """Held-out responses that repeat pairs of tokens."""
     start, end = ends(distinct)
-    if not (end < LEAST_VARIETY * start or end < LEAST_DISTINCT):
+    if not (end < LEAST_DIVERSITY * start or end < LEAST_DISTINCT):
         return None
     return Finding(
-        f"Collapsed variety: eval/distinct_2 went from {start:.1%} to {end:.1%}.",
+        f"Collapsed diversity: eval/distinct_2 went from {start:.1%} to {end:.1%}.",
         "look at the samples; a higher --kl_coef; a lower --actor_learning_rate; an earlier checkpoint.",
     )
 
 
 def truncation(rates: Values, missing_eos_penalty: float | None = None) -> Finding | None:
-    """Responses that do not end, but are cut at --max_response_length.
+    """Responses truncated at --max_response_length.
 
-    Without a penalty for it, the limit is meant to cut: only responses that ended at the start count then.
+    Without --missing_eos_penalty, truncation is intended: then only responses that used to end count.
     """
     start, end = ends(rates)
-    is_meant = missing_eos_penalty == 0
-    if end >= 1 - MOST_CUT or (is_meant and not (start >= 1 - MOST_CUT and end < NO_EOS)):
+    is_intended = missing_eos_penalty == 0
+    if end >= 1 - MOST_CUT or (is_intended and not (start >= 1 - MOST_CUT and end < NO_EOS)):
         return None
     if start > SOME_EOS and end < NO_EOS:
-        text = f"Responses do not end any more: response/eos_rate fell from {start:.1%} to {end:.1%}."
+        text = f"Responses no longer end: response/eos_rate fell from {start:.1%} to {end:.1%}."
     else:
-        text = f"Responses are cut: response/eos_rate is {end:.1%} at the end ({start:.1%} at the start)."
+        text = f"Truncated responses: response/eos_rate is {end:.1%} at the end ({start:.1%} at the start)."
     return Finding(
         text,
         "a longer --max_response_length; a higher --missing_eos_penalty; --length_penalty; demonstrations"
-        " that end in EOS." + " If the limit is meant to cut, --missing_eos_penalty 0." * (not is_meant),
+        " that end in EOS." + " If truncation is intended, --missing_eos_penalty 0." * (not is_intended),
     )
 
 
 def near_limit(
     lengths: Values, rates: Values, max_response_length: int = 0, missing_eos_penalty: float | None = None
 ) -> Finding | None:
-    """Responses that fill nearly all the room there is, and end there; see `truncation` for those cut."""
+    """Responses that end just below --max_response_length; see `truncation` for truncated ones."""
     end, ended = ends(lengths)[1], ends(rates)[1]
     is_cut = missing_eos_penalty == 0 or ended < 1 - MOST_CUT
     if is_cut or not max_response_length or end < 0.95 * max_response_length:
@@ -89,7 +89,7 @@ def near_limit(
 
 
 def short_responses(lengths: Values) -> Finding | None:
-    """Responses that shrink."""
+    """Responses that become much shorter."""
     start, end = ends(lengths)
     if end >= SHORT * start:
         return None
@@ -100,14 +100,14 @@ def short_responses(lengths: Values) -> Finding | None:
 
 
 def large_penalties(penalties: Values, spreads: Values, normalise_scores: bool = False) -> Finding | None:
-    """Penalties that weigh as much as all that the scores differ by."""
+    """Penalties at least as large as the spread of the scores."""
     (_, penalty), (_, spread) = ends(penalties), ends(spreads)
     spread = 1.0 if normalise_scores else spread
     if penalty <= 0 or penalty < spread:
         return None
     return Finding(
-        f"Penalties dominate: reward/penalty is {penalty:.3g} at the end, and scores have a standard"
-        f" deviation of {spread:.3g}.",
+        f"Penalties dominate: reward/penalty is {penalty:.3g} at the end; scores have a standard deviation of"
+        f" {spread:.3g}.",
         "a longer --max_response_length; a lower --missing_eos_penalty, --length_penalty or"
         " --repetition_penalty; --normalise_scores.",
     )
@@ -118,7 +118,7 @@ def clipped_scores(shares: Values) -> Finding | None:
     if (end := ends(shares)[1]) <= MOST_CLIPPED_SCORES:
         return None
     return Finding(
-        f"Clipped scores: {end:.0%} of them are beyond --score_clip at the end.",
+        f"Clipped scores: {end:.0%} of scores exceed --score_clip at the end.",
         "a higher --score_clip; --normalise_scores.",
     )
 
@@ -128,13 +128,13 @@ def equal_scores(spreads: Values) -> Finding | None:
     if (end := ends(spreads)[1]) >= LEAST_SPREAD:
         return None
     return Finding(
-        f"Scores do not differ: reward/std is {end:.2g} at the end, so that nothing can be learnt from them.",
-        "look at the samples; a reward that tells them apart; a higher --temperature.",
+        f"Equal scores: reward/std is {end:.2g} at the end, which leaves nothing to learn from.",
+        "look at the samples; a reward that distinguishes them; a higher --temperature.",
     )
 
 
 def falling_score(steps: Values, scores: Values, spreads: Values) -> Finding | None:
-    """Held-out scores below their peak: beyond noise, or, of a few evaluations, by part of their spread."""
+    """Held-out scores below their peak, beyond noise or, with few evaluations, by a share of the spread."""
     means = running_means(scores)
     top, last = max(means), means[-1]
     is_long = len(scores) >= FEWEST
@@ -143,50 +143,50 @@ def falling_score(steps: Values, scores: Values, spreads: Values) -> Finding | N
         return None
     step = steps[peak(scores)]
     return Finding(
-        f"The score falls: eval/score was {top:.3g} around step {step:.0f} and is {last:.3g} at the end.",
+        f"Falling score: eval/score was {top:.3g} around step {step:.0f} and is {last:.3g} at the end.",
         "--best_metric eval/score; a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs.",
     )
 
 
 def falling_reward(rewards: Values) -> Finding | None:
-    """Scores in training below what they were."""
+    """Training scores lower than at the start."""
     start, end = ends(rewards)
     if start - end <= ERRORS * error_of_change(rewards):
         return None
     return Finding(
-        f"The score falls: reward/mean went from {start:.3g} to {end:.3g}.",
+        f"Falling score: reward/mean went from {start:.3g} to {end:.3g}.",
         "a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs; smaller penalties.",
     )
 
 
 def blind_critic(explained: Values) -> Finding | None:
-    """A critic that predicts worse than a constant, by the median over the second half."""
+    """A critic worse than a constant prediction, by the median over the second half."""
     later = median(explained[len(explained) // 2 :])
     if later >= (0 if len(explained) >= FEWEST else WORST_CRITIC):
         return None
     return Finding(
-        f"The critic does not learn: value/explained_var has a median of {later:.2f} in the second half;"
-        " below 0 it predicts worse than a constant.",
+        f"The critic does not learn: value/explained_var has a median of {later:.2f} in the second half."
+        " Below 0, it predicts worse than a constant.",
         "a higher --critic_learning_rate; --critic_warmup_steps; --normalise_scores; larger rollouts.",
     )
 
 
 def clipped_updates(fractions: Values) -> Finding | None:
-    """Updates of which the clip cuts much off."""
-    if (often := sorted(fractions)[len(fractions) * 3 // 4]) <= MOST_CLIPPED:
+    """Updates with a large share of clipped tokens."""
+    if (quartile := sorted(fractions)[len(fractions) * 3 // 4]) <= MOST_CLIPPED:
         return None
     return Finding(
-        f"Updates too large: policy/clip_fraction is {often:.2f} or more in a quarter of the steps.",
+        f"Updates too large: policy/clip_fraction is {quartile:.2f} or more in a quarter of the steps.",
         "a lower --actor_learning_rate; fewer --ppo_epochs; a larger --global_batch_size.",
     )
 
 
 def forgetting(losses: Values) -> Finding | None:
-    """Demonstrations that are forgotten although they are learnt beside PPO."""
+    """A rising loss on demonstrations, despite PPO-ptx."""
     start, end = ends(losses)
     if end <= start + FORGOTTEN * abs(start):
         return None
     return Finding(
-        f"Demonstrations are forgotten: ptx/loss rose from {start:.3g} to {end:.3g}.",
+        f"Forgetting: ptx/loss rose from {start:.3g} to {end:.3g}.",
         "a higher --ptx_coef; a lower --actor_learning_rate; a higher --kl_coef.",
     )

@@ -1,4 +1,4 @@
-"""Reports of other commands as text and pictures: policies compared, reward models, judges, best of n."""
+"""Reports of the evaluation commands as text and pictures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from launch.report.rule import Finding
 from launch.report.scan import Evaluation
 
 TITLES = {
-    "compare": "Policies compared",
+    "compare": "Comparison of policies",
     "reward": "Reward model on held-out pairs",
     "judge": "Judge",
     "best_of_n": "Best of n",
@@ -22,8 +22,8 @@ PICTURES = {
 }
 
 
-def describe(evaluation: Evaluation) -> tuple[str, list[Finding], list[str]]:
-    """The figures as text, what their command found wrong, and sentences about what cannot be read."""
+def render_evaluation(evaluation: Evaluation) -> tuple[str, list[Finding], list[str]]:
+    """The report as text, the findings of its command, and sentences about unreadable parts."""
     try:
         text = _renderer(evaluation.kind)(evaluation.figures)
         verdicts = evaluation.figures.get("verdicts", [])
@@ -33,14 +33,14 @@ def describe(evaluation: Evaluation) -> tuple[str, list[Finding], list[str]]:
 
 
 def pictures_of(evaluation: Evaluation) -> list[Picture]:
-    """Pictures that the command wrote beside its report."""
+    """Plots that the command wrote beside its report."""
     known = PICTURES.get(evaluation.kind, {})
     paths = {evaluation.folder / name: alt for name, alt in known.items()}
     return [Picture(path, alt) for path, alt in paths.items() if path.is_file()]
 
 
 def _renderer(kind: str) -> Callable[[dict[str, Any]], str]:
-    """The function that prints such figures at the end of their command."""
+    """The function by which the command prints its report."""
     if kind == "compare":
         from step3_ppo.compare.report import table
 
@@ -61,7 +61,7 @@ def _renderer(kind: str) -> Callable[[dict[str, Any]], str]:
 
 
 def _flat(figures: dict[str, Any]) -> str:
-    """A line for each number."""
+    """One line per number."""
     numbers = {name: value for name, value in figures.items() if isinstance(value, int | float)}
     width = max(map(len, numbers), default=0)
     return "\n".join(f"{name:{width}}  {value:.4g}" for name, value in numbers.items())

@@ -1,4 +1,4 @@
-"""The rules of the report, and what they find in the metrics of a run. Pure."""
+"""The rules of the report, and their application to the metrics of a run. Pure."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,10 +9,10 @@ from launch.report.read import Line, columns
 from launch.report.rule import Finding, Rule
 from launch.report.trends import FEWEST
 
-LEAST_STEPS = 10  # of a run, and FEWEST logged ones: less tells nothing of where it goes
-GOLD = "gold was not measured: --gold_reward_model or --gold_function"
+LEAST_STEPS = 10  # of a run, with FEWEST logged ones, to judge its trends
+GOLD = "no gold score: --gold_reward_model or --gold_function"
 ONLY_AT_0 = "the only evaluation is at step 0, before training: a lower --eval_steps"
-NO_EVALUATIONS = "there are no evaluations: --eval_data or --eval_fraction, and --eval_steps"
+NO_EVALUATIONS = "no evaluations: --eval_data or --eval_fraction, and --eval_steps"
 TRAINED = "sft reward direct"
 RULES = [
     Rule("skipped updates", checks.skipped_updates, (("step", "train/skipped_updates"),), f"{TRAINED} ppo"),
@@ -42,15 +42,15 @@ RULES = [
     Rule("fall of gold", hacks.falling_gold, (("step", "eval/score", "eval/gold"),), "ppo", 2, optional=True),
     Rule("fall of the held-out score", checks_ppo.falling_score,
          (("step", "eval/score"), ("eval/score_std",)), "ppo", 2),
-    Rule("gain for the KL", checks_kl.moved_for_nothing, (("eval/kl", "eval/score"), ("eval/score_std",)),
+    Rule("gain for the KL", checks_kl.kl_without_gain, (("eval/kl", "eval/score"), ("eval/score_std",)),
          "ppo", FEWEST),
     Rule("fall of reward/mean", checks_ppo.falling_reward, (("reward/mean",),), "ppo", FEWEST),
     Rule("length hack", hacks.length_hack, (("reward/mean", "response/length"),), "ppo", FEWEST),
     Rule("repetition", hacks.repetition,
          (("response/repeated_3",), ("response/distinct_2",), ("reward/mean",)), "ppo"),
     Rule("entropy", checks_ppo.entropy_collapse, (("policy/entropy",),), "ppo"),
-    Rule("variety", checks_ppo.variety_collapse, (("eval/distinct_2",),), "ppo"),
-    Rule("responses that are cut", checks_ppo.truncation, (("response/eos_rate",),), "ppo",
+    Rule("diversity", checks_ppo.diversity_collapse, (("eval/distinct_2",),), "ppo"),
+    Rule("truncated responses", checks_ppo.truncation, (("response/eos_rate",),), "ppo",
          options=("missing_eos_penalty",)),
     Rule("length at the limit", checks_ppo.near_limit, (("response/length",), ("response/eos_rate",)), "ppo",
          options=("max_response_length", "missing_eos_penalty")),
@@ -59,7 +59,7 @@ RULES = [
          options=("normalise_scores",)),
     Rule("clipped scores", checks_ppo.clipped_scores, (("reward/clipped",),), "ppo"),
     Rule("spread of scores", checks_ppo.equal_scores, (("reward/std",),), "ppo"),
-    Rule("learning at all", checks_kl.kl_too_small, (("kl/mean", "reward/mean"),), "ppo", FEWEST),
+    Rule("progress", checks_kl.kl_too_small, (("kl/mean", "reward/mean"),), "ppo", FEWEST),
     Rule("jumps of KL", checks_kl.kl_jump, (("step", "kl/mean"),), "ppo", 2),
     Rule("level of KL", checks_kl.kl_too_large, (("step", "kl/mean"),), "ppo"),
     Rule("critic", checks_ppo.blind_critic, (("value/explained_var",),), "ppo", optional=True),
@@ -72,28 +72,28 @@ ALIKE = "answers that become alike"
 
 
 class Judgement(NamedTuple):
-    """What the rules found, and how much they had to look at."""
+    """Findings of the rules, and the amount of data behind them."""
 
     findings: list[Finding]
-    unchecked: dict[str, list[str]]  # names of rules that could not be applied, by the reason
-    steps: int  # the last one logged
-    logged: int  # lines of training
+    unchecked: dict[str, list[str]]  # names of rules that could not be applied, by reason
+    steps: int  # the last logged step
+    logged: int  # lines of training metrics
     evaluations: int
 
     @property
     def is_short(self) -> bool:
-        """Too short a run for its trends to be judged."""
+        """Whether the run is too short to judge trends."""
         return self.steps < LEAST_STEPS or self.logged < FEWEST
 
 
-def judge(
+def check_run(
     lines: Sequence[Line],
     samples: Sequence[Line] = (),
     stage: str = "",
     options: dict[str, Any] | None = None,
 ) -> Judgement:
     """Apply the rules of a stage to the lines of metrics.jsonl and of samples.jsonl."""
-    found, unchecked = [checks.not_finite(lines)], {}
+    findings, unchecked = [checks.not_finite(lines)], {}
     evaluations = sum(any(name.startswith("eval/") for name in line) for line in lines)
     logged = sum(any(not name.startswith(("eval/", "step")) for name in line) for line in lines)
     trained = [line for line in lines if line["step"] > 0]
@@ -104,24 +104,24 @@ def judge(
         is_at_0 = rule.is_of_evaluations and bool(groups[0][0]) and not any(columns(trained, *rule.groups[0]))
         if len(groups[0][0]) >= rule.fewest and not is_at_0:
             chosen = {name: options[name] for name in rule.options if options and name in options}
-            found.append(rule.check(*[values for group in groups for values in group], **chosen))
+            findings.append(rule.check(*[values for group in groups for values in group], **chosen))
         elif stage and not rule.optional:
-            reason = ONLY_AT_0 if is_at_0 else _lack(rule, len(groups[0][0]), evaluations)
+            reason = ONLY_AT_0 if is_at_0 else _missing(rule, len(groups[0][0]), evaluations)
             unchecked.setdefault(reason, []).append(rule.name)
     if stage in ("", "ppo"):
-        found.append(hacks.format_hack(samples, *columns(lines, "eval/score")))
-    if stage == "ppo" and (lack := NO_EVALUATIONS * (not evaluations) or hacks.lack_of_samples(samples)):
-        unchecked.setdefault(lack, []).append(ALIKE)
+        findings.append(hacks.format_hack(samples, *columns(lines, "eval/score")))
+    if stage == "ppo" and (reason := NO_EVALUATIONS * (not evaluations) or hacks.missing_samples(samples)):
+        unchecked.setdefault(reason, []).append(ALIKE)
     steps = max((line["step"] for line in lines), default=0)
-    return Judgement([one for one in found if one], unchecked, steps, logged, evaluations)
+    return Judgement([one for one in findings if one], unchecked, steps, logged, evaluations)
 
 
-def _lack(rule: Rule, count: int, evaluations: int) -> str:
-    """Why a rule could not be applied, and which option changes that."""
+def _missing(rule: Rule, count: int, evaluations: int) -> str:
+    """Why a rule could not be applied, and the option that changes it."""
     if rule.is_of_evaluations and not evaluations:
         return NO_EVALUATIONS
     if not count:
         return rule.needs or f"{rule.groups[0][-1]} was not logged"
     if rule.is_of_evaluations:
-        return f"there are {count} evaluations, and it takes {rule.fewest}: a lower --eval_steps"
-    return f"{count} steps were logged, and it takes {rule.fewest}: more steps, or a lower --logging_steps"
+        return f"{count} evaluations of at least {rule.fewest}: a lower --eval_steps"
+    return f"{count} logged steps of at least {rule.fewest}: more steps, or a lower --logging_steps"

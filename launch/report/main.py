@@ -1,8 +1,8 @@
-"""Training runs and evaluations below a folder as one page that needs nothing else: OUT/report.html.
+"""Report on all training runs and evaluations below a folder, as one self-contained page: OUT/report.html.
 
     bash launch/report.sh OUT
 
-OUT is the output folder of a command, or one that holds such folders. The pictures are in OUT/report/ too.
+OUT is the output folder of a command, or a folder of such folders. Pictures are also written to OUT/report/.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.runtime.options import UserError
 from launch.report.curves import draw_all
-from launch.report.findings import judge
+from launch.report.findings import check_run
 from launch.report.page import Chapter, page
 from launch.report.read import Run
 from launch.report.scan import scan
@@ -21,9 +21,9 @@ REFUSED = 2  # exit code after a mistake of the user, as in training
 
 
 def write_report(root: Path) -> Path:
-    """Write the page and its pictures, and return the path of the page.
+    """Write the page and its pictures; returns the path of the page.
 
-    Raises UserError when there is nothing to show, and when the page cannot be written.
+    Raises UserError when there is nothing to report, and when the page cannot be written.
     """
     seen = scan(root)
     try:
@@ -32,7 +32,7 @@ def write_report(root: Path) -> Path:
             chapters.setdefault(evaluation.folder, []).append(evaluation)
         in_order = [one for folder in seen.folders for one in chapters.get(folder, [])]
         text = page(root, in_order, seen.others, seen.problems)
-        (root / "report.html").write_bytes(text.encode(errors="replace"))  # half a surrogate pair
+        (root / "report.html").write_bytes(text.encode(errors="replace"))  # lone surrogates
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
     return root / "report.html"
@@ -40,7 +40,7 @@ def write_report(root: Path) -> Path:
 
 def _chapter(run: Run, root: Path) -> Chapter:
     pictures, undrawn = draw_all(run.lines, root / "report" / run.folder.relative_to(root))
-    judgement = judge(run.lines, run.samples, run.stage, run.valid_options)
+    judgement = check_run(run.lines, run.samples, run.stage, run.valid_options)
     return Chapter(run._replace(problems=[*run.problems, *undrawn]), state_of(run), judgement, pictures)
 
 

@@ -1,4 +1,4 @@
-"""The page: one HTML file with its style and pictures inside, and no scripts. Texts of runs are escaped."""
+"""The page: one HTML file with embedded style and pictures, without scripts. Texts of runs are escaped."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from launch.report import parts
 from launch.report.curves import TRADE, Picture
-from launch.report.evaluations import TITLES, describe, pictures_of
+from launch.report.evaluations import TITLES, pictures_of, render_evaluation
 from launch.report.findings import Judgement
 from launch.report.read import Run
 from launch.report.scan import Evaluation
@@ -17,7 +17,7 @@ STYLE = Path(__file__).with_name("style.css")
 
 
 class Chapter(NamedTuple):
-    """A training run, whether it has finished, what the rules found, and its pictures by their group."""
+    """A training run, its state, its findings, and its pictures by group."""
 
     run: Run
     state: State
@@ -28,9 +28,9 @@ class Chapter(NamedTuple):
 def page(
     root: Path, chapters: Sequence[Chapter | Evaluation], others: Sequence[str], problems: Sequence[str]
 ) -> str:
-    """The report on what is below a folder.
+    """The report on a folder.
 
-    others: names of folders that are not shown. problems: sentences about files that no chapter shows.
+    others: folders that are not shown. problems: sentences about files that belong to no chapter.
     """
     name = root.resolve().name
     contents, bodies = [], []
@@ -38,22 +38,22 @@ def page(
         is_run = isinstance(chapter, Chapter)
         folder = chapter.run.folder if is_run else chapter.folder
         heading = chapter.run.title if is_run else TITLES[chapter.kind]
-        place = folder.relative_to(root) if folder != root else name
-        title = f"{escape(heading)} <small>({escape(str(place))})</small>"
+        path = folder.relative_to(root) if folder != root else name
+        title = f"{escape(heading)} <small>({escape(str(path))})</small>"
         links, sections = [], []
-        of_chapter = _sections(chapter) if is_run else {"": _evaluation(chapter)}
-        for part, (heading, section) in enumerate(of_chapter.items()):
+        by_heading = _sections(chapter) if is_run else {"": _evaluation(chapter)}
+        for part, (heading, section) in enumerate(by_heading.items()):
             if section and heading:
-                here = f"run{number}-{part}"
-                links.append(f'<li><a href="#{here}">{escape(heading)}</a></li>')
-                sections.append(f'<section id="{here}">\n<h3>{escape(heading)}</h3>\n{section}\n</section>')
+                anchor = f"run{number}-{part}"
+                links.append(f'<li><a href="#{anchor}">{escape(heading)}</a></li>')
+                sections.append(f'<section id="{anchor}">\n<h3>{escape(heading)}</h3>\n{section}\n</section>')
             elif section:
                 sections.append(section)
         status = f' <small class="soft">{escape(_status(chapter))}</small>' if is_run else ""
         below = f"<ul>{''.join(links)}</ul>" if links else ""
         contents.append(f'<li><a href="#run{number}">{title}</a>{status}{below}</li>')
-        extent = f'\n<p class="soft">{_extent(chapter.run)}</p>' if is_run else ""
-        bodies += [f'<h2 id="run{number}">{title}</h2>{extent}', *sections]
+        steps = f'\n<p class="soft">{_logged_steps(chapter.run)}</p>' if is_run else ""
+        bodies += [f'<h2 id="run{number}">{title}</h2>{steps}', *sections]
     rest = f'<p class="soft">Not shown: {escape(", ".join(others))}.</p>' if others else ""
     return "\n".join(
         [
@@ -68,11 +68,11 @@ def page(
 
 
 def _sections(chapter: Chapter) -> dict[str, str]:
-    """Headings and the HTML below them; empty for what the run does not have."""
+    """HTML by heading; empty for parts that the run does not have."""
     run = chapter.run
     return {
         "Findings": parts.cards(run.problems, "absent") + _verdict(chapter),
-        "Figures": parts.figures(run),
+        "Metrics": parts.figures(run),
         **{group: parts.gallery(shown, is_wide=group == TRADE) for group, shown in chapter.pictures.items()},
         "Samples": parts.samples(run.samples),
         "Golden pairs": parts.golden(run) if run.golden else "",
@@ -80,13 +80,13 @@ def _sections(chapter: Chapter) -> dict[str, str]:
     }
 
 
-def _extent(run: Run) -> str:
+def _logged_steps(run: Run) -> str:
     steps = [line["step"] for line in run.lines]
     return f"Logged from step {min(steps)} to {max(steps)}." if steps else "No step has been logged."
 
 
 def _status(chapter: Chapter) -> str:
-    """The verdict in a few words."""
+    """The verdict in a few words, for the contents."""
     judgement, count = chapter.judgement, len(chapter.judgement.findings)
     words = [] if chapter.state.is_finished else ["not finished"]
     words += [f"{count} finding{'s' * (count > 1)}"] if count else []
@@ -95,7 +95,7 @@ def _status(chapter: Chapter) -> str:
 
 
 def _verdict(chapter: Chapter) -> str:
-    """The findings; or that there are none, in green only for a finished run that is long enough to judge."""
+    """The findings, or that there are none: in green only for a finished run long enough to judge."""
     state, judgement = chapter.state, chapter.judgement
     shown = parts.cards([state.text], "" if not state.is_finished else "absent") if state.text else ""
     if not chapter.run.lines:
@@ -103,7 +103,7 @@ def _verdict(chapter: Chapter) -> str:
     shown += parts.findings(judgement.findings)
     extent = f"{judgement.steps} steps ({judgement.logged} logged, {judgement.evaluations} evaluations)"
     if judgement.is_short:
-        shown += parts.cards([f"Too short to judge: trends cannot be seen in {extent}."], "absent")
+        shown += parts.cards([f"Too short to judge trends: {extent}."], "absent")
     elif not judgement.findings:
         kind = "well" if state.is_finished else "absent"
         shown += parts.cards([f"No problems detected in {extent}."], kind)
@@ -112,8 +112,8 @@ def _verdict(chapter: Chapter) -> str:
 
 
 def _evaluation(evaluation: Evaluation) -> str:
-    """The table of an evaluation as its command prints it, and its pictures."""
-    text, findings, problems = describe(evaluation)
+    """The table of an evaluation, as its command prints it, and its pictures."""
+    text, findings, problems = render_evaluation(evaluation)
     pictures = pictures_of(evaluation)
     return "\n".join(
         [

@@ -11,7 +11,7 @@ from launch.report.curves import Picture
 from launch.report.read import Line, Run, columns
 from launch.report.rule import Finding
 
-# Figures of the first table, what they are, and which value is the best one, if any is.
+# Metrics of the first table, their meaning, and the function that selects the best value, if any.
 FIGURES: dict[str, tuple[str, Callable[[list[float]], float] | None]] = {
     "train/loss": ("training loss", min),
     "eval/loss": ("loss on held-out data", min),
@@ -20,13 +20,13 @@ FIGURES: dict[str, tuple[str, Callable[[list[float]], float] | None]] = {
     "eval/accuracy": ("share of held-out pairs ranked as labelled", max),
     "reward/mean": ("score of a response", max),
     "eval/score": ("score on held-out prompts", max),
-    "eval/gold": ("gold on held-out prompts", max),
-    "kl/mean": ("nats per response from the reference", None),
+    "eval/gold": ("gold score on held-out prompts", max),
+    "kl/mean": ("KL to the reference, nats per response", None),
     "eval/kl": ("KL on held-out prompts", None),
-    "policy/entropy": ("nats per token", None),
+    "policy/entropy": ("entropy, nats per token", None),
     "policy/clip_fraction": ("share of tokens whose update was clipped", None),
     "value/explained_var": ("share of the variance of returns that the critic predicts", max),
-    "response/length": ("tokens", None),
+    "response/length": ("length in tokens", None),
     "response/eos_rate": ("share of responses that end in EOS", None),
     "response/distinct_2": ("share of distinct pairs of tokens", None),
     "response/repeated_3": ("share of repeated trigrams", None),
@@ -43,7 +43,7 @@ def cards(texts: Sequence[str], kind: str) -> str:
 
 
 def findings(findings: Sequence[Finding]) -> str:
-    cards = [f"<p>{escape(one.found)}</p><p><b>Try:</b> {escape(one.advice)}</p>" for one in findings]
+    cards = [f"<p>{escape(one.problem)}</p><p><b>Try:</b> {escape(one.advice)}</p>" for one in findings]
     return "".join(f'<div class="finding">{card}</div>\n' for card in cards)
 
 
@@ -52,10 +52,10 @@ def figures(run: Run) -> str:
     for name, (meaning, best_of) in FIGURES.items():
         steps, values = columns(run.lines, "step", name)
         if values:
-            place = values.index(best_of(values)) if best_of else None
-            best = "" if place is None else f"{_number(values[place])} (step {steps[place]})"
+            index = values.index(best_of(values)) if best_of else None
+            best = "" if index is None else f"{_number(values[index])} (step {steps[index]})"
             rows.append([name, meaning, _number(values[0]), best, _number(values[-1])])
-    return _table(["figure", "", "start", "best", "end"], rows, "numbers") if rows else ""
+    return _table(["metric", "", "start", "best", "end"], rows, "numbers") if rows else ""
 
 
 def _number(value: float) -> str:
@@ -63,7 +63,7 @@ def _number(value: float) -> str:
 
 
 def gallery(pictures: Sequence[Picture], is_wide: bool = False) -> str:
-    """Pictures side by side, or large, each with what it shows written out."""
+    """Pictures side by side, or large ones with captions."""
     figures = []
     for picture in pictures:
         content = base64.b64encode(picture.path.read_bytes()).decode()
@@ -74,32 +74,32 @@ def gallery(pictures: Sequence[Picture], is_wide: bool = False) -> str:
 
 
 def samples(samples: Sequence[Line]) -> str:
-    """The first prompts, each with the answers of the first and of the last step side by side."""
+    """The first prompts with their responses at the first and the last step side by side."""
     all_steps = sorted({sample["step"] for sample in samples})
-    steps = dict.fromkeys([*all_steps[:1], *all_steps[-1:]])  # one, if there are no more
+    steps = dict.fromkeys([*all_steps[:1], *all_steps[-1:]])  # may be the same
     prompts = list(dict.fromkeys(sample["prompt"] for sample in samples if sample["step"] in steps))
     shown = []
     for prompt in prompts[:SHOWN_PROMPTS]:
-        answers = [[s for s in samples if (s["step"], s["prompt"]) == (step, prompt)] for step in steps]
-        for side_by_side in zip(*answers, strict=False):
-            asked = f'<p class="label">Prompt</p><p class="text prompt">{escape(prompt.strip())}</p>'
-            pair = "".join(map(_answer, side_by_side))
-            shown.append(f'<div class="sample">{asked}<div class="pair">{pair}</div></div>')
+        responses = [[s for s in samples if (s["step"], s["prompt"]) == (step, prompt)] for step in steps]
+        for side_by_side in zip(*responses, strict=False):
+            head = f'<p class="label">Prompt</p><p class="text prompt">{escape(prompt.strip())}</p>'
+            pair = "".join(map(_response, side_by_side))
+            shown.append(f'<div class="sample">{head}<div class="pair">{pair}</div></div>')
     if len(prompts) > SHOWN_PROMPTS:
         shown.append(f'<p class="soft">{SHOWN_PROMPTS} of {len(prompts)} prompts in samples.jsonl.</p>')
     return "\n".join(shown)
 
 
-def _answer(sample: Line) -> str:
+def _response(sample: Line) -> str:
     facts = [f"step {sample['step']}"]
     facts += [f"{name} {sample[name]:.3g}" for name in ("score", "gold") if name in sample]
-    facts += [f"{sample['length']} tokens", *["cut off"] * (not sample["ended"])]
+    facts += [f"{sample['length']} tokens", *["truncated"] * (not sample["ended"])]
     label = f'<p class="label">{escape(" · ".join(facts))}</p>'
     return f'<div>{label}<p class="text">{escape(sample["response"].strip())}</p></div>'
 
 
 def golden(run: Run) -> str:
-    """Accuracy of a reward model on the pairs that every run is judged on, and the verdicts of step 2."""
+    """Accuracy of a reward model on the golden pairs, and the verdicts of step 2."""
     try:
         return _golden_parts(run)
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
@@ -126,7 +126,7 @@ def _golden_parts(run: Run) -> str:
 
 
 def options(run: Run) -> str:
-    """Options that are not at their defaults, and the others folded. Those that no command in train.log has
+    """Options that differ from their defaults; the others are folded. Options on no command line in train.log
     were adjusted by the run.
     """
     changed, adjusted, same = [], [], []
@@ -140,8 +140,8 @@ def options(run: Run) -> str:
     folded = f"<summary>{len(same)} options at their defaults</summary>"
     folded += _table(["option", "value", "meaning"], same)
     heads = ["option", "value", "default", "meaning"]
-    own = "<h4>Adjusted by the run, to the model or to other options</h4>" + _table(heads, adjusted)
-    return _table(heads, changed) + own * bool(adjusted) + f"<details>{folded}</details>"
+    by_run = "<h4>Adjusted by the run, to the model or to other options</h4>" + _table(heads, adjusted)
+    return _table(heads, changed) + by_run * bool(adjusted) + f"<details>{folded}</details>"
 
 
 def _show(value: Any) -> str:
@@ -151,7 +151,7 @@ def _show(value: Any) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """Cells are escaped; the first of each row is code. A wide table scrolls."""
+    """A table that scrolls if it is wide. Cells are escaped; the first of each row is code."""
     lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
     for first, *rest in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)

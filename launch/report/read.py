@@ -1,6 +1,6 @@
 """Read the folder of a training run: metrics, options, samples, and the report of step 2 on golden pairs.
 
-Files may be damaged: what can be read is returned, and `problems` names what was skipped.
+Files may be damaged: readable parts are returned, and `problems` lists the skipped ones.
 """
 
 import json
@@ -16,7 +16,7 @@ from launch.report.stages import Known, Stage
 
 Line = dict[str, Any]
 USES = {
-    "metrics.jsonl": "no curves, and nothing to judge",
+    "metrics.jsonl": "no curves, and nothing to check",
     "options.json": "no options",
     "samples.jsonl": "no samples",
     "golden/report.json": "no accuracy on --golden_data",
@@ -26,22 +26,22 @@ SAMPLE_FIELDS = {"step": int, "prompt": str, "response": str, "length": int, "en
 
 
 class Run(NamedTuple):
-    """The output folder of a training step. Absent files give empty fields."""
+    """The output folder of a training step. Missing files give empty fields."""
 
     folder: Path
     title: str
-    stage: str  # sft, reward, direct, ppo; empty where it is not known
-    lines: list[Line]  # metrics.jsonl, by step; values are floats, or None where they were not finite
+    stage: str  # sft, reward, direct, ppo; empty if unknown
+    lines: list[Line]  # metrics.jsonl, by step; values are floats, or None if they were not finite
     options: dict[str, Any]
     known: Known
     samples: list[Line]
     golden: dict[str, Any]
-    problems: list[str]  # sentences: absent files, skipped lines and values
-    given: set[str] | None = None  # options on the command lines in train.log; None where it has none
+    problems: list[str]  # sentences: missing files, skipped lines and values
+    given: set[str] | None = None  # options on the command lines in train.log; None without any
 
     @property
     def valid_options(self) -> dict[str, Any]:
-        """Options of the type that the stage declares; options.json may be damaged."""
+        """Options whose type matches the declaration; options.json may be damaged."""
         return {
             name: value
             for name, value in self.options.items()
@@ -50,14 +50,16 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, stage: Stage | None, options: dict[str, Any], problems: list[str]) -> Run:
-    """The run in a folder whose options.json was read already. Raises OSError."""
+    """Read a run; options.json has been read already. Raises OSError."""
     is_ppo = stage is not None and stage.name == "ppo"
     expected = ["metrics.jsonl", "options.json", *["samples.jsonl"] * is_ppo]
     expected += ["golden/report.json"] * bool(options.get("golden_data"))
-    absent = [f"{name} is absent: {USES[name]}." for name in expected if not (folder / name).exists()]
-    lines, of_metrics = read_metrics(folder / "metrics.jsonl")
-    samples, of_samples = read_samples(folder / "samples.jsonl") if stage is None or is_ppo else ([], [])
-    golden, of_golden = read_json(folder / "golden/report.json")
+    missing = [f"{name} is missing: {USES[name]}." for name in expected if not (folder / name).exists()]
+    lines, metrics_problems = read_metrics(folder / "metrics.jsonl")
+    samples, samples_problems = [], []
+    if stage is None or is_ppo:
+        samples, samples_problems = read_samples(folder / "samples.jsonl")
+    golden, golden_problems = read_json(folder / "golden/report.json")
     return Run(
         folder=folder,
         title=stage.title if stage else "Run",
@@ -67,20 +69,20 @@ def read_run(folder: Path, stage: Stage | None, options: dict[str, Any], problem
         known=stage.known if stage else {},
         samples=samples,
         golden=golden,
-        problems=[*absent, *problems, *of_metrics, *of_samples, *of_golden],
+        problems=[*missing, *problems, *metrics_problems, *samples_problems, *golden_problems],
         given=given_options(folder / "train.log"),
     )
 
 
 def columns(lines: Sequence[Line], *names: str) -> list[list[float]]:
-    """Values of some metrics, a list for each, from the lines that hold all of them as finite numbers."""
+    """Values of each metric, from the lines that hold all of them as finite numbers."""
     rows = [[line.get(name) for name in names] for line in lines]
     complete = [row for row in rows if all(value is not None and math.isfinite(value) for value in row)]
     return [[row[i] for row in complete] for i in range(len(names))]
 
 
 def read_samples(path: Path) -> tuple[list[Line], list[str]]:
-    """Held-out responses with their steps, and sentences about what was skipped."""
+    """Held-out responses with their steps, and sentences about skipped lines."""
     records, damaged = read_lines(path)
     samples, other = [], []
     for number, record in records:
@@ -93,7 +95,7 @@ def read_samples(path: Path) -> tuple[list[Line], list[str]]:
 
 
 def given_options(log: Path) -> set[str] | None:
-    """Names of the options on the command lines that train.log begins with, at every start of the run."""
+    """Names of the options on all command lines in train.log, one line per start of the run."""
     try:
         lines = [line for line in log.read_bytes().split(b"\n") if line.startswith(COMMAND)]
         words = [
@@ -107,7 +109,7 @@ def given_options(log: Path) -> set[str] | None:
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """An object from a JSON file, empty when there is none; and a sentence when it cannot be read."""
+    """The object in a JSON file, empty without a file; and a sentence if it cannot be read."""
     if not path.is_file():
         return {}, []
     try:

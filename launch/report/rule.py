@@ -1,32 +1,30 @@
-"""A rule of the report: what it checks, on which metrics, and what it needs to be able to."""
+"""Rules of the report, and the findings that they return."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Finding(NamedTuple):
-    """A problem with its figures, and what to try."""
+    """A problem with its numbers, and advice."""
 
-    found: str
+    problem: str
     advice: str
 
 
 class Rule(NamedTuple):
     """A check of some metrics.
 
-    check: called with a list of values for each metric, group after group. The metrics of one group are taken
-    from the lines that hold all of them. Options are passed by name, as far as options.json has them.
+    check: called with a list of values for each metric, group after group. A group uses the lines that hold
+    all of its metrics. Options are passed by name if options.json has them.
     """
 
-    name: str  # in the list of what was not checked
+    name: str  # in the list of rules that were not checked
     check: Callable[..., Finding | None]
     groups: tuple[tuple[str, ...], ...]
-    stages: str  # names of the stages, by spaces, in which the rule applies
-    fewest: int = 1  # values of each group
-    needs: str = ""  # an option, in words, without which the metrics are absent
-    optional: bool = (
-        False  # of a feature that most runs do not use: never in the list of what was not checked
-    )
+    stages: str  # to which the rule applies, separated by spaces
+    fewest: int = 1  # values per group
+    needs: str = ""  # the option without which the metrics are absent
+    optional: bool = False  # for a feature that most runs do not use: never listed as not checked
     options: tuple[str, ...] = ()
 
     @property
@@ -34,8 +32,5 @@ class Rule(NamedTuple):
         return any(name.startswith("eval/") for name in self.groups[0])
 
     def applies(self, stage: str) -> bool:
-        """Also to a run of unknown stage, if it has the metrics."""
+        """True also for an unknown stage: then the metrics decide."""
         return not stage or stage in self.stages.split()
-
-
-Options = dict[str, Any]

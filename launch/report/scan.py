@@ -1,4 +1,4 @@
-"""Find what the commands of this suite wrote below a folder: training runs, reports, and the rest."""
+"""Find training runs and reports of this suite below a folder."""
 
 import re
 from pathlib import Path
@@ -10,11 +10,11 @@ from launch.report.read import Run, read_json, read_run
 from launch.report.stages import Stage, stage_of
 
 DEEPEST = 4  # folders below the given one: OUT/raft/round_1/samples
-MOST_FOLDERS = 2000  # looked at; a whole disk is not an output folder
+MOST_FOLDERS = 2000  # scanned at most
 PARTS_OF_RUNS = {
     "checkpoints", "tensorboard", "final", "best", "final_ema", "final_critic", "golden",
 }  # fmt: skip
-# Keys of report.json that only one command writes.
+# Keys of report.json by which a command is recognised.
 REPORTS = {
     "compare": {"policies", "best_of", "prompts"},
     "reward": {"accuracy", "accuracy_by", "prediction"},
@@ -25,7 +25,7 @@ REPORTS = {
 
 
 class Evaluation(NamedTuple):
-    """The folder of a command that measures: its report.json."""
+    """The output folder of an evaluation, with its report.json."""
 
     folder: Path
     kind: str  # of REPORTS
@@ -33,17 +33,17 @@ class Evaluation(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is below a folder, in the order of the paths."""
+    """Contents of a folder, in the order of the paths."""
 
     runs: list[Run]
     evaluations: list[Evaluation]
     others: list[str]  # path and kind of folders that the page does not show
     problems: list[str]
-    folders: list[Path]  # all that were looked at, in order
+    folders: list[Path]  # all scanned folders, in order
 
 
 def scan(root: Path) -> Seen:
-    """Everything below a folder. Raises UserError when there is nothing that a report can show."""
+    """Scan a folder and the folders below it. Raises UserError when there is nothing to report."""
     if not root.is_dir():
         raise UserError(f"{root}: {'is a file, not an output folder' if root.exists() else 'no such folder'}")
     folders, is_cut = _folders(root)
@@ -54,7 +54,7 @@ def scan(root: Path) -> Seen:
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
     if is_cut:
-        seen.problems.append(f"{root}: has more than {MOST_FOLDERS} folders; the others were not looked at.")
+        seen.problems.append(f"{root}: has more than {MOST_FOLDERS} folders; the others were skipped.")
     if not seen.runs and not seen.evaluations:
         others = f"; it holds {_listed(seen.others)}" if seen.others else ""
         raise UserError(
@@ -65,27 +65,27 @@ def scan(root: Path) -> Seen:
 
 
 def _look(folder: Path, root: Path, seen: Seen) -> None:
-    """Add what one folder holds."""
-    options, of_options = read_json(folder / "options.json")
-    options.pop("given", None)  # no option: the names of those on the command line
+    """Add the contents of one folder."""
+    options, options_problems = read_json(folder / "options.json")
+    options.pop("given", None)  # not an option: names of the options on the command line
     stage = stage_of(options) if options else None
-    figures, of_report = read_json(folder / "report.json")
+    figures, report_problems = read_json(folder / "report.json")
     kind = next((kind for kind, keys in REPORTS.items() if keys <= figures.keys()), "")
     is_run = stage.trains if stage else (folder / "metrics.jsonl").is_file()
     if is_run:
-        seen.runs.append(read_run(folder, stage, options, of_options))
+        seen.runs.append(read_run(folder, stage, options, options_problems))
     else:
-        seen.problems.extend(of_options)
+        seen.problems.extend(options_problems)
     if kind:
         seen.evaluations.append(Evaluation(folder, kind, figures))
-    seen.problems.extend(of_report)
-    if not is_run and not kind and (what := _other_kind(folder, stage)):
+    seen.problems.extend(report_problems)
+    if not is_run and not kind and (other := _other_kind(folder, stage)):
         name = str(folder.relative_to(root)) if folder != root else folder.resolve().name
-        seen.others.append(f"{name} ({what})")
+        seen.others.append(f"{name} ({other})")
 
 
 def _other_kind(folder: Path, stage: Stage | None) -> str:
-    """What a folder without run and report holds, in a word; empty for one that holds only folders."""
+    """Kind of a folder without run and report, in a word; empty if it holds no known files."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
     if stage is not None:
         return stage.title
@@ -97,11 +97,11 @@ def _other_kind(folder: Path, stage: Stage | None) -> str:
 
 
 def _folders(root: Path) -> tuple[list[Path], bool]:
-    """The folder and those below it, without the parts of runs; and whether there are too many."""
-    found, queue = [], [root]
-    while queue and len(found) < MOST_FOLDERS:
+    """The folder and those below it, without subfolders of runs; and whether some were skipped."""
+    folders, queue = [], [root]
+    while queue and len(folders) < MOST_FOLDERS:
         folder = queue.pop(0)
-        found.append(folder)
+        folders.append(folder)
         if len(folder.relative_to(root).parts) < DEEPEST:
             try:
                 below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
@@ -110,11 +110,11 @@ def _folders(root: Path) -> tuple[list[Path], bool]:
             is_run = any((folder / name).exists() for name in ("options.json", "metrics.jsonl"))
             skipped = PARTS_OF_RUNS if is_run else set()
             queue += [p for p in below if p.name not in skipped and not p.name.startswith(".")]
-    return sorted(found, key=lambda path: _natural(path.relative_to(root))), bool(queue)
+    return sorted(folders, key=lambda path: _natural(path.relative_to(root))), bool(queue)
 
 
 def _natural(path: Path) -> list[list[tuple[int, str]]]:
-    """round_2 before round_10."""
+    """Sort key that puts round_2 before round_10."""
     return [
         [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
         for name in path.parts

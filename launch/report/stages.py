@@ -1,11 +1,11 @@
-"""What the commands of this suite write to their output folders, and how to tell whose folder it is."""
+"""Commands that write options.json, recognised by their options."""
 
 import dataclasses
 from functools import cache
 from typing import Any, NamedTuple
 
-Known = dict[str, tuple[Any, str]]  # the default and the help of every option, by its name
-LEAST_KNOWN = 0.5  # share of the options in options.json that a command must know
+Known = dict[str, tuple[Any, str]]  # default and help of every option, by name
+LEAST_KNOWN = 0.5  # share of the options in options.json that a command must have
 
 
 class Stage(NamedTuple):
@@ -18,7 +18,7 @@ class Stage(NamedTuple):
 
 
 def stage_of(options: dict[str, Any]) -> Stage | None:
-    """The command whose options these are, or the nearest one, as the run may be of another version."""
+    """The command with these options, or the closest one: the run may come from another version."""
     candidates = [s for s in stages() if len(s.known.keys() & options.keys()) > LEAST_KNOWN * len(options)]
     return min(candidates, key=lambda stage: len(stage.known.keys() ^ options.keys()), default=None)
 

@@ -1,4 +1,4 @@
-"""Whether a training run has finished: by its lock, its last step, its options, and final/."""
+"""Whether a training run has finished, from its lock, its last step, its options, and final/."""
 
 import fcntl
 import re
@@ -12,7 +12,7 @@ TAIL = 1 << 16  # bytes at the end of train.log that are searched
 
 
 class State(NamedTuple):
-    """Whether all steps were made, and a sentence about a run for which that is not so."""
+    """Whether all steps are done, and a sentence if not."""
 
     is_finished: bool
     text: str
@@ -30,15 +30,15 @@ def state_of(run: Run) -> State:
         return State(True, "")
     if has_final and run.options.get("early_stopping"):
         return State(True, f"Ended by --early_stopping {run.options['early_stopping']} at {at}.")
-    why = "final/ is of an earlier end" if has_final else "final/ is absent"
+    why = "final/ is from an earlier end" if has_final else "final/ is missing"
     checkpoint = _newest_checkpoint(run.folder)
-    saved = f"; the newest checkpoint is of step {checkpoint}" if checkpoint else "; there is no checkpoint"
-    resume = " The same command resumes the run." if checkpoint else ""
-    return State(False, f"This run stopped before its end: at {at}, and {why}{saved}.{resume}")
+    saved = f"; the newest checkpoint is step {checkpoint}" if checkpoint else "; there is no checkpoint"
+    resume = " Run the same command to resume." if checkpoint else ""
+    return State(False, f"This run stopped at {at}; {why}{saved}.{resume}")
 
 
 def _total(run: Run) -> int:
-    """Steps that the run is to make; 0 where neither options nor train.log tell."""
+    """Total steps of the run; 0 if neither options nor train.log have them."""
     total = run.options.get("max_steps")
     if isinstance(total, int) and total > 0:
         return total

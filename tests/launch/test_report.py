@@ -1,4 +1,4 @@
-"""The report on runs: what it finds in healthy and sick curves, and that the page holds what runs left."""
+"""The report on runs: findings in healthy and unhealthy curves, and the contents of the page."""
 
 import dataclasses
 import fcntl
@@ -15,7 +15,7 @@ import pytest
 
 from common.runtime.options import UserError
 from launch.report.curves import draw_panel, draw_trade, panels
-from launch.report.findings import RULES, judge
+from launch.report.findings import RULES, check_run
 from launch.report.hacks import over_optimisation
 from launch.report.main import write_report
 from launch.report.read import columns
@@ -62,50 +62,49 @@ HEALTHY = {
 def findings(
     lines: list[dict], samples: list[dict] = (), stage: str = "", **options: object
 ) -> list[Finding]:
-    return judge(lines, samples, stage, options).findings
+    return check_run(lines, samples, stage, options).findings
 
 
 def logged(curves: dict[str, list[float]]) -> list[dict]:
-    """Lines as a run writes them: figures of training at every step, of evaluations in lines of their own."""
+    """Lines as a run writes them: training metrics at every step, evaluations in separate lines."""
     lines = []
     for prefix in (True, False):
         chosen = {name: values for name, values in curves.items() if name.startswith("eval/") is prefix}
         every = STEPS // EVALUATIONS if prefix else 1
         for i in range(max(map(len, chosen.values()), default=0)):
-            found = {name: values[i] for name, values in chosen.items() if i < len(values)}
-            lines.append({"step": (i + 1) * every, **found})
+            values_at_step = {name: values[i] for name, values in chosen.items() if i < len(values)}
+            lines.append({"step": (i + 1) * every, **values_at_step})
     return sorted(lines, key=lambda line: line["step"])
 
 
-SICK = {
-    "Over-optimisation: around step 20 ": {
-        "eval/gold": [0.2 + 0.16 * i if i < 5 else 0.9 - 0.04 * i for i in range(EVALUATIONS)]
-    },
+OVER_OPTIMISED = {"eval/gold": [0.2 + 0.16 * i if i < 5 else 0.9 - 0.04 * i for i in range(EVALUATIONS)]}
+UNHEALTHY = {
+    "Over-optimisation: gold peaked at 0.74 around step 20 ": OVER_OPTIMISED,
     "Score and length rise together": {"response/length": towards(30, 60, 1)},
     "Repetition: response/repeated_3 went from": {"response/repeated_3": towards(0.01, 0.3, 0.005)},
     "Repetition": {"response/distinct_2": towards(0.97, 0.7, 0.01)},
     "Collapsed entropy": {"policy/entropy": towards(2, 0.1, 0.002)},
     "Collapsed entropy: policy/entropy went from 0.0": {"policy/entropy": [0.04] * STEPS},
     "Rising entropy": {"policy/entropy": towards(0.5, 6, 0.02)},
-    "Collapsed variety": {"eval/distinct_2": towards(0.97, 0.3, 0.01, EVALUATIONS)},
-    "Responses do not end any more": {"response/eos_rate": [0.9] * 20 + [0.002] * 40},
-    "Responses are cut: response/eos_rate is 0.0%": {"response/eos_rate": [0.0] * STEPS},
-    "Responses are cut: response/eos_rate is 59": {"response/eos_rate": towards(0.4, 0.6, 0.01)},
+    "Collapsed diversity": {"eval/distinct_2": towards(0.97, 0.3, 0.01, EVALUATIONS)},
+    "Responses no longer end": {"response/eos_rate": [0.9] * 20 + [0.002] * 40},
+    "Truncated responses: response/eos_rate is 0.0%": {"response/eos_rate": [0.0] * STEPS},
+    "Truncated responses: response/eos_rate is 59": {"response/eos_rate": towards(0.4, 0.6, 0.01)},
     "Responses shrink: response/length went": {"response/length": towards(60, 10, 1)},
     "Penalties dominate: reward/penalty is 1 ": {
         "reward/penalty": [1.0] * STEPS,
         "reward/std": [0.8] * STEPS,
     },
     "Clipped scores: 30%": {"reward/clipped": [0.3] * STEPS},
-    "Scores do not differ": {"reward/std": [0.0] * STEPS},
-    "The score falls: reward/mean went": {"reward/mean": towards(1.2, -0.5, 0.05)},
-    "The score falls: eval/score was": {"eval/score": towards(1.2, -0.5, 0.03, EVALUATIONS),
-                                        "eval/gold": towards(0.2, 0.2, 0.03, EVALUATIONS)},
-    "Moved for nothing: eval/kl is 4.9": {"eval/score": towards(0.5, 0.5, 0.03, EVALUATIONS)},
-    "Gold falls: eval/gold went": {"eval/gold": [0.9, 0.7, 0.4], "eval/score": [0.1, 0.2, 0.3],
-                                   "eval/kl": [0.0, 1.0, 2.0]},
+    "Equal scores": {"reward/std": [0.0] * STEPS},
+    "Falling score: reward/mean went": {"reward/mean": towards(1.2, -0.5, 0.05)},
+    "Falling score: eval/score was": {"eval/score": towards(1.2, -0.5, 0.03, EVALUATIONS),
+                                      "eval/gold": towards(0.2, 0.2, 0.03, EVALUATIONS)},
+    "KL without gain: eval/kl is 4.9": {"eval/score": towards(0.5, 0.5, 0.03, EVALUATIONS)},
+    "Falling gold: eval/gold went": {"eval/gold": [0.9, 0.7, 0.4], "eval/score": [0.1, 0.2, 0.3],
+                                     "eval/kl": [0.0, 1.0, 2.0]},
     "Sampling and training disagree": {"policy/ratio": [1.1] * STEPS},
-    "Demonstrations are forgotten": {"ptx/loss": towards(2, 3, 0.01)},
+    "Forgetting: ptx/loss rose": {"ptx/loss": towards(2, 3, 0.01)},
     "Large gradients: policy/grad_norm went from 2": {"policy/grad_norm": [2.0] * 30 + [70.0] * 30},
     "Large gradients: value/grad_norm": {"value/grad_norm": [300.0] * STEPS},
     "Values that are not finite: value/loss, in 1 of 75 logged steps, first at step 3.": {
@@ -116,11 +115,11 @@ SICK = {
         "reward/mean": [random.Random(i).gauss(0, 0.1) for i in range(STEPS)],
         "kl/mean": towards(0, 0.02, 0.001),
     },
-    "A jump of KL: kl/mean went from 1.00 to 4.50 nats between steps 30 and 33.": {
+    "KL jump: kl/mean went from 1.00 to 4.50 nats between steps 30 and 33.": {
         "kl/mean": [1.0] * 30 + [2.2, 3.4, 4.5] + [4.4] * 27
     },
-    "Drifted far: kl/mean exceeds 20 nats from step 53 ": {"kl/mean": [0.39 * i for i in range(STEPS)]},
-    "The chosen responses are unlearnt too: eval/nll_chosen rose from 2 to 2.2": {
+    "Large KL: kl/mean exceeds 20 nats from step 53 ": {"kl/mean": [0.39 * i for i in range(STEPS)]},
+    "Chosen responses become less likely: eval/nll_chosen rose from 2 to 2.2": {
         "eval/nll_chosen": [2.0, 2.1, 2.2]
     },
     "The critic does not learn": {"value/explained_var": towards(-0.1, -0.2, 0.05)},
@@ -129,16 +128,16 @@ SICK = {
 }  # fmt: skip
 
 
-def test_a_healthy_run_has_no_finding():
+def test_healthy_run_has_no_findings():
     assert findings(logged(HEALTHY)) == []
     assert findings([]) == findings([{"step": 1, "train/loss": 2.0}]) == []
     assert columns([{"a": math.nan, "b": 1}, {"a": 1}, {"a": 2, "b": 3}], "a", "b") == [[2], [3]]
 
 
-@pytest.mark.parametrize("found", SICK)
-def test_one_trouble_one_finding(found):
-    (finding,) = findings(logged(HEALTHY | SICK[found]))
-    assert finding.found.startswith(found) and finding.found.endswith(".")
+@pytest.mark.parametrize("start", UNHEALTHY)
+def test_one_problem_one_finding(start):
+    (finding,) = findings(logged(HEALTHY | UNHEALTHY[start]))
+    assert finding.problem.startswith(start) and finding.problem.endswith(".")
     assert finding.advice.endswith(".")
     known = {name for stage in stages() for name in stage.known}
     assert set(re.findall(r"--(\w+)", finding.advice)) <= known
@@ -156,19 +155,19 @@ def test_one_trouble_one_finding(found):
         {"reward/mean": [random.Random(i).gauss(0, 0.1) for i in range(STEPS)]},  # flat, but KL is not small
     ],
 )
-def test_half_a_trouble_is_none(changes):
+def test_small_changes_are_no_findings(changes):
     assert findings(logged(HEALTHY | changes)) == []
 
 
 @pytest.mark.parametrize("scores", [[0.0, 1.0], [1.0, 0.0]], ids=["rises", "falls"])
-def test_repetition_is_told_with_the_score(scores):
+def test_repetition_names_the_score(scores):
     lines = [
         {"step": step, "response/repeated_3": share, "reward/mean": score}
         for step, (share, score) in enumerate(zip([0.0, 0.4], scores, strict=True))
     ]
     (finding,) = findings(lines)
-    assert ("while the score rose from 0 to 1." in finding.found) == (scores == [0.0, 1.0])
-    assert ("did not ask for it" in finding.advice) == (scores == [1.0, 0.0])
+    assert ("while the score rose from 0 to 1." in finding.problem) == (scores == [0.0, 1.0])
+    assert ("does not reward it" in finding.advice) == (scores == [1.0, 0.0])
 
 
 ANSWERS = [f"{word} {word}s can be found in many {word} places" for word in "abcdefgh"]
@@ -182,7 +181,7 @@ SAME = "This is the one answer to all that you may ask"
         (CHANGED, 1.0, []),
         ([SAME] * 8, 1.0, ["from 0 to 1", "100% of the samples at step 9 begin with “This is", "to 12%"]),
         ([SAME] * 8, -1.0, []),
-        ([SAME] * 5 + CHANGED[5:], 1.0, ["62%", "12% began alike"]),
+        ([SAME] * 5 + CHANGED[5:], 1.0, ["62%", "at most 12% began alike"]),
         ([f"As you ask: {answer}" for answer in ANSWERS], 1.0, ["100%", "“As you ask:”"]),
         ([f"{i} {SAME}" for i in range(8)], 1.0, ["12%"]),  # the same but for their beginning
         ([SAME] * 4 + CHANGED[4:], 1.0, []),
@@ -190,22 +189,23 @@ SAME = "This is the one answer to all that you may ask"
 )  # fmt: skip
 def test_answers_that_become_alike(after, score, parts):
     lines = [{"step": 0, "eval/score": 0.0}, {"step": 9, "eval/score": score}]
-    told = [{"step": 0, "response": one} for one in ANSWERS] + [{"step": 9, "response": one} for one in after]
-    found = [one for one in findings(lines, told) if one.found.startswith("Answers become alike")]
-    assert len(found) == bool(parts) and all(part in found[0].found for part in parts)
-    assert len(findings(lines, told)) == len(found) + (score < 0)  # a score that falls is another finding
-    for few in ([one for one in told if one["step"] == 9], [*told[:3], *told[8:11]]):
-        assert not any("alike" in one.found for one in findings(lines, few))
+    samples = [{"step": 0, "response": one} for one in ANSWERS]
+    samples += [{"step": 9, "response": one} for one in after]
+    alike = [one for one in findings(lines, samples) if one.problem.startswith("Answers become alike")]
+    assert len(alike) == bool(parts) and all(part in alike[0].problem for part in parts)
+    assert len(findings(lines, samples)) == len(alike) + (score < 0)  # a falling score is another finding
+    for few in ([one for one in samples if one["step"] == 9], [*samples[:3], *samples[8:11]]):
+        assert not any("alike" in one.problem for one in findings(lines, few))
 
 
-def test_what_was_not_checked_is_listed():
-    """By the reason, with the option that changes it."""
+def test_unchecked_rules_are_listed():
+    """By reason, with the option that changes it."""
     trained = [{"step": 1, "reward/mean": 0.0, "kl/mean": 0.0}]
     scored = [*trained, {"step": 1, "eval/score": 0.0}]
     golden = [{"step": step, "eval/score": 0.0, "eval/gold": 0.0} for step in range(5)]
     samples = [{"step": step, "response": ""} for step in (0, 5) for _ in range(4)]
     alike, gold = "answers that become alike", "over-optimisation"
-    for lines, kept, expected in (
+    for lines, chosen, expected in (
         (trained, [], {gold: ["eval_data", "eval_fraction", "eval_steps"]}),
         (scored, samples, {gold: ["gold_reward_model", "gold_function"]}),
         (trained + golden[:4], samples, {gold: ["eval_steps"]}),
@@ -214,13 +214,13 @@ def test_what_was_not_checked_is_listed():
         (trained + golden, samples[2:], {alike: ["num_samples"]}),
         (trained + golden, samples[:4], {alike: ["eval_steps"]}),
     ):
-        unchecked = judge(lines, kept, "ppo").unchecked
+        unchecked = check_run(lines, chosen, "ppo").unchecked
         options = {name: re.findall(r"--(\w+)", why) for why, names in unchecked.items() for name in names}
         assert {
             name: options[name] for name in (gold, alike) if name in options and name in expected
         } == expected
         assert expected or not {gold, alike} & options.keys()
-    assert not judge([{"step": 1, "train/loss": 0.0}]).unchecked, "the stage is not known"
+    assert not check_run([{"step": 1, "train/loss": 0.0}]).unchecked, "the stage is not known"
 
 
 def preferences(curves: dict[str, list[float]], start: int = 0) -> list[dict]:
@@ -247,44 +247,46 @@ def preferences(curves: dict[str, list[float]], start: int = 0) -> list[dict]:
          ["Overfitting: eval/loss rose from 0.693 at step 0", "No better than a coin"]),
         ("direct", {"eval/loss": [2.5, 2.0]}, {"loss": "ipo"}, []),
         ("direct", {"eval/loss": [1.0, 0.8]}, {"loss": "hinge"}, []),
-        ("direct", {"eval/nll_chosen": [2.0, 2.04]}, {}, ["The chosen responses are unlearnt"]),
+        ("direct", {"eval/nll_chosen": [2.0, 2.04]}, {}, ["Chosen responses become less likely"]),
         ("direct", {"eval/nll_chosen": [2.0, 2.01]}, {}, []),
-        ("direct", {"eval/margin": [0.0, -0.2]}, {}, ["The margin is -0.2"]),
+        ("direct", {"eval/margin": [0.0, -0.2]}, {}, ["Negative margin: eval/margin is -0.2"]),
         ("direct", {"logratio/mean": [0.0, -80.0]}, {}, ["Far from the reference"]),
         ("sft", {"eval/loss": [3.0, 2.0]}, {}, []),
         ("sft", {"eval/loss": [3.0, 3.05]}, {}, ["Held-out loss rises: eval/loss went from 3 at step 0"]),
     ],
 )  # fmt: skip
 def test_levels_and_trends_of_steps_1_and_2(stage, curves, options, expected):
-    found = findings(preferences(curves), stage=stage, **options)
-    assert len(found) == len(expected), found
-    assert all(one.found.startswith(part) for one, part in zip(found, expected, strict=True)), found
+    result = findings(preferences(curves), stage=stage, **options)
+    assert len(result) == len(expected), result
+    assert all(one.problem.startswith(part) for one, part in zip(result, expected, strict=True)), result
 
 
-def test_a_training_loss_of_a_coin_toss_counts_where_nothing_is_held_out():
-    """Unless something else is in it."""
+def test_training_loss_of_a_coin_toss_counts_without_held_out_data():
+    """Unless the loss contains other terms."""
     lines = [{"step": i, "train/loss": loss} for i, loss in enumerate([0.76, 0.8, 0.72] * 4, start=1)]
     for stage, options in (
         ("reward", {"centre_coef": 0.0, "use_margin": False}),
         ("direct", {"loss": "dpo"}),
     ):
         (found,) = findings(lines, stage=stage, **options)
-        assert found.found.startswith("No better than a coin toss: the loss on training pairs is 0.7"), found
+        assert found.problem.startswith("No better than a coin toss: the loss on training pairs is 0.7"), (
+            found
+        )
     for options in ({"centre_coef": 0.1}, {"lm_loss_coef": 0.1}, {"use_margin": True}, {"loss": "ipo"}):
         assert not findings(lines, stage="reward", **options)
     held_out = [{"step": 0, "eval/loss": 0.7}, {"step": 12, "eval/loss": 0.6}]
     assert not findings([*lines, *held_out], stage="reward")
 
 
-def test_a_held_out_loss_that_rises_has_one_advice():
-    """That of a training loss that stays would be the contrary."""
+def test_rising_held_out_loss_is_the_only_finding():
+    """A constant training loss would give the opposite advice."""
     lines = [{"step": i, "train/loss": 0.5 + 0.1 * (i % 3)} for i in range(1, 13)]
     held_out = [{"step": 0, "eval/loss": 0.6}, {"step": 12, "eval/loss": 0.65}]
     (found,) = findings([*lines, *held_out], stage="sft")
-    assert found.found.startswith("Held-out loss rises")
+    assert found.problem.startswith("Held-out loss rises")
 
 
-def test_training_losses_that_do_not_fall():
+def test_training_loss_does_not_fall():
     for losses, part in (
         ([2.0, 2.1, 2.4, 2.9, 3.5, 4.0, 4.6], "Diverged: train/loss rose from 2 to 4.6"),
         ([2.0, 2.2, 1.9, 2.1, 2.3, 2.0, 2.1], ""),  # too few to tell from noise
@@ -293,71 +295,70 @@ def test_training_losses_that_do_not_fall():
         ([2.0, 1.9, 1.8, 1.7, 1.6, 1.5, 1.4], ""),
     ):
         lines = [{"step": i, "train/loss": loss, "train/lr": 1e-3} for i, loss in enumerate(losses)]
-        found = findings(lines, stage="sft")
-        assert [one.found.startswith(part) for one in found] == [True] * bool(part), found
+        result = findings(lines, stage="sft")
+        assert [one.problem.startswith(part) for one in result] == [True] * bool(part), result
     noisy = [{"step": i + 1, "train/loss": loss} for i, loss in enumerate([1.25, 1.28, 1.22, 1.31, 1.26] * 2)]
     for start, is_learning in ((1.3, True), (1.2, False)):
         held_out = [{"step": 1, "eval/loss": start}, {"step": 10, "eval/loss": 1.2}]
         assert (not findings([*noisy, *held_out], stage="sft")) == is_learning
     (stuck,) = findings([{"step": i, "train/loss": 3.0 - i, "train/lr": 0.0} for i in range(5)], stage="sft")
-    assert stuck.found == "The learning rate is 0 in all logged steps."
+    assert stuck.problem == "The learning rate is 0 in all logged steps."
 
 
-def test_accuracy_by_heart():
+def test_memorised_training_pairs():
     lines = preferences({"eval/accuracy": [0.5, 0.7]})
     for line in lines:
         line |= {"train/accuracy": 0.99} if "train/accuracy" in line else {}
-    assert [one.found for one in findings(lines, stage="reward")] == [
+    assert [one.problem for one in findings(lines, stage="reward")] == [
         "Overfitting: accuracy is 99.0% in training and 70.0% on held-out pairs."
     ]
 
 
-def test_few_steps_tell_levels_but_no_trends():
-    """The levels of a run of three steps are found; that it is too short is known."""
+def test_short_run_is_checked_for_levels_but_not_for_trends():
     lines = [{"step": step, "response/eos_rate": 0.0, "value/explained_var": -8.0} for step in (1, 2, 3)]
-    judgement = judge(lines, stage="ppo")
+    judgement = check_run(lines, stage="ppo")
     assert judgement.is_short and (judgement.steps, judgement.logged, judgement.evaluations) == (3, 3, 0)
-    assert [one.found.split(":")[0] for one in judgement.findings] == [
-        "Responses are cut", "The critic does not learn",
+    assert [one.problem.split(":")[0] for one in judgement.findings] == [
+        "Truncated responses", "The critic does not learn",
     ]  # fmt: skip
     falls = [{"step": i, "eval/score": s, "eval/score_std": 1.0} for i, s in enumerate([0.5, 0.4, 0.1])]
-    assert [one.found[:15] for one in findings(falls, stage="ppo")] == ["The score falls"]
+    assert [one.problem[:13] for one in findings(falls, stage="ppo")] == ["Falling score"]
     assert not findings([*falls[:2]], stage="ppo"), "by less than a quarter of the spread"
-    assert not judge([{"step": 10 * i, "train/loss": 3.0 - i} for i in range(5)], stage="sft").is_short
+    assert not check_run([{"step": 10 * i, "train/loss": 3.0 - i} for i in range(5)], stage="sft").is_short
 
 
 @pytest.mark.parametrize(
     ("ended", "penalty", "expected"),
     [
-        ([0.1, 0.1], 1.0, ["Responses are cut"]),  # once, though the length is at its limit as well
+        ([0.1, 0.1], 1.0, ["Truncated responses"]),  # one finding, although the length is at the limit too
         ([0.1, 0.1], 0.0, []),
-        ([0.9, 0.0], 0.0, ["Responses do not end any more"]),
+        ([0.9, 0.0], 0.0, ["Responses no longer end"]),
         ([0.9, 0.9], 1.0, ["Length at the limit"]),
         ([0.9, 0.9], 0.0, []),
     ],
 )
-def test_a_limit_that_is_meant_to_cut_is_no_trouble(ended, penalty, expected):
+def test_intended_truncation_is_no_finding(ended, penalty, expected):
     lines = [{"step": i, "response/eos_rate": rate, "response/length": 48.0} for i, rate in enumerate(ended)]
-    found = findings(lines, stage="ppo", max_response_length=48, missing_eos_penalty=penalty)
-    assert [one.found.split(":")[0] for one in found] == expected
-    assert not any("--missing_eos_penalty 0" in one.advice for one in found if not penalty)
+    result = findings(lines, stage="ppo", max_response_length=48, missing_eos_penalty=penalty)
+    assert [one.problem.split(":")[0] for one in result] == expected
+    assert not any("--missing_eos_penalty 0" in one.advice for one in result if not penalty)
 
 
 @pytest.mark.parametrize("stage", ["reward", "direct"])
-def test_levels_are_judged_after_training_only(stage):
-    """At step 0 a coin toss is right; that there is no later evaluation is listed."""
+def test_levels_are_not_checked_at_step_0(stage):
+    """An untrained model is a coin toss. The list of unchecked rules says that no later evaluation exists."""
     untrained = {
         "eval/loss": math.log(2), "eval/accuracy": 0.5, "eval/margin": 0.0, "eval/chosen_std": 0.0,
         "eval/nll_chosen": 2.0,
     }  # fmt: skip
     lines = [{"step": 0, **untrained}, *[line for line in preferences({"x": []}) if line["step"]]]
-    judgement = judge(lines, stage=stage)
+    judgement = check_run(lines, stage=stage)
     assert not judgement.findings
     (names,) = [names for why, names in judgement.unchecked.items() if "the only evaluation is at" in why]
     assert "held-out accuracy" in names and not any("1 evaluations" in why for why in judgement.unchecked)
-    later = {one.found.split(":")[0] for one in findings([*lines, {"step": 100, **untrained}], stage=stage)}
+    later = {one.problem.split(":")[0] for one in findings([*lines, {"step": 100, **untrained}], stage=stage)}
     assert {"Accuracy near chance", "No better than a coin toss"} < later
-    assert not any("margin" in found for found in later), "neither response has the higher reward"
+    assert not any("margin" in problem for problem in later), "neither response has the higher reward"
 
 
 @pytest.mark.parametrize(
@@ -369,22 +370,22 @@ def test_levels_are_judged_after_training_only(stage):
         ([1.0, 1.02, 0.99, 1.01, 1.02], [], True),
     ],
 )
-def test_a_score_that_rises_by_much_is_not_nothing(scores, spreads, is_nothing):
+def test_large_rise_of_the_score_is_a_gain(scores, spreads, is_nothing):
     lines = [{"step": i, "eval/kl": 3.0 * i, "eval/score": score} for i, score in enumerate(scores)]
     for line, spread in zip(lines, spreads, strict=False):
         line["eval/score_std"] = spread
-    found = [one.found.split(":")[0] for one in findings(lines, stage="ppo")]
-    assert found == ["Moved for nothing"] * is_nothing
+    problems = [one.problem.split(":")[0] for one in findings(lines, stage="ppo")]
+    assert problems == ["KL without gain"] * is_nothing
 
 
-def test_two_values_do_not_tell_a_length_hack():
-    """Any two correlate perfectly."""
+def test_two_values_are_too_few_for_a_length_hack():
+    """Any two values correlate perfectly."""
     lines = [{"step": i, "reward/mean": 0.1 * i, "response/length": 30.0 + 5 * i} for i in range(5)]
     assert not findings([lines[0], lines[-1]], stage="ppo")
-    assert [one.found[:16] for one in findings(lines, stage="ppo")] == ["Score and length"]
+    assert [one.problem[:16] for one in findings(lines, stage="ppo")] == ["Score and length"]
 
 
-def test_every_rule_names_metrics_that_a_panel_shows():
+def test_metrics_of_every_rule_have_a_panel():
     names = {name for rule in RULES for group in rule.groups for name in group} - {"step"}
     assert all(group != "Others" for group, _, _ in panels(sorted(names)))
 
@@ -402,17 +403,17 @@ def test_every_rule_names_metrics_that_a_panel_shows():
 def test_overfitting(trained, held_out, is_overfitting):
     lines = [{"step": step, "train/loss": loss} for step, loss in enumerate(trained, start=1)]
     lines += [{"step": step, "eval/loss": loss} for step, loss in enumerate(held_out, start=1)]
-    found = [finding.found.split(":")[0] for finding in findings(lines)]
-    assert ("Overfitting" in found) == is_overfitting, found
+    problems = [finding.problem.split(":")[0] for finding in findings(lines)]
+    assert ("Overfitting" in problems) == is_overfitting, problems
 
 
 @pytest.mark.parametrize(
     ("farthest", "lowest", "highest"),
     [(1.0, 0.0, 0.05), (2.0, 0.95, 1.0), (0.0, 0.0, 0.1)],
-    ids=["ends at its peak", "goes on", "flat"],
+    ids=["ends at its peak", "passes its peak", "flat"],
 )
-def test_over_optimisation_is_told_from_noise(farthest, lowest, highest):
-    """Gold over the root of KL d as in Gao et al. 2023, d (a - b log d), here with its peak of 1 at d = 1."""
+def test_over_optimisation_is_distinguished_from_noise(farthest, lowest, highest):
+    """Gold as a function of the root of KL d, d (a - b log d) (Gao et al. 2023), with a peak at d = 1."""
     alarms = 0
     for seed in range(300):
         draw = random.Random(seed)
@@ -423,18 +424,18 @@ def test_over_optimisation_is_told_from_noise(farthest, lowest, highest):
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 7, 60])
-def test_running_means_and_their_peak(count):
+def test_running_means_and_peak(count):
     values = np.random.default_rng(count).normal(size=count)
     width = max(1, count // 5)
     expected = np.convolve(values, np.ones(width) / width, mode="valid")
     np.testing.assert_allclose(running_means(values.tolist()), expected, atol=1e-12)
     np.testing.assert_allclose(ends(values.tolist()), [values[:width].mean(), values[-width:].mean()])
-    place, top = peak(values.tolist()), int(expected.argmax())
-    assert top <= place < top + width
+    index, top = peak(values.tolist()), int(expected.argmax())
+    assert top <= index < top + width
 
 
-def test_the_error_of_a_change_is_that_of_many_curves():
-    """A trend adds nothing to it, and one jump little."""
+def test_error_of_change_equals_the_spread_over_many_curves():
+    """A trend does not change it, and a jump changes it little."""
     draw = np.random.default_rng(0)
     curves = draw.normal(0, 0.3, (2000, 100)) + np.linspace(0, 50, 100)
     changes = curves[:, -20:].mean(1) - curves[:, :20].mean(1)
@@ -460,23 +461,23 @@ def test_every_metric_has_one_panel():
     assert shown[-1] == ("Others", "new/one", ["new/one"])
 
 
-def test_pictures_show_the_metrics():
+def test_panel_shows_the_metrics():
     lines = logged(HEALTHY)
     lines[0]["reward/mean"] = None  # not finite
     names = ["reward/mean", "reward/p10", "reward/p90"]
     for line in lines:
         line |= {"reward/p10": -9.0, "reward/p90": 9.0} if "reward/mean" in line else {}
     figure, alt = draw_panel("Score", names, lines)
-    (drawn,) = figure.axes[0].lines
-    assert drawn.get_xydata().tolist() == [
+    (curve,) = figure.axes[0].lines
+    assert curve.get_xydata().tolist() == [
         list(pair) for pair in zip(*columns(lines, "step", names[0]), strict=True)
     ]
     assert figure.axes[0].collections[0].get_datalim(figure.axes[0].transData).intervaly.tolist() == [-9, 9]
     assert alt.startswith("Score: reward/mean from ") and "at step 2 to" in alt
 
 
-def test_gold_is_drawn_over_the_root_of_kl():
-    lines = logged(HEALTHY | SICK["Over-optimisation: around step 20 "])
+def test_gold_is_plotted_over_the_root_of_kl():
+    lines = logged(HEALTHY | OVER_OPTIMISED)
     figure, alt = draw_trade(lines)
     kls, scores, golds = columns(lines, "eval/kl", "eval/score", "eval/gold")
     for axes, values in zip(figure.axes, (scores, golds), strict=True):
@@ -484,25 +485,25 @@ def test_gold_is_drawn_over_the_root_of_kl():
         np.testing.assert_allclose(curve.get_xdata() ** 2, np.maximum(kls, 0))
         assert curve.get_ydata().tolist() == values
         assert peak_line.get_xdata()[0] ** 2 == pytest.approx(kls[4]), (
-            "the largest mean of three is around it"
+            "the window of the largest running mean is centred on it"
         )
     assert "Gold peaks around step 20: 0.84" in alt
 
 
 class Page(HTMLParser):
-    """What a page holds; fails where tags do not match."""
+    """Tags and text of a page. Fails if tags do not match."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.found: list[tuple[str, dict]] = []
+        self.tags: list[tuple[str, dict]] = []
         self.text, self.folded = "", ""
         self.feed(path.read_text(encoding="utf-8"))
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
@@ -514,7 +515,7 @@ class Page(HTMLParser):
         self.folded += data * ("details" in self.open)
 
     def all(self, tag: str) -> list[dict]:
-        return [attributes for name, attributes in self.found if name == tag]
+        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def write_run(folder: Path, options, curves: dict[str, list[float]]) -> None:
@@ -524,8 +525,8 @@ def write_run(folder: Path, options, curves: dict[str, list[float]]) -> None:
 
 
 def sample(step: int, response: str, **others) -> dict:
-    told = {"step": step, "prompt": "<b>Why & how?</b>", "response": response, "score": 0.5 * step}
-    return told | {"length": 7, "ended": step == 0} | others
+    record = {"step": step, "prompt": "<b>Why & how?</b>", "response": response, "score": 0.5 * step}
+    return record | {"length": 7, "ended": step == 0} | others
 
 
 def finish(folder: Path) -> None:
@@ -535,7 +536,7 @@ def finish(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Outputs of three steps: one that is well, a short one without evaluations, one that over-optimised."""
+    """Outputs of three steps: a healthy run, a short one without evaluations, an over-optimised one."""
     folder = tmp_path_factory.mktemp("out") / "<out>"
     write_run(
         folder / "step1_sft",
@@ -547,9 +548,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RewardOptions(golden_data=["<g>.jsonl"]),
         {"train/loss": [0.7, 0.6, 0.5], "train/accuracy": [0.5, 0.75, 0.625]},
     )
-    write_run(
-        folder / "step3_ppo", PPOOptions(kl_coef=0.123), HEALTHY | SICK["Over-optimisation: around step 20 "]
-    )
+    write_run(folder / "step3_ppo", PPOOptions(kl_coef=0.123), HEALTHY | OVER_OPTIMISED)
     for step in ("step1_sft", "step2_reward", "step3_ppo"):
         finish(folder / step)
     part = {"pairs": 40, "accuracy": 0.7, "low": 0.5, "high": 0.8}
@@ -568,14 +567,14 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_page_is_whole_and_needs_nothing_else(pipeline):
+def test_page_is_well_formed_and_self_contained(pipeline):
     page = Page(pipeline / "report.html")
-    assert not {"script", "link"} & {tag for tag, _ in page.found}
+    assert not {"script", "link"} & {tag for tag, _ in page.tags}
     assert all(
         image["src"].startswith("data:image/png;base64,iVBOR") and image["alt"] for image in page.all("img")
     )
-    assert not any("://" in str(value) for _, attributes in page.found for value in attributes.values())
-    ids = [attributes["id"] for _, attributes in page.found if "id" in attributes]
+    assert not any("://" in str(value) for _, attributes in page.tags for value in attributes.values())
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     links = [link["href"] for link in page.all("a")]
     assert len(ids) == len(set(ids)) and {f"#{one}" for one in ids} == set(links)
     pictures = list((pipeline / "report").rglob("*.png"))
@@ -584,13 +583,13 @@ def test_the_page_is_whole_and_needs_nothing_else(pipeline):
         assert title in page.text
 
 
-def test_the_page_shows_what_runs_left(pipeline):
+def test_contents_of_the_page(pipeline):
     page = Page(pipeline / "report.html")
     for text in (
         "No problems detected in 60 steps (60 logged, 15 evaluations).",
-        "Too short to judge: trends cannot be seen in 3 steps (3 logged, 0 evaluations).",
-        "overfitting, held-out loss against a coin toss, held-out accuracy, gap of accuracies (there are no",
-        "Over-optimisation: around step 20 gold was 0.74 and fell to 0.38",
+        "Too short to judge trends: 3 steps (3 logged, 0 evaluations).",
+        "overfitting, held-out loss against a coin toss, held-out accuracy, gap of accuracies (no",
+        "Over-optimisation: gold peaked at 0.74 around step 20 and fell to 0.38",
         "answers that become alike (an evaluation has fewer than 4 samples",
         "samples.jsonl: skipped 1 line without a JSON object (first: line 4)",
         "Low <accuracy>.",
@@ -598,28 +597,28 @@ def test_the_page_shows_what_runs_left(pipeline):
         "0.75 (step 2)",
         "<b>Why & how?</b>",
         "<script>alert(1)</script>",
-        "step 60 · score 30 · gold 0.25 · 7 tokens · cut off",
+        "step 60 · score 30 · gold 0.25 · 7 tokens · truncated",
         "at last",
     ):
         assert text in page.text, text
     assert "middle" not in page.text
-    assert "absent" not in page.text
+    assert "missing:" not in page.text
     assert "--kl_coef0.1230.05" in page.text
     assert "--kl_coef0.123" not in page.folded and "--temperature" in page.folded
     green = [tag for tag in page.all("div") if tag.get("class") == "finding well"]
-    assert len(green) == 1, "only step 1 is long enough and well"
+    assert len(green) == 1, "only step 1 is long enough and healthy"
 
 
-def test_what_is_absent_is_said(tmp_path):
+def test_missing_files_are_named(tmp_path):
     write_run(tmp_path / "run", PPOOptions(), {})
     (tmp_path / "run/metrics.jsonl").unlink()
     text = Page(write_report(tmp_path / "run")).text
-    assert "metrics.jsonl is absent" in text and "samples.jsonl is absent" in text
+    assert "metrics.jsonl is missing" in text and "samples.jsonl is missing" in text
     assert "No step has been logged." in text and "No problems detected" not in text
     (tmp_path / "run/options.json").unlink()
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "train/loss": 2.5}\n')
     text = Page(write_report(tmp_path / "run")).text
-    assert "options.json is absent" in text and "samples.jsonl" not in text and "2.5" in text
+    assert "options.json is missing" in text and "samples.jsonl" not in text and "2.5" in text
 
 
 SHORT = {"train/loss": [2.0, 1.5, 1.2]}
@@ -631,21 +630,19 @@ def verdicts(folder: Path) -> list[tuple[str, str]]:
     return re.findall(r'<div class="finding ?(\w*)"><p>(.*?)</p>', content)
 
 
-def test_a_run_that_did_not_finish_is_never_green(tmp_path):
-    """Without final/, before its last step, and while it is in progress."""
+def test_unfinished_run_is_never_green(tmp_path):
+    """Without final/, before the last step, and while it is in progress."""
     folder = tmp_path / "run"
     curves = {"train/loss": towards(2, 1, 0.01), "eval/loss": towards(2, 1.2, 0.001, EVALUATIONS)}
     write_run(folder, SFTOptions(max_steps=100), curves)
-    (kind, text), (other, well), *_ = verdicts(folder)
-    assert (kind, other) == ("", "absent") and well.startswith("No problems detected in 60 steps")
-    assert text == (
-        "This run stopped before its end: at step 60 of 100, and final/ is absent; there is no checkpoint."
-    )
+    (kind, text), (other, verdict), *_ = verdicts(folder)
+    assert (kind, other) == ("", "absent") and verdict.startswith("No problems detected in 60 steps")
+    assert text == "This run stopped at step 60 of 100; final/ is missing; there is no checkpoint."
     (folder / "checkpoints/step_000050").mkdir(parents=True)
     (folder / "checkpoints/step_000050/state.json").write_text("{}")
-    assert "the newest checkpoint is of step 50. The same command resumes" in verdicts(folder)[0][1]
+    assert "the newest checkpoint is step 50. Run the same command to resume." in verdicts(folder)[0][1]
     finish(folder)
-    assert "final/ is of an earlier end" in verdicts(folder)[0][1]
+    assert "final/ is from an earlier end" in verdicts(folder)[0][1]
     with (folder / "run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert verdicts(folder)[0] == ("", "The run is in progress, at step 60 of 100.")
@@ -657,8 +654,8 @@ def test_a_run_that_did_not_finish_is_never_green(tmp_path):
     assert "at step 60 of 80" in verdicts(tmp_path / "done")[1][1]
 
 
-def test_options_that_nobody_gave_are_apart(tmp_path):
-    """By the command lines of all starts in train.log; without one, all are in one table."""
+def test_adjusted_options_have_their_own_table(tmp_path):
+    """According to the command lines in train.log; without any, all options are in one table."""
     folder = tmp_path / "run"
     write_run(folder, PPOOptions(max_prompt_length=191, kl_coef=0.2, whiten_advantages=False), SHORT)
     assert "Adjusted by the run" not in Page(write_report(folder)).text
@@ -678,7 +675,7 @@ def test_options_that_nobody_gave_are_apart(tmp_path):
     assert "Adjusted by the run" not in Page(write_report(folder)).text
 
 
-def test_early_stopping_is_an_end(tmp_path):
+def test_early_stopping_finishes_a_run(tmp_path):
     write_run(tmp_path / "run", PPOOptions(early_stopping=3, max_steps=500), HEALTHY)
     finish(tmp_path / "run")
     texts = [text for _, text in verdicts(tmp_path / "run")]
@@ -693,7 +690,7 @@ BEST_OF_N = {
 
 
 def test_any_mix_of_output_folders(tmp_path):
-    """Runs at any depth, reports of other commands, and the rest in one line; round_2 before round_10."""
+    """Runs at any depth, reports of other commands, other folders; round_2 before round_10."""
     for name in ("round_10", "round_2"):
         write_run(tmp_path / f"raft/{name}/step1_sft", SFTOptions(), SHORT)
         samples = tmp_path / f"raft/{name}/samples"
@@ -701,7 +698,7 @@ def test_any_mix_of_output_folders(tmp_path):
         (samples / "options.json").write_text(json.dumps(dataclasses.asdict(SampleOptions())))
         (samples / "samples.jsonl").write_text('{"group": 0, "prompt": "p", "completion": "c", "score": 1}\n')
         (samples / "report.json").write_text(json.dumps(BEST_OF_N))
-    pairs = tmp_path / "best"  # a name that runs have for a part of theirs
+    pairs = tmp_path / "best"  # also the name of a subfolder of runs
     pairs.mkdir()
     (pairs / "options.json").write_text(json.dumps(dataclasses.asdict(SamplePairsOptions())))
     (pairs / "pairs.jsonl").write_text("{}\n")
@@ -731,7 +728,7 @@ def test_any_mix_of_output_folders(tmp_path):
     )
 
 
-def test_what_can_be_read_of_damaged_files_is_shown(tmp_path):
+def test_readable_parts_of_damaged_files_are_shown(tmp_path):
     folder = tmp_path / "run"
     write_run(folder, PPOOptions(), HEALTHY)
     lines = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -769,8 +766,8 @@ def test_what_can_be_read_of_damaged_files_is_shown(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"\n\n", b"\x00" * 50, b'{"step": 1}\n', b'{"step": 1, "a": 1e308}\n']
 )
-def test_files_with_next_to_nothing(tmp_path, content):
-    """Empty, blank, zeroed, and a single value: a page that says so, and nothing green."""
+def test_nearly_empty_files(tmp_path, content):
+    """Empty, blank, zeroed, and a single value: a page without green."""
     (tmp_path / "metrics.jsonl").write_bytes(content)
     (tmp_path / "options.json").write_bytes(content)
     assert all(kind != "well" for kind, _ in verdicts(tmp_path))
