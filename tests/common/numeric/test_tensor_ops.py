@@ -41,17 +41,17 @@ def test_entropy_of_known_distributions():
 
 def test_half_precision_logits_are_computed_in_fp32():
     logits = torch.tensor([[8.0, 0.0, 0.0]], dtype=torch.bfloat16)
-    found = label_logprobs(logits, torch.tensor([0]))
-    assert found.dtype == torch.float32
-    assert_close(found, logits.double().log_softmax(-1)[:, 0].float())
+    logprobs = label_logprobs(logits, torch.tensor([0]))
+    assert logprobs.dtype == torch.float32
+    assert_close(logprobs, logits.double().log_softmax(-1)[:, 0].float())
 
 
 def test_large_logits_stay_finite():
-    found = label_logprobs(torch.tensor([[1e4, -1e4]]), torch.tensor([1]))
-    assert_close(found, torch.tensor([-2e4]))
+    logprobs = label_logprobs(torch.tensor([[1e4, -1e4]]), torch.tensor([1]))
+    assert_close(logprobs, torch.tensor([-2e4]))
 
 
-def test_scaled_makes_no_copy_when_there_is_nothing_to_do():
+def test_scaled_makes_no_copy_for_temperature_one():
     logits = torch.randn(2, 3)
     assert scaled(logits, 1.0) is logits
 
@@ -63,17 +63,17 @@ def test_masked_statistics_match_the_reference(reference):
     assert_close(masked_mean(values, mask, dim=1), expected.mean_axis1)
     assert_close(masked_var(values, mask), expected.var_unbiased)
     assert_close(masked_var(values, mask, unbiased=False), expected.var_biased)
-    # The reference leaves numbers outside the mask, ours are 0.
+    # Outside the mask, the reference has other numbers, and ours are 0.
     assert_close(masked_whiten(values, mask), expected.whiten * mask)
     assert_close(masked_whiten(values, mask, shift_mean=False), expected.whiten_keep_mean * mask)
 
 
-def test_masked_mean_of_nothing_is_zero():
+def test_masked_mean_of_an_empty_mask_is_zero():
     mask = torch.tensor([[False, False], [True, False]])
     assert masked_mean(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), mask, dim=1).tolist() == [0.0, 3.0]
 
 
-def test_statistics_do_not_depend_on_what_the_mask_hides():
+def test_statistics_ignore_masked_entries():
     values = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     mask = torch.arange(6) < torch.tensor([6, 1, 3, 4])[:, None]
     other = torch.where(mask, values, 1e6)

@@ -1,4 +1,4 @@
-"""Damaged JSON Lines: what can be read is, and a resumed run goes on with whole lines."""
+"""Damaged JSON Lines: valid lines are read, and a resumed run appends complete lines."""
 
 import json
 
@@ -6,7 +6,7 @@ from common.runtime.damaged_jsonl import read_lines, read_metrics, skipped_messa
 from common.training.metrics import MetricWriter
 
 
-def test_objects_are_read_and_other_lines_counted(tmp_path):
+def test_other_lines_than_objects_are_skipped_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(
         b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\n\n{"b": 1\n\xff\xfe\n[1]\n' + b"[" * 99_999 + b'\n{"c": NaN}'
@@ -19,7 +19,7 @@ def test_objects_are_read_and_other_lines_counted(tmp_path):
     assert skipped_message(path, [], "odd") == [] and read_lines(tmp_path / "none") == ([], [])
 
 
-def test_metrics_are_finite_numbers_or_none_by_step(tmp_path):
+def test_metrics_are_finite_numbers_or_none_sorted_by_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "a": 1}\n{"step": 1, "a": Infinity, "b": "x", "c": true}\n{"a": 2}\n')
     lines, problems = read_metrics(path)
@@ -30,8 +30,8 @@ def test_metrics_are_finite_numbers_or_none_by_step(tmp_path):
     ]
 
 
-def test_a_resumed_run_leaves_damaged_lines_behind(tmp_path):
-    """Garbage, a line without a step, and a last one without its end: later lines stay whole."""
+def test_resumed_run_drops_damaged_lines(tmp_path):
+    """Invalid bytes, a line without a step and an unfinished last line do not damage later lines."""
     path = tmp_path / "samples.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\n{"a": 1}\n{"step": 3}\n{"step": 2}')
     MetricWriter(str(tmp_path), 2, 5, 1).samples(3, [{"text": "\u2028"}])

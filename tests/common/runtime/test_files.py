@@ -1,4 +1,4 @@
-"""Folders that options name."""
+"""Output folders."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from common.runtime.files import make_folder
 from common.runtime.options import UserError
 
 
-def test_a_folder_is_made_or_refused_in_one_line(tmp_path):
+def test_make_folder(tmp_path):
     assert make_folder("output_dir", str(tmp_path / "a/b")).is_dir()
     assert make_folder("output_dir", str(tmp_path / "a/b")) == tmp_path / "a/b"
     (tmp_path / "file").write_text("")

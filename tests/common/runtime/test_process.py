@@ -1,4 +1,4 @@
-"""How a process ends: stops at any moment and between steps, second signals, refusals."""
+"""End of a process: immediate stops, stops between steps, second signals, user errors."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ from tests.ranks import FORK
 
 
 class Child:
-    """A process in which `run_main` runs a function, and what it prints."""
+    """A process that calls `run_main`, and its output."""
 
     def __init__(self, main, folder: Path) -> None:
         self.begun, self.log = folder / "begun", folder / "log"
@@ -58,7 +58,7 @@ class Child:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_ends_a_long_call_at_once(tmp_path: Path, number: int) -> None:
-    """Also one within the code of a library, or of the user, that catches every exception."""
+    """Also within code that catches every exception."""
     removed = tmp_path / "removed"
 
     def main() -> None:
@@ -76,7 +76,7 @@ def test_a_stop_ends_a_long_call_at_once(tmp_path: Path, number: int) -> None:
     assert removed.exists()
 
 
-def test_a_stop_within_a_reward_function_is_no_error_of_it(tmp_path: Path) -> None:
+def test_stop_within_a_reward_function_is_not_its_error(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import pathlib, time\ndef slow(prompts, responses, records):\n"
         f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n    time.sleep(60)\n"
@@ -91,7 +91,7 @@ def test_a_stop_within_a_reward_function_is_no_error_of_it(tmp_path: Path) -> No
     assert child.end(10) == (STOPPED, [process.PREPARING])
 
 
-def test_a_stop_in_training_waits_for_the_step(tmp_path: Path) -> None:
+def test_stop_in_training_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
     def main() -> None:
         stop_between_steps()
         (tmp_path / "begun").touch()
@@ -107,7 +107,7 @@ def test_a_stop_in_training_waits_for_the_step(tmp_path: Path) -> None:
     assert child.end(30) == (STOPPED, ["Stopped at step 1"])
 
 
-def test_a_stop_that_came_in_training_ends_what_follows_it(tmp_path: Path) -> None:
+def test_stop_requested_in_training_ends_later_work_at_once(tmp_path: Path) -> None:
     def main() -> None:
         stop_between_steps()
         (tmp_path / "begun").touch()
@@ -136,7 +136,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert child.end(10)[0] == 128 + signal.SIGTERM
 
 
-def test_code_that_swallows_a_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_suppresses_a_stop_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "CLEAN_UP", 0.3)
 
     def main() -> None:
@@ -150,7 +150,7 @@ def test_code_that_swallows_a_stop_is_ended(tmp_path: Path, monkeypatch: pytest.
     assert child.end(10) == (STOPPED, [process.PREPARING])
 
 
-def test_a_refusal_is_one_line_and_takes_back_what_was_begun(tmp_path: Path) -> None:
+def test_user_error_is_one_line_and_undoes_earlier_steps(tmp_path: Path) -> None:
     def main() -> None:
         (tmp_path / "begun").touch()
         process.on_refusal((tmp_path / "begun").unlink)

@@ -7,7 +7,7 @@ from common.runtime import progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands still until the test moves it."""
+    """A clock that only the test advances."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -25,22 +25,22 @@ def test_a_line_after_two_seconds_and_then_every_ten(clock: list[float], capsys)
     ]
 
 
-def test_the_rate_is_that_of_this_run(clock: list[float], capsys) -> None:
-    """Items that an earlier run has finished took no time now."""
+def test_rate_counts_only_items_of_this_run(clock: list[float], capsys) -> None:
+    """Items of an earlier run took no time."""
     passing = progress.Progress("reading", total=1000, done=900)
     clock[0] += 5
     assert passing.update(910)
     assert capsys.readouterr().out == "reading: 910/1000 (91%) | 2/s | ETA 0:00:45\n"
 
 
-def test_a_short_pass_is_silent(clock: list[float], capsys) -> None:
+def test_short_pass_logs_nothing(clock: list[float], capsys) -> None:
     passing = progress.Progress("reading", total=10)
     clock[0] += 1.9
     assert not passing.update(10)
     assert capsys.readouterr().out == ""
 
 
-def test_the_last_line_has_the_time_that_it_took(clock: list[float], capsys) -> None:
+def test_last_line_has_the_elapsed_time(clock: list[float], capsys) -> None:
     passing = progress.Progress("reading", total=4)
     for done in range(1, 5):
         clock[0] += 3
@@ -48,8 +48,8 @@ def test_the_last_line_has_the_time_that_it_took(clock: list[float], capsys) -> 
     assert capsys.readouterr().out.splitlines()[-1] == "reading: 4/4 (100%) | 0.333/s | took 0:00:12"
 
 
-def test_batches_of_all_ranks_add_up(clock: list[float], capsys) -> None:
-    """37 rows in five rounds; this rank has no part in the last two."""
+def test_progress_counts_batches_of_all_ranks(clock: list[float], capsys) -> None:
+    """37 rows in five rounds; this rank has no rows in the last two."""
     batches, seen = [[0, 1], [2], [3], [], []], []
     for batch in progress.track("scoring", batches, total=37):
         seen.append(batch)
@@ -60,7 +60,7 @@ def test_batches_of_all_ranks_add_up(clock: list[float], capsys) -> None:
     assert last == "scoring: 37/37 (100%) | 2.47/s | took 0:00:15"
 
 
-def test_records_of_a_file_go_by_the_share_that_is_read(clock: list[float], capsys) -> None:
+def test_progress_of_reading_uses_the_share_of_the_file(clock: list[float], capsys) -> None:
     reading = progress.ReadingProgress("data.jsonl: tokenising")
     for count, share in ((100, 0.01), (1000, 0.1), (5000, 0.5)):
         clock[0] += 1.5

@@ -1,4 +1,4 @@
-"""From records to segments: the exact text, what is a response, and messages that name the field."""
+"""Conversion of records to segments: exact text, response mask, errors that name the field."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ NO_EOS = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-COUNTING = "{{ messages | length }}" + NO_EOS  # what comes first depends on what comes last
+COUNTING = "{{ messages | length }}" + NO_EOS  # the start of the text depends on later messages
 FORGETS_REPLIES = (
     "{% for m in messages %}[{{ m['role'] }}]"
     "{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
@@ -44,7 +44,7 @@ DEFAULT = template(DEFAULT_CHAT_TEMPLATE)
 
 
 def chat(*contents: str, system: str = "") -> list[dict]:
-    """Messages of a user and an assistant by turns."""
+    """Alternating messages of user and assistant."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return [{"role": "system", "content": system}] * bool(system) + turns
 
@@ -67,11 +67,13 @@ def test_strings_are_used_verbatim():
 
 
 @pytest.mark.parametrize("prompt", ["Q: x", chat("x")], ids=["string", "messages"])
-def test_no_eos_after_a_completion_that_was_cut(prompt):
+def test_no_eos_after_a_truncated_completion(prompt):
     record = {"prompt": prompt, "completion": " A"}
-    whole = demonstration_segments({**record, "ended": True}, DEFAULT, EOS)
-    assert whole == demonstration_segments(record, DEFAULT, EOS)
-    assert text_of(whole) == text_of(demonstration_segments({**record, "ended": False}, DEFAULT, EOS)) + EOS
+    segments = demonstration_segments({**record, "ended": True}, DEFAULT, EOS)
+    assert segments == demonstration_segments(record, DEFAULT, EOS)
+    assert (
+        text_of(segments) == text_of(demonstration_segments({**record, "ended": False}, DEFAULT, EOS)) + EOS
+    )
     with pytest.raises(ValueError, match="field 'ended' is 'no'; it must be true or false"):
         demonstration_segments({**record, "ended": "no"}, DEFAULT, EOS)
 
@@ -97,18 +99,18 @@ def test_chatml_template_turn_by_turn():
 
 
 @pytest.mark.parametrize("text", [DEFAULT_CHAT_TEMPLATE, CHATML], ids=["default", "chatml"])
-def test_segments_together_are_the_rendered_conversation(text):
+def test_joined_segments_are_the_rendered_conversation(text):
     render, messages = template(text), chat("one", "two", "three", "four", system="zero")
     segments = demonstration_segments({"messages": messages}, render, EOS)
     assert text_of(segments) == render(messages, False).rstrip("\n")
 
 
-def test_eos_comes_once_also_when_the_template_has_none():
+def test_eos_is_added_when_the_template_has_none():
     segments = demonstration_segments({"messages": chat("a", "b", "c", "d")}, template(NO_EOS), EOS)
     assert text_of(segments) == "[user]a[assistant]b[user]c[assistant]d" + EOS
 
 
-def test_messages_after_the_last_reply_are_left_out():
+def test_messages_after_the_last_reply_are_dropped():
     messages = chat("hi", "hello", "and then?")
     expected = demonstration_segments({"messages": messages[:2]}, DEFAULT, EOS)
     assert demonstration_segments({"messages": messages}, DEFAULT, EOS) == expected
@@ -117,9 +119,9 @@ def test_messages_after_the_last_reply_are_left_out():
 def test_a_prompt_of_messages_ends_where_the_response_begins():
     messages = chat("hi", "hello", "bye")
     prompt = prompt_segments(messages, DEFAULT, EOS)
-    whole = dialogue_segments(messages, "so long", DEFAULT, EOS)
+    segments = dialogue_segments(messages, "so long", DEFAULT, EOS)
     assert text_of(prompt) == f"\n\nHuman: hi\n\nAssistant: hello{EOS}\n\nHuman: bye\n\nAssistant:"
-    assert text_of(whole) == text_of(prompt) + " so long" + EOS
+    assert text_of(segments) == text_of(prompt) + " so long" + EOS
 
 
 def test_only_the_last_reply_of_a_dialogue_is_the_response():
@@ -143,12 +145,12 @@ def test_an_earlier_reply_that_the_template_changes_is_context():
 
 
 @pytest.mark.parametrize("text", [COUNTING, FORGETS_REPLIES, LOSES_CONTEXT])
-def test_any_template_renders_a_prompt(text):
+def test_every_template_renders_a_prompt(text):
     render, messages = template(text), chat(*"abc")
     assert text_of(prompt_segments(messages, render, EOS)) == render(messages, True)
 
 
-def test_eos_behind_a_finished_conversation_is_not_part_of_an_earlier_reply():
+def test_eos_after_the_conversation_is_not_part_of_an_earlier_reply():
     text = NO_EOS.replace("{% endfor %}", "{% if m['role'] == 'assistant' %}<|x|>{% endif %}{% endfor %}")
     text += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     assert demonstration_segments({"messages": chat(*"abcd")}, template(text), EOS) == [
@@ -188,15 +190,15 @@ def test_common_beginning_of_messages():
         ("问：来吗？答：是", "问：来吗？答：不", "问：来吗？答："),
     ],
 )
-def test_the_common_beginning_ends_between_words(chosen, rejected, prompt):
+def test_common_beginning_ends_between_words(chosen, rejected, prompt):
     compared = comparison({"chosen": chosen, "rejected": rejected})
     assert compared.prompt == prompt == find_prompt({"chosen": rejected, "rejected": chosen})
     assert [*compared.responses.values()] == [chosen[len(prompt) :], rejected[len(prompt) :]]
     assert all(text.strip() for text in compared.responses.values())
 
 
-def test_dialogues_that_part_at_a_question_share_the_question_before():
-    """A prompt is never a finished dialogue: an answer must begin there."""
+def test_dialogues_that_differ_in_a_question_share_the_earlier_turns():
+    """A prompt ends before a reply."""
     record = {"chosen": chat("hi", "hello", "bye", "ciao"), "rejected": chat("hi", "hello", "who?", "me")}
     compared = comparison(record)
     assert compared.prompt == find_prompt(record) == chat("hi")
@@ -206,8 +208,8 @@ def test_dialogues_that_part_at_a_question_share_the_question_before():
     assert comparison(longer).responses == {"chosen": chat("", "hello")[1:], "rejected": record["chosen"][1:]}
 
 
-def test_a_prompt_string_beside_whole_dialogues():
-    """The shape of UltraFeedback: the prompt is the question that both dialogues hold."""
+def test_string_prompt_with_dialogues():
+    """As in UltraFeedback: the prompt is the first user message of both dialogues."""
     dialogue = {"chosen": chat("hi", "hello"), "rejected": chat("hi", "go")}
     replies = {"chosen": chat("", "hello")[1:], "rejected": chat("", "go")[1:]}
     for record in (dialogue | {"prompt": "hi"}, dialogue | {"prompt": chat("hi")}, dialogue):
@@ -221,8 +223,8 @@ def test_a_prompt_string_beside_whole_dialogues():
     assert comparison(ranked).prompt == find_prompt(ranked) == chat("hi")
 
 
-def test_messages_come_before_a_prompt_string():
-    """The shape of UltraChat: steps that learn and steps that ask use the same conversation."""
+def test_messages_have_priority_over_a_prompt_string():
+    """As in UltraChat: training and generation use the same conversation."""
     record = {"prompt": "hi", "messages": chat("hi", "hello", "bye", "so long")}
     assert find_prompt(record) == chat("hi", "hello", "bye")
     assert text_of(demonstration_segments(record, DEFAULT, EOS)).startswith(
@@ -230,7 +232,7 @@ def test_messages_come_before_a_prompt_string():
     )
 
 
-def test_content_parts_are_joined_and_empty_keys_left_out():
+def test_content_parts_are_joined_and_empty_keys_removed():
     parts = [{"type": "text", "text": "Name "}, {"type": "text", "text": "it."}]
     extra = {"tool_calls": [], "name": None, "refusal": ""}
     messages = [{"role": "user", "content": parts, **extra}, {"role": "assistant", "content": "It.", **extra}]
@@ -240,7 +242,7 @@ def test_content_parts_are_joined_and_empty_keys_left_out():
     )
 
 
-def test_a_weight_that_changes_nothing_is_left_out():
+def test_default_weight_is_removed():
     plain = chat("Name it.", "It.")
     for reply_weight, other_weight in ((1, 0), (1.0, 0.0)):
         weighted = [{**plain[0], "weight": other_weight}, {**plain[1], "weight": reply_weight}]
@@ -368,7 +370,7 @@ RANKING = {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 2]}
         (PROMPT, {"messages": "plain text"}, "'messages'"),
     ],
 )
-def test_a_bad_record_is_a_message_that_names_the_field(function, record, message):
+def test_error_names_the_field(function, record, message):
     with pytest.raises(ValueError) as error:
         function(record, DEFAULT, EOS)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""Parity with SentencePiece itself, on models trained here and on real ones."""
+"""Same ids as SentencePiece, with models trained here and real models."""
 
 import io
 import json
@@ -49,7 +49,7 @@ WRITTEN += [
     "<sep><0x0A> <0xE2>",
 ]
 WRITTEN += ["<0x0A>", "x" * 300, "the cat " * 200]
-# No runs of punctuation: unigram models can have equal scores there, which only rounding tells apart.
+# No runs of punctuation: their unigram scores can be equal, so that rounding decides.
 ALPHABET = [*"abehlnost AZ09,?'<|>éüß你好世😀▁ﬁ½\n\t\u00a0", "👍🏽", "e\u0301", "\r\n", " ", "  ", "   "]
 ALPHABET += ["the", " she", " and", "<|user|>", "<sep>", "<0x0A>"]
 
@@ -80,7 +80,7 @@ def assert_parity(tokenizer, model_file: Path) -> None:
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
 @pytest.mark.parametrize("prefix, clean", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("symbols", [[], SYMBOLS], ids=["plain", "symbols"])
-def test_trained_models_match_before_and_after_a_reload(
+def test_trained_models_match_before_and_after_reloading(
     tmp_path, model_type, byte_fallback, rule, prefix, clean, symbols
 ):
     model_file = train(
@@ -95,7 +95,7 @@ def test_trained_models_match_before_and_after_a_reload(
     tokenizer = load_sentencepiece_tokenizer(model_file)
     assert_parity(tokenizer, model_file)
     tokenizer.save_pretrained(tmp_path / "saved")
-    # A checkpoint holds a model configuration too, and AutoTokenizer lets its model type choose a class.
+    # A checkpoint has a model configuration, and AutoTokenizer chooses the class by its model type.
     (tmp_path / "saved" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert_parity(reloaded, model_file)
@@ -161,7 +161,7 @@ def test_unsupported_models_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["tokenizers/sp-unigram-1k", "models/stories260K"])
-def test_a_folder_keeps_what_stands_beside_its_tokenizer_model(shared, tmp_path, model):
+def test_folder_settings_are_used(shared, tmp_path, model):
     """Added tokens, BOS, EOS, pad and chat template come from the folder; ids of text from SentencePiece."""
     shutil.copy(shared / model / "tokenizer.model", tmp_path)
     pieces = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))

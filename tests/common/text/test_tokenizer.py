@@ -1,4 +1,4 @@
-"""Ids of segments, on tokenizers of every common make: trained here, and real ones."""
+"""Loading and encoding, with all common kinds of tokenizers: trained here, and real ones."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ REAL = {
 
 
 def make(kind: str, folder: Path) -> Path:
-    """Train a small BPE tokenizer of the given make; those with a prefix also put <s> in front."""
+    """Train a small BPE tokenizer of the given kind; those with a prefix also add <s>."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "prepend"))
     alphabet = []
     if kind.startswith("byte_level"):
@@ -44,7 +44,7 @@ def make(kind: str, folder: Path) -> Path:
         scheme = kind.removeprefix("metaspace_")
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
-    else:  # as Llama 2 has it: words are kept apart in training only
+    else:  # as in Llama 2: words are split only in training
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -70,7 +70,7 @@ def encoder(request, tmp_path_factory) -> SegmentEncoder:
     if request.param in MADE:
         return SegmentEncoder(load_tokenizer(str(make(request.param, folder))))
     source = request.getfixturevalue("shared") / REAL[request.param]
-    if source.suffix == ".model":  # nothing but the SentencePiece file
+    if source.suffix == ".model":  # only the SentencePiece file
         shutil.copy(source, folder)
         source = folder
     return SegmentEncoder(load_tokenizer(str(source)))
@@ -80,14 +80,14 @@ def response(text: str) -> Segment:
     return Segment(text, is_response=True, ends=True)
 
 
-def test_pad_is_an_id_of_its_own(encoder):
+def test_pad_differs_from_other_special_tokens(encoder):
     tokenizer = encoder.tokenizer
     assert tokenizer.pad_token_id is not None
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def test_pad_is_a_new_token_where_all_others_are_one(tmp_path):
-    """As in GPT-2, where one token is BOS, EOS and the unknown one."""
+def test_pad_is_new_if_all_special_tokens_are_one(tmp_path):
+    """As in GPT-2, where BOS, EOS and the unknown token are the same."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(make("byte_level", tmp_path))
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "</s>")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, **names).save_pretrained(tmp_path)
@@ -120,57 +120,57 @@ def test_one_eos_at_the_end(encoder):
         assert is_response[-1] and len(is_response) == len(ids)
 
 
-def test_one_eos_also_when_the_text_has_it_already(encoder):
+def test_one_eos_if_the_text_already_ends_with_it(encoder):
     eos = encoder.tokenizer.eos_token
     ids, is_response = encoder.encode([Segment("Once upon"), response(" a time" + eos)])
     assert (ids, is_response) == encoder.encode([Segment("Once upon"), response(" a time")])
 
 
-def test_the_prompt_is_the_same_with_and_without_its_response(encoder):
+def test_prompt_ids_are_the_same_with_and_without_response(encoder):
     for prompt, answer in PAIRS:
         alone, _ = encoder.encode([Segment(prompt)])
-        whole, is_response = encoder.encode([Segment(prompt), response(answer)])
-        assert whole[: len(alone)] == alone
-        assert is_response == [False] * len(alone) + [True] * (len(whole) - len(alone))
+        ids, is_response = encoder.encode([Segment(prompt), response(answer)])
+        assert ids[: len(alone)] == alone
+        assert is_response == [False] * len(alone) + [True] * (len(ids) - len(alone))
 
 
-def test_a_continuation_reads_as_one_text(encoder):
-    """At a word boundary, ids of prompt and response are those of the whole text: no dummy space between."""
+def test_continuation_has_the_ids_of_the_joined_text(encoder):
+    """At a word boundary, no dummy space is added between prompt and response."""
     for prompt, answer in PAIRS:
-        whole = encoder.tokenizer(prompt + answer).input_ids
-        whole = whole[:-1] if whole[-1] == encoder.eos_token_id else whole
-        assert encoder.encode([Segment(prompt), response(answer)])[0] == [*whole, encoder.eos_token_id]
+        ids = encoder.tokenizer(prompt + answer).input_ids
+        ids = ids[:-1] if ids[-1] == encoder.eos_token_id else ids
+        assert encoder.encode([Segment(prompt), response(answer)])[0] == [*ids, encoder.eos_token_id]
 
 
-def test_decoding_gives_the_response_back_with_its_leading_space(encoder):
+def test_decoding_keeps_the_leading_space_of_a_response(encoder):
     for prompt, answer in PAIRS:
         prompt_ids, _ = encoder.encode([Segment(prompt)])
-        whole, _ = encoder.encode([Segment(prompt), response(answer)])
-        assert encoder.decode_response(prompt_ids, whole[len(prompt_ids) :]) == answer
+        ids, _ = encoder.encode([Segment(prompt), response(answer)])
+        assert encoder.decode_response(prompt_ids, ids[len(prompt_ids) :]) == answer
 
 
-def test_a_conversation_survives_the_round_trip(encoder):
+def test_conversation_round_trip(encoder):
     if "sp-unigram" in str(encoder.tokenizer.name_or_path) or encoder.tokenizer("\n\n").input_ids == []:
         pytest.skip("this tokenizer has no newlines")
     turns = [("user", "Once upon"), ("assistant", "a time"), ("user", "The dog"), ("assistant", "ran")]
     messages = [{"role": role, "content": content} for role, content in turns]
     eos = encoder.tokenizer.eos_token
     prompt, _ = encoder.encode(prompt_segments(messages[:3], encoder.render, eos))
-    whole, is_response = encoder.encode(demonstration_segments({"messages": messages}, encoder.render, eos))
-    assert whole[: len(prompt)] == prompt
-    learnt = [i for i, is_learnt in zip(whole, is_response, strict=True) if is_learnt]
+    ids, is_response = encoder.encode(demonstration_segments({"messages": messages}, encoder.render, eos))
+    assert ids[: len(prompt)] == prompt
+    learnt = [i for i, is_learnt in zip(ids, is_response, strict=True) if is_learnt]
     assert learnt.count(encoder.eos_token_id) == 2
-    assert encoder.decode_response(prompt, whole[len(prompt) :]).strip() == "ran"
+    assert encoder.decode_response(prompt, ids[len(prompt) :]).strip() == "ran"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"needs {SHARED}")
-def test_stories_continuation_is_the_text_itself():
+def test_stories_continuation_is_the_same_text():
     encoder = SegmentEncoder(load_tokenizer(str(SHARED / "models/stories260K")))
     ids, _ = encoder.encode([Segment("Once upon"), response(" a time")])
     assert ids == [*encoder.tokenizer("Once upon a time").input_ids, encoder.eos_token_id]
 
 
-def test_default_template_only_where_there_is_none(tmp_path):
+def test_default_template_only_for_tokenizers_without_one(tmp_path):
     folder = make("byte_level", tmp_path)
     assert load_tokenizer(str(folder)).chat_template == DEFAULT_CHAT_TEMPLATE
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -179,7 +179,7 @@ def test_default_template_only_where_there_is_none(tmp_path):
     assert load_tokenizer(str(folder)).chat_template == "{{ messages }}"
 
 
-def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path):
+def test_saved_tokenizer_loads_unchanged(tmp_path):
     first = load_tokenizer(str(make("byte_level_prefix", tmp_path / "a")))
     first.save_pretrained(tmp_path / "b")
     second = load_tokenizer(str(tmp_path / "b"))
@@ -195,8 +195,8 @@ def test_a_saved_tokenizer_loads_as_the_same_one(tmp_path):
     ],
     ids=["the template raises", "nothing before the reply"],
 )
-def test_what_a_template_refuses_is_a_bad_record(tmp_path, roles, chat_template):
-    """ValueError, so that the file and line are named or the record is skipped."""
+def test_conversation_that_a_template_rejects_is_a_bad_record(tmp_path, roles, chat_template):
+    """ValueError, so that the error has file and line, or the record is skipped."""
     tokenizer = load_tokenizer(str(make("byte_level", tmp_path)))
     tokenizer.chat_template = chat_template
     messages = [{"role": role, "content": "a"} for role in roles]
@@ -215,8 +215,8 @@ def test_what_a_template_refuses_is_a_bad_record(tmp_path, roles, chat_template)
         ("{% for m in messages %}{{ m.content if m.role != 'assistant' }}{% endfor %}", "assistant"),
     ],
 )
-def test_a_message_that_the_template_leaves_out_is_a_bad_record(tmp_path, template, role):
-    """Nothing that a record says is lost silently; conversations without that role render."""
+def test_message_that_the_template_ignores_is_a_bad_record(tmp_path, template, role):
+    """No message is lost silently; conversations without that role are rendered."""
     tokenizer = load_tokenizer(str(make("byte_level", tmp_path)))
     tokenizer.chat_template = template
     encoder = SegmentEncoder(tokenizer)
@@ -295,7 +295,7 @@ def test_no_tokenizer_and_no_eos_are_named(tmp_path):
         load_tokenizer(str(folder))
 
 
-def test_a_prompt_for_people_has_markers_of_roles_and_nothing_else_special():
+def test_decoded_prompt_has_role_markers_but_no_other_special_tokens():
     words = ["<s>", "</s>", "<pad>", "<|user|>", "<|assistant|>", "Hello"]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<pad>"))
     markers = {"additional_special_tokens": ["<|user|>", "<|assistant|>"]}

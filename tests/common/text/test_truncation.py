@@ -1,4 +1,4 @@
-"""The length policy: what is cut, where, and what is left out."""
+"""Length policies: what is truncated or dropped."""
 
 import pytest
 
@@ -19,7 +19,7 @@ TURNS = [
 
 @pytest.fixture(scope="module")
 def encoder(shared) -> SegmentEncoder:
-    """Adds BOS; one token per few letters."""
+    """A tokenizer that adds BOS, with a few letters per token."""
     return SegmentEncoder(load_tokenizer(str(shared / "models/stories260K")))
 
 
@@ -29,7 +29,7 @@ def length(record: dict, encoder: SegmentEncoder) -> int:
 
 @pytest.mark.parametrize("system", [[], [SYSTEM]])
 @pytest.mark.parametrize("questions", [1, 2])
-def test_a_conversation_loses_its_oldest_questions_whole(encoder, system, questions):
+def test_oldest_user_turns_are_removed_first(encoder, system, questions):
     shorter = {"messages": system + TURNS[-2 * questions :]}
     room = length(shorter, encoder)
     for spare in (0, 1):
@@ -40,36 +40,36 @@ def test_a_conversation_loses_its_oldest_questions_whole(encoder, system, questi
         assert row == fit_demonstration(shorter, encoder, 10_000, "error")[0]
 
 
-def test_then_tokens_go_from_the_left_but_not_bos(encoder):
-    """Down to one token of the prompt; then the record goes."""
+def test_then_tokens_are_removed_from_the_left_after_bos(encoder):
+    """Down to one prompt token; a shorter limit drops the record."""
     record = {"prompt": "Once upon a time there was a dog.", "completion": " It ran."}
-    whole, is_cut = fit_demonstration(record, encoder, 10_000, "truncate_prompt")
-    assert not is_cut and whole.ids[0] == encoder.tokenizer.bos_token_id
-    response = whole.ids[whole.start :]
-    for kept in (5, 1):
-        row, is_cut = fit_demonstration(record, encoder, 1 + kept + len(response), "truncate_prompt")
+    full, is_cut = fit_demonstration(record, encoder, 10_000, "truncate_prompt")
+    assert not is_cut and full.ids[0] == encoder.tokenizer.bos_token_id
+    response = full.ids[full.start :]
+    for length in (5, 1):
+        row, is_cut = fit_demonstration(record, encoder, 1 + length + len(response), "truncate_prompt")
         assert is_cut
-        assert row.ids == [whole.ids[0], *whole.ids[whole.start - kept : whole.start], *response]
+        assert row.ids == [full.ids[0], *full.ids[full.start - length : full.start], *response]
     with pytest.raises(Dropped, match="response too long"):
         fit_demonstration(record, encoder, 1 + len(response), "truncate_prompt")
 
 
-def test_a_response_loses_its_end_and_keeps_eos_where_a_score_is_read(encoder):
+def test_truncated_response_keeps_eos_for_scoring(encoder):
     record = {"prompt": "Once upon a time", "completion": " there was a dog that ran and ran."}
-    whole, _ = fit_demonstration(record, encoder, 10_000, "truncate_response")
-    for limit in (whole.start + 2, whole.start + 4):
+    full, _ = fit_demonstration(record, encoder, 10_000, "truncate_response")
+    for limit in (full.start + 2, full.start + 4):
         plain, scored = (
             fit_demonstration(record, encoder, limit, "truncate_response", keep_end)[0].ids
             for keep_end in (False, True)
         )
-        assert plain == whole.ids[:limit]
-        assert scored == [*whole.ids[: limit - 1], encoder.eos_token_id]
-    for limit in (whole.start - 3, whole.start):
+        assert plain == full.ids[:limit]
+        assert scored == [*full.ids[: limit - 1], encoder.eos_token_id]
+    for limit in (full.start - 3, full.start):
         with pytest.raises(Dropped, match="prompt too long"):
             fit_demonstration(record, encoder, limit, "truncate_response")
 
 
-def test_drop_and_error_leave_out_and_stop(encoder):
+def test_drop_and_error(encoder):
     record = {"prompt": "Once upon a time", "completion": " there was a dog."}
     size = length(record, encoder)
     for policy in ("drop", "error"):
@@ -81,7 +81,7 @@ def test_drop_and_error_leave_out_and_stop(encoder):
 
 
 def test_responses_to_a_prompt_keep_the_same_part_of_it(encoder):
-    """What the longest of them leaves: messages, or else tokens at its end, after BOS."""
+    """The longest response decides which messages, or which last tokens, are kept."""
     ranked = {"responses": ["yes", "no, not at all, never", "so"], "ranks": [1, 2, 3]}
     for start, rest in (("abcdefgh" * 3, None), (TURNS[:1], None), (TURNS[:3], TURNS[2:3])):
         full, _ = tokenize_preference({"prompt": start} | ranked, encoder, 10_000, "error", use_margin=False)
@@ -97,14 +97,14 @@ def test_responses_to_a_prompt_keep_the_same_part_of_it(encoder):
         assert is_cut and row == full._replace(prompt_ids=expected)
 
 
-def test_responses_that_differ_in_what_is_cut_are_left_out(encoder):
+def test_responses_identical_after_truncation_are_dropped(encoder):
     record = {"prompt": "a", "chosen": "b" * 40 + "c", "rejected": "b" * 40 + "d"}
     with pytest.raises(Dropped, match="identical after truncation"):
         tokenize_preference(record, encoder, 20, "truncate_response", use_margin=False)
 
 
-def test_no_row_is_without_something_to_learn(encoder):
-    """Whatever the limit and the policy, a row that stays has a response and is not too long."""
+def test_every_row_has_a_response(encoder):
+    """With any limit and policy, a row has a response and fits the limit."""
     record = {"messages": [SYSTEM, *TURNS]}
     for policy in ("truncate_prompt", "truncate_response", "drop"):
         for limit in range(8, length(record, encoder) + 2):
@@ -140,6 +140,6 @@ def test_prompt_and_response_have_the_same_ids_in_all_stages(encoder):
         assert learnt.ids == compared.chosen_ids and learnt.prompt_ids == asked.ids
 
 
-def test_what_is_too_long_without_a_response(encoder):
+def test_prompt_longer_than_the_limit(encoder):
     (row,), _ = fit("a b c", lambda p: [prompt_segments(p, None, "</s>")], encoder, 3, "truncate_prompt")
     assert len(row.ids) == 3 and row.start == 3
