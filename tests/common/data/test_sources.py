@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from common.data import sources as module
 from common.data.sources import Source, copies, files_of, files_to_read, parse_source
 from common.model.model_files import read_config
-from common.runtime.options import UserError
+from common.runtime.options import TrainOptions, UserError
 from common.text.tokenizer import load_tokenizer
 from common.training.run_folder import fingerprint
 
@@ -200,7 +199,7 @@ def test_splits_of_a_hub_dataset(capsys):
 
 def test_fingerprint_holds_the_files_in_use(tmp_path):
     data = folder(tmp_path, "train.jsonl", "test.jsonl", "notes.txt")
-    options = SimpleNamespace(train_data=[str(data)], eval_data=[f"{data}:test"])
+    options = TrainOptions(train_data=[str(data)], eval_data=[f"{data}:test"])
     before = fingerprint(options, {})
     (data / "notes.txt").write_text("other notes")
     assert fingerprint(options, {}) == before
