@@ -1,4 +1,4 @@
-"""What a run and its continuation may differ in, and which differences are the user's."""
+"""Options changed between a run and its resumption."""
 
 import json
 
@@ -30,17 +30,17 @@ def changes(earlier: dict, current: dict) -> list[str]:
     return changed_options(earlier, current, default_values(DirectOptions()), free_to_change(DirectOptions()))
 
 
-def test_what_another_option_decides_is_not_the_users_doing():
+def test_options_set_by_another_option_are_not_listed():
     assert changes(direct(), direct("--loss", "simpo")) == ["--loss dpo -> simpo"]
     both = direct("--loss", "simpo", "--beta", "3")
     assert changes(direct(), both) == ["--beta 0.1 -> 3.0", "--loss dpo -> simpo"]
 
 
-def test_a_value_that_is_given_or_filled_in_is_the_same_value():
+def test_given_value_equal_to_the_default_is_no_change():
     assert changes(direct(), direct("--beta", "0.1", "--seed", "0")) == []
 
 
-def test_an_option_that_is_left_out_of_the_second_command_counts():
+def test_option_missing_in_the_second_command_is_a_change():
     assert changes(direct("--seed", "7"), direct()) == ["--seed 7 -> 0"]
     assert changes(direct("--lora_target_modules", "q", "k"), direct()) == [
         "--lora_target_modules q k -> all-linear"
@@ -48,20 +48,20 @@ def test_an_option_that_is_left_out_of_the_second_command_counts():
     assert changes(direct("--max_steps", "7"), direct()) == [], "free"
 
 
-def test_options_that_another_version_does_not_have():
-    """A new one counts where it is given with another value than its default."""
+def test_options_unknown_to_another_version():
+    """A new option is a change only if it is given with another value than its default."""
     earlier = direct()
     del earlier["nll_coef"]
     assert (
         changes(earlier, direct()) == changes(earlier, direct("--loss", "cpo", "--nll_coef", "1"))[1:] == []
     )
     assert changes(earlier, direct("--nll_coef", "2", "--loss", "cpo"))[1:] == ["--nll_coef 1.0 -> 2.0"]
-    assert changes(direct() | {"gone": 3}, direct()) == [], "nobody gave it"
-    del earlier["given"]  # of a version that did not know
+    assert changes(direct() | {"gone": 3}, direct()) == [], "not given"
+    del earlier["given"]  # an older version without this key
     assert changes(earlier, direct("--seed", "3")) == ["--seed 0 -> 3"]
 
 
-def test_a_default_of_another_version_is_named_with_its_remedy(tmp_path):
+def test_changed_default_is_named_with_the_fix(tmp_path):
     options = parse_options(SFTOptions, ["--output_dir", str(tmp_path)], check_required=False)
     earlier = resolved(options) | {"adam_beta2": 0.999, "logging_steps": 3}
     assert changed_defaults(earlier, resolved(options), free_to_change(options)) == ["--adam_beta2 0.999"]
@@ -72,7 +72,7 @@ def test_a_default_of_another_version_is_named_with_its_remedy(tmp_path):
     check_folder(parse_options(SFTOptions, words, check_required=False))
 
 
-def test_a_checkpoint_folder_that_is_not_there_is_refused_before_data_is_read(tmp_path):
+def test_missing_checkpoint_folder_is_refused_before_data_is_read(tmp_path):
     words = ["--output_dir", str(tmp_path), "--resume_from_checkpoint", str(tmp_path / "step_9")]
     with pytest.raises(UserError, match="step_9: no such folder"):
         check_folder(parse_options(SFTOptions, words, check_required=False))
@@ -87,7 +87,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("options_class", STAGES)
-def test_a_stage_takes_the_metrics_that_it_measures(options_class):
+def test_best_metric_is_a_metric_of_the_stage(options_class):
     for metric in {"none"}.union(*STAGES.values()):
         words = ["--best_metric", metric]
         words += ["--reward_function", "f.py:f", "--gold_function", "f.py:f"] * (options_class is PPOOptions)
@@ -98,7 +98,7 @@ def test_a_stage_takes_the_metrics_that_it_measures(options_class):
                 parse_options(options_class, words, check_required=False)
 
 
-def test_a_metric_needs_held_out_data():
+def test_best_metric_needs_held_out_data():
     words = ["--best_metric", "eval/loss", "--eval_fraction", "0"]
     with pytest.raises(UserError, match="--best_metric eval/loss: needs held-out data"):
         parse_options(SFTOptions, words, check_required=False)

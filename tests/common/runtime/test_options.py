@@ -1,4 +1,4 @@
-"""The command line: what is accepted, and that each mistake is one line that says what to write."""
+"""Command line: values, help, and one-line errors."""
 
 import dataclasses
 from importlib import import_module
@@ -47,7 +47,7 @@ def test_values_are_typed_and_lists_are_lists():
         (["--micro_batch_size", "0"], ["--micro_batch_size 0", "at least 1"]),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_it_and_what_is_allowed(extra, parts):
+def test_invalid_value_is_one_line_with_the_value_and_what_is_allowed(extra, parts):
     with pytest.raises(UserError) as error:
         parse(*extra)
     message = str(error.value)
@@ -61,11 +61,11 @@ def test_an_infinite_learning_rate_is_refused():
 
 
 @pytest.mark.parametrize("missing", REQUIRED)
-def test_a_missing_option_is_named(missing):
+def test_missing_option_is_named(missing):
     given = [["--model_name_or_path", "m"], ["--train_data", "f"]]
-    kept = [word for words in given if words[0] != f"--{missing}" for word in words]
+    remaining = [word for words in given if words[0] != f"--{missing}" for word in words]
     with pytest.raises(UserError, match=f"--{missing} is required"):
-        parse(given=kept)
+        parse(given=remaining)
 
 
 def test_global_batch_is_micro_batch_times_steps_times_ranks():
@@ -75,7 +75,7 @@ def test_global_batch_is_micro_batch_times_steps_times_ranks():
 
 
 @pytest.mark.parametrize("numbers", [(30, 4, 8), (32, 5, 1), (4, 8, 1), (32, 4, 16)])
-def test_batch_sizes_that_do_not_divide_are_all_named(numbers):
+def test_batch_sizes_that_do_not_divide_are_named(numbers):
     with pytest.raises(UserError) as error:
         accumulation_steps(*numbers)
     global_batch, micro_batch, ranks = numbers
@@ -92,7 +92,7 @@ def test_batch_sizes_that_do_not_divide_are_all_named(numbers):
         ({"samples_per_prompt": 3}, ["--rollout_batch_size 128", "--samples_per_prompt 3"]),
     ],
 )
-def test_a_rollout_that_is_not_whole_is_refused(changed, parts):
+def test_rollout_size_must_be_divisible(changed, parts):
     PPOOptions(reward_function=["f.py:f"]).check()
     with pytest.raises(UserError) as error:
         PPOOptions(reward_function=["f.py:f"], **changed).check()
@@ -152,7 +152,7 @@ def test_the_help_of_every_command_is_printed_as_it_is_written(command, capsys):
         assert "".join(field.metadata["help"].split()) in printed
 
 
-def test_what_stands_on_the_command_line_is_known():
+def test_given_options_are_those_on_the_command_line():
     parse("--seed=0", "--packing", "false")
     assert given_options() == {"model_name_or_path", "train_data", "seed", "packing"}
 
