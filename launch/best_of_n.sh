@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rejection sampling: n responses to each prompt, scored; the best as data for steps 1 and 2
+# Rejection sampling: draw and score n responses per prompt; write the best as data for steps 1 and 2
 #   bash launch/best_of_n.sh --model_name_or_path OUT1/final --prompt_data F.jsonl \
 #       --reward_model_name_or_path OUT2/final --output_dir DIR
 set -euo pipefail

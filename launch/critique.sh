@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Demonstrations from answers that a model has criticised and revised by a constitution
+# AI feedback: a model criticises and revises its answers by a constitution -> demonstrations for step 1
 #   bash launch/critique.sh --model_name_or_path DIR_OR_HUB_ID --prompt_data F.jsonl --output_dir DIR
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Policies compared on the same held-out prompts: scores, wins, KL, variety, forgetting, best-of-n
+# Compare policies on held-out prompts: scores, win rates, KL, diversity, forgetting, best of n
 #   bash launch/evaluate_ppo.sh --model_name_or_path OUT1/final OUT3/final --prompt_data F.jsonl \
 #       --reward_model_name_or_path OUT2/final --output_dir DIR
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A reward model, or several as one, judged on preferences: accuracy, calibration, length, verdicts in words
+# Evaluate a reward model, or an ensemble, on preferences: accuracy, calibration, length bias, verdicts
 #   bash launch/evaluate_reward.sh --reward_model_name_or_path OUT2/final --eval_data F.jsonl --output_dir DIR
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Perplexity and sample answers of language models on the same demonstrations, in one table
+# Evaluate language models on the same demonstrations: perplexity and sample responses, in one table
 #   bash launch/evaluate_sft.sh --model_name_or_path DIR_OR_HUB_ID ... --eval_data F.jsonl --output FIGURES.json
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU
@@ -9,5 +9,5 @@ MASTER_PORT="${MASTER_PORT:-}"        # where the ranks meet; empty: a free port
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt
-# There is no output folder, so no log but the terminal's.
+# Without an output folder there is no train.log.
 run_stage step1_sft.evaluate /dev/null ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Iterative DPO: in each round the policy learns the best of its own responses to prefer to the worst
+# Iterative DPO: each round trains on pairs of the best and the worst of the policy's own responses
 #   MODEL=OUT1/final PROMPTS=F.jsonl bash launch/iterative_dpo.sh --reward_model_name_or_path OUT2/final
-# Options on the command line go to sampling and the report, SAMPLE_OPTIONS, DIRECT_OPTIONS and EVALUATE_OPTIONS
-# to one command each. MODEL is the reference of every round, so that all of them together stay near it: Xiong
-# et al. 2023 (arXiv 2312.11456); so --loss, in DIRECT_OPTIONS, must be one that has a reference.
+# Options on the command line go to sampling and the report; SAMPLE_OPTIONS, DIRECT_OPTIONS and EVALUATE_OPTIONS
+# to one command each. MODEL is the reference in every round, which keeps all rounds near it: Xiong et al. 2023
+# (arXiv 2312.11456). So the --loss in DIRECT_OPTIONS must be one with a reference.
 set -euo pipefail
 ROUNDS="${ROUNDS:-3}"
 LATER=(step2_direct --reference_model_name_or_path "${MODEL:-}" --eval_fraction 0 ${DIRECT_OPTIONS:-})

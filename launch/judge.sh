@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Preferences of a model that judges two responses by a constitution, and how far it is from people
+# AI feedback: a model compares two responses by a constitution -> preferences for step 2, and agreement with people
 #   bash launch/judge.sh --model_name_or_path DIR_OR_HUB_ID --preference_data F.jsonl --output_dir DIR
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All three steps in a row: a pretrained model and three files -> an aligned model in OUTPUT/step3_ppo/final
+# All three steps: a pretrained model and three data files -> an aligned model in OUTPUT/step3_ppo/final
 #   MODEL=DIR DEMONSTRATIONS=F1 PREFERENCES=F2 PROMPTS=F3 OUTPUT=OUT bash launch/pipeline.sh --zero_config F.json
-# STEP1_OPTIONS, STEP2_OPTIONS and STEP3_OPTIONS go to one step each, options on the command line to all three.
+# STEP1_OPTIONS, STEP2_OPTIONS and STEP3_OPTIONS go to one step each; options on the command line go to all three.
 set -euo pipefail
 HERE="$(dirname "${BASH_SOURCE[0]}")"
 source "$HERE/lib/environment.sh"

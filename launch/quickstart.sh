@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All three steps on a small world made on the spot, with a report of what each added. Minutes on two CPU cores.
+# All three steps on a small synthetic task, with a report. Takes minutes on two CPU cores.
 #   bash launch/quickstart.sh
 set -euo pipefail
 OUTPUT="${OUTPUT:-output/quickstart}" && WORLD="$OUTPUT/world"
@@ -8,18 +8,18 @@ source "$HERE/lib/environment.sh"
 script_help "$@"
 install requirements.txt
 
-# 1. Learn to speak from demonstrations of mixed quality: right and wrong, polite and rude.
+# 1. SFT on demonstrations of mixed quality: right and wrong, polite and rude.
 STEP1=(--model_name_or_path "$WORLD/model" --train_data "$WORLD/demonstrations.jsonl"
     --output_dir "$OUTPUT/step1_sft" --max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32
     --learning_rate 5e-3 --logging_steps 50 --eval_steps 200 "$@")
 
-# 2. Learn from noisy raters which of two answers people prefer.
+# 2. Train a reward model on noisy preferences.
 STEP2=(--model_name_or_path "$OUTPUT/step1_sft/final" --train_data "$WORLD/preferences.jsonl"
     --eval_data "$WORLD/preferences_heldout.jsonl" --max_eval_samples 0 --output_dir "$OUTPUT/step2_reward"
     --max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 --learning_rate 1e-3
     --logging_steps 50 --eval_steps 200 "$@")
 
-# 3. Practise against the reward model, staying close to step 1. The gold scorer is never shown.
+# 3. Optimise the policy against it with PPO, near the SFT model. The gold score is not used in training.
 STEP3=(--actor_model_name_or_path "$OUTPUT/step1_sft/final"
     --reward_model_name_or_path "$OUTPUT/step2_reward/final" --prompt_data "$WORLD/prompts.jsonl"
     --eval_data "$WORLD/prompts_heldout.jsonl" --output_dir "$OUTPUT/step3_ppo" --max_response_length 64

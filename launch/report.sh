@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A run, or all runs of a pipeline, as one page: findings in words, figures, curves, samples, options
+# Report on all runs in a folder, as one page: findings with advice, metrics, curves, samples, options
 #   bash launch/report.sh OUT        # writes OUT/report.html, and its pictures to OUT/report/
 set -euo pipefail
-NUM_GPUS=1  # one process, which computes next to nothing
+NUM_GPUS=1  # one process, on the CPU
 
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pairs for people to compare: two or more responses to each prompt, from one checkpoint or two
+# Sample pairs of responses for human feedback: two or more per prompt, from one checkpoint or two
 #   bash launch/sample_pairs.sh --model_name_or_path OUT1/final OUT3/final --prompt_data F.jsonl --output_dir DIR
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint and the whole test suite.
+# Lint and all tests.
 #   bash launch/test.sh
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-1}"

@@ -1,4 +1,4 @@
-"""Run a module as `python -m` does. A signal that comes while it imports its libraries ends it with one line.
+"""Run a module as `python -m` does. A signal during its imports ends it with one line.
 
 python launch/lib/alone.py MODULE OPTIONS
 """
@@ -12,7 +12,7 @@ STOPPED = 75  # as in common/runtime/process.py, which takes seconds to import
 
 
 def on_signal(*_: object) -> None:
-    """Nothing is begun: modules that have something to save set their own handlers."""
+    """Exit at once. Modules with something to save install their own handlers later."""
     os.write(1, b"Stopped; nothing to save. Run the same command to start again.\n")
     os._exit(STOPPED)
 

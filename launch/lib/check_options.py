@@ -1,10 +1,10 @@
-"""Check the options of commands, or explain them, before any library is loaded.
+"""Check the options of commands, or print their help, before any library is loaded.
 
     python -m launch.lib.check_options step1_sft --model_name_or_path M --train_data F
     python -m launch.lib.check_options step1_sft --help
     python -m launch.lib.check_options --later step2_direct --loss dpo -- evaluate_ppo --prompt_data F.jsonl
 
---later: commands that a script runs hours later; options that are required may still be missing.
+--later: for commands that a script runs later; required options may still be missing.
 """
 
 import re
@@ -52,20 +52,20 @@ def main() -> None:
 
 
 def check_command(command: str, words: list[str]) -> None:
-    """Raise UserError for options that the command would refuse; with --help, print the help and exit."""
+    """Raise UserError for options that the command refuses. With --help, print the help and exit."""
     module, _, name = COMMANDS[command].rpartition(".")
     parse_options(getattr(import_module(module), name), words, usage(command))
 
 
 def usage(command: str) -> str:
-    """How the script is called, by the comment at its top."""
+    """The usage line of a script, from the comment at its top."""
     script = Path(__file__).parents[1] / f"{command}.sh"
     example = re.search(r"^#   (bash (?:.*\\\n)*.*)", script.read_text(), re.MULTILINE)[1]
     return re.sub(r"\s*\\\n#\s*", " ", example).partition("   ")[0] + " [options]"
 
 
 def check_later_command(command: str, words: list[str]) -> None:
-    """Raise UserError, naming the command, for options that it would refuse."""
+    """Raise UserError, with the name of the command, for options that it refuses."""
     module, _, name = COMMANDS[command].rpartition(".")
     try:
         parse_options(getattr(import_module(module), name), words, check_required=False)

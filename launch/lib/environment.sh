@@ -1,19 +1,19 @@
-# Sourced by every launch script: the virtual environment, the device, and how a stage is started.
+# Sourced by every launch script: virtual environment, device, and functions to start a stage.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-# Threads that spin while they wait take the cores from other jobs, and from other ranks.
+# Spinning threads take cores from other jobs and other ranks.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-export PYTHONSAFEPATH=1  # a folder named `common` where the user stands must not be taken for ours
+export PYTHONSAFEPATH=1  # a folder `common` in the working directory must not shadow ours
 
-# A signal before a command has begun.
+# Handles a signal before a command has started.
 stop_early() {
     echo "Stopped during preparation; nothing to save. Run the same command to start again." >&2
     exit 75
 }
 trap stop_early TERM INT USR1
 
-# install FILE...: a virtual environment with what the files list; again only when they change.
+# install FILE...: install requirements into a virtual environment, again only when they change.
 install() {
     local venv="$ROOT/.venv" file
     [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
@@ -26,7 +26,7 @@ install() {
     done
 }
 
-# Without a GPU, ranks are processes that share the cores, and nothing is compiled at run time.
+# Without a GPU, ranks share the cores, and nothing is compiled at run time.
 choose_device() {
     nvidia-smi -L >/dev/null 2>&1 && return
     NUM_GPUS="${NUM_GPUS:-1}"
@@ -36,22 +36,22 @@ choose_device() {
 
 # output_dir DEFAULT OPTIONS...: the value of --output_dir among the options.
 output_dir() {
-    local found="$1" previous="" word
+    local folder="$1" previous="" word
     for word in "${@:2}"; do
-        [[ "$previous" == --output[_-]dir ]] && found="$word"
-        [[ "$word" == --output[_-]dir=* ]] && found="${word#*=}"
+        [[ "$previous" == --output[_-]dir ]] && folder="$word"
+        [[ "$word" == --output[_-]dir=* ]] && folder="${word#*=}"
         previous="$word"
     done
-    printf %s "$found"
+    printf %s "$folder"
 }
 
-# On one machine any free port will do, so that two runs do not collide.
+# On one machine, use any free port, so that two runs do not collide.
 choose_port() {
     [ -n "$MASTER_PORT$HOSTFILE" ] && return
     MASTER_PORT="$(python "$ROOT/launch/lib/free_port.py")"
 }
 
-# needs_options OPTIONS...: without any, show how the script is called, by the comment at its top.
+# needs_options OPTIONS...: without any, show the usage line from the comment at the top of the script.
 needs_options() {
     [ $# -gt 0 ] && return
     local usage
@@ -60,14 +60,14 @@ needs_options() {
     exit 2
 }
 
-# check_options OPTIONS...: explain them with --help, and refuse wrong ones, before any library is loaded.
+# check_options OPTIONS...: refuse wrong options, or print the help, before any library is loaded.
 check_options() {
     needs_options "$@"
     heed python -m launch.lib.check_options "$(basename "$0" .sh)" "$@" || exit $?
     [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 || true
 }
 
-# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: the ranks, in place of this script, whose signals they heed.
+# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks. They replace this script and receive its signals.
 run_stage() {
     check_options "${@:3}"
     choose_device
@@ -77,31 +77,31 @@ run_stage() {
         --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
 }
 
-# run_alone MODULE OPTIONS...: one process, without a launcher, in place of this script.
+# run_alone MODULE OPTIONS...: replace this script by one process, without a launcher.
 run_alone() {
     check_options "${@:2}"
     choose_device
     exec python "$ROOT/launch/lib/alone.py" "$@"
 }
 
-# heed COMMAND...: run a command, and pass on to it the signals that this script gets. 75 after a signal that
-# came too late to stop the command: what would follow does not begin either.
+# heed COMMAND...: run a command and forward the signals of this script to it. Returns 75 also if a signal came too
+# late to stop the command, so that the next one does not start.
 heed() {
-    local code asked=0
+    local code signalled=0
     "$@" &
-    trap "asked=75; kill -TERM $! 2>/dev/null || true" TERM INT USR1
+    trap "signalled=75; kill -TERM $! 2>/dev/null || true" TERM INT USR1
     while true; do
         wait $! && code=0 || code=$?
         kill -0 $! 2>/dev/null || break # a signal ends `wait` too
     done
     trap stop_early TERM INT USR1
-    # Also 128 + a signal: the command had no handler.
-    [[ "$asked" = 0 || "$code" != 0 && "$code" -le 128 ]] || code=$asked
+    # 128 + the signal: the command had no handler.
+    [[ "$signalled" = 0 || "$code" != 0 && "$code" -le 128 ]] || code=$signalled
     return "$code"
 }
 
-# step FILE OPTIONS...: run another script, in bash or Python, as a part of this one. The last line names the
-# part that failed or was stopped. The file TIMES, if it is set, gets a line with its seconds and --output_dir.
+# step FILE OPTIONS...: run another bash or Python script as a part of this one. The last line names the part that
+# failed or was stopped. If TIMES is set, seconds and --output_dir are appended to that file.
 step() {
     local code=0 started=$SECONDS interpreter=bash folder
     [[ "$1" == *.py ]] && interpreter=python
@@ -117,26 +117,26 @@ step() {
     return "$code"
 }
 
-# check COMMAND OPTIONS... -- COMMAND OPTIONS...: refuse wrong options before the first command begins.
+# check COMMAND OPTIONS... -- COMMAND OPTIONS...: refuse wrong options before the first command starts.
 check() {
     heed python -m launch.lib.check_options --later "$@"
 }
 
-# script_help OPTIONS...: with --help among them, show the comment at the top of the script.
+# script_help OPTIONS...: with --help, show the comment at the top of the script.
 script_help() {
     [[ " $* " == *" --help "* || " $* " == *" -h "* ]] || return 0
     sed -n -e '1d' -e '/^#/!q' -e 's/^# \{0,1\}//p' "$0"
     exit 0
 }
 
-# require NAME MEANING: an environment variable that must be set.
+# require NAME MEANING: refuse to start without an environment variable.
 require() {
     [ -n "${!1:-}" ] && return
     echo "error: $(basename "$0") needs the variable $1: $2 (--help shows how)" >&2
     exit 2
 }
 
-# recipe_options OPTIONS...: the options of every recipe, --model DIR --data DIR --output DIR, as variables.
+# recipe_options OPTIONS...: set variables from the options of a recipe, --model DIR --data DIR --output DIR.
 recipe_options() {
     script_help "$@"
     local name

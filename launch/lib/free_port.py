@@ -1,4 +1,4 @@
-"""Print a port that nothing uses, for the ranks of a run on one machine to meet at."""
+"""Print a free port for the ranks of a run on one machine."""
 
 import contextlib
 import random
@@ -6,8 +6,9 @@ import socket
 
 
 def free_port() -> int:
-    """Below the range from which the kernel takes ports for outgoing connections: one of those, of another
-    run's, could get the port in the seconds until the ranks listen on it."""
+    """A free port below the range of outgoing connections: another run could otherwise be given the port
+    before the ranks listen on it.
+    """
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

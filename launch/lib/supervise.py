@@ -1,10 +1,9 @@
-"""Run `deepspeed` for a launch script: one log, polite stops, no orphans, a last line that gives the reason.
+"""Run `deepspeed` for a launch script: one log, graceful stops, no orphans, and the reason in the last line.
 
     python launch/lib/supervise.py OUTPUT_DIR SCRIPT deepspeed ... --module NAME OPTIONS
 
-A first SIGTERM, SIGINT or SIGUSR1 asks the ranks to stop, a second one kills them. Exits with 0, with 2 after
-a mistake of the user, with 75 after a stop from which the same command resumes, and with 1 after any other
-error.
+The first SIGTERM, SIGINT or SIGUSR1 asks the ranks to stop, a second one kills them. Exit codes: 0; 2 after a
+mistake of the user; 75 after a stop, when the same command resumes; 1 after any other error.
 """
 
 import contextlib
@@ -24,13 +23,13 @@ from pathlib import Path
 from types import FrameType
 
 REFUSED, STOPPED = 2, 75  # as in common/runtime/process.py, which takes seconds to import
-ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal sends them to all processes
-ORPHANS_MAY_TAKE = 600.0  # seconds that ranks have for their checkpoint when `deepspeed` itself was killed
+ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal signals all processes
+ORPHAN_SECONDS = 600.0  # for the checkpoint of the ranks after `deepspeed` itself was killed
 EXPORTED = (
     "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "TORCHDYNAMO_DISABLE",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
-# DeepSpeed's line about a rank that has ended. The last line of the command says that, and why.
+# DeepSpeed's line about a rank that exited. It is hidden: our last line says this, with the reason.
 LAUNCHER_LINE = re.compile(rb"\[launch\.py:\d+:sigkill_handler\].* exits with return code = (-?\d+)")
 
 
@@ -38,8 +37,8 @@ def main() -> int:
     output, script, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     with tempfile.TemporaryDirectory() as folder:
         endings = Path(folder)
-        # Ranks on other machines see the output directory alone.
-        stop_files = [place / "stop" for place in [endings, *[output] * ("--hostfile" in command)]]
+        # Ranks on other machines share only the output folder.
+        stop_files = [folder / "stop" for folder in [endings, *[output] * ("--hostfile" in command)]]
         environment = {**os.environ, "TRIPTYCH_ENDINGS": folder, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
         if "--hostfile" in command:
             environment["DS_ENV_FILE"] = str(exports(endings / "environment"))
@@ -50,8 +49,8 @@ def main() -> int:
         threading.Thread(target=_end_orphans, args=(child,), daemon=True).start()
         log, rank_code = Log(output, endings / "accepted", typed(script, command)), None
         for line in child.stdout:
-            if found := LAUNCHER_LINE.search(line):
-                rank_code = int(found[1])
+            if match := LAUNCHER_LINE.search(line):
+                rank_code = int(match[1])
             else:
                 log.write(line)
         code = child.wait()
@@ -67,20 +66,20 @@ def main() -> int:
 
 
 def exports(file: Path) -> Path:
-    """Have DeepSpeed give the ranks of several machines, which it starts through ssh, what the launch scripts
-    set for those of one; lines of the user's own such file count more.
+    """Write the variables of the launch scripts to DeepSpeed's environment file, for the ranks that it starts
+    on other machines by ssh. Lines of the user's own environment file take precedence.
     """
     lines = [f"{name}={os.environ[name]}\n" for name in EXPORTED if os.environ.get(name)]
-    own = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for place in (Path.home() / own, Path(own)):
-        if place.is_file():
-            lines += [f"{line}\n" for line in place.read_text().splitlines() if "=" in line]
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for path in (Path.home() / name, Path(name)):
+        if path.is_file():
+            lines += [f"{line}\n" for line in path.read_text().splitlines() if "=" in line]
     file.write_text("".join(lines))
     return file
 
 
 class Log:
-    """Lines to the terminal and, once the command is accepted, to OUTPUT_DIR/train.log."""
+    """Writes lines to the terminal and, once the command is accepted, to OUTPUT_DIR/train.log."""
 
     def __init__(self, folder: Path, accepted: Path, command: str) -> None:
         self.path = folder / "train.log"
@@ -95,7 +94,7 @@ class Log:
         return self._file is not None
 
     def write(self, line: bytes) -> None:
-        """Write as long as terminal and disk take it."""
+        """Write a line. Errors of terminal and disk are ignored."""
         with contextlib.suppress(OSError):
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
@@ -104,7 +103,7 @@ class Log:
             self.open()
 
     def open(self) -> None:
-        """Begin to write the file, or add to that of an earlier start; write what is waiting."""
+        """Open the file, append to an earlier one, and write the waiting lines."""
         with contextlib.suppress(OSError):
             if not self.is_open:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,8 +114,8 @@ class Log:
             self._waiting.clear()
 
     def close(self, is_refused: bool) -> None:
-        """Close the file. After a refusal remove it and its folder if both are new and the command has left
-        nothing else: a refusal after hours of training keeps its log.
+        """Close the file. After a refusal, remove it and its folder if both are new and contain nothing else:
+        a refusal after hours of training keeps its log.
         """
         with contextlib.suppress(OSError):
             if self.is_open:
@@ -125,7 +124,7 @@ class Log:
                 if self.is_open and names(self.path.parent) - self._before - {"run.lock"} == {self.path.name}:
                     self.path.unlink()
                 for folder in self._missing:
-                    folder.rmdir()  # which fails where it holds anything
+                    folder.rmdir()  # fails unless it is empty
 
     def _header(self) -> str:
         device = self._accepted.read_text() if self._accepted.exists() else "unknown"
@@ -136,18 +135,18 @@ class Log:
 
 
 def names(folder: Path) -> set[str]:
-    """Names of all that a folder holds; none when there is no folder."""
+    """Names of the files in a folder; none without the folder."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def typed(script: str, command: Sequence[str]) -> str:
-    """The command line that was given to the script."""
+    """The command line of the script, as the user typed it."""
     options = command[command.index("--module") + 2 :] if "--module" in command else command
     return shlex.join(["bash", script, *options])
 
 
 def versions() -> str:
-    """Python, the libraries that decide results, and the commit where the code is a checkout."""
+    """Versions of Python, of the libraries that affect results, and the commit if there is one."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     names = [f"python {sys.version.split()[0]}"]
     for name in ("torch", "deepspeed", "transformers"):
@@ -161,9 +160,9 @@ def versions() -> str:
 
 
 def ending(endings: Path, code: int, signals: int) -> tuple[int, str]:
-    """The exit code, and what is shown last: one line, or the traceback of the rank that failed first.
+    """The exit code and the last output: one line, or the traceback of the rank that failed first.
 
-    code: of the rank that `deepspeed` names in an error, or its own. signals: that asked for a stop.
+    code: of the rank that `deepspeed` reports, or its own. signals: number of requests to stop.
     """
     notes: dict[str, list[Path]] = {kind: [] for kind in ("began", "stopped", "refused", "failed", "lost")}
     for path in endings.glob("*_*"):
@@ -180,17 +179,17 @@ def ending(endings: Path, code: int, signals: int) -> tuple[int, str]:
         return error_code, f"\nThe first error:\n{_first(notes['failed'])}"
     if notes["refused"]:
         return REFUSED, f"{min(notes['refused']).read_text()}\n"
-    # `deepspeed` asks the other ranks to stop when one was killed: that is no stop.
+    # When one rank was killed, `deepspeed` asks the others to stop: silent ranks mean a failure.
     if notes["stopped"] and not silent:
         return STOPPED, f"{min(notes['stopped']).read_text()}\n"
     if signals > 1:
-        return 1, "Ended at once by a second signal; what was not saved is lost.\n"
+        return 1, "Killed by a second signal; progress since the last checkpoint is lost.\n"
     if notes["lost"] and not silent:
         return error_code, f"\nThe first error:\n{_first(notes['lost'])}"
     if code < 0 or notes["lost"] or notes["stopped"]:
         who = f"Rank {' or '.join(silent)}" if silent else "A rank"
         reason = f"signal {-code}" if code < 0 else "no error message"
-        return error_code, f"\n{who} was killed ({reason}): from outside, or because memory ran out.\n"
+        return error_code, f"\n{who} was killed ({reason}): by another process, or out of memory.\n"
     return (0 if code == 0 else error_code), ""
 
 
@@ -199,7 +198,7 @@ def _first(notes: Sequence[Path]) -> str:
 
 
 def _listen(child: subprocess.Popen, endings: Path, stop_files: Sequence[Path]) -> list[float]:
-    """Heed signals; the times of those that count end up in the list."""
+    """Install signal handlers. The times of the signals are appended to the returned list."""
     counted: list[float] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
@@ -208,13 +207,13 @@ def _listen(child: subprocess.Popen, endings: Path, stop_files: Sequence[Path]) 
             return
         counted.append(now)
         if len(counted) > 1 or not any(endings.glob("began_*")):
-            _kill(child)  # ranks that still import their libraries have nothing to save
+            _kill(child)  # ranks that are still importing have nothing to save
             return
         for file in stop_files:
             with contextlib.suppress(OSError):
                 file.touch()
         with contextlib.suppress(OSError):
-            os.write(1, b"stopping; a second signal ends the run at once\n")
+            os.write(1, b"stopping; a second signal kills the run\n")
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, on_signal)
@@ -222,9 +221,9 @@ def _listen(child: subprocess.Popen, endings: Path, stop_files: Sequence[Path]) 
 
 
 def _end_orphans(child: subprocess.Popen) -> None:
-    """Ranks outlive a killed `deepspeed`, whose output then does not end; they notice, and have some time."""
+    """Kill ranks that outlive `deepspeed`, after time for a checkpoint. They keep its output open."""
     child.wait()
-    time.sleep(ORPHANS_MAY_TAKE)
+    time.sleep(ORPHAN_SECONDS)
     _kill(child)
 
 

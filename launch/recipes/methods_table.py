@@ -1,4 +1,4 @@
-"""What each method of stories_methods.sh reached on held-out prompts, and what it took, as one table.
+"""Table of the methods of stories_methods.sh: results on held-out prompts, and costs.
 
 python launch/recipes/methods_table.py OUTPUT
 """
@@ -11,7 +11,7 @@ HEADS = ("method", "gold score", "KL", "distinct-2", "perplexity", "seconds", "s
 
 
 def sampled_tokens(folder: Path) -> int:
-    """Tokens of all responses that runs below a folder have drawn to learn from."""
+    """Number of response tokens that the runs below a folder sampled for training."""
     total = 0.0
     for file in folder.rglob("metrics.jsonl"):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -23,10 +23,10 @@ def sampled_tokens(folder: Path) -> int:
 
 
 def seconds(output: Path, folder: Path) -> int:
-    """Wall clock of all commands that wrote to a folder or below it, but for the report of its rounds."""
+    """Wall-clock time of all commands that wrote below a folder, without the report of its rounds."""
     lines = [line.split(" ", 1) for line in (output / "times.txt").read_text().splitlines()]
-    learnt = [(int(spent), Path(where)) for spent, where in lines if where and Path(where).name != "report"]
-    return sum(spent for spent, where in learnt if where.is_relative_to(folder))
+    runs = [(int(spent), Path(path)) for spent, path in lines if path and Path(path).name != "report"]
+    return sum(spent for spent, path in runs if path.is_relative_to(folder))
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
         ]
         print(f"| {' | '.join(cells)} |")
     shared = seconds(output, output / "step2_reward")
-    print(f"\nThe reward model, which all but dpo, ipo, kto, orpo and simpo need, took {shared} s.")
+    print(f"\nThe reward model took {shared} s; dpo, ipo, kto, orpo and simpo do not need it.")
 
 
 if __name__ == "__main__":

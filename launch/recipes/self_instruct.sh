@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Short tasks written by people, with an answer each: the least that a first step can learn from.
+# Self-Instruct: SFT on short tasks written by people, with one answer each.
 #   bash launch/recipes/self_instruct.sh --model DIR --data DIR --output DIR
-# DATA holds demonstrations.jsonl. A tenth of the prompts is held out, and all of it judged.
+# DATA holds demonstrations.jsonl. A tenth of the prompts is held out, and all of it is evaluated.
 set -euo pipefail
 SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Ten ways from one SFT model to happier stories, and a table of what each reached and what it took.
+# Ten methods from one SFT model to happier stories, with a table of results and costs.
 #   bash launch/recipes/stories_methods.sh --model DIR --data DIR --output DIR
-# DATA is that of stories.sh. GOLD, FILE.py:NAME, judges the outcome; nothing learns from it.
+# DATA as in stories.sh. GOLD, FILE.py:NAME, is the gold function, for evaluation only.
 set -euo pipefail
 export SEED="${SEED:-0}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 GOLD="${GOLD:-$HERE/../tests/bench/gold.py:sentiment}"
 source "$HERE/lib/environment.sh"
-install requirements.txt tests/requirements.txt # the second one brings VADER, of which GOLD is made
+install requirements.txt tests/requirements.txt # the second one has VADER, which GOLD uses
 recipe_options "$@"
 mkdir -p "$OUTPUT"
 ALL="$OUTPUT" PROMPTS="$DATA/prompts.jsonl" TIMES="$OUTPUT/times.txt"
 RESPONSES=(--max_response_length 48 --seed "$SEED" --reward_model_name_or_path "$ALL/step2_reward/final")
-# SFT, the reward model and PPO are those of stories.sh. RLOO samples as much, four responses to a prompt.
+# SFT, reward model and PPO as in stories.sh. RLOO samples as many responses, four per prompt.
 export MODEL TIMES PROMPTS OUTPUT
 step "$HERE/recipes/stories.sh" "$@"
 MODEL="$ALL/step1_sft/final"
@@ -20,14 +20,14 @@ step "$HERE/step3_ppo.sh" --actor_model_name_or_path "$MODEL" --prompt_data "$PR
     --output_dir "$ALL/rloo" --advantage_estimator rloo --samples_per_prompt 4 --missing_eos_penalty 0 \
     --max_steps 100 --rollout_batch_size 64 --global_batch_size 64 --micro_batch_size 64 --ppo_epochs 4 \
     --actor_learning_rate 1e-4 --adam_beta2 0.99 --kl_coef 0.125 --eval_steps 50
-# From the preferences themselves; --beta and rate such that all end at a KL like that of PPO.
+# Direct preference optimisation. With these --beta and learning rates, all end at a KL close to that of PPO.
 for loss in "dpo 0.3 1e-4" "ipo 3 2e-4" "kto 0.2 1e-4" "orpo 2 1e-4" "simpo 2 5e-5"; do
     read -r name beta rate <<<"$loss"
     step "$HERE/step2_direct.sh" --model_name_or_path "$MODEL" --train_data "$DATA/preferences.jsonl" \
         --output_dir "$ALL/$name" --loss "$name" --beta "$beta" --learning_rate "$rate" --seed "$SEED" \
         --num_train_epochs 3 --global_batch_size 32 --micro_batch_size 16
 done
-# From the best of the policy's own responses, as many as PPO draws; they are cut at 48 tokens by design.
+# Rejection sampling, with as many responses as PPO; they are truncated at 48 tokens by design.
 export SAMPLE_OPTIONS="--keep_truncated True --samples_per_prompt 8 --prompts_per_round 266"
 export STEP1_OPTIONS="--learning_rate 4e-4 --global_batch_size 32 --micro_batch_size 32 --max_length 256 --seed $SEED"
 OUTPUT="$ALL/raft" && step "$HERE/raft.sh" "${RESPONSES[@]}"

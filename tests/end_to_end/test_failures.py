@@ -1,4 +1,4 @@
-"""What happens to long jobs: bad numbers, full disks, signals, and ranks that die."""
+"""Failures of long runs: bad numbers, full disks, signals, and dead ranks."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ OVERFLOW = 1e39  # a number in JSON, infinite in fp32
 
 
 def margins(world: Path, output: Path, bad: Callable[[int], bool]) -> list[str]:
-    """Options of step 2 on 64 pairs, of which some have a margin that makes the loss infinite."""
+    """Options of step 2 on 64 pairs. The bad ones have a margin that makes the loss infinite."""
     lines = (world / "preferences.jsonl").read_text().splitlines()[:64]
     records = [json.loads(line) | {"margin": OVERFLOW if bad(i) else 0.0} for i, line in enumerate(lines)]
     output.parent.mkdir(exist_ok=True, parents=True)
@@ -88,8 +88,8 @@ def test_too_many_bad_steps_end_the_run(world: Path, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before if name in after)
 
 
-def test_a_rollout_that_is_not_finite_is_skipped(world: Path, run: Path, tmp_path: Path) -> None:
-    """A reward model whose scores overflow: the policy stays as it was, and the run ends with a reason."""
+def test_non_finite_rollout_is_skipped(world: Path, run: Path, tmp_path: Path) -> None:
+    """If the scores overflow, the policy does not change, and the run ends with a reason."""
     broken = tmp_path / "reward"
     broken.mkdir()
     for file in (run / "reward/final").iterdir():
@@ -109,7 +109,7 @@ def test_a_rollout_that_is_not_finite_is_skipped(world: Path, run: Path, tmp_pat
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_spike_is_logged_and_a_slow_drift_is_not(capsys: pytest.CaptureFixture) -> None:
+def test_loss_spike_is_logged_and_slow_drift_is_not(capsys: pytest.CaptureFixture) -> None:
     state, options = TrainState(), SFTOptions()
     for step in range(40):
         state.step = step
@@ -136,15 +136,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("zero", "ranks", "fills_at"), [(0, 1, "step_000010"), (3, 2, "step_000010"), (2, 2, ""), (3, 2, "")]
 )
-def test_a_full_disk_ends_no_run(
+def test_full_disk_does_not_end_training(
     world: Path, small_disk: Path, tmp_path: Path, zero: int, ranks: int, fills_at: str
 ) -> None:  # fmt: skip
-    """Another program fills it: after the first checkpoint, or before, so that the writing itself fails."""
+    """Another program fills the disk after the first checkpoint, or before it."""
     output = small_disk / "out"
     steps = ["--save_steps", "10", "--save_total_limit", "1", "--lr_scheduler_type", "constant"]
     options = [*sft(world, output, 60), *zero_config(tmp_path, zero), *steps]
-    whole = [*sft(world, tmp_path / "whole", 60), *zero_config(tmp_path, zero), *steps]
-    succeed("step1_sft.main", whole, tmp_path, ranks)
+    uninterrupted = [*sft(world, tmp_path / "uninterrupted", 60), *zero_config(tmp_path, zero), *steps]
+    succeed("step1_sft.main", uninterrupted, tmp_path, ranks)
     running = start_stage("step1_sft.main", options, tmp_path, ranks)
     running.wait_for(lambda: (output / "metrics.jsonl").exists())
     running.wait_for(lambda: (output / "checkpoints" / fills_at).exists() or not fills_at)
@@ -155,16 +155,16 @@ def test_a_full_disk_ends_no_run(
     result = running.result()
     assert "NOT saved" in result.output and "training continues" in result.output, result.output
     assert set(result.codes) == {2} and "run the command again with --export_only" in result.output
-    kept = checkpoints(output)
-    assert bool(kept) == bool(fills_at) and not any(folder.suffix for folder in kept), kept
+    folders = checkpoints(output)
+    assert bool(folders) == bool(fills_at) and not any(folder.suffix for folder in folders), folders
     assert not list(output.glob("final*"))
     filler.unlink()
     if fills_at:
         succeed("step1_sft.main", [*options, "--export_only"], tmp_path, ranks)
     succeed("step1_sft.main", options, tmp_path, ranks)
-    for file in (tmp_path / "whole/final").glob("*.safetensors"):
+    for file in (tmp_path / "uninterrupted/final").glob("*.safetensors"):
         assert file.read_bytes() == (output / "final" / file.name).read_bytes()
-    assert timeless(output) == timeless(tmp_path / "whole")
+    assert timeless(output) == timeless(tmp_path / "uninterrupted")
 
 
 # --- signals, through the launch script ---------------------------------------------------------------------
@@ -188,10 +188,9 @@ def wait_for_steps(running: subprocess.Popen, output: Path) -> None:
 
 
 def ranks_of(running: subprocess.Popen) -> list[psutil.Process]:
-    found = psutil.Process(running.pid).children(recursive=True)
-    return [
-        process for process in found if process.parent().cmdline()[2:4] == ["-m", "deepspeed.launcher.launch"]
-    ]
+    processes = psutil.Process(running.pid).children(recursive=True)
+    launcher = ["-m", "deepspeed.launcher.launch"]
+    return [process for process in processes if process.parent().cmdline()[2:4] == launcher]
 
 
 def deepspeed_of(running: subprocess.Popen) -> psutil.Process:
@@ -222,7 +221,7 @@ TARGETS = {
         ("all", signal.SIGUSR1),
     ],
 )  # fmt: skip
-def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, number: int) -> None:
+def test_signal_stops_gracefully(world: Path, tmp_path: Path, target: str, number: int) -> None:
     running = launch(world, tmp_path / "out", 100_000)
     wait_for_steps(running, tmp_path / "out")
     processes = psutil.Process(running.pid).children(recursive=True)
@@ -239,7 +238,7 @@ def test_a_signal_stops_politely(world: Path, tmp_path: Path, target: str, numbe
     assert (tmp_path / "out/train.log").read_text().splitlines()[-1] == last
 
 
-def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:
+def test_signal_stops_tokenisation(world: Path, tmp_path: Path) -> None:
     line, _ = (world / "demonstrations.jsonl").read_text().split("\n", 1)
     (tmp_path / "many.jsonl").write_text(f"{line}\n" * 500_000)
     cache = tmp_path / "cache"
@@ -259,7 +258,7 @@ def test_a_signal_stops_the_tokenising_too(world: Path, tmp_path: Path) -> None:
     assert not psutil.wait_procs(processes, timeout=60)[1]
 
 
-def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) -> None:
+def test_signal_to_the_pipeline_stops_its_step(world: Path, tmp_path: Path) -> None:
     paths = {"MODEL": world / "model", "OUTPUT": tmp_path, "DEMONSTRATIONS": world / "demonstrations.jsonl"}
     paths |= dict.fromkeys(("PREFERENCES", "PROMPTS"), world / "preferences.jsonl")
     words = ["--max_steps", "100000", "--logging_steps", "1", "--global_batch_size", "8"]
@@ -279,8 +278,8 @@ def test_a_signal_to_the_pipeline_reaches_its_step(world: Path, tmp_path: Path) 
     assert last == f"pipeline.sh: stopped in step1_sft.sh {folder}. Run the same command to resume."
 
 
-def test_a_script_that_is_killed_while_its_ranks_begin_leaves_no_orphans(world: Path, tmp_path: Path) -> None:
-    """They import for seconds; then they have no script above them, and stop before the first step."""
+def test_script_killed_during_startup_leaves_no_orphans(world: Path, tmp_path: Path) -> None:
+    """After their imports, the ranks notice that the script is gone, and stop before the first step."""
     running = launch(world, tmp_path / "out", 100_000)
     deadline = time.monotonic() + 300
     while not ranks_of(running):
@@ -295,22 +294,22 @@ def test_a_script_that_is_killed_while_its_ranks_begin_leaves_no_orphans(world: 
     assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
-def test_a_second_signal_ends_at_once(world: Path, tmp_path: Path) -> None:
+def test_second_signal_kills(world: Path, tmp_path: Path) -> None:
     running = launch(world, tmp_path / "out", 100_000)
     wait_for_steps(running, tmp_path / "out")
     processes = psutil.Process(running.pid).children(recursive=True)
     for rank in ranks_of(running):
-        rank.suspend()  # so that it cannot stop politely
+        rank.suspend()  # so that it cannot stop gracefully
     os.kill(running.pid, signal.SIGTERM)
     time.sleep(2.2)
     os.kill(running.pid, signal.SIGTERM)
     output, _ = running.communicate(timeout=120)
     assert running.returncode not in (0, STOPPED), output
-    assert output.splitlines()[-2].startswith("Ended at once by a second signal"), output
-    assert not psutil.wait_procs(processes, timeout=60)[1]  # a busy machine takes a moment to bury them
+    assert output.splitlines()[-2].startswith("Killed by a second signal"), output
+    assert not psutil.wait_procs(processes, timeout=60)[1]  # a busy machine takes a moment
 
 
-def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:
+def test_other_ranks_end_when_one_dies(world: Path, tmp_path: Path) -> None:
     running = launch(world, tmp_path / "out", 100_000)
     wait_for_steps(running, tmp_path / "out")
     ranks = ranks_of(running)
@@ -320,7 +319,7 @@ def test_when_a_rank_dies_the_others_end(world: Path, tmp_path: Path) -> None:
     assert time.monotonic() - start < 10
     assert running.returncode not in (0, 2, STOPPED), output
     *_, reason, last = output.splitlines()
-    # With the signal, unless rank 0 misses its neighbour and ends before DeepSpeed looks.
+    # With the signal, unless rank 0 loses the connection and ends before DeepSpeed checks.
     assert reason.startswith(("Rank 1 was killed (signal 9)", "Rank 1 was killed (no error message)")), output
     assert last == f"Failed with exit code 1; log: {tmp_path}/out/train.log"
     assert "Traceback" not in output
@@ -337,7 +336,7 @@ if os.environ.get("RANK") == "1":
 
 
 def test_the_first_traceback_comes_last(world: Path, tmp_path: Path) -> None:
-    """One rank raises; the other, which loses contact, adds one line and no traceback."""
+    """One rank raises. The other loses the connection and adds one line, without a traceback."""
     (tmp_path / "sitecustomize.py").write_text(RAISES_ON_SIGNAL)
     running = launch(world, tmp_path / "out", 100_000, PYTHONPATH=str(tmp_path))
     wait_for_steps(running, tmp_path / "out")
@@ -353,7 +352,7 @@ def test_the_first_traceback_comes_last(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/train.log").read_text().splitlines()[-2:] == last
 
 
-def test_kills_at_random_moments_lose_nothing() -> None:
+def test_random_kills_lose_nothing() -> None:
     """The short version of `python -m tests.chaos --kills 50`."""
     words = [sys.executable, "-m", "tests.chaos", "--kills", "2", "--stages", "sft", "--seed", "2"]
     done = subprocess.run(words, cwd=LAUNCH.parent, capture_output=True, text=True, timeout=400, check=False)
@@ -361,7 +360,7 @@ def test_kills_at_random_moments_lose_nothing() -> None:
     assert "2 kills" in done.stdout and "all ended as undisturbed" in done.stdout
 
 
-def test_a_collective_does_not_wait_for_ever(world: Path, tmp_path: Path) -> None:
+def test_collective_times_out(world: Path, tmp_path: Path) -> None:
     options = [*sft(world, tmp_path / "out", 100_000), "--timeout_minutes", "0.1"]
     running = start_stage("step1_sft.main", options, tmp_path, ranks=2)
     running.wait_for(lambda: (tmp_path / "out/metrics.jsonl").exists())

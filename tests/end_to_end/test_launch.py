@@ -1,4 +1,4 @@
-"""The bash scripts, through the real DeepSpeed launcher, from another working directory."""
+"""The bash scripts, with the DeepSpeed launcher, from another working directory."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def bash(script: str, words: list[str], cwd: Path, **variables: str) -> subproce
 
 
 def test_two_ranks_from_another_folder(world: Path, tmp_path: Path) -> None:
-    """A relative output folder, a folder named like one of ours beside it, and ZeRO 2 on two ranks."""
+    """With a relative output folder, a folder `common` in the working directory, and ZeRO 2 on two ranks."""
     (tmp_path / "common").mkdir()
     (tmp_path / "common/__init__.py").write_text("raise SystemExit('the wrong package')")
     zero = str(LAUNCH.parent / "common/zero_configs/zero2.json")
@@ -45,7 +45,7 @@ def test_two_ranks_from_another_folder(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_ranks_of_other_machines_get_the_environment(tmp_path: Path, has_gpu: bool) -> None:
-    """Through a `pdsh` that writes down what it should start; lines of the user's own file count more."""
+    """With a fake `pdsh` that logs its arguments. Lines of the user's own file take precedence."""
     log, tools = tmp_path / "log", tmp_path / "bin"
     tools.mkdir()
     for name, line in (
@@ -56,25 +56,26 @@ def test_ranks_of_other_machines_get_the_environment(tmp_path: Path, has_gpu: bo
         (tools / name).write_text(f"#!/bin/bash\n{line}\n")
         (tools / name).chmod(0o755)
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
-    (tmp_path / ".deepspeed_env").write_text("\nMINE=7\nTOKENIZERS_PARALLELISM=true\n")
+    (tmp_path / ".deepspeed_env").write_text("\nUSER_VARIABLE=7\nTOKENIZERS_PARALLELISM=true\n")
     variables = {"HOSTFILE": str(tmp_path / "hosts"), "PATH": f"{tools}:{os.environ['PATH']}"}
-    done = bash("step1_sft.sh", ["--output_dir", "out"], tmp_path, **variables)
+    words = ["--output_dir", "out", "--model_name_or_path", "x", "--train_data", "x"]
+    done = bash("step1_sft.sh", words, tmp_path, **variables)
     assert done.returncode == 0, done.stdout
     exports = {word for word in log.read_text().replace(";", " ").split() if "=" in word}
-    assert {"OMP_WAIT_POLICY=passive", "MINE=7", "TOKENIZERS_PARALLELISM=true"} <= exports
+    assert {"OMP_WAIT_POLICY=passive", "USER_VARIABLE=7", "TOKENIZERS_PARALLELISM=true"} <= exports
 
 
-def test_a_mistake_is_visible(world: Path, tmp_path: Path) -> None:
+def test_mistake_is_one_line(world: Path, tmp_path: Path) -> None:
     done = bash("step1_sft.sh", [*sft(world, tmp_path / "out"), "--seed", "x"], tmp_path, NUM_GPUS="2")
     assert done.returncode == 2
     assert done.stdout == "error: --seed: invalid int value: 'x'\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_a_late_refusal_leaves_a_folder_as_it_was(world: Path, tmp_path: Path) -> None:
-    """Found out after the folder was claimed. A file of the user stays, and a folder of nobody goes."""
+def test_late_refusal_restores_the_folder(world: Path, tmp_path: Path) -> None:
+    """A refusal after the folder was claimed keeps the user's files and removes a new folder."""
     (tmp_path / "old").mkdir()
-    (tmp_path / "old/notes.txt").write_text("mine")
+    (tmp_path / "old/notes.txt").write_text("a note")
     for output in (tmp_path / "old", tmp_path / "new/out"):
         words = [*sft(world, output), "--export_only", "true"]
         result = run_stage("step1_sft.main", words, tmp_path / "logs", ranks=2)
@@ -83,8 +84,8 @@ def test_a_late_refusal_leaves_a_folder_as_it_was(world: Path, tmp_path: Path) -
     assert not (tmp_path / "new").exists()
 
 
-def test_the_log_begins_when_the_command_is_accepted(tmp_path: Path) -> None:
-    """A resumed run adds to it; a refusal leaves a log that was there, and none that was not."""
+def test_log_starts_when_the_command_is_accepted(tmp_path: Path) -> None:
+    """A resumed run appends to it. A refusal keeps an existing log and creates no new one."""
     accepted, output = tmp_path / "accepted", tmp_path / "a/out"
 
     def run(*, accepts: bool, refused: bool) -> None:
@@ -110,7 +111,7 @@ def test_the_log_begins_when_the_command_is_accepted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("new", ["checkpoints", "journal"])
-def test_a_refusal_of_a_run_that_has_written_keeps_its_log(tmp_path: Path, new: str) -> None:
+def test_refusal_after_output_was_written_keeps_the_log(tmp_path: Path, new: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").touch()
     (tmp_path / "accepted").write_text("CPU; 2 ranks")
@@ -144,7 +145,7 @@ def test_a_refusal_of_a_run_that_has_written_keeps_its_log(tmp_path: Path, new: 
             1,
             (75, "Stopped during preparation; nothing to save. Run the same command to start again.\n"),
         ),
-        # The launcher asks the other rank to stop when one was killed: no polite stop.
+        # The launcher stops the other rank after one was killed: this is a failure, not a stop.
         ({"began_0": "", "began_1": "", "stopped_0": "Stopped."}, -9, 0, (1, "Rank 1 was killed (signal 9)")),
         ({"began_0": "", "began_1": "", "lost_0": "..."}, 1, 0, (1, "Rank 1 was killed (no error message)")),
         (
@@ -153,18 +154,18 @@ def test_a_refusal_of_a_run_that_has_written_keeps_its_log(tmp_path: Path, new: 
             0,
             (1, "The first error:\nTraceback"),
         ),
-        ({"began_0": "", "began_1": ""}, -9, 2, (1, "Ended at once by a second signal")),
+        ({"began_0": "", "began_1": ""}, -9, 2, (1, "Killed by a second signal")),
         ({}, 1, 0, (1, "")),
     ],
 )
-def test_the_end_of_a_command(
+def test_exit_code_and_last_line(
     tmp_path: Path, notes: dict[str, str], code: int, signals: int, expected: tuple[int, str]
 ) -> None:
-    """What ranks note about their ends, the launcher's code, signals -> exit code and last lines."""
+    """From the notes of the ranks, the launcher's exit code, and the number of signals."""
     for name, text in notes.items():
         (tmp_path / name).write_text(text)
-    found, text = ending(tmp_path, code, signals)
-    assert found == expected[0] and text.strip("\n").startswith(expected[1].strip("\n"))
+    exit_code, text = ending(tmp_path, code, signals)
+    assert exit_code == expected[0] and text.strip("\n").startswith(expected[1].strip("\n"))
     assert bool(text) == bool(expected[1])
 
 
@@ -181,10 +182,10 @@ def test_the_end_of_a_command(
         ("recipes/stories.sh", ["--model", "m", "--data", "d"], {}, ["--output is required"]),
     ],
 )
-def test_a_command_without_what_it_needs_is_one_line(
+def test_missing_options_are_one_line(
     tmp_path: Path, script: str, words: list[str], variables: dict[str, str], parts: list[str]
 ) -> None:
-    """Before anything is imported, and without a trace on the disk."""
+    """Refused before any import, without files on the disk."""
     done = bash(script, words, tmp_path, **variables)
     (line,) = done.stdout.splitlines()
     assert done.returncode == 2 and line.startswith("error: ")
@@ -192,7 +193,7 @@ def test_a_command_without_what_it_needs_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_script_refuses_wrong_options_of_its_last_step(tmp_path: Path) -> None:
+def test_script_refuses_wrong_options_of_its_last_step(tmp_path: Path) -> None:
     variables = dict.fromkeys(("MODEL", "DEMONSTRATIONS", "PREFERENCES", "PROMPTS"), "x")
     done = bash("pipeline.sh", ["--seed", "1"], tmp_path, STEP3_OPTIONS="--kl_coef -1", **variables)
     assert done.returncode == 2
@@ -208,7 +209,7 @@ def test_a_script_refuses_wrong_options_of_its_last_step(tmp_path: Path) -> None
         ("iterative_dpo.sh", "DIRECT_OPTIONS", "step2_direct"),
     ],
 )
-def test_rounds_hold_out_no_data_to_measure_a_best_metric_on(
+def test_rounds_refuse_a_best_metric_without_held_out_data(
     tmp_path: Path, script: str, options: str, command: str
 ) -> None:
     variables = {options: "--best_metric eval/loss", "MODEL": "x", "PROMPTS": "x"}
@@ -218,8 +219,8 @@ def test_rounds_hold_out_no_data_to_measure_a_best_metric_on(
     assert not list(tmp_path.iterdir())
 
 
-def test_quickstart_in_small(tmp_path: Path) -> None:
-    """The quickstart with two steps a stage: everything but the learning."""
+def test_short_quickstart(tmp_path: Path) -> None:
+    """The quickstart with two steps per stage."""
     done = bash("quickstart.sh", ["--max_steps", "2"], tmp_path, OUTPUT=str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -230,7 +231,7 @@ def test_quickstart_in_small(tmp_path: Path) -> None:
         assert (tmp_path / "out" / stage / "final/config.json").exists()
 
 
-def test_pipeline_chains_the_stages(world: Path, tmp_path: Path) -> None:
+def test_pipeline_runs_all_stages(world: Path, tmp_path: Path) -> None:
     words = [
         "--max_steps",
         "1",
@@ -250,18 +251,18 @@ def test_pipeline_chains_the_stages(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/step3_ppo/final/model.safetensors").exists()
 
 
-def test_a_signal_in_the_last_step_of_a_run_ends_the_scripts_too(tmp_path: Path) -> None:
-    """A run that is done ends with 0; what would come after it does not begin."""
+def test_signal_during_the_last_training_step_stops_the_script(tmp_path: Path) -> None:
+    """The run finishes with exit code 0, but the script starts no further step and exits with 75."""
     (tmp_path / "run.sh").write_text("trap 'echo asked' TERM\necho begun\nsleep 1 & wait || wait\nexit 0")
     (tmp_path / "inner.sh").write_text(
-        f"set -euo pipefail\nsource {LAUNCH}/lib/environment.sh\nstep {tmp_path}/run.sh\necho went on"
+        f"set -euo pipefail\nsource {LAUNCH}/lib/environment.sh\nstep {tmp_path}/run.sh\necho continued"
     )
     outer = (tmp_path / "inner.sh").read_text().replace("run.sh", "inner.sh")
     for signals in (1, 0):
         with subprocess.Popen(["bash", "-c", outer], stdout=subprocess.PIPE, text=True) as running:
-            said = running.stdout.readline()
+            output = running.stdout.readline()
             for _ in range(signals):
                 running.send_signal(signal.SIGTERM)
-            said += running.stdout.read()
-        expected = (75, "begun\nasked\n") if signals else (0, "begun\nwent on\nwent on\n")
-        assert (running.returncode, said) == expected
+            output += running.stdout.read()
+        expected = (75, "begun\nasked\n") if signals else (0, "begun\ncontinued\ncontinued\n")
+        assert (running.returncode, output) == expected
