@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.data.columns import Row, Table, TableWriter, to_columns
-from common.data.readers import content_of, origin, read_source
+from common.data.readers import content_hash, origin, read_source
 from common.data.records import BadRecords, fraction, parse_record
 from common.data.sources import kind_of
 from common.runtime.distributed import log
@@ -113,7 +113,7 @@ def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:
     code = [file for folder in CODE for file in sorted(folder.glob("*.py"))]
     code.append(Path(sys.modules[function.__module__].__file__))
     parts = [
-        content_of(name),
+        content_hash(name),
         kind_of(name),
         *(path.read_text() for path in code),
         f"{function.__qualname__} {row_class.__qualname__} {skip}",

@@ -10,7 +10,7 @@ from common.data.cache import Convert, Prepared, prepare
 from common.data.columns import Row
 from common.data.examples import Examples
 from common.data.rendering_report import log_rendering
-from common.data.sources import copies, files_to_read, parse_source
+from common.data.sources import files_to_read, parse_source, repetitions
 from common.data.summary import log_data_summary, warn_of_few, why_empty
 from common.runtime.distributed import log
 from common.runtime.options import DataOptions, TrainOptions, UserError
@@ -63,7 +63,7 @@ def _load(
     for source in map(parse_source, sources):
         for name in files_to_read(source, is_training):
             prepared.append(prepare(name, options, row_class, convert))
-            repeats = copies(source.weight, prepared[-1].notes.column("weight"))
+            repeats = repetitions(source.weight, prepared[-1].notes.column("weight"))
             rows.append(np.repeat(np.arange(len(repeats)), repeats))
     numbers = np.repeat(np.arange(len(rows)), [len(part) for part in rows])
     return Examples(prepared, numbers, np.concatenate(rows)), prepared

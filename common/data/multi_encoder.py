@@ -11,7 +11,7 @@ from common.data.columns import Row
 from common.data.readers import origin, read_source
 from common.data.records import fraction, parse_record
 from common.data.rendering_report import log_rendering, rendered
-from common.data.sources import copies, files_to_read, parse_source
+from common.data.sources import files_to_read, parse_source, repetitions
 from common.data.summary import left_out, warn_of_few, warn_of_sources, why_empty
 from common.runtime.distributed import log
 from common.runtime.options import CacheOptions, UserError
@@ -42,7 +42,7 @@ def load_shared_records(
             first.append(prepared[0])
             numbers, fractions = _common_numbers(prepared)
             shared += len(numbers)
-            numbers = np.repeat(numbers, copies(source.weight, fractions).astype(int))
+            numbers = np.repeat(numbers, repetitions(source.weight, fractions).astype(int))
             numbers = numbers[: at_most - len(result.records)] if at_most else numbers
             _extend(result, name, prepared, numbers)
             indices = np.searchsorted(prepared[0].notes.column("number"), numbers)

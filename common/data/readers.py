@@ -43,7 +43,7 @@ def origin(name: str, number: int) -> str:
     return f"{name}:{number}" if kind_of(name) == ".jsonl" else f"{name}: row {number}"
 
 
-def content_of(name: str) -> str:
+def content_hash(name: str) -> str:
     """Hash of the content of a file or hub dataset. Raises UserError like `read_source`."""
     try:
         return sha256(Path(name)) if kind_of(name) in KINDS else load_hub_dataset(name)._fingerprint

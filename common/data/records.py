@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from common.data.readers import Unparsed, origin, read_source
-from common.data.sources import copies, files_to_read, parse_source
+from common.data.sources import files_to_read, parse_source, repetitions
 from common.runtime.distributed import log
 from common.runtime.options import UserError, reason
 from common.runtime.progress import ReadingProgress
 from common.text.conversation import Message
-from common.text.fields import check_characters, without_nulls
+from common.text.fields import check_characters, remove_nulls
 from common.text.record_formats import Record, recognise
 from common.text.segments import find_prompt
 
@@ -78,7 +78,7 @@ def read_all(
                     result, times = parse(record), source.weight
                     if times != 1:  # pairs may not be rated yet
                         prompt = find_prompt(recognise({"preference": "tie", **record}))
-                        times = copies(source.weight, fraction(prompt, "weight"))
+                        times = repetitions(source.weight, fraction(prompt, "weight"))
                     results += [result] * int(times)
                 progress.update(count, share)
             warn_of_left_out(bad.count - bad_before, count, f"records of {name}")
@@ -104,7 +104,7 @@ def parse_record(record: Unparsed) -> Record:
 
 def parse_object(record: Unparsed) -> Record:
     """Parse a record in any format, without null fields. Raises ValueError with a message for the user."""
-    return without_nulls(load_object(record))
+    return remove_nulls(load_object(record))
 
 
 def load_object(record: Unparsed) -> Record:

@@ -63,7 +63,7 @@ def parse_source(text: str) -> Source:
     return Source(name, weight, SPLIT_WORDS.get(split, split) if is_folder(name) else split, config)
 
 
-def copies(weight: float, fraction: Any) -> Any:
+def repetitions(weight: float, fraction: Any) -> Any:
     """Number of repetitions of a record, from its fraction in [0, 1), or of an array of records."""
     times, rest = divmod(weight, 1)
     return int(times) + (fraction < rest)

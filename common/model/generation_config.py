@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from common.runtime.distributed import log_once, some
+from common.runtime.distributed import first_few, log_once
 from common.runtime.files import read_json
 from common.runtime.options import UserError, reason
 
@@ -34,7 +34,7 @@ def _valid_part(values: dict[str, Any], path: str) -> GenerationConfig:
     while new := next((k for k in values if k not in valid and _is_valid({**valid, k: values[k]})), None):
         valid[new] = values[new]
     left_out = [f"{name} {value}" for name, value in values.items() if name not in valid]
-    log_once(f"warning: {path}: invalid values in {FILE} are ignored: {some(left_out)}")
+    log_once(f"warning: {path}: invalid values in {FILE} are ignored: {first_few(left_out)}")
     return GenerationConfig(**valid)
 
 

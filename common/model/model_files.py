@@ -17,7 +17,7 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files, load_sta
 
 from common.model.generation_config import read_generation_config, writable
 from common.model.model_config import Kind, custom_code, read_config
-from common.runtime.distributed import gather_objects, log_once, some
+from common.runtime.distributed import first_few, gather_objects, log_once
 from common.runtime.files import read_json
 from common.runtime.options import UserError, reason
 
@@ -48,11 +48,11 @@ def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
             for names in (missing, unexpected)
         )
     if missing:
-        raise UserError(f"{path}: weights are missing: {some(missing)}")
+        raise UserError(f"{path}: weights are missing: {first_few(missing)}")
     if compared.mismatched:
-        raise UserError(f"{path}: config.json asks for other shapes: {some(compared.mismatched)}")
+        raise UserError(f"{path}: config.json asks for other shapes: {first_few(compared.mismatched)}")
     if unexpected:
-        log_once(f"warning: {path}: weights that the model does not use are ignored: {some(unexpected)}")
+        log_once(f"warning: {path}: weights that the model does not use are ignored: {first_few(unexpected)}")
 
 
 def read_weights(kind: Kind, path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -95,7 +95,7 @@ def check_values(model: PreTrainedModel, path: str) -> None:
         raise UserError(f"{path}: {layer}: all zeros; the file is damaged")
     names = [named[i][0] for i in matrices if named[i][0] != "score.weight"]  # a critic's may be 0
     if names:
-        log_once(f"warning: {path}: weights are all zeros, the file may be damaged: {some(names)}")
+        log_once(f"warning: {path}: weights are all zeros, the file may be damaged: {first_few(names)}")
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:

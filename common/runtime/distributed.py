@@ -92,7 +92,7 @@ def log_once(message: str) -> None:
     log(message)
 
 
-def some(names: Collection[str], most: int = 3) -> str:
+def first_few(names: Collection[str], most: int = 3) -> str:
     """List the first `most` names for messages, with the total if there are more."""
     listed = ", ".join([*names][:most])
     return listed if len(names) <= most else f"{listed}, ... ({len(names)} in all)"

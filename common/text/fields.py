@@ -8,7 +8,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-NOTHING = (None, "", [], {}, "[]", "{}", "null")
+EMPTY = (None, "", [], {}, "[]", "{}", "null")
 FLAGS = {"true": True, "false": False}
 LISTS = ("messages", "conversations", "history", "responses", "ranks", "votes")
 # Fields of text or messages.
@@ -44,14 +44,14 @@ def as_number(value: Any) -> float | None:
     return None
 
 
-def is_nothing(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """Whether a field is empty, as it is in files where all records have all fields."""
     if isinstance(value, list | dict):
-        return all(map(is_nothing, value.values() if isinstance(value, dict) else value))
-    return (value.strip() if isinstance(value, str) else value) in NOTHING
+        return all(map(is_empty, value.values() if isinstance(value, dict) else value))
+    return (value.strip() if isinstance(value, str) else value) in EMPTY
 
 
-def with_lists(record: Record) -> Record:
+def parse_lists(record: Record) -> Record:
     """Parse lists that are given as JSON text."""
     lists = {}
     for name in LISTS:
@@ -62,7 +62,7 @@ def with_lists(record: Record) -> Record:
     return {**record, **lists} if lists else record
 
 
-def without_nulls(record: Record) -> Record:
+def remove_nulls(record: Record) -> Record:
     """Remove null fields from a record and from its messages."""
     present = {name: value for name, value in record.items() if value is not None}
     return {name: _present(value) if name in TEXTS else value for name, value in present.items()}

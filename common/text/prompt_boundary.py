@@ -44,7 +44,7 @@ def is_answer(response: Any) -> bool:
     return isinstance(response, str) or bool(is_list and response[0].get("role") == "assistant")
 
 
-def with_dialogues(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def name_responses(record: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Name the elements of `responses` as fields, and list the response fields that are messages."""
     several = record.get("responses")
     several = several if isinstance(several, list) else []

@@ -7,7 +7,7 @@ Alpaca      instruction, input, output                    -> prompt, completion
 Dolly       instruction, context, response                -> prompt, completion
 Orca        question, response or answer                  -> prompt, completion
 HH          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." -> the same as messages
-Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, perhaps tie
+Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, optional tie
 several raters: votes instead of preference, a list       -> the same, by majority
 KTO         kto_tag                                       -> label
 soft labels: preference is a number, the probability of A -> the same, and the probability of chosen
@@ -21,10 +21,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from common.text.fields import as_number, is_nothing, shown, with_lists
+from common.text.fields import as_number, is_empty, parse_lists, shown
 from common.text.prompt_boundary import is_answer
 from common.text.segments import has_ended
-from common.text.system_message import with_system
+from common.text.system_message import insert_system
 
 Record = dict[str, Any]
 
@@ -54,9 +54,9 @@ def recognise(record: Record) -> Record:
     if CHOSEN_PROBABILITY in record:
         record = {name: value for name, value in record.items() if name != CHOSEN_PROBABILITY}
     for name in UNSUPPORTED:
-        if not is_nothing(record.get(name)):
+        if not is_empty(record.get(name)):
             raise ValueError(f"field {name!r} changes the input of the model and is not supported; remove it")
-    record = _as_messages(with_lists(record))
+    record = _as_messages(parse_lists(record))
     if not any(name in record for name in QUESTIONS):
         _check_parts_of_prompt(record)
     if "conversations" in record and "messages" not in record:
@@ -71,7 +71,7 @@ def recognise(record: Record) -> Record:
         record = _from_comparison(record)
     if "kto_tag" in record and "label" not in record:
         record = {**record, "label": record["kto_tag"]}
-    return with_system(record)
+    return insert_system(record)
 
 
 def agreement(record: Record) -> float:
@@ -144,7 +144,7 @@ def _from_alpaca(record: Record) -> Record:
         return {**record, "prompt": text}  # it must be one of their user messages
     asked = [*history, {"role": "user", "content": text}]
     prompted = {**record, "prompt": asked}
-    answers = sorted((name for name in ANSWERS if name in record), key=lambda name: is_nothing(record[name]))
+    answers = sorted((name for name in ANSWERS if name in record), key=lambda name: is_empty(record[name]))
     answer = next(iter(answers), "")
     if not answer or "completion" in record:
         return prompted
@@ -155,7 +155,7 @@ def _from_alpaca(record: Record) -> Record:
 
 def _only_one(record: Record, names: Sequence[str]) -> str:
     """The non-empty field among fields with the same meaning; the first one if all are empty."""
-    full = [name for name in names if not is_nothing(record.get(name))]
+    full = [name for name in names if not is_empty(record.get(name))]
     if len(full) > 1:
         raise ValueError(f"fields {full[0]!r} and {full[1]!r} have the same meaning; keep only one of them")
     return (full or [name for name in names if name in record] or names)[0]
@@ -165,7 +165,7 @@ def _check_parts_of_prompt(record: Record) -> None:
     """Raise ValueError for `history` or an input field without its question: it would be lost."""
     has_messages = any(isinstance(record.get(name), list) for name in DIALOGUES)
     for name in ["history"] if has_messages else ["history", *INPUTS]:
-        if not is_nothing(record.get(name)):
+        if not is_empty(record.get(name)):
             raise ValueError(
                 f"field {name!r} needs 'instruction' or 'question'; make it part of the prompt, or remove it"
             )

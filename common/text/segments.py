@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from common.text.conversation import Message, Render, Segment, conversation_segments, without_last_replies
 from common.text.fields import as_number, flag, shown
-from common.text.prompt_boundary import Text, split_responses, text_field, with_dialogues
+from common.text.prompt_boundary import Text, name_responses, split_responses, text_field
 
 
 class Comparison(NamedTuple):
@@ -31,7 +31,7 @@ def find_prompt(record: dict[str, Any]) -> Text:
             raise ValueError("field 'messages' has nothing before the assistant's message")
         return prompt
     if isinstance(record.get("prompt"), str):
-        return split_responses(*with_dialogues(record))[0]
+        return split_responses(*name_responses(record))[0]
     if "prompt" in record:
         return split_responses(record, [])[0]
     if "chosen" in record and "rejected" in record:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.text.fields import is_nothing
+from common.text.fields import is_empty
 from common.text.prompt_boundary import is_answer
 
 Record = dict[str, Any]
@@ -11,9 +11,9 @@ SYSTEM = ("system", "system_prompt")
 RESPONSES = ("completion", "chosen", "rejected")
 
 
-def with_system(record: Record) -> Record:
+def insert_system(record: Record) -> Record:
     """Insert `system` as the first message. Raises ValueError if the record has no messages."""
-    name = next((name for name in SYSTEM if not is_nothing(record.get(name))), "")
+    name = next((name for name in SYSTEM if not is_empty(record.get(name))), "")
     if not name:
         return record
     text = record[name]

@@ -20,7 +20,7 @@ from common.data.journal import stop_resumably
 from common.data.readers import read_source
 from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, parse_record, warn_of_left_out
 from common.data.rendering_report import Rendered, log_rendering
-from common.data.sources import copies, files_to_read, parse_source
+from common.data.sources import files_to_read, parse_source, repetitions
 from common.model.loading import load_config, longest_input
 from common.model.reward_ensemble import RewardModel, combine, load_encoders, load_members, member_scores
 from common.runtime.distributed import log, on_cpu
@@ -112,7 +112,7 @@ def read_examples(options: ScoreOptions, encoders: Sequence[SegmentEncoder], don
             example = original, {e: ids for e, (ids, _) in rows.items()}
             num_truncated += any(truncated for _, truncated in rows.values())
             if source.weight != 1:
-                times = copies(source.weight, fraction(find_prompt(record), "weight"))
+                times = repetitions(source.weight, fraction(find_prompt(record), "weight"))
         for _ in range(times * (example is not None)):
             good += 1
             if done:

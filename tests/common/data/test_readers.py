@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.readers import content_of, load_hub_dataset, read_source
+from common.data.readers import content_hash, load_hub_dataset, read_source
 from common.data.records import BadRecords, parse_object
 from common.runtime.options import UserError
 
@@ -108,7 +108,9 @@ def test_a_path_is_never_a_pattern(tmp_path, kind, name):
         else:
             write_parquet(path, [{"prompt": text}])
     assert read(tmp_path / name / f"d.{kind}") == [{"prompt": "expected"}]
-    assert content_of(str(tmp_path / name / f"d.{kind}")) != content_of(str(tmp_path / "run1" / f"d.{kind}"))
+    assert content_hash(str(tmp_path / name / f"d.{kind}")) != content_hash(
+        str(tmp_path / "run1" / f"d.{kind}")
+    )
 
 
 ONE, TWO = {"prompt": "a", "n": 1}, {"prompt": "b\\u00e4", "n": 2}

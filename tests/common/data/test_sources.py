@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.data import sources as module
-from common.data.sources import Source, copies, files_of, files_to_read, parse_source
+from common.data.sources import Source, files_of, files_to_read, parse_source, repetitions
 from common.model.model_files import read_config
 from common.runtime.options import TrainOptions, UserError
 from common.text.tokenizer import load_tokenizer
@@ -55,8 +55,13 @@ def test_a_folder_that_looks_like_a_weight_is_a_folder(tmp_path):
     assert parse_source(f"{tmp_path / 'run:2'}:0.5").weight == 0.5
 
 
-def test_copies_of_a_record():
-    assert [copies(2.5, 0.4), copies(2.5, 0.6), copies(0.3, 0.2), copies(0.3, 0.3)] == [3, 2, 1, 0]
+def test_repetitions_of_a_record():
+    assert [repetitions(2.5, 0.4), repetitions(2.5, 0.6), repetitions(0.3, 0.2), repetitions(0.3, 0.3)] == [
+        3,
+        2,
+        1,
+        0,
+    ]
 
 
 def folder(path: Path, *names: str) -> Path:
