@@ -1,4 +1,4 @@
-"""Pairs of responses that people compare, and golden questions among them, whose answer is known."""
+"""Pairs of responses for annotation, and golden questions: pairs with a known answer."""
 
 import hashlib
 import json
@@ -13,47 +13,47 @@ from common.text.record_formats import Record, recognise
 from common.text.segments import Comparison, comparison, has_ended, preference_segments
 
 Text = str | list[Message]
-ANSWERS = {"preference", "votes"}  # fields that make a golden question of a pair
+ANSWERS = {"preference", "votes"}  # fields that make a pair a golden question
 SIDES = ("response_a", "response_b")
-OTHER_SHAPES = {"chosen", "rejected", "responses", "ranks"}  # in which step 2 reads known answers
+ANSWERED_SHAPES = {"chosen", "rejected", "responses", "ranks"}  # fields of other shapes, all with an answer
 
 
 class Pair(NamedTuple):
     """Two responses to a prompt."""
 
-    id: str  # of prompt and responses, wherever they stand
-    record: Record  # as it was read
+    id: str  # hash of prompt and responses
+    record: Record  # as read
     prompt: Text
     responses: dict[str, Text]  # A and B
     answer: str = ""  # of a golden question: A, B or tie
-    ended: dict[str, bool] = {}  # A and B: false for a response that was cut; empty where it is not known
+    ended: dict[str, bool] = {}  # A and B: false for a truncated response; empty if unknown
 
     @property
     def longer(self) -> str:
-        """A or B, by characters; nothing when both are as long."""
+        """A or B, by characters; empty when the lengths are equal."""
         a, b = (sum(len(text) for _, text in turns(self.responses[side])) for side in "AB")
         return "" if a == b else "A" if a > b else "B"
 
 
 def read_pairs(sources: Sequence[str], golden: Sequence[str], skip_bad_records: bool) -> list[Pair]:
-    """All different pairs, those to compare first.
+    """Read all distinct pairs; golden questions come last.
 
-    golden: sources whose records all have an answer, in any shape that step 2 reads. Raises UserError naming
-    file and line of a bad record, and when there is nothing to compare.
+    golden: sources of golden questions only, in any preference format of step 2. Raises UserError naming file
+    and line of a bad record, and when all pairs are golden questions.
     """
-    found: dict[str, Pair] = {}
-    bad = same = 0
+    by_id: dict[str, Pair] = {}
+    bad = duplicates = 0
     for parse, names in ((_golden_pair, golden), (to_pair, sources)):
-        pairs, bad_ones = read_all(names, parse, skip_bad_records, is_training=names is sources)
-        bad += bad_ones
+        pairs, num_bad = read_all(names, parse, skip_bad_records, is_training=names is sources)
+        bad += num_bad
         for pair in pairs:
-            same += pair.id in found
-            if pair.answer or pair.id not in found:
-                found[pair.id] = pair
-    for count, reason in ((bad, "bad records are left out"), (same, "pairs are there twice and asked once")):
+            duplicates += pair.id in by_id
+            if pair.answer or pair.id not in by_id:
+                by_id[pair.id] = pair
+    for count, reason in ((bad, "bad records skipped"), (duplicates, "duplicate pairs skipped")):
         if count:
             log(f"{' '.join([*sources, *golden])}: {count} {reason}")
-    pairs = sorted(found.values(), key=lambda pair: bool(pair.answer))
+    pairs = sorted(by_id.values(), key=lambda pair: bool(pair.answer))
     if pairs[0].answer:
         why = f"all {len(pairs)} have an answer, so they are golden questions"
         raise UserError(f"{' '.join(sources)}: no pairs to compare ({why})")
@@ -68,15 +68,15 @@ def _golden_pair(record: Record) -> Pair:
 
 
 def to_pair(record: Record) -> Pair:
-    """A record as a pair. Raises ValueError, in words for the user, for one that step 2 would not take."""
+    """Parse a record as a pair. Raises ValueError, with a message for the user, where step 2 would."""
     record = {name: value for name, value in record.items() if value is not None}
-    if record.keys() & OTHER_SHAPES and not record.keys() & set(SIDES):
+    if record.keys() & ANSWERED_SHAPES and not record.keys() & set(SIDES):
         is_known, compared = True, comparison(recognise(record))
     else:
         is_known, compared = bool(record.keys() & ANSWERS), _sides(record)
     if len(compared.responses) != 2:
         raise ValueError(f"has {len(compared.responses)} responses; a pair has two")
-    preference_segments(compared, _render, "\0")  # raises what step 2 would
+    preference_segments(compared, _render, "\0")  # raises the errors of step 2
     first, second = compared.responses.values()
     a, b = compared.ranks
     content = json.dumps([compared.prompt, first, second], sort_keys=True)
@@ -91,7 +91,7 @@ def to_pair(record: Record) -> Pair:
 
 
 def ended_fields(pair: Pair) -> dict[str, bool]:
-    """`response_a_ended` and `response_b_ended`, as far as they are known."""
+    """Return `response_a_ended` and `response_b_ended`, if known."""
     return {f"{SIDES['AB'.index(side)]}_ended": ended for side, ended in pair.ended.items()}
 
 
@@ -104,30 +104,31 @@ def _ended(record: Record, names: Sequence[str]) -> dict[str, bool]:
 
 
 def turns(text: Text) -> list[tuple[str, str]]:
-    """Who says what; nobody is named where there is one string."""
+    """Split a text into (role, content); the role of a string is empty."""
     if isinstance(text, str):
         return [("", text)]
     return [(message["role"], message["content"]) for message in text]
 
 
 def _sides(record: Record) -> Comparison:
-    """`response_a` and `response_b`, in this order, with the ranks of their answer if there is one."""
+    """Parse `response_a` and `response_b`, in this order, with the ranks of their answer if known."""
     missing = [name for name in SIDES if name not in record]
-    found = {} if missing else recognise({"preference": "A", **record})
-    missing += [] if missing or "prompt" in found else ["prompt"]
+    recognised = {} if missing else recognise({"preference": "A", **record})
+    missing += [] if missing or "prompt" in recognised else ["prompt"]
     if missing:
         raise ValueError(
             f"field {missing[0]!r} is missing (a pair has 'prompt' + 'response_a' + 'response_b')"
         )
-    first, second = (found[name] for name in SIDES)
+    first, second = (recognised[name] for name in SIDES)
     try:
-        compared = comparison({"prompt": found["prompt"], "chosen": first, "rejected": second})
+        compared = comparison({"prompt": recognised["prompt"], "chosen": first, "rejected": second})
     except ValueError as error:
-        said = str(error).replace("'chosen'", repr(SIDES[0])).replace("'rejected'", repr(SIDES[1]))
-        raise ValueError(said) from None
-    return compared._replace(ranks=[0, 0] if found["tie"] else [0, 1] if found["chosen"] == first else [1, 0])
+        message = str(error).replace("'chosen'", repr(SIDES[0])).replace("'rejected'", repr(SIDES[1]))
+        raise ValueError(message) from None
+    is_a_chosen = recognised["chosen"] == first
+    return compared._replace(ranks=[0, 0] if recognised["tie"] else [0, 1] if is_a_chosen else [1, 0])
 
 
-def _render(messages: Sequence[Message], add_generation_prompt: bool) -> str:  # noqa: ARG001 - as templates do
-    """Any text of which the longer conversation is a continuation."""
+def _render(messages: Sequence[Message], add_generation_prompt: bool) -> str:  # noqa: ARG001 - signature of chat templates
+    """Render messages so that a longer conversation continues a shorter one."""
     return "".join(f"{message['role']}\0{message['content']}\0" for message in messages)

@@ -50,9 +50,9 @@ def _renderer(kind: str) -> Callable[[dict[str, Any]], str]:
 
         return table
     if kind == "judge":
-        from step2_reward.judge.report import describe
+        from step2_reward.judge.report import format_judge_metrics
 
-        return describe
+        return format_judge_metrics
     if kind == "best_of_n":
         from step3_ppo.best_of_n.report import describe_selection
 

@@ -1,4 +1,4 @@
-"""How far raters agree beyond chance, what sways them, and how often they are right. Figures, then text."""
+"""Rater agreement beyond chance, biases, and accuracy on golden questions."""
 
 import math
 from collections import Counter
@@ -14,9 +14,9 @@ Label = Hashable
 
 
 def cohen_kappa(first: Sequence[Label], second: Sequence[Label]) -> float:
-    """Agreement of two raters beyond chance, on the same items: 1 perfect, 0 as by chance.
+    """Agreement of two raters beyond chance on the same items: 1 perfect, 0 by chance.
 
-    NaN when both always say the same one thing. Source: Cohen 1960.
+    NaN when both use a single label only. Source: Cohen 1960.
     """
     n = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
@@ -26,10 +26,10 @@ def cohen_kappa(first: Sequence[Label], second: Sequence[Label]) -> float:
 
 
 def fleiss_kappa(items: Sequence[Sequence[Label]]) -> tuple[float, float]:
-    """Share of agreeing pairs of labels per item, averaged over items, and how far that is beyond chance.
+    """Share of agreeing label pairs per item, averaged over items, and agreement beyond chance.
 
-    items: the labels of each, two or more. Source: Fleiss 1971, where every item has as many labels; where
-    numbers differ, items still count alike in the agreement, and labels alike in the chance of it.
+    items: two or more labels each. Source: Fleiss 1971, for equal numbers of labels. With unequal numbers,
+    items weigh the same in the agreement, and labels in the chance agreement.
     """
     counts = [Counter(labels) for labels in items]
     sizes = [len(labels) for labels in items]
@@ -42,71 +42,68 @@ def fleiss_kappa(items: Sequence[Sequence[Label]]) -> tuple[float, float]:
     return observed, (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
-def measure(answers: Answers, pairs: Iterable[Pair]) -> dict[str, Any]:
-    """Figures of each rater, of every two, and of all. Skipped pairs count nowhere but as skipped."""
-    known = {pair.id: pair for pair in pairs}
-    said = {
-        rater: {name: click for name, click in mine.items() if click.choice != "skip"}
-        for rater, mine in answers.items()
+def agreement_metrics(answers: Answers, pairs: Iterable[Pair]) -> dict[str, Any]:
+    """Compute metrics of each rater, each two raters, and all raters, without skipped pairs."""
+    by_id = {pair.id: pair for pair in pairs}
+    given = {
+        rater: {name: click for name, click in clicks.items() if click.choice != "skip"}
+        for rater, clicks in answers.items()
     }
     raters = {
-        rater: {"skipped": len(answers[rater]) - len(mine), **_rater(mine, known)}
-        for rater, mine in said.items()
+        rater: {"skipped": len(answers[rater]) - len(clicks), **_rater_metrics(clicks, by_id)}
+        for rater, clicks in given.items()
     }
-    two = {}
-    for first, second in combinations(said, 2):
-        both = [[said[rater][name].choice for rater in (first, second)] for name in said[first]
-                if name in said[second]]  # fmt: skip
+    rater_pairs = {}
+    for first, second in combinations(given, 2):
+        both = [[given[rater][name].choice for rater in (first, second)] for name in given[first]
+                if name in given[second]]  # fmt: skip
         if both:
             agreed = sum(a == b for a, b in both) / len(both)
-            two[first, second] = (len(both), agreed, cohen_kappa(*zip(*both, strict=True)))
-    labels = [[mine[name].choice for mine in said.values() if name in mine] for name in known]
+            rater_pairs[first, second] = (len(both), agreed, cohen_kappa(*zip(*both, strict=True)))
+    labels = [[clicks[name].choice for clicks in given.values() if name in clicks] for name in by_id]
     shared = [choices for choices in labels if len(choices) > 1]
-    everybody = (len(shared), *fleiss_kappa(shared)) if shared else None
-    return {"raters": raters, "two": two, "all": everybody}
+    all_raters = (len(shared), *fleiss_kappa(shared)) if shared else None
+    return {"raters": raters, "rater_pairs": rater_pairs, "all": all_raters}
 
 
-def describe(answers: Answers, pairs: Iterable[Pair]) -> str:
-    """The figures as tables."""
-    found = measure(answers, pairs)
-    if not found["raters"]:
+def format_agreement(answers: Answers, pairs: Iterable[Pair]) -> str:
+    """Format the metrics as tables."""
+    metrics = agreement_metrics(answers, pairs)
+    if not metrics["raters"]:
         return "no answers yet"
-    names = [*found["raters"], *(f"{a}, {b}" for a, b in found["two"]), "all raters"]
+    names = [*metrics["raters"], *(f"{a}, {b}" for a, b in metrics["rater_pairs"]), "all raters"]
     width = max(map(len, names)) + 2
     heads = "answers  ties  skipped   left is better      longer is better    golden right"
     lines = [f"{'rater':{width}}{heads}"]
-    for rater, one in found["raters"].items():
-        shares = "".join(f"   {_share(*one[name]):17}" for name in ("left", "longer", "golden"))
+    for rater, one in metrics["raters"].items():
+        shares = "".join(f"   {_format_share(*one[name]):17}" for name in ("left", "longer", "golden"))
         lines.append(f"{rater:{width}}{one['answers']:7}{one['ties']:6}{one['skipped']:9}{shares}".rstrip())
-    lines += [
-        "(95 % intervals; sides are drawn at random, so that without a bias left is better in 50 %)",
-        "",
-    ]
-    if found["all"] is None:
-        return "\n".join([*lines, "no pair has answers of two raters, so there is no agreement to measure"])
+    lines += ["(95 % intervals. Sides are random: without bias, left is better in 50 %.)", ""]
+    if metrics["all"] is None:
+        return "\n".join([*lines, "agreement is undefined: no pair has answers of two raters"])
     lines.append(f"{'agreement':{width}}  pairs  percent   kappa")
-    rows = {f"{a}, {b}": (*figures, "Cohen") for (a, b), figures in found["two"].items()}
-    for name, (count, agreed, kappa, kind) in {**rows, "all raters": (*found["all"], "Fleiss")}.items():
-        shown = "   none" if math.isnan(kappa) else f"{kappa:7.3f}"
-        lines.append(f"{name:{width}}{count:7}{agreed:9.1%}{shown}  {kind}")
+    rows = {f"{a}, {b}": (*values, "Cohen") for (a, b), values in metrics["rater_pairs"].items()}
+    for name, (count, agreed, kappa, kind) in {**rows, "all raters": (*metrics["all"], "Fleiss")}.items():
+        kappa_text = "   none" if math.isnan(kappa) else f"{kappa:7.3f}"
+        lines.append(f"{name:{width}}{count:7}{agreed:9.1%}{kappa_text}  {kind}")
     return "\n".join(lines)
 
 
-def _rater(mine: Mapping[str, Click], known: Mapping[str, Pair]) -> dict[str, Any]:
-    """A rater's counts, and as (hits, trials): left and longer one chosen, golden questions right."""
-    chosen = [click for click in mine.values() if click.choice != "tie"]
-    differ = [click for click in chosen if known[click.pair].longer]
-    golden = [click for click in mine.values() if known[click.pair].answer]
+def _rater_metrics(clicks: Mapping[str, Click], by_id: Mapping[str, Pair]) -> dict[str, Any]:
+    """Count a rater's answers; (hits, trials) of left chosen, longer chosen, and golden questions right."""
+    chosen = [click for click in clicks.values() if click.choice != "tie"]
+    differ = [click for click in chosen if by_id[click.pair].longer]
+    golden = [click for click in clicks.values() if by_id[click.pair].answer]
     return {
-        "answers": len(mine),
-        "ties": len(mine) - len(chosen),
+        "answers": len(clicks),
+        "ties": len(clicks) - len(chosen),
         "left": (sum(click.choice == click.left for click in chosen), len(chosen)),
-        "longer": (sum(click.choice == known[click.pair].longer for click in differ), len(differ)),
-        "golden": (sum(click.choice == known[click.pair].answer for click in golden), len(golden)),
+        "longer": (sum(click.choice == by_id[click.pair].longer for click in differ), len(differ)),
+        "golden": (sum(click.choice == by_id[click.pair].answer for click in golden), len(golden)),
     }
 
 
-def _share(hits: int, trials: int) -> str:
+def _format_share(hits: int, trials: int) -> str:
     if not trials:
         return "none"
     low, high = wilson(hits / trials, trials)

@@ -1,9 +1,9 @@
-"""People say which of two responses is better, on a local web page; their answers are data for step 2.
+"""Annotation: people compare two responses on a local web page; their answers are data for step 2.
 
     bash launch/annotate.sh --pair_data pairs.jsonl --output annotations.jsonl
     bash launch/annotate.sh --pair_data pairs.jsonl --output annotations.jsonl --agreement
 
-The same command again goes on where it was stopped, under the same address.
+The same command resumes, at the same address.
 """
 
 import logging
@@ -18,40 +18,40 @@ from common.runtime.distributed import log
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from common.runtime.process import SIGNALS, run_main
-from step2_reward.annotate.agreement import describe
-from step2_reward.annotate.click_log import Store, check_known, log_of, read_clicks, standing
+from step2_reward.annotate.agreement import format_agreement
+from step2_reward.annotate.click_log import Store, check_known, current_answers, log_path, read_clicks
 from step2_reward.annotate.options import AnnotateOptions
 from step2_reward.pairs import read_pairs
 
 
 def main() -> None:
-    # 1. What can be wrong is found before anybody is let in.
+    # 1. Validate all inputs before serving the page.
     options = parse_options(AnnotateOptions)
     pairs = read_pairs(options.pair_data, options.golden_data, options.skip_bad_records)
     if options.agreement:
-        file = log_of(Path(options.output))
+        file = log_path(Path(options.output))
         if not file.exists():
-            raise UserError(f"--output {options.output}: was not made by this page: {file} is missing")
+            raise UserError(f"--output {options.output}: its click log {file} is missing")
         clicks = read_clicks(file)
         check_known(clicks, {pair.id: pair for pair in pairs}, Path(options.output))
-        log(describe(standing(clicks), pairs))
+        log(format_agreement(current_answers(clicks), pairs))
         return
     listener = listen(options.host, options.port)
     store = Store(options.output, pairs)
 
-    # 2. The page, until a signal comes. There is nothing to save then but what is made of the log.
+    # 2. Serve the page until a signal. The click log is always complete; only F.jsonl is written at the end.
     from waitress import create_server
 
     from step2_reward.annotate.server import make_app
 
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # that a request waits a moment is no news
-    token = kept_token(Path(options.output).with_suffix(".token"))
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a short queue is normal
+    token = load_token(Path(options.output).with_suffix(".token"))
     server = create_server(make_app(store, pairs, options.seed, token), sockets=[listener], ident=None)
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler)
     golden = sum(bool(pair.answer) for pair in pairs)
     log(f"{len(pairs) - golden} pairs and {golden} golden questions; answers so far: {counts(store)}")
-    log(f"http://{address(listener)}/?token={token}\nCtrl-C ends it; the same command goes on")
+    log(f"http://{address(listener)}/?token={token}\nCtrl-C stops the page; run the same command to resume")
     threading.Thread(target=store.write_often, daemon=True).start()
     server.run()
     store.write_preferences()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that raters can connect to. Raises UserError when it cannot be had."""
+    """Open the socket of the page. Raises UserError when it cannot be opened."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -69,14 +69,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(listener: socket.socket) -> str:
-    """Where the page is, as a browser wants it: this machine's name when it listens at all addresses."""
+    """Format the page's address for a browser; the machine's name when it listens at all addresses."""
     host, port = listener.getsockname()[:2]
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"{name}:{port}"
 
 
-def kept_token(path: Path) -> str:
-    """The token in the file, so that open pages work again after a new start; a new one if there is none."""
+def load_token(path: Path) -> str:
+    """Load the token from the file, so that open pages work after a restart; create it if missing."""
     try:
         path.touch(mode=0o600)
         if not (token := path.read_text().strip()):
@@ -90,8 +90,8 @@ def kept_token(path: Path) -> str:
 
 
 def counts(store: Store) -> str:
-    """How many answers each rater has given."""
-    return ", ".join(f"{rater} {len(mine)}" for rater, mine in store.answers.items() if mine) or "none"
+    """Format the number of answers per rater."""
+    return ", ".join(f"{rater} {len(clicks)}" for rater, clicks in store.answers.items() if clicks) or "none"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Pairs for people to compare: responses to each prompt, drawn from one checkpoint or two.
+"""Pairs for annotation: responses to each prompt, sampled from one or two policies.
 
     bash launch/sample_pairs.sh --model_name_or_path OUT1/final --prompt_data F.jsonl --output_dir DIR
 
-writes DIR/pairs.jsonl, which launch/annotate.sh shows.
+writes DIR/pairs.jsonl for launch/annotate.sh.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ from step2_reward.options import RewardOptions
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(SamplePairsOptions)
     paths, file = options.model_name_or_path, Path(options.output_dir) / "pairs.jsonl"
     if len(paths) > 2:
@@ -49,66 +49,70 @@ def main() -> None:
     init_distributed()
     prepare_output(options, {f"tokenizer of policy {n}": e.tokenizer for n, e in enumerate(encoders, 1)})
 
-    # 2. One policy after the other; what an earlier run has drawn is kept.
+    # 2. Sample from one policy after the other; resume from the journals.
     names = [paths[draw % len(paths)] for draw in range(options.responses_per_prompt)]
     answers: dict[int, list[PolicyAnswer]] = {}
     for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
         draws = range(first, len(names), len(paths))
-        answers |= responses(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
+        answers |= responses_by_draw(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
 
-    # 3. Pairs.
+    # 3. Write the pairs.
     prompts = [find_prompt(row.record) for row in by_encoder[0]] if rank() == 0 else []
-    drawn = [[answers[draw][number] for draw in range(len(names))] for number in range(len(prompts))]
-    records = [pair for asked, said in zip(prompts, drawn, strict=True) for pair in pairs(asked, said, names)]
+    by_prompt = [[answers[draw][number] for draw in range(len(names))] for number in range(len(prompts))]
+    records = [
+        pair
+        for prompt, responses in zip(prompts, by_prompt, strict=True)
+        for pair in pair_up(prompt, responses, names)
+    ]
     possible = len(prompts) * len(names) * (len(names) - 1) // 2
     if not gather_objects(len(records))[0]:
-        raise UserError("no pairs: the responses to each prompt are alike or empty")
+        raise UserError("no pairs: the responses to each prompt are identical or empty")
     if rank() == 0:
         write_text(file, to_lines(records))
-    log(f"{file}: {len(records)} pairs; left out {possible - len(records)} that are alike or empty")
+    log(f"{file}: {len(records)} pairs; {possible - len(records)} identical or empty ones dropped")
     flags = [record[name] for record in records for name in ("response_a_ended", "response_b_ended")]
     if not all(flags):
         log(
-            f"{flags.count(False)} of {len(flags)} responses were cut at --max_response_length"
-            f" {options.max_response_length}: pairs.jsonl and the annotation page mark them"
+            f"{flags.count(False)} of {len(flags)} responses are truncated at --max_response_length"
+            f" {options.max_response_length}; pairs.jsonl and the annotation page mark them"
         )
 
 
 def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
-    """The prompts as each encoder reads them, without those too long for one. Raises UserError."""
+    """Tokenise the prompts with each encoder, without those too long for any. Raises UserError."""
     convert = partial(tokenize_prompt, max_length=options.max_prompt_length, overlong="drop")
     converts = [partial(convert, encoder=encoder) for encoder in encoders]
     return load_shared_records(options.prompt_data, options, Prompt, converts, is_training=True).rows
 
 
-def responses(
+def responses_by_draw(
     load: Callable[[], Any], encoder: SegmentEncoder, rows: Sequence[Prompt], draws: Sequence[int],
     options: SamplePairsOptions,
 ) -> dict[int, list[PolicyAnswer]]:  # fmt: skip
-    """By draw, on rank 0, the responses of a policy, which is loaded once something is left to be drawn."""
+    """Sample the responses of a policy; returns them by draw, on rank 0. Loads the policy only if needed."""
     policy, answers = cache(load), {}
 
-    def respond(asked: Mapping[int, Prompt], draw: int) -> list[PolicyAnswer]:
-        prompts = {number: row.ids for number, row in asked.items()}
-        drawn = sample_answers(policy(), encoder, prompts, options, draw)
-        return [drawn[number] for number in asked]
+    def respond(rows: Mapping[int, Prompt], draw: int) -> list[PolicyAnswer]:
+        prompts = {number: row.ids for number, row in rows.items()}
+        by_number = sample_answers(policy(), encoder, prompts, options, draw)
+        return [by_number[number] for number in rows]
 
     for draw in draws:
         log(f"response {draw + 1} of {options.responses_per_prompt} to {len(rows)} prompts")
         journal = Path(options.output_dir) / f"responses_{draw + 1}.journal"
         size = options.generation_batch_size * world_size()
-        made = work_through(rows, partial(respond, draw=draw), journal, size, "prompts")
-        answers[draw] = [PolicyAnswer(*one) for one in made]  # the journal holds lists
+        results = work_through(rows, partial(respond, draw=draw), journal, size, "prompts")
+        answers[draw] = [PolicyAnswer(*one) for one in results]  # the journal holds lists
     return answers
 
 
-def pairs(asked: str | list, answers: Sequence[PolicyAnswer], names: Sequence[str]) -> list[Record]:
-    """Every two responses to a prompt that differ and are not empty."""
-    if not isinstance(asked, str):  # the template has the space before a message
+def pair_up(prompt: str | list, answers: Sequence[PolicyAnswer], names: Sequence[str]) -> list[Record]:
+    """Form all pairs of responses to a prompt that differ and are not empty."""
+    if not isinstance(prompt, str):  # the template adds the space before a message
         answers = [answer._replace(text=answer.text.strip()) for answer in answers]
     return [
         {
-            "prompt": asked, "response_a": a.text, "response_b": b.text, "response_a_ended": a.ended,
+            "prompt": prompt, "response_a": a.text, "response_b": b.text, "response_a_ended": a.ended,
             "response_b_ended": b.ended, "model_a": by_a, "model_b": by_b,
         }
         for (a, by_a), (b, by_b) in combinations(zip(answers, names, strict=True), 2)

@@ -1,7 +1,7 @@
-"""The web page: who may ask, what it is told, and how an answer gets to the store.
+"""The web server of the annotation page: access control, state of the page, and answers.
 
-A token in the address lets a rater in. Whoever cannot read the address can do nothing: other sites that a
-rater's browser visits do not know it, and may not claim to be this machine under a name of their own.
+A token in the address grants access. Other sites in a rater's browser do not know the token, and requests
+under a foreign host name are refused.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ PAGE = Path(__file__).with_name("page")
 LONGEST_NAME = 40
 LARGEST_REQUEST = 1 << 14  # bytes
 SIDES = ("left", "right", "tie", "skip")
-SAID = {"left": "A is better", "right": "B is better", "tie": "a tie", "skip": "skipped"}
+CHOICE_NAMES = {"left": "A is better", "right": "B is better", "tie": "a tie", "skip": "skipped"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
     " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -32,13 +32,13 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
-State = dict[str, Any]  # what the page is told
+State = dict[str, Any]  # JSON reply to the page
 
 
 def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flask:
-    """The page and what it asks for, as a WSGI application.
+    """Make the WSGI application of the page.
 
-    seed: decides the order of the pairs, which is one for all raters, and for each who is on the left.
+    seed: of the order of pairs, the same for all raters, and of the sides, drawn for each rater.
     """
     app = Flask(__name__, static_folder=PAGE, static_url_path="/static")
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_REQUEST
@@ -49,21 +49,21 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
         return "A" if fraction([pair.id, rater], f"left {seed}") < 0.5 else "B"
 
     def state(rater: str, notice: str = "", pair: Pair | None = None) -> State:
-        """Where a rater stands, with this pair or else the first that is not answered."""
+        """Return a rater's progress, with this pair or else the first unanswered one."""
         answered = store.answers.get(rater, {})
         pair = pair or next((pair for pair in order if pair.id not in answered), None)
         skipped = sum(click.choice == "skip" for click in list(answered.values()))
         facts = {"rater": rater, "done": len(answered), "total": len(order), "skipped": skipped}
-        return {**facts, "notice": notice, "pair": pair and shown(pair, left_of(pair, rater))}
+        return {**facts, "notice": notice, "pair": pair and pair_view(pair, left_of(pair, rater))}
 
     @app.before_request
     def check() -> None:
         if not is_own_host(request.host):
-            abort(403, f"{request.host} is no name of this machine; open the page by the machine's address")
+            abort(403, f"{request.host} is not a name of this machine; open the page by its IP address")
         if request.endpoint != "static":
-            given = request.args.get("token", "") if request.method == "GET" else field("token")
-            if not hmac.compare_digest(given.encode(errors="replace"), token.encode()):
-                abort(403, "The address has no token, or an old one; open the address that was printed")
+            sent = request.args.get("token", "") if request.method == "GET" else field("token")
+            if not hmac.compare_digest(sent.encode(errors="replace"), token.encode()):
+                abort(403, "The address has no valid token; open the address that was printed")
 
     @app.after_request
     def harden(response: Response) -> Response:
@@ -97,8 +97,8 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
         before = store.answers.get(rater, {}).get(pair.id)
         store.add(field("click"), rater, pair.id, choice, strength if choice in "AB" else None, left)
         again = before and before.id != field("click")
-        instead = ", in place of your earlier answer to the same pair" if again else ""
-        return state(rater, f"Saved: {SAID[side]}{instead}")
+        note = ", replacing your earlier answer to this pair" if again else ""
+        return state(rater, f"Saved: {CHOICE_NAMES[side]}{note}")
 
     @app.post("/undo")
     def undo() -> State:
@@ -107,13 +107,13 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
         if undone is None:
             return state(rater, "Nothing to undo")
         side = {undone.left: "left", "tie": "tie", "skip": "skip"}.get(undone.choice, "right")
-        return state(rater, f"Undone; you had said: {SAID[side]}", by_id[undone.pair])
+        return state(rater, f"Undone: {CHOICE_NAMES[side]}", by_id[undone.pair])
 
     return app
 
 
 def field(name: str) -> str:
-    """A text that the page sends. Ends the request when it is not there."""
+    """Return a text field of the request. Replies 400 when it is missing."""
     value = request.json.get(name) if isinstance(request.json, dict) else None
     if not isinstance(value, str) or not value:
         abort(400, f"{name!r} is missing")
@@ -121,29 +121,31 @@ def field(name: str) -> str:
 
 
 def rater_name() -> str:
-    """The rater's name, in which capitals and spaces make no difference."""
+    """Return the rater's name, normalised in case and spaces."""
     name = " ".join(field("rater").split()).casefold()
     if not name or len(name) > LONGEST_NAME or not name.isprintable():
-        abort(400, f"A name has 1 to {LONGEST_NAME} letters")
+        abort(400, f"A name must have 1 to {LONGEST_NAME} printable characters")
     return name
 
 
-def shown(pair: Pair, left: str) -> dict[str, Any]:
-    """A pair as the page gets it: texts, and nothing that tells which response is which."""
+def pair_view(pair: Pair, left: str) -> dict[str, Any]:
+    """Return a pair for the page, without any hint which response is which."""
     right = "B" if left == "A" else "A"
     return {
         "id": pair.id,
-        "prompt": _speech(pair.prompt),
-        "left": _speech(pair.responses[left]),
-        "right": _speech(pair.responses[right]),
+        "prompt": _turns(pair.prompt),
+        "left": _turns(pair.responses[left]),
+        "right": _turns(pair.responses[right]),
         "leftCut": not pair.ended.get(left, True),
         "rightCut": not pair.ended.get(right, True),
     }
 
 
 def is_own_host(host: str) -> bool:
-    """Whether a Host header is an address, or a name that this machine gives itself. Any other name may be
-    one that a foreign site has made to point here, so that its scripts count as ours (DNS rebinding).
+    """Check that a Host header is an IP address or a name of this machine.
+
+    Other names may belong to a foreign site that resolves them to this machine, so that its scripts count as
+    ours (DNS rebinding).
     """
     name = urlsplit(f"//{host}").hostname or ""
     with contextlib.suppress(ValueError):
@@ -151,5 +153,5 @@ def is_own_host(host: str) -> bool:
     return name in ("localhost", socket.gethostname().lower(), socket.getfqdn().lower())
 
 
-def _speech(text: Text) -> list[dict[str, str]]:
-    return [{"role": role, "text": said} for role, said in turns(text)]
+def _turns(text: Text) -> list[dict[str, str]]:
+    return [{"role": role, "text": content} for role, content in turns(text)]

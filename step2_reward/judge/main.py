@@ -1,11 +1,11 @@
-"""Preferences of a model that compares two responses by a constitution.
+"""AI preferences: a model compares two responses by a constitution.
 
     bash launch/judge.sh --model_name_or_path DIR_OR_HUB_ID --preference_data F.jsonl --output_dir DIR
 
 writes DIR/preferences.jsonl for step 2, where `preference` is the probability that A is better, and
 DIR/report.json: position bias, and agreement with people where the data has their labels. Sources: Bai et al.
-2022 (Constitutional AI), section 4.1, for principles and the log-probabilities of answers as soft labels; Lee
-et al. 2023 (RLAIF), section 2.1, for both orders.
+2022 (Constitutional AI), section 4.1, for principles and soft labels from log-probabilities; Lee et al. 2023
+(RLAIF), section 2.1, for judging in both orders.
 """
 
 import contextlib
@@ -47,32 +47,32 @@ from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped
 from common.training.run_folder import prepare_output
 from step2_reward.judge.options import JudgeOptions
-from step2_reward.judge.pairs import read_pairs
-from step2_reward.judge.report import debias, describe, measure, probability
+from step2_reward.judge.pairs import read_judge_pairs
+from step2_reward.judge.report import debias, format_judge_metrics, judge_metrics, probability
 from step2_reward.pairs import Pair, ended_fields
 
-BATCHES = 16  # judged before the journal is written: the same ones on any number of ranks, so the same bytes
-PLACES = ("prompt", "response_a", "response_b", "principle")
+BATCHES = 16  # micro-batches per journal entry; does not depend on the ranks, so that the bytes do not either
+FIELDS = ("prompt", "response_a", "response_b", "principle")
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Validate all inputs before loading a model.
     options = parse_options(JudgeOptions)
     principles = read_constitution(options.constitution)
-    template = read_template("judge_template", options.judge_template, PLACES)
+    template = read_template("judge_template", options.judge_template, FIELDS)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options.max_length = longest_input(config, options.max_length, "max_length")
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
     encoder = load_assistant(options)
-    letters = letters_of(encoder, options.model_name_or_path)
-    pairs = read_pairs(options.preference_data, options.skip_bad_records)
+    letters = letter_ids(encoder, options.model_name_or_path)
+    pairs = read_judge_pairs(options.preference_data, options.skip_bad_records)
     pairs = pairs[: options.max_eval_samples or None]
-    ask = partial(
+    encode_questions = partial(
         question_ids, encoder=encoder, letters=letters, principles=principles, template=template,
         options=options,
     )  # fmt: skip
-    if not any(map(ask, pairs)):
+    if not any(map(encode_questions, pairs)):
         raise UserError(
             f"{' '.join(options.preference_data)}: no rows left: {len(pairs)} pairs: all longer than"
             f" --max_length {options.max_length}"
@@ -80,15 +80,16 @@ def main() -> None:
     init_distributed(options.timeout_minutes)
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
-    # 2. Some batches after the others; what an earlier run has done is kept.
+    # 2. Judge some batches at a time; resume from the journal.
     model = load_policy(options.model_name_or_path, encoder, zero)
     work = partial(
-        judge, ask=ask, model=model, encoder=encoder, letters=letters, principles=principles, options=options
-    )
-    size = BATCHES * options.micro_batch_size // 2  # a pair is asked about twice
+        judge_pairs, encode_questions=encode_questions, model=model, encoder=encoder, letters=letters,
+        principles=principles, options=options,
+    )  # fmt: skip
+    size = BATCHES * options.micro_batch_size // 2  # two questions per pair
     records = work_through(pairs, work, Path(options.output_dir) / "journal", size, "pairs")
 
-    # 3. What was found.
+    # 3. Write the results.
     if rank() == 0:
         write_results(records, Path(options.output_dir))
 
@@ -97,33 +98,35 @@ def question_ids(
     pair: Pair, encoder: SegmentEncoder, letters: Sequence[list[int]], principles: Sequence[str],
     template: str, options: JudgeOptions,
 ) -> list[list[int]]:  # fmt: skip
-    """Token ids of the questions about a pair, A first and B first; nothing where one is too long."""
-    room = options.max_length - max(map(len, letters)) + 1
-    asked = questions(pair, draw_principle(principles, pair.id, options.seed), template)
+    """Tokenise the questions about a pair, A first and B first; empty where one is too long."""
+    max_length = options.max_length - max(map(len, letters)) + 1
+    messages = questions(pair, draw_principle(principles, pair.id, options.seed), template)
     with contextlib.suppress(Dropped):
-        return [tokenize_prompt({"prompt": question}, encoder, room, "drop")[0].ids for question in asked]
+        return [
+            tokenize_prompt({"prompt": question}, encoder, max_length, "drop")[0].ids for question in messages
+        ]
     return []
 
 
-def judge(
-    pairs: Mapping[int, Pair], ask: Callable[[Pair], list[list[int]]], model: nn.Module,
+def judge_pairs(
+    pairs: Mapping[int, Pair], encode_questions: Callable[[Pair], list[list[int]]], model: nn.Module,
     encoder: SegmentEncoder, letters: Sequence[list[int]], principles: Sequence[str], options: JudgeOptions,
 ) -> list[Record]:  # fmt: skip
-    """A record for each pair, without judgement where its questions do not fit."""
-    drawn = {place: draw_principle(principles, pair.id, options.seed) for place, pair in pairs.items()}
-    asked = {place: ids for place, pair in pairs.items() if (ids := ask(pair))}
-    found = {}
-    if asked:
-        logprobs = answer_logprobs(
-            model, [*chain(*asked.values())], letters, options.micro_batch_size,
+    """Judge pairs; the records of pairs with overlong questions have no judgement."""
+    drawn = {index: draw_principle(principles, pair.id, options.seed) for index, pair in pairs.items()}
+    question_pairs = {index: ids for index, pair in pairs.items() if (ids := encode_questions(pair))}
+    logprobs = {}
+    if question_pairs:
+        values = answer_logprobs(
+            model, [*chain(*question_pairs.values())], letters, options.micro_batch_size,
             encoder.tokenizer.pad_token_id,
-        ).view(len(asked), 2, 2)  # (pairs, orders, letters)  # fmt: skip
-        found = dict(zip(asked, logprobs.numpy(), strict=True))
-    return [judged(pair, drawn[place], found.get(place)) for place, pair in pairs.items()]
+        ).view(len(question_pairs), 2, 2)  # (pairs, orders, letters)  # fmt: skip
+        logprobs = dict(zip(question_pairs, values.numpy(), strict=True))
+    return [judgement_record(pair, drawn[index], logprobs.get(index)) for index, pair in pairs.items()]
 
 
 def questions(pair: Pair, principle: str, template: str) -> list[list[Message]]:
-    """The pair with response A first, and with response B first."""
+    """Fill the template with response A first, and with response B first."""
     a, b = (as_text(pair.responses[side]) for side in "AB")
     texts = {"prompt": as_text(pair.prompt), "principle": principle}
     return [
@@ -131,62 +134,63 @@ def questions(pair: Pair, principle: str, template: str) -> list[list[Message]]:
     ]
 
 
-def letters_of(encoder: SegmentEncoder, path: str) -> list[list[int]]:
-    """Token ids of A and of B as the beginning of a reply, as the chat template and the tokenizer have it.
+def letter_ids(encoder: SegmentEncoder, path: str) -> list[list[int]]:
+    """Tokenise A and B as the start of a reply, by chat template and tokenizer.
 
-    Raises UserError for a tokenizer that does not tell them apart, and for a template that does not say.
+    Raises UserError if both have the same token ids, or the template inserts text before a reply.
     """
-    found, question = [], [{"role": "user", "content": "A or B?"}]
+    letters, question = [], [{"role": "user", "content": "A or B?"}]
     eos = encoder.tokenizer.eos_token
     for letter in "AB":
         try:
             *before, reply = dialogue_segments(question, letter, encoder.render, eos)
             if before != prompt_segments(question, encoder.render, eos):
-                raise ValueError("its chat template opens something else, such as <think>, before an answer")
+                raise ValueError("its chat template inserts text, such as <think>, before a reply")
         except ValueError as error:
-            raise UserError(f"--model_name_or_path {path}: cannot be asked for a letter: {error}") from None
+            raise UserError(f"--model_name_or_path {path}: cannot answer with a letter: {error}") from None
         segments = [*before, reply._replace(text=reply.text.rstrip(), ends=False)]
         ids = zip(*encoder.encode(segments), strict=True)
-        found.append([token for token, is_reply in ids if is_reply])
-    if found[0] == found[1]:
-        raise UserError(f"--model_name_or_path {path}: its tokenizer does not tell the letters A and B apart")
-    return found
+        letters.append([token for token, is_reply in ids if is_reply])
+    if letters[0] == letters[1]:
+        raise UserError(f"--model_name_or_path {path}: its tokenizer encodes the letters A and B alike")
+    return letters
 
 
 @torch.no_grad()
 def answer_logprobs(
-    model: nn.Module, asked: Sequence[list[int]], answers: Sequence[list[int]], micro_batch: int,
+    model: nn.Module, question_rows: Sequence[list[int]], answers: Sequence[list[int]], micro_batch: int,
     pad_token_id: int,
 ) -> Tensor:  # fmt: skip
-    """Log-probability of each answer after each question, summed over its tokens: (N, A) fp64 on the CPU.
+    """Compute the log-probability of each answer after each question: (N, A) fp64 on the CPU.
 
-    Token ids in. Answers that differ in their last token alone take one forward pass. Each rank does its
-    part, and gets all.
+    Questions and answers are token ids. Answers that differ only in their last token share a forward pass.
+    Each rank computes its share, and returns all.
     """
-    found = torch.zeros(len(asked), len(answers), dtype=torch.float64)
-    for begin in {tuple(answer[:-1]): None for answer in answers}:
-        rows = [[*ids, *begin] for ids in asked]
-        columns = [n for n, answer in enumerate(answers) if tuple(answer[:-1]) == begin]
-        for picked in deal(range(len(rows)), [*map(len, rows)], micro_batch, rank(), world_size()):
-            # A rank without rows in the last round still takes part in it: at ZeRO-3 a forward needs all.
-            ids = [rows[i] for i in picked or [0]]
+    result = torch.zeros(len(question_rows), len(answers), dtype=torch.float64)
+    for prefix in {tuple(answer[:-1]): None for answer in answers}:
+        rows = [[*ids, *prefix] for ids in question_rows]
+        columns = [n for n, answer in enumerate(answers) if tuple(answer[:-1]) == prefix]
+        for batch_indices in deal(range(len(rows)), [*map(len, rows)], micro_batch, rank(), world_size()):
+            # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
+            ids = [rows[i] for i in batch_indices or [0]]
             input_ids = pad_rows(ids, pad_token_id).to(device())  # (B, T)
             ends = torch.tensor([*map(len, ids)], device=device())[:, None]
-            places = torch.arange(input_ids.shape[1], device=device())
-            is_asked = (places < ends) & (places >= ends - len(begin) - 1)  # (B, T) before each answer token
-            logprobs = response_logits(model, input_ids, is_asked).float().log_softmax(-1)
-            logprobs = logprobs.view(len(ids), len(begin) + 1, -1)  # (B, K, V)
-            for n in columns if picked else ():
-                found[picked, n] = logprobs[:, range(len(answers[n])), answers[n]].sum(-1).double().cpu()
-    return sum_tensor_over_ranks(found.to(device())).cpu()
+            positions = torch.arange(input_ids.shape[1], device=device())
+            predicts = (positions < ends) & (positions >= ends - len(prefix) - 1)  # (B, T) an answer token
+            logprobs = response_logits(model, input_ids, predicts).float().log_softmax(-1)
+            logprobs = logprobs.view(len(ids), len(prefix) + 1, -1)  # (B, K, V)
+            for n in columns if batch_indices else ():
+                sums = logprobs[:, range(len(answers[n])), answers[n]].sum(-1)  # (B,)
+                result[batch_indices, n] = sums.double().cpu()
+    return sum_tensor_over_ranks(result.to(device())).cpu()
 
 
-def judged(pair: Pair, principle: str, logprobs: np.ndarray | None) -> Record:
-    """What step 2 reads, and what led to it. logprobs (2, 2): of A and B, with response A first, then B."""
+def judgement_record(pair: Pair, principle: str, logprobs: np.ndarray | None) -> Record:
+    """Make a record for step 2, with its judgement. logprobs (2, 2): of A and B, with A first and B first."""
     judgement, preference = None, None
     if logprobs is not None:
-        odds = logprobs[:, 0] - logprobs[:, 1]  # (2,) of what is shown first
-        a_first, b_first = odds[0], -odds[1]
+        log_odds = logprobs[:, 0] - logprobs[:, 1]  # (2,) of the response shown first
+        a_first, b_first = log_odds[0], -log_odds[1]
         judgement = {
             "principle": principle,
             "log_odds_a_first": round(float(a_first), 5),
@@ -206,11 +210,11 @@ def judged(pair: Pair, principle: str, logprobs: np.ndarray | None) -> Record:
 
 
 def write_results(records: Sequence[Record], folder: Path) -> None:
-    """The preferences, and figures about the judge."""
+    """Write the preferences and report.json."""
     write_text(folder / "preferences.jsonl", to_lines([record for record in records if record["judge"]]))
-    figures = measure(records)
-    write_json(folder / "report.json", figures)
-    log(f"\n{describe(figures)}\n\npreferences.jsonl and report.json: {folder}")
+    metrics = judge_metrics(records)
+    write_json(folder / "report.json", metrics)
+    log(f"\n{format_judge_metrics(metrics)}\n\npreferences.jsonl and report.json: {folder}")
     warn_of_left_out(sum(not record["judge"] for record in records), len(records), "pairs")
 
 

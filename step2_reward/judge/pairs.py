@@ -1,4 +1,4 @@
-"""The pairs that a model judges, those of rankings too."""
+"""Pairs for the judge, also from rankings."""
 
 from collections.abc import Sequence
 from itertools import chain, combinations
@@ -10,24 +10,24 @@ from common.text.segments import comparison
 from step2_reward.pairs import Pair, to_pair
 
 
-def read_pairs(sources: Sequence[str], skip_bad_records: bool) -> list[Pair]:
-    """All pairs, those of rankings too. Raises UserError naming file and line of a bad record."""
+def read_judge_pairs(sources: Sequence[str], skip_bad_records: bool) -> list[Pair]:
+    """Read pairs, and all pairs of rankings. Raises UserError naming file and line of a bad record."""
     by_record, bad = read_all(
-        sources, lambda record: [to_pair(pair) for pair in two_by_two(record)], skip_bad_records
+        sources, lambda record: [to_pair(pair) for pair in split_ranking(record)], skip_bad_records
     )
-    found = [*chain(*by_record)]
-    log(f"{' '.join(sources)}: {len(found)} pairs; left out {bad} bad records")
-    return found
+    pairs = [*chain(*by_record)]
+    log(f"{' '.join(sources)}: {len(pairs)} pairs; {bad} bad records skipped")
+    return pairs
 
 
-def two_by_two(record: Record) -> list[Record]:
-    """A ranking as pairs, the better one chosen; anything else as it is."""
+def split_ranking(record: Record) -> list[Record]:
+    """Split a ranking into pairs, with the better response as `chosen`; return other records unchanged."""
     if "responses" not in record:
         return [record]
-    asked, responses, ranks = comparison(recognise(record))
-    found = []
+    prompt, responses, ranks = comparison(recognise(record))
+    pairs = []
     for one, other in combinations(zip(ranks, responses.values(), strict=True), 2):
         (rank_chosen, chosen), (rank_rejected, rejected) = sorted([one, other], key=lambda ranked: ranked[0])
         is_tie = rank_chosen == rank_rejected
-        found.append({"prompt": asked, "chosen": chosen, "rejected": rejected, "tie": is_tie})
-    return found
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "tie": is_tie})
+    return pairs

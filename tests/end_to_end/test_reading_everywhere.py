@@ -49,7 +49,7 @@ def _evaluate_reward(source: str, skip: bool, encoder: SegmentEncoder) -> list[s
 READ: dict[str, Read] = {
     "score": _score,
     "evaluate_reward": _evaluate_reward,
-    "judge": lambda source, skip, _: _of_pairs(judge.read_pairs([source], skip)),
+    "judge": lambda source, skip, _: _of_pairs(judge.read_judge_pairs([source], skip)),
     "annotate": lambda source, skip, _: _of_pairs(annotate_pairs.read_pairs([source], [], skip)),
     "sample_pairs": lambda source, skip, encoder: _of_prompts(
         sample_pairs.load_prompts(

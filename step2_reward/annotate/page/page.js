@@ -1,30 +1,30 @@
 "use strict";
 
-// One pair after the other. The page moves on when the answer is on disk, and asks again until it is.
+// Shows one pair after the other. The next pair comes when the answer is on disk; requests are retried until then.
 const RETRY = 1000; // milliseconds
 const address = new URL(location.href);
 const token = address.searchParams.get("token");
 let rater = address.searchParams.get("rater");
 let shown = null; // id of the pair on the page
 let strength = null;
-let isBusy = false; // an answer is on its way; whatever is pressed meanwhile would be for a pair not yet read
+let isBusy = false; // while an answer is being sent; keys pressed meanwhile would count for the next pair
 
 const find = (id) => document.getElementById(id);
 const buttons = document.querySelectorAll("[data-key]");
-const isDecided = () => shown === null; // nothing is left to answer
+const isFinished = () => shown === null; // all pairs are answered
 
 function say(text, isAlarm = false) {
   find("status").textContent = text;
   find("status").classList.toggle("alarm", isAlarm);
 }
 
-// What the server answers; null when it refuses. A click has a name, so that asking again counts it once.
+// Returns the server's reply, or null when it refuses. Each click has an id, so that a retry counts once.
 async function post(action, fields) {
   const click = Array.from(crypto.getRandomValues(new Uint32Array(3)), (n) => n.toString(36)).join("");
   const body = JSON.stringify({ token, rater, click, ...fields });
   const request = { method: "POST", headers: { "Content-Type": "application/json" }, body };
   for (;;) {
-    let problem = "the program that serves this page does not answer";
+    let problem = "the server does not respond";
     try {
       const reply = await fetch(action, request);
       if (reply.ok) return await reply.json();
@@ -52,10 +52,10 @@ async function act(action, fields = {}) {
 
 function setBusy(value) {
   isBusy = value;
-  for (const button of buttons) button.disabled = value || (isDecided() && button.dataset.key !== "u");
+  for (const button of buttons) button.disabled = value || (isFinished() && button.dataset.key !== "u");
 }
 
-// Texts of models are text: they are never read as markup.
+// Model texts are inserted as text, never as markup.
 function fill(box, turns) {
   box.replaceChildren();
   for (const { role, text } of turns) {
@@ -75,15 +75,15 @@ function show(state) {
   Object.assign(find("progress"), { max: state.total, value: state.done });
   find("sign-in").hidden = true;
   document.querySelector("footer").hidden = false;
-  find("pair").hidden = isDecided();
-  find("finished").hidden = !isDecided();
+  find("pair").hidden = isFinished();
+  find("finished").hidden = !isFinished();
   find("finished").textContent = `All ${state.total} pairs are answered, ${state.skipped} of them skipped. Thank you!`;
   if (!isSame) setStrength(null);
-  if (!isDecided() && !isSame) {
+  if (!isFinished() && !isSame) {
     for (const part of ["prompt", "left", "right"]) fill(find(part), state.pair[part]);
     for (const side of ["left", "right"]) find(`${side}-cut`).hidden = !state.pair[`${side}Cut`];
     scrollTo(0, 0);
-    find("prompt").scrollTop = find("prompt").scrollHeight; // the last message of a long conversation
+    find("prompt").scrollTop = find("prompt").scrollHeight; // show the last message of a long conversation
   }
   setBusy(false);
   say(state.notice);
@@ -99,7 +99,7 @@ function setStrength(value) {
 function press(key) {
   if (isBusy || !rater || find("sign-in").hidden === false) return;
   if (key === "u") act("undo");
-  if (isDecided()) return;
+  if (isFinished()) return;
   if ("123".includes(key)) setStrength(strength === Number(key) ? null : Number(key));
   if (key === "a") act("answer", { pair: shown, side: "left", strength });
   if (key === "b") act("answer", { pair: shown, side: "right", strength });
@@ -109,7 +109,7 @@ function press(key) {
 
 for (const button of buttons) {
   button.addEventListener("click", () => {
-    button.blur(); // so that the space bar scrolls, and does not press it again
+    button.blur(); // so that the space bar scrolls instead of pressing it again
     press(button.dataset.key);
   });
 }
@@ -125,7 +125,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// Another tab may have gone on.
+// Refresh: another tab may have answered more pairs.
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden && rater && find("sign-in").hidden) act("next");
 });

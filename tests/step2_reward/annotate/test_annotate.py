@@ -1,4 +1,4 @@
-"""The annotation page without a browser: no click is lost, and step 2 reads what is left."""
+"""The annotation page without a browser: no click is lost, and step 2 reads the result."""
 
 import contextlib
 import itertools
@@ -22,8 +22,8 @@ from flask.testing import FlaskClient
 from common.data.records import read_all
 from common.runtime.options import UserError
 from common.text.record_formats import recognise
-from step2_reward.annotate.click_log import Store, preferences, read_clicks, standing
-from step2_reward.annotate.main import kept_token
+from step2_reward.annotate.click_log import Store, current_answers, preferences, read_clicks
+from step2_reward.annotate.main import load_token
 from step2_reward.annotate.server import is_own_host, make_app
 from step2_reward.data import tokenize_preference
 from step2_reward.direct.data import tokenize_paired
@@ -42,7 +42,7 @@ def write(path: Path, records: Sequence[Any]) -> Path:
 
 
 def make_pairs(path: Path, count: int) -> Path:
-    """Pairs of which the good response is A in every other one."""
+    """Write pairs; the good response is A in every other one."""
     sides = [{"response_a": f"good {n}", "response_b": f"bad {n}"} for n in range(count)]
     for n in range(1, count, 2):
         sides[n] = {"response_a": f"bad {n}", "response_b": f"good {n}"}
@@ -54,7 +54,7 @@ def read(path: Path) -> list[dict]:
 
 
 class Served:
-    """The page in a process of its own, which can be killed and started again at the same address."""
+    """The page in a separate process that can be killed and restarted at the same address."""
 
     def __init__(self, pairs: Path, output: Path, *words: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -76,10 +76,10 @@ class Served:
         self._process.wait()
 
     def stop(self) -> tuple[int, str]:
-        """As Ctrl-C does; the exit code and the last lines."""
+        """Stop the page like Ctrl-C; returns the exit code and the last lines."""
         self._process.send_signal(signal.SIGINT)
-        said, _ = self._process.communicate(timeout=30)
-        return self._process.returncode, said
+        output, _ = self._process.communicate(timeout=30)
+        return self._process.returncode, output
 
 
 @contextlib.contextmanager
@@ -92,12 +92,12 @@ def serve(pairs: Path, output: Path, *words: str) -> Iterator[Served]:
 
 
 class Rater:
-    """What the page does: asks until it is answered, then goes on."""
+    """Requests of the page: retries each until it is answered."""
 
     def __init__(self, address: str, name: str) -> None:
         self._base, _, self._token = address.partition("?token=")
         self._name = name
-        self.clicks: list[tuple[str, str, str]] = []  # confirmed: name of the click, prompt, good or bad
+        self.clicks: list[tuple[str, str, str]] = []  # confirmed clicks: id, prompt, good or bad
 
     def post(self, action: str, **fields: object) -> dict:
         body = json.dumps({"token": self._token, "rater": self._name, **fields}).encode()
@@ -109,11 +109,11 @@ class Rater:
                     return json.load(reply)
             except urllib.error.HTTPError as error:
                 raise AssertionError(error.read()) from None
-            except OSError:  # nobody is there
+            except OSError:  # the server is down
                 time.sleep(0.05)
 
     def work(self, wanted: str) -> None:
-        """Answer every pair with the response that begins so."""
+        """Answer every pair with the response that starts with `wanted`."""
         state = self.post("next")
         while pair := state["pair"]:
             side = "left" if pair["left"][0]["text"].startswith(wanted) else "right"
@@ -123,8 +123,8 @@ class Rater:
             assert state["done"] == len(self.clicks)
 
 
-def test_an_hour_of_two_raters_and_two_kills(tmp_path: Path) -> None:
-    """1,000 clicks with kill -9 in between: each is in the log once, and step 2's file says the same."""
+def test_two_raters_and_two_kills_lose_no_click(tmp_path: Path) -> None:
+    """1,000 clicks with kill -9 in between: each is logged once, and the file for step 2 matches."""
     pairs, output = make_pairs(tmp_path / "pairs.jsonl", 500), tmp_path / "out.jsonl"
     with serve(pairs, output) as served:
         raters = {name: Rater(served.address, name) for name in ("ada", "bob")}
@@ -140,13 +140,13 @@ def test_an_hour_of_two_raters_and_two_kills(tmp_path: Path) -> None:
                 time.sleep(0.001)
             served.kill()
             with output.with_suffix(".clicks.jsonl").open("a") as log:
-                log.write('{"id": "torn')  # as when the machine dies in the middle of a line
+                log.write('{"id": "torn')  # like a crash within a write
             served.start()
         for task in tasks:
             task.join(timeout=120)
             assert not task.is_alive()
-        code, said = served.stop()
-    assert code == 0 and "ada 500" in said and "bob 500" in said
+        code, last_lines = served.stop()
+    assert code == 0 and "ada 500" in last_lines and "bob 500" in last_lines
     clicks = read(output.with_suffix(".clicks.jsonl"))
     confirmed = [name for rater in raters.values() for name, _, _ in rater.clicks]
     assert len(confirmed) == 1000
@@ -159,7 +159,7 @@ def test_an_hour_of_two_raters_and_two_kills(tmp_path: Path) -> None:
             assert record[f"response_{vote.lower()}"].startswith(wanted)
 
 
-# --- what step 2 reads --------------------------------------------------------------------------------------
+# --- data for step 2 ----------------------------------------------------------------------------------------
 
 
 def open_store(folder: Path, records: Sequence[dict] = (PAIR,)) -> Store:
@@ -167,20 +167,20 @@ def open_store(folder: Path, records: Sequence[dict] = (PAIR,)) -> Store:
     return Store(str(folder / "out.jsonl"), pairs)
 
 
-def test_what_is_written_is_data_for_step_2(tmp_path: Path) -> None:
-    """Votes, ties and margins through step 2's own reader; skips and undone answers are not there."""
+def test_output_is_data_for_step_2(tmp_path: Path) -> None:
+    """Step 2 reads votes, ties and margins; skips and undone answers are absent."""
     records = [{**PAIR, "prompt": f"prompt {n}", "id": n, "margin": 9} for n in range(6)]
     store = open_store(tmp_path, records)
     names = [to_pair(record).id for record in records]
-    says = {
+    answers = {
         "ada": [("A", 3), ("B", 1), ("A", 2), ("skip", None), ("A", None), ("tie", None)],
         "bob": [("A", None), ("B", 3), ("B", 2), ("skip", None), ("A", 2), ("tie", None)],
         "eve": [("B", 1), ("tie", None), ("tie", None), ("B", 3), ("A", 1), ("A", 3)],
     }
-    for rater, choices in says.items():
+    for rater, choices in answers.items():
         for name, (choice, strength) in zip(names, choices, strict=True):
             store.add(f"{rater} {name}", rater, name, choice, strength, "A")
-    assert store.undo("undo", "eve").choice == "A"  # her answer to the last pair
+    assert store.undo("undo", "eve").choice == "A"  # the answer to the last pair
     store.write_preferences()
     parsed, _ = read_all([str(tmp_path / "out.jsonl")], recognise)
     assert [record["id"] for record in parsed] == list(range(6))
@@ -196,8 +196,8 @@ def test_what_is_written_is_data_for_step_2(tmp_path: Path) -> None:
     assert [record["chosen"] for record in parsed][:2] == [PAIR["response_a"], PAIR["response_b"]]
 
 
-def test_a_cut_response_stays_marked(tmp_path: Path) -> None:
-    """On the page, in the file, and for step 2 direct, which learns no EOS after it."""
+def test_a_truncated_response_stays_marked(tmp_path: Path) -> None:
+    """On the page, in the file, and for direct optimisation, which adds no EOS to it."""
     store = open_store(tmp_path, [{**PAIR, "response_a_ended": False, "response_b_ended": True}])
     client = Client(store)
     pair = client.post("next").json["pair"]
@@ -214,25 +214,25 @@ def test_a_cut_response_stays_marked(tmp_path: Path) -> None:
         assert ends == ([False, True] if vote == "A" else [True, False])
 
 
-def test_the_log_alone_brings_everything_back(tmp_path: Path) -> None:
+def test_answers_are_restored_from_the_log(tmp_path: Path) -> None:
     records = [{**PAIR, "prompt": f"prompt {n}"} for n in range(3)]
     store = open_store(tmp_path, records)
     first, second, _ = names = [to_pair(record).id for record in records]
     for number, name in enumerate(names):
         store.add(f"c{number}", "ada", name, "A", None, "B")
-    store.add("c1", "ada", second, "B", None, "B")  # sent again: counted once, as it was
-    store.add("c3", "ada", first, "B", None, "A")  # another tab: in place of the first answer
+    store.add("c1", "ada", second, "B", None, "B")  # a retry counts once, unchanged
+    store.add("c3", "ada", first, "B", None, "A")  # another tab replaces the first answer
     assert store.undo("c4", "ada").pair == first  # the newest
-    assert store.undo("c4", "ada") is None  # sent again
+    assert store.undo("c4", "ada") is None  # a retry
     clicks = read_clicks(tmp_path / "out.clicks.jsonl")
     assert [click.choice for click in clicks] == ["A", "A", "A", "B", "undo"]
-    assert standing(clicks) == store.answers
+    assert current_answers(clicks) == store.answers
     assert [click.id for click in store.answers["ada"].values()] == ["c1", "c2"]
     pairs = read_pairs([str(tmp_path / "pairs.jsonl")], [], False)
     assert [record["prompt"] for record in preferences(pairs, store.answers)] == ["prompt 1", "prompt 2"]
 
 
-def test_a_click_that_the_disk_does_not_take_is_not_counted(
+def test_a_click_is_not_counted_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(tmp_path)
@@ -250,16 +250,16 @@ def test_a_click_that_the_disk_does_not_take_is_not_counted(
     assert client.post("answer", click="c", pair=pair, side="left").json["done"] == 1
 
 
-def test_golden_questions_are_asked_and_not_learnt(tmp_path: Path) -> None:
+def test_golden_questions_are_asked_but_not_written(tmp_path: Path) -> None:
     golden = [
         {**PAIR, "preference": "B"},
         {"prompt": "p", "chosen": "c", "rejected": "r"},
         {**PAIR, "prompt": "q", "votes": ["tie", "A", "tie"]},
         {"prompt": "r", "responses": ["worse", "best"], "ranks": [2, 1]},
     ]
-    known = write(tmp_path / "golden.jsonl", golden)
-    plain = write(tmp_path / "pairs.jsonl", [PAIR, {**PAIR, "prompt": "new"}])
-    pairs = read_pairs([str(plain)], [str(known)], False)
+    golden_file = write(tmp_path / "golden.jsonl", golden)
+    pair_file = write(tmp_path / "pairs.jsonl", [PAIR, {**PAIR, "prompt": "new"}])
+    pairs = read_pairs([str(pair_file)], [str(golden_file)], False)
     assert [pair.answer for pair in pairs] == ["", "B", "A", "tie", "B"]  # PAIR's answer is known: golden
     store = Store(str(tmp_path / "out.jsonl"), pairs)
     for pair in pairs:
@@ -272,7 +272,7 @@ def test_golden_questions_are_asked_and_not_learnt(tmp_path: Path) -> None:
 
 
 class Client:
-    """Requests as a rater's browser sends them."""
+    """Requests of a rater's browser."""
 
     def __init__(self, store: Store, seed: int = 0) -> None:
         app = make_app(store, list(store._pairs.values()), seed, TOKEN)
@@ -283,7 +283,7 @@ class Client:
         return self.client.post(f"/{action}", json=body, headers={"Host": host})
 
 
-def test_who_is_let_in(tmp_path: Path) -> None:
+def test_access_control(tmp_path: Path) -> None:
     client = Client(open_store(tmp_path))
     page = client.client.get(f"/?token={TOKEN}")
     assert page.status_code == 200 and b"Which response is better?" in page.data
@@ -299,7 +299,7 @@ def test_who_is_let_in(tmp_path: Path) -> None:
     text = client.client.post(
         "/next", data=json.dumps({"token": TOKEN, "rater": "a"}), content_type="text/plain"
     )
-    assert form.status_code == text.status_code == 415  # what a page of another site could send
+    assert form.status_code == text.status_code == 415  # forms of another site
     assert client.client.get(f"/next?token={TOKEN}").status_code == 405
     assert client.post("next", more="x" * 20_000).status_code == 413
     for name in ("", "  ", "x" * 41, "a\u202eb", 5):
@@ -317,24 +317,24 @@ def test_bad_clicks_change_nothing(tmp_path: Path) -> None:
     assert not store.answers and not (tmp_path / "out.clicks.jsonl").read_bytes()
 
 
-def test_sides_are_random_and_stay(tmp_path: Path) -> None:
-    """Another order for each rater and seed, the same again for the same; and clicks are by response."""
+def test_sides_are_random_and_reproducible(tmp_path: Path) -> None:
+    """Sides depend on rater and seed, the order on the seed; choices refer to the record's responses."""
     pairs = make_pairs(tmp_path / "pairs.jsonl", 100)
     store = Store(str(tmp_path / "out.jsonl"), read_pairs([str(pairs)], [], False))
 
     number = itertools.count()
 
     def shown(rater: str, seed: int) -> list[tuple[str, str]]:
-        client, found = Client(store, seed), []
+        client, prompts_and_lefts = Client(store, seed), []
         state = client.post("next", rater=rater).json
         while pair := state["pair"]:
-            found.append((pair["prompt"][0]["text"], pair["left"][0]["text"]))
+            prompts_and_lefts.append((pair["prompt"][0]["text"], pair["left"][0]["text"]))
             side = "left" if "good" in pair["left"][0]["text"] else "right"
             click = f"click {next(number)}"
             state = client.post("answer", rater=rater, click=click, pair=pair["id"], side=side).json
         for name in list(store.answers[rater]):
             del store.answers[rater][name]
-        return found
+        return prompts_and_lefts
 
     ada, bob, other = shown("ada", 0), shown("bob", 0), shown("ada", 1)
     assert shown("ada", 0) == ada
@@ -348,19 +348,19 @@ def test_sides_are_random_and_stay(tmp_path: Path) -> None:
     assert sorted(by_id[c.pair].responses[c.left] for c in clicks[:100]) == sorted(left for _, left in ada)
 
 
-def test_two_tabs_undo_and_names(tmp_path: Path) -> None:
+def test_two_tabs_undo_and_rater_names(tmp_path: Path) -> None:
     store = open_store(tmp_path, [PAIR, {**PAIR, "prompt": "q"}])
     tabs = Client(store), Client(store)
     first = tabs[0].post("next").json["pair"]["id"]
     one = tabs[0].post("answer", click="1", pair=first, side="left", strength=3).json
     assert (one["done"], one["total"], one["notice"]) == (1, 2, "Saved: A is better")
     two = tabs[1].post("answer", rater=" ADA ", click="2", pair=first, side="tie", strength=3).json
-    assert two["done"] == 1 and "in place of your earlier answer" in two["notice"] and two["rater"] == "ada"
+    assert two["done"] == 1 and "replacing your earlier answer" in two["notice"] and two["rater"] == "ada"
     assert [(c.choice, c.strength) for c in store.answers["ada"].values()] == [("tie", None)]
     again = tabs[0].post("answer", click="2", pair=first, side="tie").json
-    assert "in place" not in again["notice"] and len(read(tmp_path / "out.clicks.jsonl")) == 2
+    assert "replacing" not in again["notice"] and len(read(tmp_path / "out.clicks.jsonl")) == 2
     back = tabs[0].post("undo", click="3").json
-    assert back["done"] == 0 and back["pair"]["id"] == first and "you had said: a tie" in back["notice"]
+    assert back["done"] == 0 and back["pair"]["id"] == first and "Undone: a tie" in back["notice"]
     assert tabs[0].post("undo", click="4").json["notice"] == "Nothing to undo"
     for number in (5, 6):
         state = tabs[1].post(
@@ -369,7 +369,7 @@ def test_two_tabs_undo_and_names(tmp_path: Path) -> None:
     assert state.json["pair"] is None and (state.json["done"], state.json["skipped"]) == (2, 2)
 
 
-# --- mistakes -----------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_bad_record_is_named(tmp_path: Path, line: Any, part: str) -> None:
     assert len(read_pairs([str(path)], [], True)) == 1
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+def test_bad_input_is_one_line(tmp_path: Path) -> None:
     pairs = write(tmp_path / "pairs.jsonl", [PAIR])
     known = write(tmp_path / "known.jsonl", [{**PAIR, "preference": "A"}])
     empty, foreign = write(tmp_path / "empty.jsonl", []), write(tmp_path / "foreign.jsonl", [PAIR])
@@ -412,7 +412,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
 
     refused(empty, output / "a.jsonl", "empty.jsonl", "no rows left: 0 records read")
     refused(known, output / "a.jsonl", "known.jsonl", "all 1 have an answer")
-    refused(pairs, foreign, "foreign.jsonl", "not of this page")
+    refused(pairs, foreign, "foreign.jsonl", "click log foreign.clicks.jsonl is missing")
     refused(pairs, output / "a.json", "must end in .jsonl")
     refused(pairs, output / "no/a.jsonl", "No such file or directory")
     refused(pairs, output / "typo.jsonl", "typo.clicks.jsonl is missing", more=["--agreement"])
@@ -424,14 +424,14 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
 
     (tmp_path / "token").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="token: holds no token; delete it"):
-        kept_token(tmp_path / "token")
+        load_token(tmp_path / "token")
 
     store = Store(str(output / "used.jsonl"), read_pairs([str(pairs)], [], False))
     refused(pairs, output / "used.jsonl", "in use by another page")
     store.add("c", "ada", to_pair(PAIR).id, "A", None, "A")
     store._file.close()
     others = write(tmp_path / "others.jsonl", [{**PAIR, "prompt": "other"}])
-    refused(others, output / "used.jsonl", "answers to 1 pairs that --pair_data and --golden_data have not")
+    refused(others, output / "used.jsonl", "answers to 1 pairs that are not in --pair_data")
     with (output / "used.clicks.jsonl").open("a") as log:
         log.write('{"id": "x"}\n')
     refused(pairs, output / "used.jsonl", "used.clicks.jsonl:2: not a click")

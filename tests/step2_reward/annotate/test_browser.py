@@ -1,4 +1,4 @@
-"""The annotation page in a real headless Chromium: keys and mouse, a kill -9, two tabs, and texts as text."""
+"""The annotation page in headless Chromium: keys and mouse, a kill -9, two tabs, and escaping of texts."""
 
 import shutil
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ def sign_in(page: "playwright.Page", address: str, name: str) -> None:
 
 
 def wait_for(page: "playwright.Page", count: int) -> None:
-    """Return when the page has moved on."""
+    """Wait until the page shows this count."""
     page.wait_for_function(IS_IDLE, arg=str(count), timeout=60_000)
     page.wait_for_selector("[data-key=u]:enabled")
 
 
 def test_two_raters_and_a_kill(browser: "playwright.Browser", tmp_path: Path) -> None:
-    """One with keys, one with the mouse; the server dies while both work. Open pages go on by themselves."""
+    """One uses keys, one the mouse; the server is killed meanwhile, and open pages reconnect."""
     pairs, output = make_pairs(tmp_path / "pairs.jsonl", CLICKS), tmp_path / "out.jsonl"
     with serve(pairs, output) as served:
         pages = {name: browser.new_context().new_page() for name in ("ada", "bob")}
@@ -58,7 +58,7 @@ def test_two_raters_and_a_kill(browser: "playwright.Browser", tmp_path: Path) ->
                     page.click(f"[data-key={key}]")
                 if count == CLICKS // 2 and name == "ada":
                     page.wait_for_selector("text=Not saved yet")
-                    page.keyboard.press("t")  # nothing more is taken before the answer is on disk
+                    page.keyboard.press("t")  # ignored until the answer is on disk
                     served.start()
                 wait_for(page, count + 1)
         assert all(page.is_visible(f"text=All {CLICKS} pairs") for page in pages.values())
@@ -87,18 +87,16 @@ def test_tabs_undo_skip_and_a_reload(browser: "playwright.Browser", tmp_path: Pa
         second.keyboard.press("2")
         second.keyboard.press("b")
         wait_for(second, 1)
-        assert "in place of your earlier answer" in second.inner_text("#status")
+        assert "replacing your earlier answer" in second.inner_text("#status")
         before = second.inner_text("#prompt")
         second.keyboard.press("s")
         wait_for(second, 2)
         second.keyboard.press("u")
         wait_for(second, 1)
-        assert second.inner_text("#prompt") == before and "you had said: skipped" in second.inner_text(
-            "#status"
-        )
+        assert second.inner_text("#prompt") == before and "Undone: skipped" in second.inner_text("#status")
         second.keyboard.press("Control+a")  # not an answer
         second.keyboard.down("t")
-        second.keyboard.down("t")  # as when a key is held: one answer
+        second.keyboard.down("t")  # a held key counts once
         second.keyboard.up("t")
         wait_for(second, 2)
         second.reload()
@@ -108,8 +106,8 @@ def test_tabs_undo_skip_and_a_reload(browser: "playwright.Browser", tmp_path: Pa
     assert {clicks[0][0], clicks[1][0]} == {"A", "B"} and [s for _, s in clicks[:2]] == [None, 2]
 
 
-def test_a_cut_response_is_marked(browser: "playwright.Browser", tmp_path: Path) -> None:
-    """On its side, whichever that is, and on no other."""
+def test_a_truncated_response_is_marked(browser: "playwright.Browser", tmp_path: Path) -> None:
+    """Only on its own side."""
     flags = [{}, {"response_a_ended": False}, {"response_b_ended": False, "response_a_ended": True}]
     records = [
         {"prompt": f"prompt {n}", "response_a": f"first {n}", "response_b": f"second {n}", **one}
@@ -119,16 +117,16 @@ def test_a_cut_response_is_marked(browser: "playwright.Browser", tmp_path: Path)
         page = browser.new_page()
         sign_in(page, served.address, "ada")
         for count in range(len(flags)):
-            place = int(page.inner_text("#prompt").split()[-1])
-            cut = {1: "first 1", 2: "second 2"}.get(place)
+            number = int(page.inner_text("#prompt").split()[-1])
+            cut = {1: "first 1", 2: "second 2"}.get(number)
             for side in ("left", "right"):
                 assert page.is_visible(f"#{side}-cut") == (page.inner_text(f"#{side}") == cut)
             page.keyboard.press("t")
             wait_for(page, count + 1)
 
 
-def test_texts_are_shown_as_text_to_who_has_the_token(browser: "playwright.Browser", tmp_path: Path) -> None:
-    """Markup of a model does nothing, and scripts that are not the page's are refused by the policy."""
+def test_texts_are_escaped_and_the_token_is_required(browser: "playwright.Browser", tmp_path: Path) -> None:
+    """Markup in texts has no effect, and the content security policy blocks foreign scripts."""
     attack = (
         "<script>document.title='x'</script><img src=x onerror=\"document.title='x'\"><b>&amp;</b>\n  שלום 🎉"
     )
@@ -152,7 +150,7 @@ def test_texts_are_shown_as_text_to_who_has_the_token(browser: "playwright.Brows
             "document.body.append(Object.assign(document.createElement('script'), {text: 'window.x = 1'}))"
         )
         assert page.evaluate("window.x") is None and "Content Security Policy" in problems[0]
-        for width, columns in ((1280, 2), (400, 1)):  # side by side; one above the other; never cut off
+        for width, columns in ((1280, 2), (400, 1)):  # side by side, then stacked, never wider than the page
             page.set_viewport_size({"width": width, "height": 800})
             left, right = (page.locator(f"#{side}").bounding_box() for side in ("left", "right"))
             assert (left["y"] == right["y"]) == (columns == 2)

@@ -1,4 +1,4 @@
-"""Pairs to compare: drawn from the policies that are named, as they would speak, and readable by the page."""
+"""Sampled pairs: drawn from the given policies, and readable by the annotation page."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.generation.generate import PolicyAnswer
-from step2_reward.annotate.sample_pairs import pairs
+from step2_reward.annotate.sample_pairs import pair_up
 from step2_reward.pairs import read_pairs
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import run_stage, start_stage, succeed
@@ -27,7 +27,7 @@ def words(world: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def few(world: Path) -> Path:
-    """Four prompts, of which one is too long."""
+    """Four prompts, one of them too long."""
     records = [json.loads(line) for line in (world / "prompts.jsonl").read_text().splitlines()[:3]]
     records.append({"prompt": "Hello there " * 200})
     (world / "few.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
@@ -36,7 +36,7 @@ def few(world: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def noise(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy to which all tokens are alike."""
+    """A policy with a nearly uniform distribution."""
     folder = tmp_path_factory.mktemp("noise")
     shutil.copytree(few / "model", folder, dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -50,7 +50,7 @@ def read(folder: Path) -> list[dict]:
 
 
 def test_pairs_of_one_policy_and_of_two(few: Path, noise: Path, tmp_path: Path) -> None:
-    """Three responses make three pairs; ranks do not matter; the second policy answers every other time."""
+    """Three responses make three pairs, on one rank and on two; two policies take turns."""
     first = words(few, tmp_path / "one", "--responses_per_prompt", "3")
     done = run_stage("step2_reward.annotate.sample_pairs", first, tmp_path)
     one = read(tmp_path / "one")
@@ -61,7 +61,7 @@ def test_pairs_of_one_policy_and_of_two(few: Path, noise: Path, tmp_path: Path) 
     assert read(tmp_path / "two_ranks") == one
     assert len(read_pairs([str(tmp_path / "one/pairs.jsonl")], [], False)) == 9
     flags = [record[f"response_{side}_ended"] for record in one for side in "ab"]
-    assert f"{flags.count(False)} of 18 responses were cut at --max_response_length 6" in done.output
+    assert f"{flags.count(False)} of 18 responses are truncated at --max_response_length 6" in done.output
 
     names = [str(few / "model"), str(noise)]
     both = words(few, tmp_path / "both", "--model_name_or_path", *names, "--responses_per_prompt", "3")
@@ -69,13 +69,13 @@ def test_pairs_of_one_policy_and_of_two(few: Path, noise: Path, tmp_path: Path) 
     two = read(tmp_path / "both")
     made_by = [(names.index(record["model_a"]), names.index(record["model_b"])) for record in two[:3]]
     assert made_by == [(0, 1), (0, 0), (1, 0)]
-    # What the first policy drew first and third is what it drew alone: a draw has a seed of its own.
+    # Each draw has its own seed, so draws 1 and 3 of the first policy match those of the first run.
     alone = {(record["response_a"], record["response_b"]) for record in one[1::3]}
     assert {(record["response_a"], record["response_b"]) for record in two[1::3]} == alone
 
 
-def test_a_stop_loses_nothing(few: Path, noise: Path, tmp_path: Path) -> None:
-    """Stopped within a draw of the first policy and one of the second: the bytes of a run left alone."""
+def test_resume_gives_the_same_bytes(few: Path, noise: Path, tmp_path: Path) -> None:
+    """Stopped within a draw of each policy; the result matches an unbroken run."""
     names = [str(few / "model"), str(noise)]
     more = ["--prompt_data", str(few / "prompts.jsonl"), "--generation_batch_size", "2"]
     more += ["--model_name_or_path", *names, "--responses_per_prompt", "4"]
@@ -99,13 +99,13 @@ def test_a_stop_loses_nothing(few: Path, noise: Path, tmp_path: Path) -> None:
     assert all(file.read_text().startswith(text) for file, text in done.items())
 
 
-def test_a_cold_response_is_the_likeliest(few: Path, noise: Path, tmp_path: Path) -> None:
-    """By plain transformers; beside one of mere noise, as a policy that never varies makes no pairs."""
+def test_near_zero_temperature_matches_greedy_decoding(few: Path, noise: Path, tmp_path: Path) -> None:
+    """Greedy decoding by transformers. The second policy is noise: identical responses make no pairs."""
     cold = words(few, tmp_path / "out", "--temperature", "1e-5")
     alone = run_stage(
         "step2_reward.annotate.sample_pairs", [*cold, "--output_dir", str(tmp_path / "no")], tmp_path, 2
     )
-    assert alone.codes == [2, 2] and "no pairs: the responses to each prompt are alike" in alone.output
+    assert alone.codes == [2, 2] and "no pairs: the responses to each prompt are identical" in alone.output
     assert not (tmp_path / "no/pairs.jsonl").exists()
     both = [*cold, "--model_name_or_path", str(few / "model"), str(noise)]
     succeed("step2_reward.annotate.sample_pairs", both, tmp_path)
@@ -114,12 +114,12 @@ def test_a_cold_response_is_the_likeliest(few: Path, noise: Path, tmp_path: Path
     for record in read(tmp_path / "out"):
         text = tokenizer.apply_chat_template(record["prompt"], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, return_tensors="pt").input_ids
-        said = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
-        assert record["response_a_ended"] == (tokenizer.eos_token_id in said)
-        assert record["response_a"] == tokenizer.decode(said, skip_special_tokens=True).strip()
+        response = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1] :]
+        assert record["response_a_ended"] == (tokenizer.eos_token_id in response)
+        assert record["response_a"] == tokenizer.decode(response, skip_special_tokens=True).strip()
 
 
-def test_what_is_a_pair() -> None:
+def test_pair_up_drops_identical_and_empty_responses() -> None:
     names = ["m", "n", "m", "n"]
     answers = [
         PolicyAnswer(" yes", True),
@@ -127,17 +127,17 @@ def test_what_is_a_pair() -> None:
         PolicyAnswer(" ", True),
         PolicyAnswer("no ", True),
     ]
-    found = pairs([{"role": "user", "content": "a"}], answers, names)
-    assert [(p["response_a"], p["response_b"], p["model_a"], p["model_b"]) for p in found] == [
+    records = pair_up([{"role": "user", "content": "a"}], answers, names)
+    assert [(p["response_a"], p["response_b"], p["model_a"], p["model_b"]) for p in records] == [
         ("yes", "no", "m", "n"),
         ("yes", "no", "n", "n"),
     ]
-    assert [(p["response_a_ended"], p["response_b_ended"]) for p in found] == [(True, True), (False, True)]
-    verbatim = pairs("a", [PolicyAnswer(" yes", True), PolicyAnswer(" no", True)], names[:2])
+    assert [(p["response_a_ended"], p["response_b_ended"]) for p in records] == [(True, True), (False, True)]
+    verbatim = pair_up("a", [PolicyAnswer(" yes", True), PolicyAnswer(" no", True)], names[:2])
     assert [p["response_a"] for p in verbatim] == [" yes"]
 
 
-def test_mistakes_end_in_one_line(few: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(few: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "pairs.jsonl").write_text("")

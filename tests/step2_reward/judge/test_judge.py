@@ -1,4 +1,4 @@
-"""The judge: probabilities of plain transformers, the same on two ranks and after a stop, read by step 2."""
+"""The judge: probabilities against plain transformers, two ranks, resume, and training on its output."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from common.ai_feedback.options import SHIPPED
 from common.generation.generate import PlainEngine
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from step2_reward.judge.main import answer_logprobs, letters_of, read_pairs
+from step2_reward.judge.main import answer_logprobs, letter_ids, read_judge_pairs
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import run_stage, start_stage, succeed
 from tests.stages import common as common_options
@@ -25,14 +25,14 @@ TEMPLATE = "{principle} {prompt} A: {response_a} B: {response_b} ?"
 
 
 def make_pairs(world: Path, folder: Path, count: int) -> list[dict]:
-    """Pairs in every shape: labelled, soft, unlabelled, a tie; and a template and principles beside them."""
+    """Write pairs in every shape (labelled, soft, unlabelled, tie), a template and principles."""
     lines = (world / "preferences.jsonl").read_text().splitlines()[:count]
     records = []
     for number, pair in enumerate(map(json.loads, lines)):
         a, b = pair["chosen"], pair["rejected"]
-        says = [{}, {"preference": "B"}, {"votes": ["A", "B"]}, {"preference": 0.9}]
+        labels = [{}, {"preference": "B"}, {"votes": ["A", "B"]}, {"preference": 0.9}]
         sides = {"prompt": pair["prompt"], "response_a": a, "response_b": b}
-        records.append(pair if number % 5 == 4 else {**sides, **says[number % 5]})
+        records.append(pair if number % 5 == 4 else {**sides, **labels[number % 5]})
     write_pairs(folder, records)
     (folder / "judge.txt").write_text(TEMPLATE)
     (folder / "principles.txt").write_text("Be kind.\nBe brief.\nHave apples.\n")
@@ -55,48 +55,50 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_preferences_are_those_of_plain_transformers(world: Path, tmp_path: Path) -> None:
+def test_preferences_match_plain_transformers(world: Path, tmp_path: Path) -> None:
     records = make_pairs(world, tmp_path, 10)
     records[1] |= {"response_b_ended": False}
     records[4] |= {"chosen_ended": False, "rejected_ended": True}
     write_pairs(tmp_path, records)
     succeed("step2_reward.judge.main", words(world, tmp_path, "out"), tmp_path)
-    found = read(tmp_path / "out/preferences.jsonl")
+    preferences = read(tmp_path / "out/preferences.jsonl")
     model = AutoModelForCausalLM.from_pretrained(world / "model")
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
 
     def log_odds(record: dict, sides: str, principle: str) -> float:
-        """Of the letter A over B: the next token after the question, in fp64."""
+        """Log-odds of the letter A over B as the next token after the question, in fp64."""
         texts = [record[f"response_{side}"][0]["content"] for side in sides]
         content = f"{principle} Human: {record['prompt'][0]['content']} A: {texts[0]} B: {texts[1]} ?"
-        asked = tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         logprobs = (
-            model(tokenizer(asked, return_tensors="pt").input_ids).logits[0, -1].double().log_softmax(-1)
+            model(tokenizer(text, return_tensors="pt").input_ids).logits[0, -1].double().log_softmax(-1)
         )
         a, b = tokenizer.convert_tokens_to_ids(["A", "B"])
         return (logprobs[a] - logprobs[b]).item()
 
-    assert len(found) == 10 and len({record["judge"]["principle"] for record in found}) == 3
-    for record, given in zip(found, records, strict=True):
+    assert len(preferences) == 10 and len({record["judge"]["principle"] for record in preferences}) == 3
+    for record, original in zip(preferences, records, strict=True):
         a_first = log_odds(record, "ab", record["judge"]["principle"])
         b_first = -log_odds(record, "ba", record["judge"]["principle"])
         assert record["judge"]["log_odds_a_first"] == pytest.approx(a_first, abs=2e-5)
         assert record["judge"]["log_odds_b_first"] == pytest.approx(b_first, abs=2e-5)
         expected = torch.sigmoid(torch.tensor((a_first + b_first) / 2)).item()
         assert record["preference"] == pytest.approx(expected, abs=2e-5)
-        assert record["prompt"] == given["prompt"]
-    flags = [{name: value for name, value in record.items() if name.endswith("_ended")} for record in found]
+        assert record["prompt"] == original["prompt"]
+    flags = [
+        {name: value for name, value in record.items() if name.endswith("_ended")} for record in preferences
+    ]
     assert flags[1] == {"response_b_ended": False} and flags[0] == flags[2] == {}
     assert flags[4] == {"response_a_ended": False, "response_b_ended": True}
-    assert [record["human"] for record in found] == [None, "B", "tie", "A", "A"] * 2
+    assert [record["human"] for record in preferences] == [None, "B", "tie", "A", "A"] * 2
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert (report["judged"], report["agreement"]["labelled"], report["agreement"]["ties"]) == (10, 8, 2)
 
 
-def test_step_2_learns_from_soft_labels(world: Path, tmp_path: Path) -> None:
-    """In training and held out, the loss is that of the soft labels, by the scores of a model that stays."""
+def test_step_2_trains_on_soft_labels(world: Path, tmp_path: Path) -> None:
+    """Training and evaluation loss are those of the soft labels, from the scores of an unchanged model."""
     make_pairs(world, tmp_path, 8)
     succeed("step2_reward.judge.main", words(world, tmp_path, "out"), tmp_path)
     options = [
@@ -128,10 +130,10 @@ def test_step_2_learns_from_soft_labels(world: Path, tmp_path: Path) -> None:
     assert measured["train/loss"] == pytest.approx(loss.mean(), rel=1e-4)
 
 
-def test_ranks_and_a_stop_change_nothing(
+def test_output_is_the_same_on_two_ranks_and_after_a_resume(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """One rank, two ranks, and a run that is stopped within: the same bytes."""
+    """Byte-identical on one rank, on two, and after a stop and a resume."""
     monkeypatch.setattr(step2_reward.judge.main, "BATCHES", 2)
     make_pairs(world, tmp_path, 60)
     succeed("step2_reward.judge.main", words(world, tmp_path, "one"), tmp_path)
@@ -156,38 +158,36 @@ def test_ranks_and_a_stop_change_nothing(
 
 
 def test_answers_of_several_tokens(world: Path) -> None:
-    """Each a product of probabilities, whether or not they begin alike; questions of unlike length."""
+    """With and without a common prefix, after questions of different lengths."""
     model = AutoModelForCausalLM.from_pretrained(world / "model")
-    asked = [[5, 6, 7], [8, 9], list(range(10, 30)), [40]]
+    questions = [[5, 6, 7], [8, 9], list(range(10, 30)), [40]]
     for answers in ([[11], [12]], [[11, 12], [11, 13]], [[11, 12, 13], [14]]):
-        found = answer_logprobs(PlainEngine(model), asked, answers, 3, 0)
-        for row, question in enumerate(asked):
+        logprobs = answer_logprobs(PlainEngine(model), questions, answers, 3, 0)
+        for row, question in enumerate(questions):
             for column, answer in enumerate(answers):
                 logits = model(torch.tensor([question + answer])).logits[0].double().log_softmax(-1)
-                places = range(len(question) - 1, len(question) + len(answer) - 1)
-                expected = sum(
-                    logits[place, token].item() for place, token in zip(places, answer, strict=True)
-                )
-                assert found[row, column].item() == pytest.approx(expected, abs=1e-5)
+                positions = range(len(question) - 1, len(question) + len(answer) - 1)
+                expected = sum(logits[p, token].item() for p, token in zip(positions, answer, strict=True))
+                assert logprobs[row, column].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_letters_as_a_real_tokenizer_has_them(shared: Path) -> None:
-    """What follows `Assistant:` where the template puts a space there; here one letter takes two tokens."""
+def test_letters_of_a_real_tokenizer(shared: Path) -> None:
+    """The template puts a space after `Assistant:`; here one letter takes two tokens."""
     encoder = SegmentEncoder(load_tokenizer(str(shared / "models/stories260K")))
-    letters = letters_of(encoder, "stories260K")
+    letters = letter_ids(encoder, "stories260K")
     assert [encoder.tokenizer.convert_ids_to_tokens(ids) for ids in letters] == [["▁", "A"], ["▁B"]]
     template = encoder.tokenizer.chat_template
     encoder.tokenizer.chat_template = f"{template}{{% if add_generation_prompt %}}<think>\n{{% endif %}}"
-    with pytest.raises(UserError, match="stories260K: cannot be asked for a letter: .* such as <think>"):
-        letters_of(SegmentEncoder(encoder.tokenizer), "stories260K")
+    with pytest.raises(UserError, match="stories260K: cannot answer with a letter: .* such as <think>"):
+        letter_ids(SegmentEncoder(encoder.tokenizer), "stories260K")
 
 
-def test_rankings_are_pairs(tmp_path: Path) -> None:
+def test_rankings_are_split_into_pairs(tmp_path: Path) -> None:
     ranking = {"prompt": "p", "responses": ["x", "y", "z"], "ranks": [2, 1, 2]}
     (tmp_path / "r.jsonl").write_text(json.dumps(ranking))
-    pairs = read_pairs([str(tmp_path / "r.jsonl")], skip_bad_records=False)
-    found = [(*pair.responses.values(), pair.answer) for pair in pairs]
-    assert found == [("y", "x", "A"), ("x", "z", "tie"), ("y", "z", "A")]
+    pairs = read_judge_pairs([str(tmp_path / "r.jsonl")], skip_bad_records=False)
+    sides = [(*pair.responses.values(), pair.answer) for pair in pairs]
+    assert sides == [("y", "x", "A"), ("x", "z", "tie"), ("y", "z", "A")]
 
 
 BAD = {
@@ -213,13 +213,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:
+def test_bad_input_is_one_line(world: Path, tmp_path: Path, mistake: str) -> None:
     make_pairs(world, tmp_path, 4)
     shutil.copytree(world / "model", tmp_path / "base")
     (tmp_path / "base/chat_template.jinja").unlink(missing_ok=True)
     settings = tmp_path / "base/tokenizer_config.json"
-    kept = {k: v for k, v in json.loads(settings.read_text()).items() if k != "chat_template"}
-    settings.write_text(json.dumps(kept))
+    content = {k: v for k, v in json.loads(settings.read_text()).items() if k != "chat_template"}
+    settings.write_text(json.dumps(content))
     (tmp_path / "empty.txt").write_text("# Nothing.\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bare.txt").write_text("{prompt} {principle} A or B?")
@@ -229,8 +229,8 @@ def test_a_mistake_is_one_line(world: Path, tmp_path: Path, mistake: str) -> Non
     check_refusal("step2_reward.judge.main", options, parts, tmp_path, tmp_path / "out")
 
 
-def test_a_base_model_is_asked_when_told_so(shared: Path, tmp_path: Path) -> None:
-    """With the shipped files. Its 512 positions leave out the pairs that do not fit."""
+def test_a_base_model_judges_with_default_chat_template(shared: Path, tmp_path: Path) -> None:
+    """With the default constitution and template. Pairs beyond its context length of 512 are dropped."""
     lines = (shared / "data/stories/preferences.jsonl").read_text().splitlines()[:4]
     long = {"prompt": "p", "response_a": "a " * 500, "response_b": "b", "preference": "A"}
     (tmp_path / "pairs.jsonl").write_text("\n".join([*lines, json.dumps(long)]))
@@ -241,6 +241,6 @@ def test_a_base_model_is_asked_when_told_so(shared: Path, tmp_path: Path) -> Non
     succeed("step2_reward.judge.main", options, tmp_path)
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["pairs"] == 5 and report["judged"] < 5
-    kept = read(tmp_path / "out/preferences.jsonl")
+    judged = read(tmp_path / "out/preferences.jsonl")
     principles = (SHIPPED / "constitution.yaml").read_text()
-    assert len(kept) == report["judged"] and all(one["judge"]["principle"] in principles for one in kept)
+    assert len(judged) == report["judged"] and all(one["judge"]["principle"] in principles for one in judged)
