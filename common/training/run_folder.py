@@ -214,8 +214,10 @@ def _label(options: RunOptions, name: str) -> str:
     value = getattr(options, option[2:])
     if isinstance(value, str):
         return f"{value} ({option})"
-    path = "".join(value[int(number) - 1 : int(number)])
-    return f"{path} ({option}, file {number})".lstrip()
+    noun = "model" if "model" in option else "file"
+    if int(number) > len(value):
+        return f"{noun} {number} of {option}"
+    return f"{value[int(number) - 1]} ({option}, {noun} {number})"
 
 
 def _content(text: str, is_training: bool) -> str:

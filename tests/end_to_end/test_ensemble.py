@@ -98,8 +98,11 @@ def test_the_ensemble_is_a_part_of_the_run(world: Path, run: Path, tmp_path: Pat
     anew = [*both, "--output_dir", str(tmp_path / "another")]
     succeed("step3_ppo.main", [*options, *both], tmp_path)
     for words, parts in {
-        (): ["--reward_model_name_or_path 2", "tokenizer of reward model 2"],
-        (both[0], str(two), str(one)): [f"--reward_model_name_or_path 1 {two}", f"path 2 {one}"],
+        (): ["model 2 of --reward_model_name_or_path", "tokenizer of reward model 2"],
+        (both[0], str(two), str(one)): [
+            f"{two} (--reward_model_name_or_path, model 1)",
+            f"{one} (--reward_model",
+        ],
         (*both, "--reward_combine", "min"): ["--reward_combine mean -> min"],
         (*anew, "--reward_weights", "1"): ["--reward_weights 1: must be 2 numbers above 0"],
         (*anew, "--reward_weights", "1", "2", "--reward_combine", "min"): [

@@ -46,6 +46,6 @@ def test_demonstrations_for_centring_may_change(tmp_path: Path, capsys) -> None:
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(
         "D (--demonstration_data, file 1): the records have changed"
-    ) and second.startswith("(--demonstration_data, file 2): ")
+    ) and second.startswith("file 2 of --demonstration_data: ")
     with pytest.raises(UserError, match=r": T \(--train_data, file 1\) has changed since this run started;"):
         _compare_data(options, earlier, {**earlier, "--train_data 1": "x", "--demonstration_data 1": "d"})
