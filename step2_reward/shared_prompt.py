@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.model.forward import base_model, token_scores_and_states
 from common.runtime.distributed import log
+from common.text.transformers_internals import attention_implementation
 from step2_reward.data import Batch, Layout, Preference, collate
 from step2_reward.options import RewardOptions
 
@@ -89,7 +90,7 @@ def can_share_prompts(engine: Any, max_length: int, pad_token_id: int) -> bool:
     windows. Scores are compared at every position of random tokens of the maximum length.
     """
     model = base_model(engine)
-    if model.config._attn_implementation not in ("eager", "sdpa"):
+    if attention_implementation(model.config) not in ("eager", "sdpa"):
         return False
     half, vocabulary = max_length // 2, model.config.get_text_config().vocab_size
     noise = np.random.default_rng(0).integers(vocabulary, size=3 * half).tolist()

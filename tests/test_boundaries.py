@@ -135,3 +135,13 @@ def test_formulas_import_without_deepspeed_or_transformers():
     code = f"import sys, {modules}; print({{'deepspeed', 'transformers'}} & sys.modules.keys())"
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert printed.stdout.strip() == "set()", printed.stderr
+
+
+@pytest.mark.parametrize("path", [path for path in PYTHON if not path.stem.endswith("_internals")], ids=str)
+def test_private_names_of_libraries_are_in_the_files_for_them(path):
+    allowed = {"_asdict", "_replace", "_fields", "_exit"}  # public, by the standard library's documentation
+    allowed |= {"_format_args", "_fingerprint"}  # used once: argparse's layout, the content of a hub dataset
+    for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            is_ours = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            assert is_ours or node.attr in allowed, f"{path}:{node.lineno}: {node.attr}"

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from common.numeric.tensor_ops import scaled
 from common.numeric.top_k_top_p import pack, restrict, support
 from common.runtime.distributed import sum_tensor_over_ranks
+from common.text.transformers_internals import next_inputs
 
 # Largest fraction of a batch that may be prompt padding or finished rows. A smaller one costs more forward
 # passes or copies of the cache.
@@ -131,7 +132,7 @@ def _decode(
         computed[rows] += 1
         fed = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **inputs)
         outputs = model(**fed, return_dict=True)
-        inputs = model._update_model_kwargs_for_generation(outputs, inputs)
+        inputs = next_inputs(model, outputs, inputs)
         logits = outputs.logits[:, -1]
     ids, logprobs, supports = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
     return _cut(ids, logprobs, supports, computed, limit, ends, generation_config.pad_token_id)
@@ -158,7 +159,7 @@ def _read_prompts(
         outputs = model(**fed, return_dict=True)
         logits.append(outputs.logits[:, -1])
         computed += [width] * len(outputs.logits)
-    inputs |= model._update_model_kwargs_for_generation(outputs, inputs)
+    inputs |= next_inputs(model, outputs, inputs)
     inputs[cache] = _concatenate(caches) if len(caches) > 1 else caches[0]
     return torch.cat(logits), torch.tensor(computed, device=input_ids.device)
 

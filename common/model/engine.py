@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.model.loading import is_partitioned
+from common.model.deepspeed_internals import full_shape, is_partitioned, without_stage3_hooks
 from common.model.zero import fill_bucket_sizes, offloads
 from common.runtime.distributed import device, on_cpu
 from common.runtime.options import OptimiserOptions, world_size
@@ -137,24 +137,14 @@ def gathered_weights(engine: Any, gather_weights: bool = True) -> Iterator[nn.Mo
     if not gather_weights or engine.zero_optimization_stage() != 3:
         yield engine.module
         return
-    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
-    parameters = list(engine.module.parameters())
-    with deepspeed.zero.GatheredParameters(parameters):
-        for parameter in parameters:
-            parameter.ds_active_sub_modules.clear()
-        for hook in offload.forward_hooks + offload.backward_hooks:
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            yield engine.module
-        finally:
-            offload._register_deepspeed_module(offload.module)
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), without_stage3_hooks(engine):
+        yield engine.module
 
 
 def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
     """AdamW with weight decay on matrices only; DeepSpeed's CPU AdamW for GPU runs with optimiser offload."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    dimensions = {id(p): len(p.ds_shape) if is_partitioned(p) else p.dim() for p in trained}
+    dimensions = {id(p): len(full_shape(p)) for p in trained}
     groups = [
         {"params": [p for p in trained if dimensions[id(p)] >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in trained if dimensions[id(p)] < 2], "weight_decay": 0.0},

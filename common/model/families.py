@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from common.runtime.options import UserError, reason
+from common.text.transformers_internals import keeps_states_in_cache
 
 # Recurrent states are held by the modules, not by the cache, so a batch cannot be reduced to some rows.
 STATES_IN_MODULES = ("recurrent_gemma",)
@@ -38,7 +39,7 @@ def check_sampling(config: PretrainedConfig) -> None:
     """Raise UserError unless responses can be sampled from a model of this configuration."""
     check_policy(config)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not model_class._supports_default_dynamic_cache() or config.model_type in STATES_IN_MODULES:
+    if not keeps_states_in_cache(model_class) or config.model_type in STATES_IN_MODULES:
         raise UserError(
             f"{config.name_or_path}: cannot sample from model type {config.model_type!r}, whose states are"
             " not in a transformers cache; step1_sft.sh, step2_direct.sh, judge.sh and evaluate_sft.sh work"

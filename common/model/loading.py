@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.model.deepspeed_internals import is_partitioned
 from common.model.families import check_policy, check_scalar, position_limit, remove_noise
 from common.model.model_config import read_config
-from common.model.model_files import check_values, check_weights, is_partitioned, read_weights
+from common.model.model_files import check_values, check_weights, read_weights
 from common.model.vocabulary import fit_to_tokenizer
 from common.model.zero import fill_bucket_sizes
 from common.runtime.distributed import log

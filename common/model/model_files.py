@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import _get_resolved_checkpoint_files, load_state_dict
+from transformers.modeling_utils import load_state_dict
 
+from common.model.deepspeed_internals import full_shape, is_partitioned, local_values
 from common.model.generation_config import read_generation_config, writable
 from common.model.model_config import Kind, custom_code, read_config
 from common.runtime.distributed import first_few, gather_objects, log_once
 from common.runtime.files import read_json
 from common.runtime.options import UserError, reason
+from common.text.transformers_internals import supports_kind, weight_files
 
 LAYER = re.compile(r"^.*?\.\d+(?=\.)")  # the layer's part of a weight's name
 LFS = b"version https://git-lfs"  # start of a pointer to a file that is not fetched yet
@@ -90,17 +92,12 @@ def check_values(model: PreTrainedModel, path: str) -> None:
         raise UserError(f"{path}: weight {name} holds NaN or Inf (as {dtype}); the file is damaged")
     layers = ["embeddings" if w is embeddings else "".join(LAYER.findall(name)) for name, w in named]
     nonzero = {layer for i, layer in enumerate(layers) if i not in zeros}
-    matrices = [i for i in sorted(zeros) if len(_shape(named[i][1])) > 1]
+    matrices = [i for i in sorted(zeros) if len(full_shape(named[i][1])) > 1]
     if layer := next((layers[i] for i in matrices if layers[i] and layers[i] not in nonzero), None):
         raise UserError(f"{path}: {layer}: all zeros; the file is damaged")
     names = [named[i][0] for i in matrices if named[i][0] != "score.weight"]  # a critic's may be 0
     if names:
         log_once(f"warning: {path}: weights are all zeros, the file may be damaged: {first_few(names)}")
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 partitions this parameter."""
-    return hasattr(parameter, "ds_id")
 
 
 @lru_cache
@@ -111,7 +108,7 @@ def _compare(kind: Kind, path: str) -> Comparison:
     """
     config = read_config(path)
     config.num_labels = 1
-    if type(config) not in kind._model_mapping:
+    if not supports_kind(kind, config):
         role = kind.__name__.removeprefix("AutoModelFor")
         raise UserError(
             f"{path}: {custom_code(path, kind) or f'transformers has no {role} for {config.model_type}'}"
@@ -143,10 +140,7 @@ def _compare(kind: Kind, path: str) -> Comparison:
 def _weight_files(path: str, config: PretrainedConfig) -> Iterable[str]:
     """Weight files that transformers would load."""
     try:
-        files, _ = _get_resolved_checkpoint_files(
-            path, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
-            transformers_explicit_filename=getattr(config, "transformers_weights", None),
-        )  # fmt: skip
+        return weight_files(path, config)
     except Exception as error:  # noqa: BLE001 - the folder may hold anything
         for index in Path(path).glob("*.index.json"):
             if not isinstance(read_json(index).get("weight_map"), dict):
@@ -154,7 +148,6 @@ def _weight_files(path: str, config: PretrainedConfig) -> Iterable[str]:
             if not isinstance(error, OSError):
                 raise UserError(f"{index}: not an index of weights: {reason(error)}") from None
         raise UserError(f"{path}: {reason(error)}") from None
-    return files
 
 
 def _read_error(error: Exception, file: Path | None = None) -> str:
@@ -171,18 +164,9 @@ def _read_error(error: Exception, file: Path | None = None) -> str:
     return f"not read: {reason(error)}"
 
 
-def _shape(weight: Tensor) -> torch.Size:
-    return weight.ds_shape if is_partitioned(weight) else weight.shape
-
-
 def _range(weight: Tensor) -> tuple[bool, bool]:
     """Whether this rank's part of a weight is finite, and whether it is all zeros."""
-    values = weight.detach()
-    if is_partitioned(weight):  # the last partition ends in padding
-        import torch.distributed as dist
-
-        start = weight.ds_tensor.ds_numel * dist.get_rank(weight.ds_process_group)
-        values = weight.ds_tensor.flatten()[: max(0, weight.ds_numel - start)]
+    values = local_values(weight)
     if not values.numel():
         return True, True
     low, high = torch.aminmax(values)  # ten times as fast as isfinite; propagates NaN

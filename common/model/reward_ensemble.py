@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from common.data.batching import pad_rows
+from common.model.deepspeed_internals import is_partitioned
 from common.model.engine import make_frozen
 from common.model.families import position_limit
 from common.model.forward import base_model, last_positions, token_scores
-from common.model.loading import is_partitioned, load_scalar_model
+from common.model.loading import load_scalar_model
 from common.model.options import EnsembleOptions
 from common.model.roles import check_scalar_model
 from common.model.zero import frozen_config, unpartitioned

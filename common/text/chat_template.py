@@ -6,10 +6,10 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from common.runtime.options import UserError, reason
 from common.text.conversation import DEFAULT_CHAT_TEMPLATE, Message, conversation_segments
+from common.text.transformers_internals import compile_chat_template
 
 # Some templates write today's date (Llama 3.2, gpt-oss, SmolLM3). Data must not depend on the day of a run,
 # so "today" is the default date of Llama 3.2's template.
@@ -32,7 +32,7 @@ class ChatTemplate:
         self._ignored: set[str] = set()
         try:
             self.source = tokenizer.get_chat_template()
-            self._template = _compile_jinja_template(self.source)
+            self._template = compile_chat_template(self.source)
         except TemplateSyntaxError as error:
             raise UserError(f"{self._name}: chat template, line {error.lineno}: {error.message}") from None
         except ValueError as error:  # several named templates, none of them the default

@@ -21,6 +21,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common.model.deepspeed_internals import skip_recovery_script
 from common.model.engine import is_partial, trained_state_dict
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
@@ -154,7 +155,7 @@ def _write_engines(temporary: Path, engines: dict[str, Any]) -> tuple[dict[str, 
     writer = _Writer(temporary)
     for name, engine in engines.items():
         engine.checkpoint_engine, before = writer, engine.checkpoint_engine
-        engine._copy_recovery_script = lambda _: None  # on a full disk it would raise on rank 0 alone
+        skip_recovery_script(engine)
         engine.module_state_dict = partial(trained_state_dict, engine)
         engine.save_checkpoint(
             str(temporary), tag=name, save_latest=False, exclude_frozen_parameters=is_partial(engine)

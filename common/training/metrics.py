@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.model.deepspeed_internals import full_size
 from common.model.families import active_share, attention_widths
 from common.runtime.damaged_jsonl import is_step, read_lines
 from common.runtime.distributed import log, rank
@@ -164,7 +165,7 @@ def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
     """
     share, per_token = active_share(model.config), 0.0
     for name, p in model.named_parameters():
-        size = getattr(p, "ds_numel", p.numel()) * (share if "experts." in name else 1)
+        size = full_size(p) * (share if "experts." in name else 1)
         per_token += size * (6 if p.requires_grad else 4)
     attention = 12 * sum(attention_widths(model.config)) * sum(length**2 for length in lengths)
     return float(per_token * sum(lengths) + attention)

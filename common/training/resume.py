@@ -9,8 +9,8 @@ from typing import Any
 import deepspeed
 import torch
 
+from common.model.deepspeed_internals import is_partitioned, universal_loading, update_master_weights
 from common.model.engine import is_partial
-from common.model.loading import is_partitioned
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_folder
 from common.runtime.options import RunOptions, UserError, world_size
@@ -87,11 +87,10 @@ def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None
     if problem := gather_objects(problem)[0]:
         raise UserError(f"{checkpoint.folder}: not converted from {ranks} to {world_size()} ranks: {problem}")
     decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-    engine._config.load_universal_checkpoint = True
-    engine.load_checkpoint(
-        str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
-    )
-    engine._config.load_universal_checkpoint = False
+    with universal_loading(engine):
+        engine.load_checkpoint(
+            str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
+        )
     # DeepSpeed gives all groups the settings of the first, and at stage 3 all weights share one step counter,
     # which every weight would then increment.
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
@@ -135,8 +134,7 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
         ):
             if has_weights:
                 parameter.copy_(weights[parameter_name])
-    if hasattr(engine.optimizer, "refresh_fp32_params"):
-        engine.optimizer.refresh_fp32_params()
+    update_master_weights(engine.optimizer)
     engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
     barrier()
 

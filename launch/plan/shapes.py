@@ -11,6 +11,7 @@ from common.model.families import active_share, attention_widths, check_policy, 
 from common.model.loading import load_config
 from common.model.lora import add_adapters
 from common.runtime.options import LoraOptions, UserError, reason
+from common.text.transformers_internals import attention_implementation
 from launch.plan.memory import Shape
 
 # Tensors of the MLP's width that an activation and the matrix after it keep: what goes in and what comes out;
@@ -55,7 +56,7 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         largest=largest,
         vocabulary=config.get_text_config().vocab_size,
-        has_eager_attention=model.config._attn_implementation == "eager",
+        has_eager_attention=attention_implementation(model.config) == "eager",
         **widths,
     )
 

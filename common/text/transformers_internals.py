@@ -1,0 +1,41 @@
+"""Names of transformers that its documentation does not promise. Read from version 5.23.0."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+
+def compile_chat_template(source: str) -> Any:
+    """The jinja template that `apply_chat_template` renders, with its globals and extensions."""
+    return _compile_jinja_template(source)
+
+
+def weight_files(path: str, config: PretrainedConfig) -> list[str]:
+    """The files that `from_pretrained` would read: their order of preference is not public."""
+    files, _ = _get_resolved_checkpoint_files(
+        path, variant=None, gguf_file=None, use_safetensors=None, user_agent=None, is_remote_code=False,
+        transformers_explicit_filename=getattr(config, "transformers_weights", None),
+    )  # fmt: skip
+    return files
+
+
+def supports_kind(auto_class: Any, config: PretrainedConfig) -> bool:
+    """Whether an `AutoModelFor...` class has a model for this configuration."""
+    return type(config) in auto_class._model_mapping
+
+
+def keeps_states_in_cache(model_class: Any) -> bool:
+    """Whether `generate` gives this model a cache that holds all of its states."""
+    return model_class._supports_default_dynamic_cache()
+
+
+def next_inputs(model: Any, outputs: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of the next decoding step (mask, positions, cache), as `generate` makes them."""
+    return model._update_model_kwargs_for_generation(outputs, inputs)
+
+
+def attention_implementation(config: PretrainedConfig) -> str:
+    """Name of the attention kernels that a loaded model uses."""
+    return config._attn_implementation
