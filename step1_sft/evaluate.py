@@ -90,7 +90,8 @@ def main() -> None:
     # 3. Write the results.
     stop_between_steps()
     for row in results:
-        log(f"\n# {row['model']}\n\n{as_markdown([SampleAnswer(**sample) for sample in row['samples']])}")
+        answers = [SampleAnswer(**sample) for sample in row["samples"]]
+        log(f"\n# {row['model']}\n\n{answers_as_markdown(answers)}")
     log("\n" + _table(results))
     if options.output and rank() == 0:
         write_json(Path(options.output), results)
@@ -157,7 +158,7 @@ def greedy_answers(
     return answers
 
 
-def as_markdown(answers: Sequence[SampleAnswer]) -> str:
+def answers_as_markdown(answers: Sequence[SampleAnswer]) -> str:
     return "\n\n---\n\n".join(f"**{prompt}**\n\n{answer}" for prompt, answer in answers)
 
 

@@ -27,7 +27,7 @@ from common.training.means import Mean
 from common.training.metrics import peak_memory_gib, training_flops, utilisation
 from common.training.run_folder import check_folder
 from step1_sft.data import Demonstration, collate, tokenize_demonstration
-from step1_sft.evaluate import as_markdown, evaluate, greedy_answers
+from step1_sft.evaluate import answers_as_markdown, evaluate, greedy_answers
 from step1_sft.loss import sft_loss
 from step1_sft.options import SFTOptions
 from step1_sft.packing import check_packing, micro_batches
@@ -62,7 +62,7 @@ def main() -> None:
         metrics = evaluate(engine, held_out, options, tokenizer.pad_token_id)
         is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/perplexity"])
         samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
-        loop.writer.text(loop.state.step, "samples", as_markdown(samples))
+        loop.writer.text(loop.state.step, "samples", answers_as_markdown(samples))
         if is_best:
             export_best(engine, tokenizer, loop.folder / "best", load_base)
         return is_best

@@ -15,7 +15,7 @@ from common.runtime.options import (
 
 
 @dataclass
-class SampleOptions:
+class SampleAnswerOptions:
     """Sample answers at evaluations."""
 
     num_samples: int = option(
@@ -25,7 +25,7 @@ class SampleOptions:
 
 
 @dataclass
-class SFTOptions(TrainOptions, SampleOptions):
+class SFTOptions(TrainOptions, SampleAnswerOptions):
     """Supervised fine-tuning on demonstrations: `prompt` + `completion`, or `messages`."""
 
     output_dir: str = option(
@@ -47,7 +47,7 @@ class SFTOptions(TrainOptions, SampleOptions):
 
 
 @dataclass
-class EvaluateSFTOptions(CacheOptions, SampleOptions):
+class EvaluateSFTOptions(CacheOptions, SampleAnswerOptions):
     """Comparison of language models on demonstrations."""
 
     model_name_or_path: list[str] = option(

@@ -84,11 +84,11 @@ def check_packing(model: nn.Module, max_length: int) -> None:
     first, second = (Demonstration(row, [False] + [True] * (size - 1)) for row in ids)
     error = math.inf
     if "position_ids" in inspect.signature(inner.forward).parameters:
-        alone, packed = (
+        unpacked, packed = (
             response_logits(model, batch.input_ids, batch.positions, batch.position_ids).float()
             for batch in (collate([[first], [second], [second]], 0), collate([[first, second], [second]], 0))
         )  # (3 (size - 1), V) each
-        error = float((packed - alone).std() / alone.std())
+        error = float((packed - unpacked).std() / unpacked.std())
     is_exact = next(model.parameters()).dtype == torch.float32
     if not error <= (TOLERANCE if is_exact else TOLERANCE_16_BITS):
         raise UserError(

@@ -15,7 +15,7 @@ from common.text.segments import Comparison, comparison, has_ended, preference_s
 Text = str | list[Message]
 ANSWERS = {"preference", "votes"}  # fields that make a pair a golden question
 SIDES = ("response_a", "response_b")
-ANSWERED_SHAPES = {"chosen", "rejected", "responses", "ranks"}  # fields of other shapes, all with an answer
+ANSWERED_FORMATS = {"chosen", "rejected", "responses", "ranks"}  # fields of formats that contain the answer
 
 
 class Pair(NamedTuple):
@@ -70,7 +70,7 @@ def _golden_pair(record: Record) -> Pair:
 def to_pair(record: Record) -> Pair:
     """Parse a record as a pair. Raises ValueError, with a message for the user, where step 2 would."""
     record = {name: value for name, value in record.items() if value is not None}
-    if record.keys() & ANSWERED_SHAPES and not record.keys() & set(SIDES):
+    if record.keys() & ANSWERED_FORMATS and not record.keys() & set(SIDES):
         is_known, compared = True, comparison(recognise(record))
     else:
         is_known, compared = bool(record.keys() & ANSWERS), _sides(record)

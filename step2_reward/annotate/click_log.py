@@ -86,7 +86,7 @@ class Store:
     def write_preferences(self) -> None:
         """Rewrite F.jsonl from the current answers."""
         with self._lock:
-            records = preferences(self._pairs.values(), self.answers)
+            records = preference_records(self._pairs.values(), self.answers)
             write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
 
     def write_often(self) -> None:
@@ -173,7 +173,7 @@ def current_answers(clicks: Iterable[Click]) -> Answers:
     return answers
 
 
-def preferences(pairs: Iterable[Pair], answers: Answers) -> Iterator[Record]:
+def preference_records(pairs: Iterable[Pair], answers: Answers) -> Iterator[Record]:
     """Yield answered pairs as records for step 2, with a vote per rater, without skips and golden questions.
 
     margin: present if a rater gave a strength; the mean strength in favour of the winner, at least 0. A vote

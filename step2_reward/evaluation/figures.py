@@ -58,10 +58,10 @@ def reward_metrics(judged: ScoredPairs, reward_std: float = 1.0) -> dict[str, An
         "prediction": prediction(reward_std * difference),
         "length": length(judged, scores, accuracy(decided.chosen_lengths - decided.rejected_lengths)),
         "scores": {
-            "all": spread(scores),
-            "chosen": spread(decided.chosen_scores),
-            "rejected": spread(decided.rejected_scores),
-            "difference": spread(difference),
+            "all": score_summary(scores),
+            "chosen": score_summary(decided.chosen_scores),
+            "rejected": score_summary(decided.rejected_scores),
+            "difference": score_summary(difference),
         },
     }
 
@@ -146,7 +146,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else None
 
 
-def spread(values: np.ndarray) -> dict[str, float]:
+def score_summary(values: np.ndarray) -> dict[str, float]:
     """Mean, standard deviation and percentiles of (N,)."""
     percentiles = zip(PERCENTILES, np.percentile(values, PERCENTILES).tolist(), strict=True)
     return {"mean": float(values.mean()), "std": float(values.std()), **{f"p{p}": x for p, x in percentiles}}

@@ -22,7 +22,7 @@ from step2_reward.data import Preference, tokenize_preference
 from step2_reward.evaluation.figures import ScoredPairs, reward_metrics
 from step2_reward.evaluation.plots import plots
 from step2_reward.evaluation.report_text import table
-from step2_reward.evaluation.verdicts import format_verdicts, verdicts
+from step2_reward.evaluation.verdicts import detect_problems, format_verdicts
 
 
 class EvaluationPairs(NamedTuple):
@@ -77,20 +77,18 @@ def write_report(judged: ScoredPairs, reward_std: float | None, history: Path | 
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    lines, problems = read_metrics(history) if history else ([], [])
-    for problem in problems:
-        log(problem)
+    lines, warnings = read_metrics(history) if history else ([], [])
+    for warning in warnings:
+        log(warning)
     try:
         metrics = reward_metrics(judged, reward_std or 1.0)
     except ValueError as error:
         raise UserError(f"no report in {folder}: {error}") from None
     is_ensemble = reward_std is None
-    problems_found = verdicts(metrics, lines, is_ensemble)
-    log(f"\n{table(metrics)}\n\n{format_verdicts(problems_found, metrics, lines, is_ensemble)}")
+    problems = detect_problems(metrics, lines, is_ensemble)
+    log(f"\n{table(metrics)}\n\n{format_verdicts(problems, metrics, lines, is_ensemble)}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / "report.json", metrics | {"verdicts": [verdict._asdict() for verdict in problems_found]}
-    )
+    write_json(folder / "report.json", metrics | {"verdicts": [problem._asdict() for problem in problems]})
     with SummaryWriter(str(folder / "tensorboard")) as board:
         for name, figure in plots(judged, metrics).items():
             figure.savefig(folder / f"{name}.png", dpi=150)

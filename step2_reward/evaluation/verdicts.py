@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
     advice: str
 
 
-def verdicts(
+def detect_problems(
     metrics: dict[str, Any], history: Sequence[dict[str, Any]] = (), is_ensemble: bool = False
 ) -> list[Verdict]:
     """Detect problems from the metrics of `reward_metrics` and, if given, the lines of metrics.jsonl.

@@ -22,7 +22,7 @@ from flask.testing import FlaskClient
 from common.data.records import read_all
 from common.runtime.options import UserError
 from common.text.record_formats import recognise
-from step2_reward.annotate.click_log import Store, current_answers, preferences, read_clicks
+from step2_reward.annotate.click_log import Store, current_answers, preference_records, read_clicks
 from step2_reward.annotate.main import load_token
 from step2_reward.annotate.server import is_own_host, make_app
 from step2_reward.data import tokenize_preference
@@ -229,7 +229,10 @@ def test_answers_are_restored_from_the_log(tmp_path: Path) -> None:
     assert current_answers(clicks) == store.answers
     assert [click.id for click in store.answers["ada"].values()] == ["c1", "c2"]
     pairs = read_pairs([str(tmp_path / "pairs.jsonl")], [], False)
-    assert [record["prompt"] for record in preferences(pairs, store.answers)] == ["prompt 1", "prompt 2"]
+    assert [record["prompt"] for record in preference_records(pairs, store.answers)] == [
+        "prompt 1",
+        "prompt 2",
+    ]
 
 
 def test_a_click_is_not_counted_when_the_disk_is_full(

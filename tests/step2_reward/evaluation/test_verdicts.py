@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from step2_reward.evaluation.figures import ScoredPairs, reward_metrics
-from step2_reward.evaluation.verdicts import format_verdicts, verdicts
+from step2_reward.evaluation.verdicts import detect_problems, format_verdicts
 
 HEALTHY = {"pairs": 2000, "right": 0.75, "confidence": 0.75}
 
@@ -36,7 +36,7 @@ CALM = history((0.5, 0.7), (0.6, 0.65), (0.7, 0.6), (0.72, 0.62))
 
 
 def test_a_healthy_model_gets_one_line():
-    assert verdicts(make_metrics(**HEALTHY)) == verdicts(make_metrics(**HEALTHY), CALM) == []
+    assert detect_problems(make_metrics(**HEALTHY)) == detect_problems(make_metrics(**HEALTHY), CALM) == []
     assert (
         format_verdicts([], make_metrics(**HEALTHY, agreement=0.9), CALM)
         == "No problems detected in 2000 pairs."
@@ -66,7 +66,7 @@ def test_a_healthy_model_gets_one_line():
     ],
 )
 def test_one_problem_gives_one_verdict(change, text):
-    detected = verdicts(make_metrics(**HEALTHY | change), CALM)
+    detected = detect_problems(make_metrics(**HEALTHY | change), CALM)
     assert len(detected) == bool(text)
     if text:
         assert text in detected[0].found and detected[0].advice.endswith(".")
@@ -77,7 +77,7 @@ def test_one_problem_gives_one_verdict(change, text):
 
 
 def test_saturated_scores_are_also_no_better_than_a_coin_toss():
-    detected = verdicts(make_metrics(**HEALTHY | {"confidence": 0.9995}), CALM)
+    detected = detect_problems(make_metrics(**HEALTHY | {"confidence": 0.9995}), CALM)
     assert [one.found.split(":")[0] for one in detected] == ["No better than a coin toss", "Saturated scores"]
     assert "Saturated scores: 100.0% of pairs" in detected[1].found
 
@@ -86,9 +86,9 @@ def test_saturated_scores_are_also_no_better_than_a_coin_toss():
 def test_probabilities_of_an_ensemble_are_not_checked(confidence):
     """Only checks of the order of scores apply."""
     ensemble = make_metrics(2000, 0.6, confidence)
-    judged = verdicts(ensemble, CALM, is_ensemble=True)
+    judged = detect_problems(ensemble, CALM, is_ensemble=True)
     assert [one.found.split(",")[0] for one in judged] == ["Low accuracy"]
-    assert len(verdicts(ensemble, CALM)) > 1
+    assert len(detect_problems(ensemble, CALM)) > 1
     assert "Not checked: confidence and log-loss" in format_verdicts(judged, ensemble, CALM, is_ensemble=True)
 
 
@@ -96,18 +96,18 @@ def test_probabilities_of_an_ensemble_are_not_checked(confidence):
 def test_scores_that_follow_length(per_token):
     """The rank correlation is used when no pair differs in length."""
     by_length = make_metrics(**HEALTHY | {"confidence": 0.55, "per_token": per_token})
-    text = format_verdicts(verdicts(by_length), by_length)
+    text = format_verdicts(detect_problems(by_length), by_length)
     share = by_length["length"]["prefers_longer"]["accuracy"]
     assert f"the longer response scores higher in {share:.1%} of pairs, and is chosen in" in text
     by_length["length"]["prefers_longer"] = None
     assert f"rank correlation is {by_length['length']['spearman']:+.2f}" in format_verdicts(
-        verdicts(by_length), by_length
+        detect_problems(by_length), by_length
     )
 
 
 def test_few_pairs_give_no_verdict_on_length():
     few = make_metrics(10, 0.8, 0.6, per_token=0.05)
-    text = format_verdicts(verdicts(few), few)
+    text = format_verdicts(detect_problems(few), few)
     assert "Accuracy is uncertain" in text and "the longer response" not in text
 
 
@@ -124,12 +124,12 @@ def test_few_pairs_give_no_verdict_on_length():
     ],
 )
 def test_overfitting(lines, is_overfitting):
-    detected = verdicts(make_metrics(**HEALTHY), history(*lines))
+    detected = detect_problems(make_metrics(**HEALTHY), history(*lines))
     assert [verdict.found.split(":")[0] for verdict in detected] == ["Overfitting"] * is_overfitting
 
 
 def test_overfitting_names_its_metrics():
-    (detected,) = verdicts(make_metrics(**HEALTHY), history((0.6, 0.6), (0.7, 0.5), (0.9, 0.55)))
+    (detected,) = detect_problems(make_metrics(**HEALTHY), history((0.6, 0.6), (0.7, 0.5), (0.9, 0.55)))
     assert (
         detected.found
         == "Overfitting: eval/loss rose from 0.500 to 0.550 after step 2, train/accuracy from 70.0% to 90.0%."
