@@ -56,12 +56,8 @@ def test_a_folder_that_looks_like_a_weight_is_a_folder(tmp_path):
 
 
 def test_repetitions_of_a_record():
-    assert [repetitions(2.5, 0.4), repetitions(2.5, 0.6), repetitions(0.3, 0.2), repetitions(0.3, 0.3)] == [
-        3,
-        2,
-        1,
-        0,
-    ]
+    cases = ((2.5, 0.4), (2.5, 0.6), (0.3, 0.2), (0.3, 0.3))
+    assert [repetitions(*case) for case in cases] == [3, 2, 1, 0]
 
 
 def folder(path: Path, *names: str) -> Path:
