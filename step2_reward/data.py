@@ -16,7 +16,7 @@ from common.runtime.options import UserError
 from common.text.conversation import Segment
 from common.text.fields import number
 from common.text.record_formats import CHOSEN_PROBABILITY, Record
-from common.text.segments import comparison, has_ended, preference_segments
+from common.text.segments import has_ended, parse_comparison, preference_segments
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Prompt, fit, fit_demonstration
 from step2_reward.options import RewardOptions
@@ -118,7 +118,7 @@ def tokenize_preference(
     margin = number(record, "margin") if use_margin else 0.0
     if margin and "ranks" in record:
         raise ValueError("field 'margin' belongs to a pair; a record with 'ranks' cannot have one")
-    compared = comparison(record)
+    compared = parse_comparison(record)
 
     def segments(prompt: Prompt) -> list[list[Segment]]:
         shorter = compared._replace(prompt=prompt)

@@ -9,8 +9,8 @@ from common.data.records import read_all
 from common.runtime.distributed import log
 from common.runtime.options import UserError
 from common.text.conversation import Message
-from common.text.record_formats import Record, recognise
-from common.text.segments import Comparison, comparison, has_ended, preference_segments
+from common.text.record_formats import Record, normalise_record
+from common.text.segments import Comparison, has_ended, parse_comparison, preference_segments
 
 Text = str | list[Message]
 ANSWERS = {"preference", "votes"}  # fields that make a pair a golden question
@@ -71,7 +71,7 @@ def to_pair(record: Record) -> Pair:
     """Parse a record as a pair. Raises ValueError, with a message for the user, where step 2 would."""
     record = {name: value for name, value in record.items() if value is not None}
     if record.keys() & ANSWERED_FORMATS and not record.keys() & set(SIDES):
-        is_known, compared = True, comparison(recognise(record))
+        is_known, compared = True, parse_comparison(normalise_record(record))
     else:
         is_known, compared = bool(record.keys() & ANSWERS), _sides(record)
     if len(compared.responses) != 2:
@@ -113,20 +113,20 @@ def turns(text: Text) -> list[tuple[str, str]]:
 def _sides(record: Record) -> Comparison:
     """Parse `response_a` and `response_b`, in this order, with the ranks of their answer if known."""
     missing = [name for name in SIDES if name not in record]
-    recognised = {} if missing else recognise({"preference": "A", **record})
-    missing += [] if missing or "prompt" in recognised else ["prompt"]
+    normalised = {} if missing else normalise_record({"preference": "A", **record})
+    missing += [] if missing or "prompt" in normalised else ["prompt"]
     if missing:
         raise ValueError(
             f"field {missing[0]!r} is missing (a pair has 'prompt' + 'response_a' + 'response_b')"
         )
-    first, second = (recognised[name] for name in SIDES)
+    first, second = (normalised[name] for name in SIDES)
     try:
-        compared = comparison({"prompt": recognised["prompt"], "chosen": first, "rejected": second})
+        compared = parse_comparison({"prompt": normalised["prompt"], "chosen": first, "rejected": second})
     except ValueError as error:
         message = str(error).replace("'chosen'", repr(SIDES[0])).replace("'rejected'", repr(SIDES[1]))
         raise ValueError(message) from None
-    is_a_chosen = recognised["chosen"] == first
-    return compared._replace(ranks=[0, 0] if recognised["tie"] else [0, 1] if is_a_chosen else [1, 0])
+    is_a_chosen = normalised["chosen"] == first
+    return compared._replace(ranks=[0, 0] if normalised["tie"] else [0, 1] if is_a_chosen else [1, 0])
 
 
 def _render(messages: Sequence[Message], add_generation_prompt: bool) -> str:  # noqa: ARG001 - signature of chat templates

@@ -14,7 +14,7 @@ from common.runtime.options import UserError, reason
 from common.runtime.progress import ReadingProgress
 from common.text.conversation import Message
 from common.text.fields import check_characters, remove_nulls
-from common.text.record_formats import Record, recognise
+from common.text.record_formats import Record, normalise_record
 from common.text.segments import find_prompt
 
 Parsed = TypeVar("Parsed")
@@ -77,7 +77,7 @@ def read_all(
                     record = parse_object(unparsed)
                     result, times = parse(record), source.weight
                     if times != 1:  # pairs may not be rated yet
-                        prompt = find_prompt(recognise({"preference": "tie", **record}))
+                        prompt = find_prompt(normalise_record({"preference": "tie", **record}))
                         times = repetitions(source.weight, fraction(prompt, "weight"))
                     results += [result] * int(times)
                 progress.update(count, share)
@@ -99,7 +99,7 @@ def warn_of_left_out(count: int, read: int, what: str = "records") -> bool:
 
 def parse_record(record: Unparsed) -> Record:
     """Parse a record and convert it to a documented format. Raises ValueError with a message for the user."""
-    return recognise(parse_object(record))
+    return normalise_record(parse_object(record))
 
 
 def parse_object(record: Unparsed) -> Record:

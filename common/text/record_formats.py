@@ -41,11 +41,11 @@ PAIR = ("chosen", "rejected")
 DIALOGUES = ("messages", "conversations", "prompt", "completion", *PAIR, "response_a", "response_b")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-CHOSEN_PROBABILITY = "chosen_probability"  # set by `recognise`; removed from input records
+CHOSEN_PROBABILITY = "chosen_probability"  # set by `normalise_record`; removed from input records
 PREFERENCES = {"a": 1.0, "b": 0.0, "tie": 0.5}  # probability that A is better
 
 
-def recognise(record: Record) -> Record:
+def normalise_record(record: Record) -> Record:
     """Convert a record to a documented format; records in no format above are returned unchanged.
 
     Raises ValueError, with a message for the user, for an invalid record of such a format and for unsupported

@@ -83,7 +83,7 @@ def has_ended(record: dict[str, Any], name: str) -> bool:
     return flag(record, name, True)
 
 
-def comparison(record: dict[str, Any]) -> Comparison:
+def parse_comparison(record: dict[str, Any]) -> Comparison:
     """Read the compared responses of a preference: `responses`, or `chosen` and `rejected`.
 
     Without `prompt`, their common beginning is the prompt. Raises ValueError with a message for the user.

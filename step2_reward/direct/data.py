@@ -8,7 +8,7 @@ from typing import NamedTuple
 from common.text.conversation import Segment
 from common.text.fields import flag
 from common.text.record_formats import CHOSEN_PROBABILITY, Record
-from common.text.segments import comparison, has_ended, preference_segments
+from common.text.segments import has_ended, parse_comparison, preference_segments
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped, Prompt, fit, fit_demonstration
 
@@ -96,7 +96,7 @@ def tokenize_paired(
             "is a single response with a 'label', which --loss kto takes; this loss needs pairs:"
             " 'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ranks'"
         )
-    compared = comparison(record)
+    compared = parse_comparison(record)
     ended = [has_ended(record, f"{name}_ended") for name in compared.responses]
 
     def segments(prompt: Prompt) -> list[list[Segment]]:

@@ -5,8 +5,8 @@ from itertools import chain, combinations
 
 from common.data.records import read_all
 from common.runtime.distributed import log
-from common.text.record_formats import Record, recognise
-from common.text.segments import comparison
+from common.text.record_formats import Record, normalise_record
+from common.text.segments import parse_comparison
 from step2_reward.pairs import Pair, to_pair
 
 
@@ -24,7 +24,7 @@ def split_ranking(record: Record) -> list[Record]:
     """Split a ranking into pairs, with the better response as `chosen`; return other records unchanged."""
     if "responses" not in record:
         return [record]
-    prompt, responses, ranks = comparison(recognise(record))
+    prompt, responses, ranks = parse_comparison(normalise_record(record))
     pairs = []
     for one, other in combinations(zip(ranks, responses.values(), strict=True), 2):
         (rank_chosen, chosen), (rank_rejected, rejected) = sorted([one, other], key=lambda ranked: ranked[0])

@@ -8,7 +8,7 @@ import pytest
 
 from common.data.loading import load_examples
 from common.runtime.options import UserError
-from common.text.record_formats import recognise
+from common.text.record_formats import normalise_record
 from step2_reward.data import Layout, Preference, check_margins, collate, tokenize_preference
 from step2_reward.options import RewardOptions
 from tests.conftest import assert_close
@@ -109,7 +109,7 @@ def test_pairs_of_a_batch(share_prompts):
     assert_close(batch.weights.tolist(), [1.0, 1 / 3, 1 / 3, 1 / 3])
     assert_close(batch.targets.tolist(), [1.0, 1.0, 1.0, 0.5])
     tied = collate([ROWS[0]._replace(ranks=[0.0, 0.0])], Layout(PAD, share_prompts))
-    soft = collate([convert(recognise(SOFT)), ROWS[0]], Layout(PAD, share_prompts))
+    soft = collate([convert(normalise_record(SOFT)), ROWS[0]], Layout(PAD, share_prompts))
     assert_close(soft.targets.tolist(), [0.7, 1.0])
     assert tied.is_tie.item() and tied.margins.item() == 0.0, "a tie has no margin"
 
@@ -122,9 +122,9 @@ def test_numbers_flags_and_lists_may_be_strings_as_in_csv(text: str) -> None:
     assert convert(PAIR | {"tie": "False"}) == convert(PAIR)
     assert convert(PAIR | {"tie": "true"}).ranks == [0.0, 0.0]
     assert convert(PAIR | {"chosen_ended": "false"}) == convert(PAIR | {"chosen_ended": False})
-    assert convert(recognise(SOFT | {"preference": "0.3"})) == convert(recognise(SOFT))
+    assert convert(normalise_record(SOFT | {"preference": "0.3"})) == convert(normalise_record(SOFT))
     lists = {name: json.dumps(RANKING[name]) for name in ("responses", "ranks")}
-    assert convert(recognise(RANKING | lists)) == convert(RANKING)
+    assert convert(normalise_record(RANKING | lists)) == convert(RANKING)
 
 
 def load(folder: Path, name: str, margins: list[float | None], options: RewardOptions) -> tuple:

@@ -19,7 +19,12 @@ from transformers.utils import chat_template_utils
 from common.runtime.options import UserError
 from common.text.chat_template import TODAY
 from common.text.conversation import Segment
-from common.text.segments import comparison, demonstration_segments, preference_segments, prompt_segments
+from common.text.segments import (
+    demonstration_segments,
+    parse_comparison,
+    preference_segments,
+    prompt_segments,
+)
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 
 CHATML = (
@@ -195,7 +200,7 @@ def test_preferences(family, system):
     if system and not habits.has_system:
         return
     for prompt in (chat("q", system=system), chat("q", "A", "r", system=system)):
-        compared = comparison({"prompt": prompt, "chosen": "A", "rejected": chat("", "B")[1:]})
+        compared = parse_comparison({"prompt": prompt, "chosen": "A", "rejected": chat("", "B")[1:]})
         for side, reply in zip(preference_segments(compared, encoder.render, habits.eos), "AB", strict=True):
             reference = render(encoder, [*prompt, {"role": "assistant", "content": reply}])
             assert reference.startswith(text_of(side[:-1], habits.eos))

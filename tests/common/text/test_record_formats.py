@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from common.text.record_formats import agreement, recognise
-from common.text.segments import comparison, demonstration_segments, find_prompt
+from common.text.record_formats import agreement, normalise_record
+from common.text.segments import demonstration_segments, find_prompt, parse_comparison
 from tests.common.text.test_segments import DEFAULT, EOS
 
 ASK = {"role": "user", "content": "Hi?"}
@@ -26,7 +26,7 @@ def test_documented_formats_are_unchanged():
         {"messages": [ASK, reply("b")]},
         {"chosen": "a b", "rejected": "a c"},
     ):
-        assert recognise(record) is record
+        assert normalise_record(record) is record
 
 
 def test_sharegpt():
@@ -34,16 +34,16 @@ def test_sharegpt():
     record = {"conversations": [{"from": name, "value": value} for name, value in turns]}
     roles = ["system", "user", "assistant", "user", "assistant"]
     expected = [{"role": role, "content": value} for role, (_, value) in zip(roles, turns, strict=True)]
-    assert recognise(record)["messages"] == expected
+    assert normalise_record(record)["messages"] == expected
 
 
 @pytest.mark.parametrize(
     ("given", "text"), [({}, "Sum."), ({"input": ""}, "Sum."), ({"input": "1 2"}, "Sum.\n\n1 2")]
 )
 def test_alpaca(given, text):
-    record = recognise({"instruction": "Sum.", "output": "3", **given})
+    record = normalise_record({"instruction": "Sum.", "output": "3", **given})
     assert record["prompt"] == [{"role": "user", "content": text}] and record["completion"] == "3"
-    assert find_prompt(recognise({"instruction": "Sum.", **given})) == record["prompt"]
+    assert find_prompt(normalise_record({"instruction": "Sum.", **given})) == record["prompt"]
     as_messages = {"messages": [*record["prompt"], reply("3")]}
     segments, expected = (demonstration_segments(r, DEFAULT, EOS) for r in (record, as_messages))
     assert segments == expected
@@ -51,12 +51,12 @@ def test_alpaca(given, text):
 
 def test_whole_dialogues_of_human_and_assistant():
     begin = "\n\nHuman: Hi?\n\nAssistant: Yes?\n\nHuman: A Human: or two\n\nlines\n\nAssistant:"
-    record = recognise({"chosen": begin + " Good.", "rejected": begin + " Bad."})
+    record = normalise_record({"chosen": begin + " Good.", "rejected": begin + " Bad."})
     shared = [ASK, reply("Yes?"), {"role": "user", "content": "A Human: or two\n\nlines"}]
     assert record["chosen"] == [*shared, reply("Good.")]
     assert record["rejected"] == [*shared, reply("Bad.")]
     explicit = {"prompt": shared, "chosen": "Good.", "rejected": "Bad."}
-    result, expected = comparison(record), comparison(explicit)
+    result, expected = parse_comparison(record), parse_comparison(explicit)
     assert result.prompt == expected.prompt
     assert result.responses == {name: [reply(text)] for name, text in expected.responses.items()}
 
@@ -72,7 +72,7 @@ def test_whole_dialogues_of_human_and_assistant():
     ],
 )  # fmt: skip
 def test_comparisons_and_votes(says, chosen, tie):
-    record = recognise({"prompt": "p", "response_a": "x", "response_b": "y", **says})
+    record = normalise_record({"prompt": "p", "response_a": "x", "response_b": "y", **says})
     assert (record["chosen"], record["tie"]) == (chosen, tie)
     assert {record["chosen"], record["rejected"]} == {"x", "y"}
     assert record["chosen_probability"] == (0.8 if says == {"preference": 0.2} else 0.5 if tie else 1.0)
@@ -90,7 +90,7 @@ def test_comparisons_and_votes(says, chosen, tie):
     ],
 )  # fmt: skip
 def test_truncated_response_keeps_its_flag(flags, preference, expected):
-    record = recognise(
+    record = normalise_record(
         {"prompt": "p", "response_a": "x", "response_b": "y", "preference": preference} | flags
     )
     assert {name: record[name] for name in ("chosen_ended", "rejected_ended") if name in record} == expected
@@ -98,9 +98,9 @@ def test_truncated_response_keeps_its_flag(flags, preference, expected):
 
 def test_chosen_probability_of_a_record_is_ignored():
     pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
-    assert recognise({**pair, "chosen_probability": "high"}) == pair
+    assert normalise_record({**pair, "chosen_probability": "high"}) == pair
     sides = {"prompt": "p", "response_a": "x", "response_b": "y", "preference": 0.8}
-    assert recognise({**sides, "chosen_probability": 7})["chosen_probability"] == 0.8
+    assert normalise_record({**sides, "chosen_probability": 7})["chosen_probability"] == 0.8
 
 
 def test_alpaca_with_history_and_system_is_a_dialogue():
@@ -118,37 +118,41 @@ def test_alpaca_with_history_and_system_is_a_dialogue():
         reply("3"),
         message("user", "And 3?"),
     ]
-    assert recognise(given)["messages"] == [*turns, reply("4")]
-    record = recognise({**given, "system": "Add one."})
+    assert normalise_record(given)["messages"] == [*turns, reply("4")]
+    record = normalise_record({**given, "system": "Add one."})
     assert record["messages"] == [message("system", "Add one."), *turns, reply("4")]
     assert find_prompt(record) == record["messages"][:-1]
     pair = {"instruction": "And 3?", "history": [["And 1?", "2"]], "chosen": "4", "rejected": "5"}
-    compared = comparison(recognise({**pair, "system": "Add one."}))
+    compared = parse_comparison(normalise_record({**pair, "system": "Add one."}))
     assert compared.prompt == [message("system", "Add one."), *turns[:2], turns[-1]]
     assert compared.responses == {"chosen": "4", "rejected": "5"}
     for nothing in ({}, {"history": []}, {"history": "[]"}, {"system": ""}, {"system": " "}):
-        assert "messages" not in recognise({"instruction": "And 3?", "output": "4", **nothing})
+        assert "messages" not in normalise_record({"instruction": "And 3?", "output": "4", **nothing})
 
 
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_a_system_text_becomes_the_first_message(name):
     system, given = message("system", "Be kind."), {name: "Be kind."}
     turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "b"}]
-    assert recognise({"conversations": turns, **given})["messages"] == [system, ASK, reply("b")]
-    assert recognise({"messages": [ASK, reply("b")], **given})["messages"] == [system, ASK, reply("b")]
-    assert recognise({"prompt": [ASK], "completion": "b", **given})["prompt"] == [system, ASK]
-    sides = recognise({"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], **given})
+    assert normalise_record({"conversations": turns, **given})["messages"] == [system, ASK, reply("b")]
+    assert normalise_record({"messages": [ASK, reply("b")], **given})["messages"] == [system, ASK, reply("b")]
+    assert normalise_record({"prompt": [ASK], "completion": "b", **given})["prompt"] == [system, ASK]
+    sides = normalise_record({"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], **given})
     assert [sides["chosen"], sides["rejected"]] == [[system, ASK, reply("b")], [system, ASK, reply("c")]]
-    hh = recognise(
+    hh = normalise_record(
         {"chosen": "\n\nHuman: Hi?\n\nAssistant: b", "rejected": "\n\nHuman: Hi?\n\nAssistant: c", **given}
     )
     assert hh["chosen"] == [system, ASK, reply("b")]
-    asked = recognise({"prompt": "Hi?", "chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], **given})
-    assert comparison(asked).prompt == [system, ASK] == find_prompt(asked)
-    arena = recognise({"prompt": [ASK], "response_a": "x", "response_b": "y", "preference": "A", **given})
+    asked = normalise_record(
+        {"prompt": "Hi?", "chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], **given}
+    )
+    assert parse_comparison(asked).prompt == [system, ASK] == find_prompt(asked)
+    arena = normalise_record(
+        {"prompt": [ASK], "response_a": "x", "response_b": "y", "preference": "A", **given}
+    )
     assert arena["prompt"] == [system, ASK]
-    again = recognise({"messages": [system, ASK, reply("b")], **given})
-    assert again["messages"] == [system, ASK, reply("b")] == recognise(again)["messages"]
+    again = normalise_record({"messages": [system, ASK, reply("b")], **given})
+    assert again["messages"] == [system, ASK, reply("b")] == normalise_record(again)["messages"]
 
 
 @pytest.mark.parametrize("begin", [[], [message("system", "Be kind.")]])
@@ -158,58 +162,58 @@ def test_system_text_is_inserted_in_dialogues_that_repeat_the_prompt(begin):
     b, c = ([*begin, ASK, reply(text)] for text in "bc")
     for asked in ([ASK], prompt):
         given = {"system": "Be kind.", "prompt": asked}
-        pair = recognise({**given, "chosen": b, "rejected": c})
-        arena = recognise({**given, "response_a": b, "response_b": c, "preference": "A"})
+        pair = normalise_record({**given, "chosen": b, "rejected": c})
+        arena = normalise_record({**given, "response_a": b, "response_b": c, "preference": "A"})
         for record in (pair, arena):
-            assert find_prompt(record) == comparison(record).prompt == prompt
-            assert comparison(record).responses == {"chosen": [reply("b")], "rejected": [reply("c")]}
-        ranking = comparison(recognise({**given, "responses": [b, c], "ranks": [1, 2]}))
+            assert find_prompt(record) == parse_comparison(record).prompt == prompt
+            assert parse_comparison(record).responses == {"chosen": [reply("b")], "rejected": [reply("c")]}
+        ranking = parse_comparison(normalise_record({**given, "responses": [b, c], "ranks": [1, 2]}))
         assert ranking.prompt == prompt
         assert [*ranking.responses.values()] == [[reply("b")], [reply("c")]]
-        one = recognise({**given, "completion": b})
+        one = normalise_record({**given, "completion": b})
         expected = demonstration_segments({"messages": [*prompt, reply("b")]}, DEFAULT, EOS)
         assert demonstration_segments(one, DEFAULT, EOS) == expected
-    one = recognise({"system": "Be kind.", "prompt": "Hi?", "completion": b})
+    one = normalise_record({"system": "Be kind.", "prompt": "Hi?", "completion": b})
     assert demonstration_segments(one, DEFAULT, EOS) == expected
     with pytest.raises(ValueError, match="differs from the system message"):
-        recognise({"system": "Be brief.", "prompt": [ASK], "completion": [*prompt, reply("b")]})
+        normalise_record({"system": "Be brief.", "prompt": [ASK], "completion": [*prompt, reply("b")]})
 
 
 def test_system_text_with_a_string_prompt_and_replies():
     sides = {"chosen": [reply("b")], "rejected": [reply("c")]}
-    record = recognise({"system": "Be kind.", "prompt": "Hi?", **sides})
-    assert comparison(record).prompt == find_prompt(record) == [message("system", "Be kind."), ASK]
-    assert comparison(record).responses == sides
+    record = normalise_record({"system": "Be kind.", "prompt": "Hi?", **sides})
+    assert parse_comparison(record).prompt == find_prompt(record) == [message("system", "Be kind."), ASK]
+    assert parse_comparison(record).responses == sides
 
 
 def test_last_replies_are_not_part_of_a_prompt():
     sides = {"chosen": [reply("b")], "rejected": [reply("c")]}
-    record = recognise({"messages": [ASK, reply("a")], **sides})
-    assert comparison(record).prompt == find_prompt(record) == [ASK]
-    assert comparison(record).responses == sides
+    record = normalise_record({"messages": [ASK, reply("a")], **sides})
+    assert parse_comparison(record).prompt == find_prompt(record) == [ASK]
+    assert parse_comparison(record).responses == sides
 
 
 def test_orca():
     """With pairs or with one response."""
     sides = {"chosen": "The sky is blue", "rejected": "The sky is red"}
     for system, begin in (("", []), ("Be kind.", [message("system", "Be kind.")])):
-        compared = comparison(recognise({"system": system, "question": "Hi?", **sides}))
+        compared = parse_comparison(normalise_record({"system": system, "question": "Hi?", **sides}))
         assert (compared.prompt, compared.responses) == ([*begin, ASK], sides)
         for name in ("response", "answer", "output"):
-            record = recognise({"system_prompt": system, "question": "Hi?", name: "b"})
+            record = normalise_record({"system_prompt": system, "question": "Hi?", name: "b"})
             assert (record["prompt"], record["completion"]) == ([*begin, ASK], "b")
     dialogues = {"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")]}
-    assert comparison(recognise({"question": "a note", **dialogues})).prompt == [ASK]
-    asked = recognise({"instruction": "Hi?", **dialogues})
-    assert comparison(asked).prompt == find_prompt(asked) == [ASK]
-    assert recognise({"prompt": "Hi?", "question": "a note"})["prompt"] == "Hi?"
+    assert parse_comparison(normalise_record({"question": "a note", **dialogues})).prompt == [ASK]
+    asked = normalise_record({"instruction": "Hi?", **dialogues})
+    assert parse_comparison(asked).prompt == find_prompt(asked) == [ASK]
+    assert normalise_record({"prompt": "Hi?", "question": "a note"})["prompt"] == "Hi?"
 
 
 def test_dolly():
-    record = recognise({"instruction": "Sum.", "context": "1 2", "response": "3", "category": "maths"})
+    record = normalise_record({"instruction": "Sum.", "context": "1 2", "response": "3", "category": "maths"})
     assert record["prompt"] == [message("user", "Sum.\n\n1 2")] and record["completion"] == "3"
     for more in ({"context": ""}, {"input": "", "context": " "}):
-        assert recognise({"instruction": "Hi?", "response": "b", **more})["prompt"] == [ASK]
+        assert normalise_record({"instruction": "Hi?", "response": "b", **more})["prompt"] == [ASK]
 
 
 def test_sharegpt_with_two_responses():
@@ -220,37 +224,37 @@ def test_sharegpt_with_two_responses():
         lambda text: [{"from": "gpt", "value": text}],
         reply,
     ):
-        record = recognise({"conversations": turns, "chosen": wrap("b"), "rejected": wrap("c")})
-        compared = comparison(record)
+        record = normalise_record({"conversations": turns, "chosen": wrap("b"), "rejected": wrap("c")})
+        compared = parse_comparison(record)
         assert compared.prompt == prompt == find_prompt(record)
         assert compared.responses == {"chosen": [reply("b")], "rejected": [reply("c")]}
     dialogues = {"chosen": [ASK, reply("b")], "rejected": [ASK, reply("c")], "messages": [ASK, reply("b")]}
-    assert "prompt" not in recognise(dialogues)  # the responses are dialogues that include it
+    assert "prompt" not in normalise_record(dialogues)  # the responses are dialogues that include it
 
 
 def test_messages_in_conversations_and_turns_in_messages():
     turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "b", "weight": 0}]
-    assert recognise({"messages": turns})["messages"] == [ASK, {**reply("b"), "weight": 0}]
-    assert recognise({"conversations": [ASK, reply("b")]})["messages"] == [ASK, reply("b")]
+    assert normalise_record({"messages": turns})["messages"] == [ASK, {**reply("b"), "weight": 0}]
+    assert normalise_record({"conversations": [ASK, reply("b")]})["messages"] == [ASK, reply("b")]
 
 
 def test_kto_tags_are_labels():
-    assert recognise({"instruction": "Hi?", "output": "b", "kto_tag": True})["label"] is True
-    assert recognise({"prompt": "Hi?", "completion": "b", "kto_tag": "false"})["label"] == "false"
+    assert normalise_record({"instruction": "Hi?", "output": "b", "kto_tag": True})["label"] is True
+    assert normalise_record({"prompt": "Hi?", "completion": "b", "kto_tag": "false"})["label"] == "false"
 
 
 def test_lists_may_be_json_text_as_in_csv():
     messages = [ASK, reply("b")]
-    assert recognise({"messages": json.dumps(messages)})["messages"] == messages
+    assert normalise_record({"messages": json.dumps(messages)})["messages"] == messages
     pair = {"prompt": "p", "response_a": "x", "response_b": "y", "votes": '["A", "A", "tie"]'}
-    assert (recognise(pair)["chosen"], agreement(recognise(pair))) == ("x", 2 / 3)
-    assert recognise({"prompt": "[1, 2]"}) == {"prompt": "[1, 2]"}  # text is text
-    assert recognise({"messages": "[broken"}) == {"messages": "[broken"}
+    assert (normalise_record(pair)["chosen"], agreement(normalise_record(pair))) == ("x", 2 / 3)
+    assert normalise_record({"prompt": "[1, 2]"}) == {"prompt": "[1, 2]"}  # text is text
+    assert normalise_record({"messages": "[broken"}) == {"messages": "[broken"}
 
 
 @pytest.mark.parametrize(("text", "sure"), [("0.8", 0.8), ("1", 1.0), ("a", 1.0), ("0.5", 0.5)])
 def test_a_preference_may_be_the_text_of_a_probability(text, sure):
-    record = recognise({"prompt": "p", "response_a": "x", "response_b": "y", "preference": text})
+    record = normalise_record({"prompt": "p", "response_a": "x", "response_b": "y", "preference": text})
     assert (record["chosen"], record["chosen_probability"]) == ("x", sure)
 
 
@@ -261,9 +265,9 @@ def test_unsupported_field_is_refused_by_name(name):
     for record in ({"messages": [ASK, reply("b")]}, {"prompt": "a", "completion": "b"}, {"instruction": "a"}):
         for value in ([{"name": "look_up"}], {"enable_thinking": False}, "[{}]"):
             with pytest.raises(ValueError, match=f"field '{name}' changes the input of the model"):
-                recognise({**record, name: value})
+                normalise_record({**record, name: value})
         for value in (None, "", [], {}, "[]", "null", [None], {"a": None}):
-            assert recognise({**record, name: value})[name] == value
+            assert normalise_record({**record, name: value})[name] == value
 
 
 @pytest.mark.parametrize(
@@ -312,4 +316,4 @@ def test_unsupported_field_is_refused_by_name(name):
 )
 def test_invalid_record_of_a_known_format_is_named(record, message):
     with pytest.raises(ValueError, match=message):
-        recognise(record)
+        normalise_record(record)

@@ -7,10 +7,10 @@ from jinja2 import Environment
 
 from common.text.conversation import DEFAULT_CHAT_TEMPLATE, Segment
 from common.text.segments import (
-    comparison,
     demonstration_segments,
     dialogue_segments,
     find_prompt,
+    parse_comparison,
     preference_segments,
     prompt_segments,
 )
@@ -50,7 +50,7 @@ def chat(*contents: str, system: str = "") -> list[dict]:
 
 
 def compare(record: dict, render: Callable = DEFAULT, eos: str = EOS) -> list[list[Segment]]:
-    return preference_segments(comparison(record), render, eos)
+    return preference_segments(parse_comparison(record), render, eos)
 
 
 def text_of(segments: list[Segment]) -> str:
@@ -191,7 +191,7 @@ def test_common_beginning_of_messages():
     ],
 )
 def test_common_beginning_ends_between_words(chosen, rejected, prompt):
-    compared = comparison({"chosen": chosen, "rejected": rejected})
+    compared = parse_comparison({"chosen": chosen, "rejected": rejected})
     assert compared.prompt == prompt == find_prompt({"chosen": rejected, "rejected": chosen})
     assert [*compared.responses.values()] == [chosen[len(prompt) :], rejected[len(prompt) :]]
     assert all(text.strip() for text in compared.responses.values())
@@ -200,12 +200,15 @@ def test_common_beginning_ends_between_words(chosen, rejected, prompt):
 def test_dialogues_that_differ_in_a_question_share_the_earlier_turns():
     """A prompt ends before a reply."""
     record = {"chosen": chat("hi", "hello", "bye", "ciao"), "rejected": chat("hi", "hello", "who?", "me")}
-    compared = comparison(record)
+    compared = parse_comparison(record)
     assert compared.prompt == find_prompt(record) == chat("hi")
     assert compared.responses["chosen"] == chat("hi", "hello", "bye", "ciao")[1:]
     assert find_prompt({"prompt": chat("hi", "hello")}) == chat("hi")
     longer = {"chosen": chat("hi", "hello"), "rejected": chat("hi", "hello", "bye", "ciao")}
-    assert comparison(longer).responses == {"chosen": chat("", "hello")[1:], "rejected": record["chosen"][1:]}
+    assert parse_comparison(longer).responses == {
+        "chosen": chat("", "hello")[1:],
+        "rejected": record["chosen"][1:],
+    }
 
 
 def test_string_prompt_with_dialogues():
@@ -213,14 +216,16 @@ def test_string_prompt_with_dialogues():
     dialogue = {"chosen": chat("hi", "hello"), "rejected": chat("hi", "go")}
     replies = {"chosen": chat("", "hello")[1:], "rejected": chat("", "go")[1:]}
     for record in (dialogue | {"prompt": "hi"}, dialogue | {"prompt": chat("hi")}, dialogue):
-        assert comparison(record).responses == replies
-        assert find_prompt(record) == comparison(record).prompt == chat("hi")
+        assert parse_comparison(record).responses == replies
+        assert find_prompt(record) == parse_comparison(record).prompt == chat("hi")
     replies = {"chosen": chat("", "hello")[1:], "rejected": chat("", "go")[1:]}
     assert (
-        comparison(replies | {"prompt": "hi"}).prompt == find_prompt(replies | {"prompt": "hi"}) == chat("hi")
+        parse_comparison(replies | {"prompt": "hi"}).prompt
+        == find_prompt(replies | {"prompt": "hi"})
+        == chat("hi")
     )
     ranked = {"prompt": "hi", "responses": [dialogue["chosen"], dialogue["rejected"]], "ranks": [1, 2]}
-    assert comparison(ranked).prompt == find_prompt(ranked) == chat("hi")
+    assert parse_comparison(ranked).prompt == find_prompt(ranked) == chat("hi")
 
 
 def test_messages_have_priority_over_a_prompt_string():
@@ -259,12 +264,12 @@ def test_each_response_may_repeat_the_prompt():
             "chosen": [*prompt, *expected["chosen"]],
             "rejected": expected["rejected"],
         }
-        assert (comparison(record).prompt, comparison(record).responses) == (prompt, expected)
+        assert (parse_comparison(record).prompt, parse_comparison(record).responses) == (prompt, expected)
 
 
 def test_ranked_responses_are_dialogues_with_one_prompt():
     record = {"prompt": "Q", "responses": ["a", "b", "c"], "ranks": [3, 1, 1.5]}
-    assert comparison(record).ranks == [3, 1, 1.5]
+    assert parse_comparison(record).ranks == [3, 1, 1.5]
     assert compare(record) == [[Segment("Q"), Segment(x, is_response=True, ends=True)] for x in "abc"]
     assert compare(record | {"prompt": chat("Q")})[1] == dialogue_segments(chat("Q"), "b", DEFAULT, EOS)
     assert find_prompt(record) == "Q"

@@ -21,7 +21,7 @@ from flask.testing import FlaskClient
 
 from common.data.records import read_all
 from common.runtime.options import UserError
-from common.text.record_formats import recognise
+from common.text.record_formats import normalise_record
 from step2_reward.annotate.click_log import Store, current_answers, preference_records, read_clicks
 from step2_reward.annotate.main import load_token
 from step2_reward.annotate.server import is_own_host, make_app
@@ -182,7 +182,7 @@ def test_output_is_data_for_step_2(tmp_path: Path) -> None:
             store.add(f"{rater} {name}", rater, name, choice, strength, "A")
     assert store.undo("undo", "eve").choice == "A"  # the answer to the last pair
     store.write_preferences()
-    parsed, _ = read_all([str(tmp_path / "out.jsonl")], recognise)
+    parsed, _ = read_all([str(tmp_path / "out.jsonl")], normalise_record)
     assert [record["id"] for record in parsed] == list(range(6))
     assert [record["votes"] for record in parsed] == [
         ["A", "A", "B"], ["B", "B", "tie"], ["A", "B", "tie"], ["B"], ["A", "A", "A"], ["tie", "tie"],
@@ -206,7 +206,7 @@ def test_a_truncated_response_stays_marked(tmp_path: Path) -> None:
     for vote, names in (("A", ["chosen", "rejected"]), ("B", ["rejected", "chosen"])):
         store.add(vote, "ada", pair["id"], vote, None, "A")
         store.write_preferences()
-        (record,), _ = read_all([str(tmp_path / "out.jsonl")], recognise)
+        (record,), _ = read_all([str(tmp_path / "out.jsonl")], normalise_record)
         assert record["response_a_ended"] is False and record["response_b_ended"] is True
         assert [record[f"{name}_ended"] for name in names] == [False, True]
         row, _ = tokenize_paired(record, WordEncoder(), 64, "error")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.text.record_formats import recognise
+from common.text.record_formats import normalise_record
 from common.text.truncation import Dropped
 from step2_reward.direct.data import Choice, Dialogue, tokenize_paired, tokenize_unpaired
 from tests.word_encoder import EOS, WordEncoder
@@ -38,12 +38,14 @@ SOFT = {"prompt": "a b", "response_a": "c", "response_b": "d e", "preference": 0
 
 
 def test_a_soft_label_weighs_both_orders_by_its_probability():
-    row, _ = tokenize_paired(recognise(SOFT), **FIT)
+    row, _ = tokenize_paired(normalise_record(SOFT), **FIT)
     assert [d.num_predicted for d in row.dialogues] == [3, 2]  # B first
     assert row.pairs == [(0, 1, 0.75, True), (1, 0, 0.25, False)]
     assert row.sides(is_paired=True) == [(0.75, 0.25), (0.25, 0.75)]
-    assert tokenize_unpaired(recognise(SOFT), **FIT)[0].sides(is_paired=False) == row.sides(is_paired=True)
-    tie, _ = tokenize_paired(recognise(SOFT | {"preference": 0.5}), **FIT)
+    assert tokenize_unpaired(normalise_record(SOFT), **FIT)[0].sides(is_paired=False) == row.sides(
+        is_paired=True
+    )
+    tie, _ = tokenize_paired(normalise_record(SOFT | {"preference": 0.5}), **FIT)
     assert tie.pairs == [(0, 1, 0.5, False), (1, 0, 0.5, False)]
 
 
