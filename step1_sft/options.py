@@ -33,7 +33,8 @@ class SFTOptions(TrainOptions, SampleAnswerOptions):
     )
     best_metric: Literal["none", "eval/loss"] = option("none", BEST_METRIC)
     loss_on: Literal["response", "prompt_and_response"] = option(
-        "response", "response: train on the tokens of assistant turns; prompt_and_response: on all tokens."
+        "response",
+        "Tokens in the loss.\nresponse: those of assistant turns\nprompt_and_response: all tokens\n",
     )
     packing: bool = option(
         False,
@@ -62,7 +63,7 @@ class EvaluateSFTOptions(CacheOptions, SampleAnswerOptions):
     micro_batch_size: int = option(4, "Records per rank and forward pass.", at_least=1, resume="free")
     zero_config: str = option(
         "",
-        "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training.",
+        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
         resume="free",
     )
     output: str = option("", "JSON file for metrics and sample answers.")
@@ -77,6 +78,9 @@ class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
     )
     output_dir: str = option(
         "output/critique", "Folder for demonstrations.jsonl and report.json.", resume="free"
+    )
+    max_prompt_length: int = option(
+        256, "Maximum prompt length in tokens; the start of longer prompts is removed.", at_least=1
     )
     revision_rounds: int = option(2, "Rounds of critique and revision per answer.", at_least=1)
     max_response_length: int = option(

@@ -16,7 +16,7 @@ class RewardOptions(TrainOptions):
     output_dir: str = option(
         "output/step2_reward", "Folder for logs, checkpoints and the final model.", resume="free"
     )
-    learning_rate: float = option(9e-6, "Highest learning rate.", above=0)
+    learning_rate: float = option(9e-6, "Peak learning rate.", above=0)
     best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
     use_margin: bool = option(False, "Use the `margin` of each record in the loss.")
     label_smoothing: float = option(
@@ -32,8 +32,8 @@ class RewardOptions(TrainOptions):
     )
     share_prompts: Literal["auto", "yes", "no"] = option(
         "auto",
-        "Encode a prompt once for all its responses. auto: where that is less work; yes: always; no: never."
-        " Ignored for models that cannot.",
+        "Encode a prompt once for all its responses, if the model supports it.\nauto: where that is less work"
+        "\nyes: always\nno: never\n",
         resume="free",
     )
     golden_data: list[str] = option(
@@ -67,7 +67,7 @@ class EvaluateRewardOptions(CacheOptions, EnsembleOptions):
     micro_batch_size: int = option(16, "Records per rank and forward pass.", at_least=1, resume="free")
     zero_config: str = option(
         "",
-        "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training.",
+        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
         resume="free",
     )
 

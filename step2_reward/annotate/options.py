@@ -53,6 +53,6 @@ class SamplePairsOptions(CacheOptions, GenerationOptions):
     seed: int = option(0, "Seed of sampling.", at_least=0)
     zero_config: str = option(
         "",
-        "DeepSpeed JSON: sets precision; stage 3 partitions the model. Default: as in training.",
+        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
         resume="free",
     )

@@ -56,7 +56,8 @@ class DirectOptions(TrainOptions):
     )
     best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
     loss: Literal["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"] = option(
-        "dpo", "Loss of a pair or, for kto, of a single labelled response."
+        "dpo",
+        "Loss of a pair or, for kto, of a single labelled response; loss.py has formulas and sources.",
     )
     beta: float = option(
         0.0, "Strength of the pull towards the reference. 0: default of the loss (simpo: 2; others: 0.1).",
