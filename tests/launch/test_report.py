@@ -716,7 +716,7 @@ def test_any_mix_of_output_folders(tmp_path):
     for part in (
         "kept 1 of 8 responses (mean score 0.500; all: 0.100), 0 pairs",
         "7 cut at 48 tokens: pass --keep_truncated, or raise --max_response_length in another --output_dir",
-        "0 pairs judged; 3 left out",
+        "0 pairs judged; 3 dropped",
         "compare/report.json: cannot be shown: ",
         f"Not shown: {tmp_path.name} (data), best (sampled pairs).",
     ):
