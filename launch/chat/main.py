@@ -1,12 +1,12 @@
-"""A chat in the terminal with a model, or with two whose answers are compared.
+"""Chat in the terminal with one model, or with two side by side.
 
     bash launch/chat.sh --model_name_or_path OUT3/final
     bash launch/chat.sh --model_name_or_path OUT3/final OUT1/final --save_to pairs.jsonl
 
-A model reads the conversation as in training, and what is saved is data for step 2.
+The prompt is rendered as in training. Saved preferences are data for step 2.
 """
 
-import readline  # noqa: F401 - gives `input` a history, and its line can be edited
+import readline  # noqa: F401 - gives `input` line editing and a history
 import signal
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ from launch.chat.session import Chat, Speaker
 
 
 def main() -> None:
-    # 1. What can be wrong is found before a model is loaded. There is nothing to save, so a signal ends it.
+    # 1. Check options before a model is loaded. A signal ends the chat at once: there is nothing to save.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     options = parse_options(ChatOptions)
@@ -38,14 +38,14 @@ def main() -> None:
         raise UserError(f"--model_name_or_path {' '.join(paths)}: must be one model or two")
     check_save_to(options.save_to)
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
-    rooms = [prompt_room(path, e, options) for path, e in zip(paths, encoders, strict=True)]
+    limits = [max_prompt_length(path, e, options) for path, e in zip(paths, encoders, strict=True)]
     reward_encoders = load_encoders(options, *encoders)
 
     # 2. The models.
     zero = {"bf16": {"enabled": not on_cpu()}, "zero_optimization": {"stage": 0}}
     models = [load_model(path, e, zero) for path, e in zip(paths, encoders, strict=True)]
     names = ["a", "b"] if len(paths) > 1 else ["new"]
-    speakers = [Speaker(*parts) for parts in zip(names, models, encoders, rooms, strict=True)]
+    speakers = [Speaker(*parts) for parts in zip(names, models, encoders, limits, strict=True)]
     chat = Chat(speakers, load_members(options, reward_encoders, zero), options)
 
     # 3. The conversation.
@@ -56,35 +56,35 @@ def main() -> None:
 
 
 def check_save_to(path: str) -> None:
-    """Raise UserError unless preferences can be added to the file, or there is none to be."""
+    """Raise UserError for a file to which preferences cannot be appended. An empty path is allowed."""
     if path and not path.endswith(".jsonl"):
-        raise UserError(f"--save_to {path}: must end in .jsonl, by which step 2 knows it")
+        raise UserError(f"--save_to {path}: must end in .jsonl, as step 2 requires")
     if not Path(path).parent.is_dir():
         raise UserError(f"--save_to {path}: there is no such folder")
 
 
-def prompt_room(path: str, encoder: SegmentEncoder, options: ChatOptions) -> int:
-    """How many tokens of a prompt the model's positions leave; UserError when they leave none."""
+def max_prompt_length(path: str, encoder: SegmentEncoder, options: ChatOptions) -> int:
+    """Longest prompt in tokens that leaves room for a response. Raises UserError if none does."""
     config = policy_config(path, "model_name_or_path")
     positions = position_limit(config) or sys.maxsize
-    room = positions - options.max_response_length
-    if room <= len(encoder.bos):
+    limit = positions - options.max_response_length
+    if limit <= len(encoder.bos):
         raise UserError(
             f"--max_response_length {options.max_response_length}: leaves no room for a prompt"
             f" in the {positions} positions of {path}"
         )
-    return room
+    return limit
 
 
 def load_model(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> PreTrainedModel:
-    """A frozen model on the device, without generation defaults of its own (penalties, minimal lengths)."""
+    """A frozen model on the device, without its own generation defaults (penalties, minimum length)."""
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), None)
     model.generation_config = GenerationConfig()
     return model
 
 
 def converse(chat: Chat) -> None:
-    """Messages and commands, a line each, up to /quit or the end of the input."""
+    """Read messages and commands, one per line, until /quit or the end of the input."""
     sys.stdin.reconfigure(errors="replace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
@@ -93,13 +93,13 @@ def converse(chat: Chat) -> None:
             if line == "/quit":
                 return
             if line:
-                chat.obey(line) if line.startswith("/") else chat.say(line)
+                chat.run_command(line) if line.startswith("/") else chat.send(line)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print()
-        except ValueError as error:  # a command amiss, or a conversation that a chat template refuses
+        except ValueError as error:  # a wrong command, or a conversation that the chat template refuses
             print(f"error: {error}")
 
 

@@ -1,9 +1,9 @@
-"""Memory of the three steps on each GPU, before anything is loaded: what fits, and what would make it fit.
+"""Predict the memory of the three steps per GPU without loading a model; list options that make a step fit.
 
     bash launch/plan.sh --model_name_or_path DIR_OR_HUB_ID --num_gpus 8
 
-Rows are taken to be as long as the options allow, and in step 1 to be all response: the most that a run can
-need. Without --reward_model_name_or_path, the reward model is taken to have the policy's shape.
+The prediction is an upper bound: rows have the maximum length, and in step 1 consist of response tokens only.
+Without --reward_model_name_or_path, the reward model is assumed to have the policy's shape.
 """
 
 import os
@@ -20,7 +20,7 @@ from launch.plan.predict import GIB, predict, setting
 from launch.plan.remedies import Predictor, cached, least, ways
 
 REFUSED = 2  # exit code after a mistake of the user, as in training
-# Parts by their names in the table; "fixed" is what no option changes.
+# Parts and their names in the table. No option changes "fixed".
 PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -34,8 +34,7 @@ PARTS = {
 }
 ON_CPU = {"fixed": "libraries"}
 
-# Memory of a card in GiB, as A100s report it, and the share of it that is planned with: the allocator leaves
-# holes. The share is an assumption.
+# Memory of a card in GiB, as A100s report it, and its usable share (an assumption, for fragmentation).
 CARDS = {"40 GB": 39.4, "80 GB": 79.2}
 USABLE = 0.95
 WIDEST = 100  # column of options
@@ -47,7 +46,7 @@ SCRIPTS = {
 
 
 def main() -> None:
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries, about each other
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries
     try:
         options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
@@ -65,7 +64,7 @@ def main() -> None:
 
 
 def table(phases: dict[str, Phase], device: str = "gpu") -> str:
-    """The peak of each step, in GiB: a row for each part, a column for each step."""
+    """The peak of each step in GiB, one row per part and one column per step."""
     names = PARTS | (ON_CPU if device == "cpu" else {})
     rows = [["GiB per rank", *phases], ["peak phase", *(phase.name for phase in phases.values())]]
     for part, name in names.items():
@@ -79,25 +78,26 @@ def table(phases: dict[str, Phase], device: str = "gpu") -> str:
 def verdicts(
     options: PlanOptions, phases: dict[str, Phase], room: float, predictor: Predictor
 ) -> Iterator[str]:
-    """Lines for each step: that it fits in `room` GiB, or the options that make it fit."""
+    """For each step: that it fits in `room` GiB, or the options that make it fit."""
     for step, phase in phases.items():
-        need = total(phase.parts) / GIB
-        if need <= room:
-            yield f"  {step} fits, with {room - need:.1f} GiB to spare"
+        peak = total(phase.parts) / GIB
+        if peak <= room:
+            yield f"  {step} fits, with {room - peak:.1f} GiB to spare"
             continue
-        found = ways(options, step, room, predictor)
-        if not found:
+        verdict = f"  {step} does not fit (missing {peak - room:.1f} GiB)"
+        solutions = ways(options, step, room, predictor)
+        if not solutions:
             way = least(options, step, predictor)
-            found = [way] if way.peak <= room else []
-        if not found:
+            solutions = [way] if way.peak <= room else []
+        if not solutions:
             yield (
-                f"  {step} does not fit, by {need - room:.1f} GiB, nor with any options: the least is"
+                f"{verdict}, even with all options: the minimum is"
                 f" {way.peak:.1f} GiB, with {way.options}; use more GPUs, a smaller model or shorter rows"
             )
             continue
-        yield f"  {step} does not fit, by {need - room:.1f} GiB; add to {SCRIPTS[step]} (the fastest first):"
-        width = min(max(len(way.options) for way in found), WIDEST)
-        for way in found:
+        yield f"{verdict}; add to {SCRIPTS[step]} (fastest first):"
+        width = min(max(len(way.options) for way in solutions), WIDEST)
+        for way in solutions:
             host = f", and {way.host:.1f} GiB of host memory per rank" if way.host else ""
             notes = f"  ({'; '.join(way.notes)})" if way.notes else ""
             yield f"      {way.options:<{width}}  {way.peak:5.1f} GiB{host}{notes}"

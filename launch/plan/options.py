@@ -1,4 +1,4 @@
-"""Options of the plan: those of the stages that decide memory, as the stages declare them."""
+"""Options of the plan: the options of the stages that affect memory, as declared there."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]
 
 
 def same_as(stage: type, name: str) -> Any:
-    """The option of a stage, with its default, help and limits."""
+    """An option of a stage, with its default, help and limits."""
     field = stage.__dataclass_fields__[name]
     default = field.default_factory() if field.default is dataclasses.MISSING else field.default
     return option(default, field.metadata["help"], field.metadata["required"], **field.metadata["limits"])
@@ -20,10 +20,10 @@ def same_as(stage: type, name: str) -> Any:
 
 @dataclass
 class PlanOptions(OptimiserOptions, LoraOptions):
-    """What the stages would be started with."""
+    """Predict the memory of the three steps per GPU. The options are those of the steps."""
 
     num_gpus: int = option(1, "Ranks, over all machines.", at_least=1)
-    device: Literal["gpu", "cpu"] = option("gpu", "What the ranks would run on, whatever this machine has.")
+    device: Literal["gpu", "cpu"] = option("gpu", "Device of the ranks; independent of this machine.")
     model_name_or_path: str = same_as(TrainOptions, "model_name_or_path")
     reward_model_name_or_path: list[str] = same_as(EnsembleOptions, "reward_model_name_or_path")
     learning_rate: float = same_as(TrainOptions, "learning_rate")

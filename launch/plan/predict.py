@@ -1,4 +1,4 @@
-"""From options to the moment of each step that needs most memory."""
+"""From options to the peak memory of each step."""
 
 import json
 from dataclasses import replace
@@ -16,18 +16,18 @@ from launch.plan.shapes import read_shape
 
 GIB = 2**30
 
-# CUDA's context, the libraries' kernels, what cuBLAS and NCCL work in. An assumption: predictions for GPUs
-# have not been held against one.
+# CUDA context, kernels of the libraries, workspaces of cuBLAS and NCCL. An assumption: predictions for GPUs
+# have not been compared with measurements.
 GPU_FIXED = 1.0 * GIB
-# Python with all libraries: what step 2 on a model of 0.6 million parameters has resident, less the 0.01 GiB
-# that are predicted for it (torch 2.13, one rank).
+# Python with all libraries: resident memory of step 2 on a model of 0.6 million parameters, minus the
+# predicted 0.01 GiB (torch 2.13, one rank).
 CPU_FIXED = 0.40 * GIB
 
 
 def predict(options: PlanOptions) -> dict[str, Phase]:
     """The peak of each step on one rank, by part. The number of ranks is `world_size()`.
 
-    Raises UserError for what a stage would refuse, and for models whose layers are not known.
+    Raises UserError for options that a stage refuses, and for models with unknown layers.
     """
     path, rewards = options.model_name_or_path, options.reward_model_name_or_path
     config = load_config(path)
@@ -51,10 +51,11 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
         critic = Model(read_shape(first, True, options.lora_rank, targets), critic_zero)
     if not options.lora_rank:
         reference = Model(replace(policy, trained=0), _frozen(actor_zero, options.offload_frozen))
-    waits = options.offload_frozen or (len(rewards) > 1 and critic_zero.stage < 3)
-    scorers = [Model(read_shape(one, True, 0, ()), _frozen(critic_zero, waits)) for one in rewards or [path]]
+    offload = options.offload_frozen or (len(rewards) > 1 and critic_zero.stage < 3)
+    frozen = _frozen(critic_zero, offload)
+    scorers = [Model(read_shape(one, True, 0, ()), frozen) for one in rewards or [path]]
     if options.lora_rank and critic and len(scorers) == 1:
-        scorers = []  # it is the critic without its adapter
+        scorers = []  # the reward model is the critic without its adapter
     sizes, fixed = _sizes(options), Parts(fixed=CPU_FIXED if options.device == "cpu" else GPU_FIXED)
     return {
         "step 1": peak(step1(Model(policy, zero), sizes, fixed)),
@@ -64,7 +65,7 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
 
 
 def setting(options: PlanOptions) -> str:
-    """What a prediction is for: sizes of the models, precision, partitioning, batches and lengths."""
+    """Head line of the table: parameters, precision, ZeRO stage, batch sizes and lengths."""
     config = load_config(options.model_name_or_path)
     hidden, targets = config.get_text_config().hidden_size, tuple(options.lora_target_modules)
     zero = _zero(options.zero_config, options, options.learning_rate, hidden)
@@ -100,18 +101,18 @@ def _sizes(options: PlanOptions) -> Sizes:
         prompt=options.max_prompt_length,
         response=options.max_response_length,
         generated=min(options.generation_batch_size, share),
-        remembered=options.rollout_batch_size if options.top_k or options.top_p < 1 else 0,
+        masked=options.rollout_batch_size if options.top_k or options.top_p < 1 else 0,
         gathers=options.gather_for_generation,
     )
 
 
-def _frozen(trained: Zero, waits: bool) -> Zero:
-    """How a frozen model beside a trained one is held, in host memory where it waits."""
-    return replace(trained, offloads_weights=trained.offloads_weights or waits)
+def _frozen(trained: Zero, offload: bool) -> Zero:
+    """ZeRO settings of a frozen model, derived from those of a trained one."""
+    return replace(trained, offloads_weights=trained.offloads_weights or offload)
 
 
 def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) -> Zero:
-    """What a DeepSpeed JSON says, or the default one of the device that is planned for."""
+    """ZeRO settings from a DeepSpeed JSON, or from the default one of the planned device."""
     on_cpu = options.device == "cpu"
     path = path or str(CONFIG_FOLDER / ("zero0.json" if on_cpu else "zero2.json"))
     config = load_zero_config(path, options, learning_rate)
@@ -119,8 +120,7 @@ def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) ->
     zero = config["zero_optimization"]
     is_16_bit = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
     if json.loads(Path(path).read_text()).get("bf16", {}).get("enabled") == "auto":
-        is_16_bit = zero["stage"] > 0 and not on_cpu  # not as this machine would have it
-
+        is_16_bit = zero["stage"] > 0 and not on_cpu  # "auto" was resolved for this machine's device
     return Zero(
         stage=zero["stage"],
         ranks=world_size(),

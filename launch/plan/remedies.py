@@ -1,4 +1,4 @@
-"""Options that make a step fit: single ones and combinations, the fastest first."""
+"""Options, single or combined, that make a step fit, fastest first."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,23 +14,23 @@ from launch.plan.predict import GIB, predict
 
 Changes = dict[str, Any]  # options by name
 Predictor = Callable[[Changes], dict[str, Phase]]
-MOST_TOGETHER = 4  # remedies in a combination
-MOST_WAYS = 10  # shown of a step
+MOST_TOGETHER = 4  # remedies per combination
+MOST_WAYS = 10  # shown per step
 HALVINGS = 12
 
 
 class Remedy(NamedTuple):
-    """An option that lowers the peak, at one or more levels, the mildest first."""
+    """An option that lowers the peak, at one or more levels, mildest first."""
 
     levels: list[Changes]
-    slowness: float  # rule of thumb: time that it adds to a step, as a share; only the order matters
-    note: str = ""  # for an option that changes what is learnt
-    kind: str = ""  # of remedies of one kind a combination has one
+    slowness: float  # rule of thumb: time added to a step, as a share; only the order matters
+    note: str = ""  # for an option that changes the result of training
+    kind: str = ""  # a combination has at most one remedy of a kind
     steps: str = "step 1, step 2, step 3"
 
 
 class Way(NamedTuple):
-    """Options to add to the command of a step, and what it needs then."""
+    """Options to add to the command of a step, and its memory with them."""
 
     options: str
     peak: float  # GiB of the device
@@ -44,11 +44,11 @@ def _zero(name: str, slowness: float) -> Remedy:
     return Remedy([changes], slowness, kind="zero")
 
 
-FULL_OFFLOAD = _zero("zero3_offload", 2.0)  # of all ZeRO configurations the one that needs least memory
+FULL_OFFLOAD = _zero("zero3_offload", 2.0)  # the ZeRO configuration with the least memory
 
 
 def remedies(options: PlanOptions) -> list[Remedy]:
-    """All that can be tried. What is on already changes nothing, and so is in no way that `ways` finds."""
+    """All remedies. Options that are on already change nothing, so `ways` never returns them."""
     rollout = min(options.generation_batch_size, -(-options.rollout_batch_size // options.num_gpus))
     return [
         Remedy(_levels("micro_batch_size", _halves(options.micro_batch_size)), 0.05),
@@ -61,14 +61,14 @@ def remedies(options: PlanOptions) -> list[Remedy]:
         FULL_OFFLOAD,
         Remedy([{"gather_for_generation": False}], 4.0, steps="step 3"),
         Remedy([{"advantage_estimator": "rloo"}], 0.0, "no critic: another algorithm", steps="step 3"),
-        Remedy([{"lora_rank": 16}], 0.01, "trains adapters, not all weights"),
+        Remedy([{"lora_rank": 16}], 0.01, "trains adapters only"),
     ]
 
 
 def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> list[Way]:
-    """Smallest sets of remedies that bring the peak of a step down to `room` GiB.
+    """Smallest sets of remedies that lower the peak of a step to `room` GiB.
 
-    First those that change nothing but speed and memory, then the others; of each, the fastest first.
+    Sets that change only speed and memory come first; within each group, the fastest first.
     """
     usable = [remedy for remedy in remedies(options) if step in remedy.steps and remedy.levels]
 
@@ -79,7 +79,7 @@ def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> 
     for count in range(1, MOST_TOGETHER + 1):
         for chosen in combinations(usable, count):
             kinds = [remedy.kind for remedy in chosen if remedy.kind]
-            is_larger = any(all(one in chosen for one in known) for known in smallest)
+            is_larger = any(all(one in chosen for one in smaller) for smaller in smallest)
             if not is_larger and len(set(kinds)) == len(kinds) and fits([one.levels[-1] for one in chosen]):
                 smallest.append(chosen)
     smallest.sort(key=lambda chosen: (any(r.note for r in chosen), sum(r.slowness for r in chosen)))
@@ -87,7 +87,7 @@ def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> 
 
 
 def least(options: PlanOptions, step: str, predictor: Predictor) -> Way:
-    """All remedies at once that change nothing but speed and memory: the least that a step can need."""
+    """All remedies together that change only speed and memory: the minimum of a step."""
     usable = [remedy for remedy in remedies(options) if step in remedy.steps and not remedy.note]
     chosen = [remedy for remedy in usable if remedy.levels and remedy.kind != FULL_OFFLOAD.kind]
     chosen.append(FULL_OFFLOAD)
@@ -95,14 +95,14 @@ def least(options: PlanOptions, step: str, predictor: Predictor) -> Way:
 
 
 def cached(options: PlanOptions) -> Predictor:
-    """`predict` of the options with changes; each set of changes is predicted once."""
-    known: dict[str, dict[str, Phase]] = {}
+    """`predict` as a function of changes to the options, with a cache."""
+    results: dict[str, dict[str, Phase]] = {}
 
     def predictor(changes: Changes) -> dict[str, Phase]:
         key = repr(sorted(changes.items()))
-        if key not in known:
-            known[key] = predict(replace(options, **changes))
-        return known[key]
+        if key not in results:
+            results[key] = predict(replace(options, **changes))
+        return results[key]
 
     return predictor
 
@@ -112,7 +112,7 @@ def _levels(name: str, sizes: Sequence[int]) -> list[Changes]:
 
 
 def _halves(size: int) -> list[int]:
-    """Halves, quarters ... that are whole numbers, so that batches can still be divided."""
+    """Halves, quarters ... as long as they are integers, so that batches stay divisible."""
     return [size >> n for n in range(1, HALVINGS) if size >> n and (size >> n) << n == size]
 
 
@@ -121,11 +121,11 @@ def _merged(levels: Sequence[Changes]) -> Changes:
 
 
 def _mildest(chosen: Sequence[Remedy], fits: Callable[[Sequence[Changes]], bool]) -> list[Changes]:
-    """The level of each remedy: one after the other, the mildest that still fits beside the others."""
+    """The level of each remedy: in turn, the mildest one that still fits with the others."""
     levels = [remedy.levels[-1] for remedy in chosen]
-    for place, remedy in enumerate(chosen):
-        tried = ([*levels[:place], level, *levels[place + 1 :]] for level in remedy.levels)
-        levels = next(filter(fits, tried))
+    for index, remedy in enumerate(chosen):
+        candidates = ([*levels[:index], level, *levels[index + 1 :]] for level in remedy.levels)
+        levels = next(filter(fits, candidates))
     return levels
 
 
@@ -139,11 +139,12 @@ def _way(
 
 
 def _words(changes: Changes, options: PlanOptions, step: str) -> Iterator[str]:
-    """Changes as they are typed."""
+    """Changes as words of the command line."""
     for name, value in changes.items():
         if name == "zero_config":
-            own = [f"{model}_zero_config" for model in ("actor", "critic")]
-            names = own if step == "step 3" and any(getattr(options, one) for one in own) else [name]
+            per_model = [f"{model}_zero_config" for model in ("actor", "critic")]
+            is_set = step == "step 3" and any(getattr(options, one) for one in per_model)
+            names = per_model if is_set else [name]
             yield from (f"--{one} {_short(value)}" for one in names)
         elif name == "advantage_estimator":
             group = next((size for size in (4, 2) if options.rollout_batch_size % size == 0), 4)
@@ -155,6 +156,6 @@ def _words(changes: Changes, options: PlanOptions, step: str) -> Iterator[str]:
 
 
 def _short(path: str) -> str:
-    """Relative to the working directory where it is below it."""
+    """Path relative to the working directory if it is below it."""
     relative = os.path.relpath(path)
     return path if relative.startswith("..") else relative

@@ -1,4 +1,4 @@
-"""Sizes of a model from its configuration alone: it is built without weights, on PyTorch's meta device."""
+"""Shape of a model from its configuration, built without weights on PyTorch's meta device."""
 
 from functools import cache
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from common.runtime.options import LoraOptions, UserError, reason
 from common.text.transformers_internals import attention_implementation
 from launch.plan.memory import Shape
 
-# Tensors of the MLP's width that an activation and the matrix after it keep: what goes in and what comes out;
-# of ReLU only the latter; of GELU written out in Python each of its factors too.
-KEPT_BY_ACTIVATION = {"ReLU": 1, "NewGELUActivation": 5}
-KEPT_BY_GATE = 2  # what the activation is multiplied with, and the product
+# Tensors of the MLP's width saved by an activation and the matrix after it. Usually 2, input and output; ReLU
+# saves only its output, and a GELU written in Python each of its factors.
+SAVED_BY_ACTIVATION = {"ReLU": 1, "NewGELUActivation": 5}
+SAVED_BY_GATE = 2  # the other factor and the product
 
 
 class Matrix(NamedTuple):
@@ -30,10 +30,10 @@ class Matrix(NamedTuple):
 
 @cache
 def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) -> Shape:
-    """The model at `path` as a language model or with a scalar head; with adapters if their rank is not 0.
+    """Shape of the model at `path`, as a language model or with a scalar head; with adapters if rank is not
+    0.
 
-    Raises UserError for a model that is not there, and for one whose layers are not a dense attention and a
-    dense MLP.
+    Raises UserError for a missing model, and for layers other than dense attention and a dense MLP.
     """
     config = load_config(path)
     kind = AutoModelForSequenceClassification if is_scalar else AutoModelForCausalLM
@@ -45,7 +45,7 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
     with torch.device("meta"):
         try:
             model = kind.from_config(config, trust_remote_code=False)
-        except Exception as error:  # noqa: BLE001 - no such model can be made
+        except Exception as error:  # noqa: BLE001 - invalid configurations raise anything
             raise UserError(f"{path}: {reason(error)}") from None
         widths = _widths(model, path)
         largest = max(p.numel() for p in model.parameters())
@@ -62,20 +62,20 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
 
 
 def _widths(model: PreTrainedModel, path: str) -> dict[str, int]:
-    """The sizes of one layer as fields of Shape, read off its modules, whatever their family calls them."""
+    """The sizes of one layer as fields of Shape, from its modules, independent of their names."""
     config = model.config.get_text_config()
     hidden, count = config.hidden_size, config.num_hidden_layers
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     modules = dict(stacks[0][0].named_modules()) if stacks else {}
     matrices = [m for name, module in modules.items() for m in _matrix(name, module)]
-    # The matrices that lead back to the residual stream say how wide attention and MLP are inside.
+    # The inputs of matrices that write to the residual stream are the inner widths of attention and MLP.
     back = {m.is_attention: m.inputs for m in matrices if m.outputs == hidden}
     is_dense = len(attention_widths(config)) == count and active_share(config) == 1
     if not is_dense or len(back) < 2 or any("expert" in name for name in modules):
-        raise UserError(f"{path}: {type(model).__name__} is not made of dense layers, as a plan needs")
+        raise UserError(f"{path}: {type(model).__name__} has no dense layers, which a plan needs")
     forth = {side: sum(m.outputs for m in matrices if m.is_attention is side) - hidden for side in back}
     classes = {type(module).__name__ for module in modules.values()}
-    kept = next((kept for name, kept in KEPT_BY_ACTIVATION.items() if name in classes), 2)
+    saved = next((count for name, count in SAVED_BY_ACTIVATION.items() if name in classes), 2)
     norms = [name.rsplit(".", 1)[-1] for name, m in modules.items() if "Norm" in type(m).__name__]
     keys = (forth[True] - back[True]) // 2
     of_heads = {"q_norm": back[True], "k_norm": keys}
@@ -86,7 +86,7 @@ def _widths(model: PreTrainedModel, path: str) -> dict[str, int]:
         "queries": back[True],
         "keys": keys,
         "mlp": back[False],
-        "kept_in_mlp": kept + KEPT_BY_GATE * (forth[False] // back[False] - 1),
+        "saved_in_mlp": saved + SAVED_BY_GATE * (forth[False] // back[False] - 1),
         "norms": sum(name not in of_heads for name in norms),
         "head_norms": sum(of_heads.get(name, 0) for name in norms),
         "has_rms_norm": any("RMSNorm" in name for name in classes),

@@ -1,4 +1,4 @@
-"""The chat, driven by lines of input: what models read, what is drawn, scored, picked and kept."""
+"""The chat, driven by lines of input: prompts, sampling, scores, commands, saved preferences."""
 
 import io
 import json
@@ -32,7 +32,7 @@ from tests.end_to_end.test_launch import LAUNCH
 
 GREEDY = ["--temperature", "0"]
 SHORT = ["--max_response_length", "12"]
-Talk = Callable[..., SimpleNamespace]
+RunChat = Callable[..., SimpleNamespace]
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +60,19 @@ def reward_model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Talk:
-    """The command on lines of input: what each line is answered, and token ids of each prompt read. The
-    models of tests hardly end by themselves; with `ends` they do at the longest answer.
+def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> RunChat:
+    """Run the chat on lines of input; returns the reply to each line, and the token ids of each prompt. The
+    test models rarely sample EOS; `ends` forces it at the length limit.
     """
 
     def run(lines: list[str], models: list[Path], *words: str, ends: bool = False) -> SimpleNamespace:
-        read, generate = [], LlamaForCausalLM.generate
+        prompts, generate = [], LlamaForCausalLM.generate
 
-        def spy(self, inputs: torch.Tensor, **how: object) -> torch.Tensor:
-            read.append(inputs[0].tolist())
-            settings = how["generation_config"]
+        def spy(self, inputs: torch.Tensor, **keywords: object) -> torch.Tensor:
+            prompts.append(inputs[0].tolist())
+            settings = keywords["generation_config"]
             settings.forced_eos_token_id = settings.eos_token_id if ends else None
-            return generate(self, inputs, **how)
+            return generate(self, inputs, **keywords)
 
         with monkeypatch.context() as patch:
             patch.setattr(LlamaForCausalLM, "generate", spy)
@@ -81,13 +81,13 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Talk
             chat.main()
         replies = capsys.readouterr().out.split("\n> ")[1:]
         assert len(replies) == len(lines) + 1 and replies.pop() == "\n"
-        return SimpleNamespace(replies=replies, read=read)
+        return SimpleNamespace(replies=replies, prompts=prompts)
 
     return run
 
 
 def answer(reply: str) -> str:
-    """The answer of a single model without the remark after it."""
+    """The answer of a single model, without the note after it."""
     return re.sub(r"\n\([^\n]*\)\n$", "", reply).strip()
 
 
@@ -100,7 +100,7 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def plain(model: Path, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Token ids (1, P) of a prompt by transformers alone."""
+    """Token ids (1, P) of a prompt, by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     template = tokenizer.chat_template or DEFAULT_CHAT_TEMPLATE
     text = tokenizer.apply_chat_template(
@@ -110,72 +110,72 @@ def plain(model: Path, messages: list[dict[str, str]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["model", "untemplated"])
-def test_a_model_reads_what_it_reads_in_training(
-    world: Path, untemplated: Path, talk: Talk, tmp_path: Path, name: str
+def test_prompts_equal_those_of_training(
+    world: Path, untemplated: Path, talk: RunChat, tmp_path: Path, name: str
 ) -> None:  # fmt: skip
-    """Step 3 makes the same ids of the conversation, and step 2 of the preference that is saved."""
+    """Step 3 gives the same ids for the conversation, and step 2 for the saved preference."""
     model, file = {"model": world / "model", "untemplated": untemplated}[name], tmp_path / "pairs.jsonl"
     lines = ["Hello!", "And you?", "/regenerate", "/save old", "/regenerate", "/save NEW"]
-    file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))  # by hand, no end of line
-    found = talk(lines, [model], "--save_to", str(file), ends=True)
+    file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}))  # without a newline
+    result = talk(lines, [model], "--save_to", str(file), ends=True)
     encoder, (records, _) = SegmentEncoder(load_tokenizer(str(model))), read_all([str(file)], dict)
-    first, second, third = (answer(found.replies[i]) for i in (1, 2, 4))
-    turns = [user("Hello!"), assistant(answer(found.replies[0])), user("And you?")]
+    first, second, third = (answer(result.replies[i]) for i in (1, 2, 4))
+    turns = [user("Hello!"), assistant(answer(result.replies[0])), user("And you?")]
     assert records.pop(0)["chosen"] == "b"
     assert records == [
         {"prompt": turns, "chosen": first, "rejected": second},
         {"prompt": turns, "chosen": third, "rejected": second},
     ]
-    assert found.read[0] == plain(model, turns[:1])[0].tolist()
-    assert found.read[1:] == [tokenize_prompt({"prompt": turns}, encoder, 244, "error")[0].ids] * 3
+    assert result.prompts[0] == plain(model, turns[:1])[0].tolist()
+    assert result.prompts[1:] == [tokenize_prompt({"prompt": turns}, encoder, 244, "error")[0].ids] * 3
     for record in records:
         row, _ = tokenize_preference(record, encoder, 256, "error", use_margin=False)
-        assert row.prompt_ids == found.read[1] and row.ranks == [0, 1]
+        assert row.prompt_ids == result.prompts[1] and row.ranks == [0, 1]
 
 
-def test_draws_are_those_of_the_model(world: Path, talk: Talk, tmp_path: Path) -> None:
-    """Greedy ones are plain transformers', without the penalties that a folder asks for; others depend on
-    the seed, and each has its own.
+def test_sampling_matches_the_model(world: Path, talk: RunChat, tmp_path: Path) -> None:
+    """Greedy answers equal those of transformers, without the penalties in the folder's generation config.
+    Sampled answers depend on the seed, and differ from each other.
     """
     model, tokenizer = tmp_path / "penalised", AutoTokenizer.from_pretrained(world / "model")
     shutil.copytree(world / "model", model)
     GenerationConfig(repetition_penalty=9.0).save_pretrained(model)
     ids = plain(model, [user("Hello!")])
-    whole = LlamaForCausalLM.from_pretrained(world / "model").generate(
+    output = LlamaForCausalLM.from_pretrained(world / "model").generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
     )
-    likeliest = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    greedy = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     for words in (GREEDY, ["--top_p", "1e-6"], ["--temperature", "1e-4"]):
-        assert {*map(answer, talk(["Hello!", "/regenerate"], [model], *words).replies)} == {likeliest}
+        assert {*map(answer, talk(["Hello!", "/regenerate"], [model], *words).replies)} == {greedy}
     lines = ["Hello!", "And you?", "/regenerate", "/reset", "Hello!"]
     sampled = talk(lines, [model])
     assert talk(lines, [model]).replies == sampled.replies
     assert talk(lines, [model], "--seed", "1").replies != sampled.replies
     assert len({answer(sampled.replies[i]) for i in (0, 1, 2, 4)}) == 4
-    assert sampled.read[3] == sampled.read[0] == ids[0].tolist()  # nothing is left of what was said
+    assert sampled.prompts[3] == sampled.prompts[0] == ids[0].tolist()  # /reset drops the history
     lines, words = ["Hello!", *["/regenerate"] * 79], ["--temperature", "1e6", "--max_response_length", "1"]
-    assert len({*talk(lines, [model], *words).replies}) > 50  # from all tokens, not from the likeliest few
+    assert len({*talk(lines, [model], *words).replies}) > 50  # samples from all tokens
 
 
 def test_two_models_are_compared(
-    world: Path, untemplated: Path, reward_model: Path, talk: Talk, tmp_path: Path
+    world: Path, untemplated: Path, reward_model: Path, talk: RunChat, tmp_path: Path
 ) -> None:  # fmt: skip
-    """Each reads its own tokens; scores are plain transformers'; the one that is picked goes on."""
+    """Each uses its own tokenizer; scores equal those of transformers; the chosen answer continues."""
     models, file = [world / "model", untemplated], tmp_path / "pairs.jsonl"
     lines = ["Hello!", "/save b", "/b", "And you?", "Why?"]
     words = ["--reward_model_name_or_path", str(reward_model), "--save_to", str(file)]
-    found = talk(lines, models, *words, ends=True)
+    result = talk(lines, models, *words, ends=True)
     pattern = r"A: (.*)\n\((?:[^\n]*, )?score (\S+)\)\nB: (.*)\n\((?:[^\n]*, )?score (\S+)\)\n"
-    said = [re.fullmatch(pattern, found.replies[i], re.DOTALL).groups() for i in (0, 3)]
-    (a, score_a, b, score_b), (next_a, *_) = said
+    parts = [re.fullmatch(pattern, result.replies[i], re.DOTALL).groups() for i in (0, 3)]
+    (a, score_a, b, score_b), (next_a, *_) = parts
     a, b, next_a = a.strip(), b.strip(), next_a.strip()
     record = json.loads(file.read_text())
     assert record == {"prompt": [user("Hello!")], "chosen": b, "rejected": a}
     turns = [user("Hello!"), assistant(b), user("And you?"), assistant(next_a), user("Why?")]
     for number in (1, 3, 5):
-        for place, model in enumerate(models):
+        for index, model in enumerate(models):
             ids = plain(model, turns[:number])[0].tolist()
-            assert found.read[number - 1 + place] == ids
+            assert result.prompts[number - 1 + index] == ids
     scorer = LlamaForSequenceClassification.from_pretrained(reward_model)
     for text, score in ((a, score_a), (b, score_b)):
         ids = plain(reward_model, [user("Hello!")])
@@ -185,68 +185,70 @@ def test_two_models_are_compared(
         assert float(score) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_long_conversation_loses_its_oldest_messages(world: Path, talk: Talk) -> None:
+def test_long_conversation_drops_its_oldest_messages(world: Path, talk: RunChat) -> None:
     model, turns = world / "model", []
     questions = [f"{number}: {'Hello! ' * 3 * number}".strip() for number in range(8)]
-    found = talk(questions, [model], "--max_response_length", "60")
-    gone = []
-    for question, reply, read in zip(questions, found.replies, found.read, strict=True):
+    result = talk(questions, [model], "--max_response_length", "60")
+    dropped = []
+    for question, reply, ids in zip(questions, result.replies, result.prompts, strict=True):
         turns.append(user(question))
         rest = [plain(model, turns[first:])[0].tolist() for first in range(0, len(turns), 2)]
-        gone.append(next(number for number, ids in enumerate(rest) if len(ids) <= 256 - 60))
-        assert read == rest[gone[-1]] and ("oldest messages are left out" in reply) == (gone[-1] > 0)
+        dropped.append(next(number for number, ids in enumerate(rest) if len(ids) <= 256 - 60))
+        assert ids == rest[dropped[-1]] and ("oldest messages are left out" in reply) == (dropped[-1] > 0)
         turns.append(assistant(answer(reply.split("left out)\n")[-1])))
-    assert gone[0] == 0 and gone[-1] > 1
+    assert dropped[0] == 0 and dropped[-1] > 1
 
 
-def test_ctrl_c_stops_an_answer_alone(
-    world: Path, talk: Talk, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_stops_only_the_answer(
+    world: Path, talk: RunChat, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """What there is of it stands, and the conversation goes on from there."""
-    whole = answer(talk(["Hello!"], [world / "model"], *GREEDY).replies[0])
+    """The partial answer remains, and the conversation continues from it."""
+    complete = answer(talk(["Hello!"], [world / "model"], *GREEDY).replies[0])
     interrupt(monkeypatch, at=8)
-    found = talk(["Hello!", "And you?"], [world / "model"], *GREEDY)
-    part = answer(found.replies[0])
-    assert part and whole.startswith(part) and part != whole and found.replies[0].endswith("(stopped)\n")
+    result = talk(["Hello!", "And you?"], [world / "model"], *GREEDY)
+    part = answer(result.replies[0])
+    assert (
+        part and complete.startswith(part) and part != complete and result.replies[0].endswith("(stopped)\n")
+    )
     turns = [user("Hello!"), assistant(part), user("And you?")]
-    assert found.read[1] == plain(world / "model", turns)[0].tolist()
-    assert "stopped" not in found.replies[1]
+    assert result.prompts[1] == plain(world / "model", turns)[0].tolist()
+    assert "stopped" not in result.replies[1]
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Press Ctrl-C while a token of this number is drawn."""
+    """Press Ctrl-C during forward pass number `at`."""
     forward, calls = LlamaForCausalLM.forward, []
 
-    def interrupted(self, *args: object, **how: object) -> object:
+    def interrupted(self, *args: object, **keywords: object) -> object:
         calls.append(1)
         if len(calls) == at:
             signal.raise_signal(signal.SIGINT)
-        return forward(self, *args, **how)
+        return forward(self, *args, **keywords)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", interrupted)
 
 
-def test_an_answer_stopped_at_once_leaves_the_one_before(
-    world: Path, talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_answer_stopped_at_once_keeps_the_previous_one(
+    world: Path, talk: RunChat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:  # fmt: skip
-    """Nothing that was said is lost, what was stopped is not saved, and another try is."""
+    """The history stays, the stopped answer is not saved, and a new answer is."""
     model, file = world / "model", tmp_path / "pairs.jsonl"
     interrupt(monkeypatch, at=13)  # the first token of the second answer
     lines = ["Hello!", "/regenerate", "/save old", "/regenerate", "/save old", "And you?"]
-    found = talk(lines, [model], "--save_to", str(file), ends=True)
-    first, other = answer(found.replies[0]), answer(found.replies[3])
-    assert found.replies[1].endswith("(stopped, empty)\n")
-    assert found.replies[2] == "error: not saved: new is not a whole answer (stopped, empty)\n"
+    result = talk(lines, [model], "--save_to", str(file), ends=True)
+    first, other = answer(result.replies[0]), answer(result.replies[3])
+    assert result.replies[1].endswith("(stopped, empty)\n")
+    assert result.replies[2] == "error: not saved: answer new is incomplete (stopped, empty)\n"
     assert json.loads(file.read_text())["chosen"] == first
     turns = [user("Hello!"), assistant(other), user("And you?")]
-    assert found.read[-1] == plain(model, turns)[0].tolist()
+    assert result.prompts[-1] == plain(model, turns)[0].tolist()
     interrupt(monkeypatch, at=13)
-    found = talk(["Hello!", "/regenerate", "And you?"], [model], ends=True)
-    turns = [user("Hello!"), assistant(answer(found.replies[0])), user("And you?")]
-    assert found.read[-1] == plain(model, turns)[0].tolist()
+    result = talk(["Hello!", "/regenerate", "And you?"], [model], ends=True)
+    turns = [user("Hello!"), assistant(answer(result.replies[0])), user("And you?")]
+    assert result.prompts[-1] == plain(model, turns)[0].tolist()
 
 
-def test_commands_amiss_are_a_line(world: Path, talk: Talk, tmp_path: Path) -> None:
+def test_wrong_commands_are_one_line(world: Path, talk: RunChat, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     expected = [
         ("/regenerate", "error: there is no message"),
@@ -257,19 +259,19 @@ def test_commands_amiss_are_a_line(world: Path, talk: Talk, tmp_path: Path) -> N
         ("/save", "error: /save needs two answers"),
         ("/old", "error: there is no answer 'old'"),
         ("/regenerate", ""),
-        ("/save", "error: say which answer is better: /save new or /save old"),
-        ("/save b", "error: say which answer is better"),
-        ("/save old", "error: not saved: new is not a whole answer (cut off after 12 tokens)"),
+        ("/save", "error: name the better answer: /save new or /save old"),
+        ("/save b", "error: name the better answer"),
+        ("/save old", "error: not saved: answer new is incomplete (truncated at 12 tokens)"),
         ("/help", "/regenerate "),
     ]
     lines = [line for line, _ in expected]
-    found = talk(lines, [world / "model"], "--save_to", str(file), *GREEDY)
-    for reply, (line, beginning) in zip(found.replies, expected, strict=True):
+    result = talk(lines, [world / "model"], "--save_to", str(file), *GREEDY)
+    for reply, (line, beginning) in zip(result.replies, expected, strict=True):
         assert reply.startswith(beginning), line
         assert "error" not in beginning or reply.count("\n") == 1
     lines = ["Hello!", "/regenerate", "/save old"]
-    found = talk(lines, [world / "model"], "--save_to", str(file), *GREEDY, ends=True)
-    assert found.replies[2] == "error: not saved: both answers are the same\n"
+    result = talk(lines, [world / "model"], "--save_to", str(file), *GREEDY, ends=True)
+    assert result.replies[2] == "error: not saved: both answers are the same\n"
     assert not file.exists()
     assert "--save_to" in talk(["Hello!", "/save"], [world / "model"]).replies[1]
 
@@ -286,15 +288,15 @@ def test_commands_amiss_are_a_line(world: Path, talk: Talk, tmp_path: Path) -> N
         (["--reward_model_name_or_path", "MODEL"], ["--reward_model_name_or_path", "not a reward model"]),
     ],
 )
-def test_a_mistake_is_one_line(world: Path, tmp_path: Path, words: list[str], parts: list[str]) -> None:
-    places = {"FOLDER": str(tmp_path), "MODEL": str(world / "model")}
-    for name, place in places.items():
-        words, parts = ([text.replace(name, place) for text in texts] for texts in (words, parts))
+def test_mistakes_are_one_line(world: Path, tmp_path: Path, words: list[str], parts: list[str]) -> None:
+    paths = {"FOLDER": str(tmp_path), "MODEL": str(world / "model")}
+    for name, path in paths.items():
+        words, parts = ([text.replace(name, path) for text in texts] for texts in (words, parts))
     given = ["--model_name_or_path", str(world / "model"), *words]
     check_refusal("launch.chat.main", given, parts, tmp_path, tmp_path / "out")
 
 
-def test_the_script_talks_and_ends_with_the_input(world: Path, tmp_path: Path) -> None:
+def test_script_ends_with_the_input(world: Path, tmp_path: Path) -> None:
     words = ["--model_name_or_path", str(world / "model"), "--max_response_length", "4"]
     done = subprocess.run(
         ["bash", str(LAUNCH / "chat.sh"), *words], input="Hello!\n/quit\nnever read\n", cwd=tmp_path,
