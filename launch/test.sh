@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint and all tests.
-#   bash launch/test.sh
+# Lint and the whole test suite, or the fast part of it
+#   bash launch/test.sh [--fast]                                      # and options of pytest
 set -euo pipefail
 NUM_GPUS="${NUM_GPUS:-1}"
 
@@ -10,4 +10,5 @@ choose_device
 cd "$ROOT"
 ruff check .
 ruff format --check .
+[ "${1:-}" = --fast ] && shift && set -- -m "not end_to_end" "$@"
 OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"

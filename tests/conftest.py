@@ -27,8 +27,21 @@ SHARED = REPOSITORY.parent / "shared"
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
+# Functions that start ranks or scripts.
+STARTS = {"run_stage", "start_stage", "succeed", "bash", "launch", "Popen"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="the whole matrix of resumed runs, not a slice")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start ranks or scripts: they take most of the time."""
+    for item in items:
+        fixtures = [one for same in item._fixtureinfo.name2fixturedefs.values() for one in same]
+        functions = [item.function, *(fixture.func for fixture in fixtures)]
+        if "end_to_end" in item.path.parts or any(STARTS & {*f.__code__.co_names} for f in functions):
+            item.add_marker(pytest.mark.end_to_end)
 
 
 @pytest.fixture(scope="session", autouse=True)
