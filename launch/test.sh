@@ -10,5 +10,7 @@ choose_device
 cd "$ROOT"
 ruff check .
 ruff format --check .
-[ "${1:-}" = --fast ] && shift && set -- -m "not end_to_end" "$@"
+case "${1:-}" in
+--fast) set -- -m "not end_to_end" "${@:2}" ;;
+esac
 OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"
