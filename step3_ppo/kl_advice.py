@@ -1,4 +1,4 @@
-"""What KL and rewards of the last iterations suggest to change."""
+"""Advice on KL during training, from the KL and rewards of the last iterations."""
 
 from collections.abc import Sequence
 from statistics import fmean, pstdev
@@ -7,7 +7,7 @@ from common.runtime.distributed import log
 from common.training.train_state import TrainState
 from step3_ppo.options import KLOptions, PPOOptions
 
-REMEMBERED = 20  # iterations that are looked at, and within which nothing is said twice
+REMEMBERED = 20  # iterations considered, and iterations before the same advice is repeated
 JUMP = 5  # iterations within which KL must not rise by MOST_RISE nats
 MOST_RISE = 2.0
 FAR = 20.0  # nats per response
@@ -16,70 +16,70 @@ USUAL_COEF = (0.01, 0.1)
 USUAL_TARGET = (6.0, 10.0)  # nats per response, of the adaptive controller
 
 
-def advise(state: TrainState, step: int, found: dict[str, float], options: PPOOptions) -> None:
-    """Remember the metrics of an iteration, and log what they suggest, unless it was suggested lately."""
+def advise(state: TrainState, step: int, metrics: dict[str, float], options: PPOOptions) -> None:
+    """Store the metrics of an iteration, and log advice, unless it was logged recently."""
     recent = state.recent
-    if step > options.critic_warmup_steps:  # until then nothing moves the actor
+    if step > options.critic_warmup_steps:  # until then the actor does not change
         for name in ("kl/mean", "reward/mean"):
-            recent[name] = [*recent.get(name, []), found[name]][-REMEMBERED:]
-    said = kl_advice(recent.get("kl/mean", []), recent.get("reward/mean", []), found["kl/coef"], options)
-    for rule, sentence in said.items():
-        (held,) = recent.get(rule, [-REMEMBERED])
-        if step - held > REMEMBERED:
+            recent[name] = [*recent.get(name, []), metrics[name]][-REMEMBERED:]
+    advice = kl_advice(recent.get("kl/mean", []), recent.get("reward/mean", []), metrics["kl/coef"], options)
+    for rule, sentence in advice.items():
+        (last_step,) = recent.get(rule, [-REMEMBERED])
+        if step - last_step > REMEMBERED:
             log(f"step {step}: {sentence}")
         recent[rule] = [step]
 
 
-def warn_of_penalty(found: dict[str, float], options: PPOOptions) -> None:
-    """Log a --missing_eos_penalty as large as the spread of the scores, if it met a response.
+def warn_of_penalty(metrics: dict[str, float], options: PPOOptions) -> None:
+    """Warn if --missing_eos_penalty exceeds the spread of the scores, and some responses were truncated.
 
-    found: metrics of the first iteration.
+    metrics: of the first iteration.
     """
-    penalty, cut = options.missing_eos_penalty, 1.0 - found["response/eos_rate"]
-    spread = 1.0 if options.normalise_scores else found["reward/std"]
-    if penalty and cut and penalty >= spread:
+    penalty, truncated = options.missing_eos_penalty, 1.0 - metrics["response/eos_rate"]
+    spread = 1.0 if options.normalise_scores else metrics["reward/std"]
+    if penalty and truncated and penalty >= spread:
         log(
             f"step 1: --missing_eos_penalty {penalty:g} is as large as the spread of the scores (standard"
-            f" deviation {spread:.3g}), and {cut:.0%} of the responses were cut before EOS: the policy learns"
-            f" to end, more than to score. Use at most {spread / 2:.2g}, or raise --max_response_length"
+            f" deviation {spread:.3g}), and {truncated:.0%} of the responses were truncated: the penalty"
+            f" outweighs the scores. Use at most {spread / 2:.2g}, or raise --max_response_length"
         )
 
 
 def kl_advice(
     kl: Sequence[float], reward: Sequence[float], kl_coef: float, options: KLOptions
 ) -> dict[str, str]:
-    """A sentence for each rule by which KL has left its usual range.
+    """Advice by rule, for each rule that KL breaks.
 
-    kl: nats per response, reward: mean score, of the last iterations, at most REMEMBERED.
+    kl: nats per response; reward: mean score; both of the last iterations, at most REMEMBERED.
     """
-    said = {}
+    advice = {}
     if not kl:
-        return said
+        return advice
     if kl[-1] > FAR:
-        said["far"] = (
-            f"KL is {kl[-1]:.1f} nats per response, above {FAR:g}: the policy has drifted too far for"
-            f" its scores; {_steer(kl_coef, options, closer=True)}, or take an earlier checkpoint"
+        advice["far"] = (
+            f"KL is {kl[-1]:.1f} nats per response, above {FAR:g}: so far from the reference, scores are"
+            f" unreliable; {_steer(kl_coef, options, closer=True)}, or use an earlier checkpoint"
         )
-    # Above all that was before, so that a curve that swings around its level has not jumped.
+    # Compared with the previous maximum, so that swings around a level are no jumps.
     if (rise := kl[-1] - max(kl[: 1 - JUMP] or kl[:1])) > MOST_RISE:
-        said["jump"] = (
+        advice["jump"] = (
             f"KL rose by {rise:.1f} nats per response within {JUMP} iterations, to {kl[-1]:.1f}:"
-            f" {_steer(kl_coef, options, closer=True)}, lower --actor_learning_rate, or have it rise over a"
-            " longer --warmup_ratio"
+            f" {_steer(kl_coef, options, closer=True)}, lower --actor_learning_rate, or use a longer"
+            " --warmup_ratio"
         )
     if len(kl) == REMEMBERED and max(kl) < IDLE and kl_coef:
         half = REMEMBERED // 2
         gain, noise = fmean(reward[half:]) - fmean(reward[:half]), pstdev(reward) / half**0.5
         if gain <= 2 * noise:
-            said["idle"] = (
+            advice["idle"] = (
                 f"KL has stayed below {IDLE:g} nats per response for {REMEMBERED} iterations and the score is"
                 f" flat: {_steer(kl_coef, options, closer=False)}, or raise --actor_learning_rate"
             )
-    return said
+    return advice
 
 
 def _steer(kl_coef: float, options: KLOptions, closer: bool) -> str:
-    """The option that brings KL down (closer) or up, and its usual range where that lies ahead."""
+    """The option that lowers KL (closer) or raises it, with its usual range unless it is already beyond."""
     if options.kl_controller == "adaptive":
         name, now, (low, high), is_more = "--kl_target", options.kl_target, USUAL_TARGET, not closer
     else:

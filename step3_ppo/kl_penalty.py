@@ -1,4 +1,4 @@
-"""The KL penalty to the reference policy: its coefficient, where it acts, and how the coefficient adapts."""
+"""The KL penalty: coefficient, kind (in the reward or in the loss), and adaptive control."""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class KLPenalty:
 
     @property
     def reward_coef(self) -> float:
-        """Weight of the KL that is subtracted from rewards."""
+        """Coefficient of the KL subtracted from rewards; 0 if the penalty is in the loss."""
         match self.kind:
             case "reward":
                 return self.coef
@@ -35,7 +35,7 @@ class KLPenalty:
                 assert_never(self.kind)
 
     def add_to_loss(self, loss: Tensor, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        """The loss (N,) of each token with the penalty, where it is a term of the loss."""
+        """The loss (N,) of each token, plus the penalty unless it is in the reward."""
         match self.kind:
             case "reward":
                 return loss
@@ -45,7 +45,8 @@ class KLPenalty:
                 assert_never(self.kind)
 
     def update(self, kl: float, num_responses: int) -> None:
-        """Adapt it after n responses: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
+        """Adapt the coefficient after n responses: coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n /
+        horizon.
 
         kl: summed over the response, averaged over responses. Source: Ziegler et al. 2019, section 2.2.
         """

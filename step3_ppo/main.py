@@ -18,9 +18,7 @@ from common.model.lora import check_adapters
 from common.model.reward_ensemble import load_encoders
 from common.model.roles import check_scalar_model, policy_config
 from common.model.zero import load_zero_config, unpartitioned
-from common.runtime.distributed import (
-    seed_everything,
-)
+from common.runtime.distributed import seed_everything
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from common.runtime.process import run_main
@@ -48,7 +46,7 @@ SHOWN = ["reward/mean", "kl/mean", "response/length", "policy/entropy", "value/e
 
 
 def main() -> None:
-    # 1. Everything that can be wrong is found before a model is loaded.
+    # 1. Check options and data before a model is loaded.
     options = parse_options(PPOOptions)
     functions = load_functions(options.reward_function, "reward_function")
     gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
@@ -68,7 +66,7 @@ def main() -> None:
     encoder = SegmentEncoder(tokenizer)
     reward_encoders = load_encoders(options, encoder)
     if options.has_critic and reward_encoders[:1] != [encoder]:
-        check_scalar(config)  # the critic will stand on the actor's model
+        check_scalar(config)  # the critic starts from the actor's model
     convert = partial(
         tokenize_prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
@@ -83,7 +81,7 @@ def main() -> None:
         patience=options.early_stopping,
     )  # fmt: skip
 
-    # 2. The models, and where the run stands.
+    # 2. Load the models and resume.
     models = build_models(
         options, encoder, reward_encoders, functions, gold_function, actor_zero, critic_zero, loop.total_steps
     )  # fmt: skip
@@ -102,7 +100,7 @@ def main() -> None:
 
     def evaluate_and_log() -> bool:
         seed_everything(options.seed, loop.state.step)
-        loop.state.unevaluated = True  # for as long as a function may fail
+        loop.state.unevaluated = True  # until the functions have succeeded
         with checkpoint_on_function_error(loop):
             figures, samples = evaluate(models, held_out, options)
         loop.state.unevaluated = False
@@ -122,16 +120,16 @@ def main() -> None:
         step = loop.state.step + 1
         batch = [train[i] for i in indices for _ in range(options.samples_per_prompt)]
 
-        # 3. Sample, and have every model read the responses.
+        # 3. Sample and score responses.
         rollout = sample_rollout(models.actor, encoder, batch, options, step)
         sampled = time.perf_counter()
         with checkpoint_on_function_error(loop):
             rollout, first_pass = score_rollout(models, batch, rollout, options, step)
-        # 4. Per-token KL penalty, and the score on the last token.
+        # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)
-        # 5. Advantages over the whole rollout.
+        # 5. Advantages.
         advantages, returns = estimate_advantages(rollout, rewards, options, state)
-        # 6. Clipped policy and value losses, several epochs.
+        # 6. Update with clipped policy and value losses, over several epochs.
         scored = time.perf_counter()
         stats = optimise(
             models, rollout, first_pass, advantages, returns, options, state.kl, pretraining, step
@@ -140,7 +138,7 @@ def main() -> None:
             update_ema_weights(loop.state.average, models.actor, options.ema_decay)
         seconds = sampled - start, scored - sampled, time.perf_counter() - scored
 
-        # 7. Record.
+        # 7. Metrics, checkpoint, evaluation.
         skipped = stats.pop("train/skipped_updates")
         figures = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": state.kl.coef}
         passes = options.ppo_epochs * stats["policy/updates"].value / options.updates_per_step
@@ -158,7 +156,7 @@ def main() -> None:
         loop.finish_step(figures, SHOWN, skipped, watched)
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
-    # 8. What other programs read.
+    # 8. Export.
     export_model(models.actor, tokenizer, loop.folder / "final", load_actor)
     if options.ema_decay:
         export_model(models.actor, tokenizer, loop.folder / "final_ema", load_actor, loop.state.average)
@@ -168,21 +166,21 @@ def main() -> None:
 
 @contextlib.contextmanager
 def checkpoint_on_function_error(loop: TrainingLoop) -> Iterator[None]:
-    """Save a checkpoint when a reward function fails while responses are scored.
+    """Save a checkpoint when a reward function fails.
 
-    Scoring changes neither the engines nor the state, so the run resumes exactly. Raises UserError, on all
-    ranks, with the step it resumes from.
+    Scoring changes neither the engines nor the state, so the run resumes exactly. Raises UserError on all
+    ranks, with the step from which the run resumes.
     """
     try:
         yield
     except FunctionError as error:
         if loop.state.step == 0:
-            place = "begins again"
+            outcome = "starts again"
         elif loop.save():
-            place = f"goes on after step {loop.state.step}"
+            outcome = f"resumes after step {loop.state.step}"
         else:
-            place = "goes on from an older checkpoint"
-        raise UserError(f"{error}; with its file corrected, the same command {place}") from error
+            outcome = "resumes from an older checkpoint"
+        raise UserError(f"{error}; correct its file; then the same command {outcome}") from error
 
 
 if __name__ == "__main__":

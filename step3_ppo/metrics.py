@@ -1,4 +1,4 @@
-"""What a policy does on held-out prompts, and the figures that describe responses."""
+"""Evaluation on held-out prompts, and metrics of rollouts."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -19,24 +19,23 @@ from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_responses, score_rollout
 
 PERCENTILES = torch.tensor([0.1, 0.5, 0.9])
-# A sampling step that training never reaches: every evaluation draws the same numbers.
+# A sampling step beyond training: every evaluation uses the same random numbers.
 EVALUATION_STEP = 1 << 40
 
 
 def evaluate(
     models: Models, prompts: Sequence[Prompt], options: PPOOptions
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Figures on one response to each held-out prompt, and the first few with their scores."""
-    short = -len(prompts) % world_size()
-    prompts_of_all = [*prompts, *prompts[:1] * short]
+    """Metrics on one response to each held-out prompt, and the first samples with their scores."""
+    padded = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]  # every rank has as many
     title = "responses to held-out prompts"
-    rollout = sample_rollout(models.actor, models.encoder, prompts_of_all, options, EVALUATION_STEP, title)
-    rollout, _ = score_rollout(models, prompts_of_all, rollout, options, title=f"scores of {title}")
+    rollout = sample_rollout(models.actor, models.encoder, padded, options, EVALUATION_STEP, title)
+    rollout, _ = score_rollout(models, padded, rollout, options, title=f"scores of {title}")
     gold = None
     if models.gold:
-        mine, size = range(rank(), len(prompts_of_all), world_size()), options.generation_batch_size
+        rank_rows, size = range(rank(), len(padded), world_size()), options.generation_batch_size
         gold, _ = score_responses(
-            models.gold, models.encoder, prompts_of_all, rollout, mine, size, f"gold scores of {title}"
+            models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
         )
         gold = gold[: len(prompts)]
     rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
@@ -51,9 +50,9 @@ def evaluate(
 
 
 def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, Mean]:
-    """The figures of one training rollout; returns (B, R) where there is a critic."""
+    """Metrics of a training rollout. returns: (B, R), None without a critic."""
     low, median, high = rollout.scores.float().quantile(PERCENTILES.to(rollout.scores)).tolist()
-    found = {
+    metrics = {
         "reward/mean": rollout.scores.mean().item(),
         "reward/std": rollout.scores.std(unbiased=False).item(),
         "reward/p10": low,
@@ -66,11 +65,11 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
         **({} if returns is None else describe_values(rollout, returns)),
         **{f"response/{name}": value for name, value in describe_responses(rollout).items()},
     }
-    return {name: Mean(value) for name, value in found.items()}
+    return {name: Mean(value) for name, value in metrics.items()}
 
 
 def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
-    """Mean of each part of the scores (B, M + F) if there are several; how far reward models are apart."""
+    """Mean of each part of the scores (B, M + F) if there are several, and the std between reward models."""
     count = len(scorer.rewards)
     names = [*range(1, count + 1), *(function.name for function in scorer.functions)]
     if len(names) == 1:
@@ -82,7 +81,7 @@ def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
 
 
 def describe_values(rollout: Rollout, returns: Tensor) -> dict[str, float]:
-    """How much of the variance of the returns (B, R) the critic foresaw, and its mean."""
+    """Explained variance of the returns (B, R), and the mean value."""
     mask = rollout.response_mask
     unexplained = masked_var(returns - rollout.values, mask) / masked_var(returns, mask).clamp(min=1e-8)
     mean = masked_mean(rollout.values, mask).item()
@@ -97,33 +96,32 @@ def response_kl(rollout: Rollout) -> float:
 def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
     """KL per token, the k1 estimate, in the first to the last quarter of each response."""
     kl, mask = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask), rollout.response_mask
-    place = torch.arange(mask.shape[1], device=mask.device)
-    quarters = 4 * place // rollout.response_lengths[:, None]  # (B, R)
+    column = torch.arange(mask.shape[1], device=mask.device)
+    quarters = 4 * column // rollout.response_lengths[:, None]  # (B, R)
     return {f"kl/quarter_{q + 1}": masked_mean(kl, mask & (quarters == q)).item() for q in range(4)}
 
 
 def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str, Mean]:
-    """Time of the phases of an iteration, and what they got through: in the rollout tokens of responses, else
-    of prompts too; and of all positions that the rollout ran the actor at, the share that was not padding or
-    past the end of a response.
+    """Time and tokens per second of the phases: response tokens in the rollout, all tokens in the others.
+    Also the useful share of the positions computed in the rollout, without padding and finished responses.
 
-    seconds: of sampling, scoring and training; passes: how often training went through the rollout.
+    seconds: of sampling, scoring and training. passes: of training over the rollout.
     """
     tokens = int(rollout.lengths.sum())
     amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes
-    useful = tokens - len(rollout.lengths)  # the last token of a response is drawn, not read
+    useful = tokens - len(rollout.lengths)  # the last token of a response is sampled, but not an input
     share = Mean(useful, int(rollout.computed.sum()))
-    found = {"time/step": Mean(sum(seconds)), "rollout/useful_share": share}
+    metrics = {"time/step": Mean(sum(seconds)), "rollout/useful_share": share}
     for name, spent, amount in zip(("rollout", "score", "train"), seconds, amounts, strict=True):
-        found |= {f"time/{name}": Mean(spent), f"{name}/tokens_per_second": Mean(amount, spent)}
-    return found
+        metrics |= {f"time/{name}": Mean(spent), f"{name}/tokens_per_second": Mean(amount, spent)}
+    return metrics
 
 
 def describe_responses(rollout: Rollout) -> dict[str, float]:
-    """Length in tokens, share that ended by themselves, distinct-1 and -2, share of repeated trigrams.
+    """Length in tokens, share with EOS, distinct-1, distinct-2, and share of repeated trigrams.
 
-    distinct_2: different pairs of neighbouring tokens / all such pairs within a response, averaged over
-    responses (Li et al. 2016, per response, so that it does not depend on how many there are).
+    distinct_2: distinct bigrams / all bigrams of a response, averaged over responses (Li et al. 2016, but per
+    response, so that it does not depend on their number).
     """
     responses = [rollout.response(row) for row in range(len(rollout.scores))]
     repeated = [fmean(repeated_share(ids, size) for ids in responses) for size in (1, 2, 3)]
@@ -137,11 +135,11 @@ def describe_responses(rollout: Rollout) -> dict[str, float]:
 
 
 def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -> list[dict[str, Any]]:
-    """The first responses with what is known of them; gold (B,)."""
-    found = []
+    """Records of the first responses. gold: (B,)."""
+    records = []
     for row in range(min(count, len(rollout.scores))):
         prompt = rollout.prompt(row)
-        found.append({
+        records.append({
             "prompt": models.encoder.decode_prompt(prompt),
             "response": models.encoder.decode_response(prompt, rollout.reply(row)),
             "score": rollout.scores[row].item(),
@@ -149,13 +147,13 @@ def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -
             "length": int(rollout.response_lengths[row]),
             "ended": rollout.ended[row].item(),
         })  # fmt: skip
-    return found
+    return records
 
 
-def as_markdown(found: Sequence[dict[str, Any]]) -> str:
+def as_markdown(records: Sequence[dict[str, Any]]) -> str:
     """A table of samples."""
     lines = ["| score | prompt | response |", "|---|---|---|"]
-    for one in found:
+    for one in records:
         texts = [one[name].replace("|", "\\|").replace("\n", " ") for name in ("prompt", "response")]
         lines.append(f"| {one['score']:.2f} | {texts[0]} | {texts[1]} |")
     return "\n".join(lines)

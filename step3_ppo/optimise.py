@@ -28,38 +28,38 @@ Sums = Counter[str]  # sums over tokens, turned into means at the end
 
 
 class MicroBatch(NamedTuple):
-    """A part of a minibatch: some rows, and what the rollout says of their N response tokens, row by row."""
+    """A part of a minibatch: rows, and values of the rollout at their N response tokens, row by row."""
 
     rows: Rows
     logprobs: Tensor  # (N,)
     ref_logprobs: Tensor  # (N,)
     advantages: Tensor  # (N,)
-    values: Tensor | None  # (N,) where there is a critic
-    returns: Tensor | None  # (N,) where there is a critic
-    tokens: int  # of the responses of the whole minibatch, over all ranks
-    tokens_read: int  # of the prompts too
-    is_last: bool  # of this rank's in the minibatch
+    values: Tensor | None  # (N,) None without a critic
+    returns: Tensor | None  # (N,) None without a critic
+    tokens: int  # response tokens of the minibatch, over all ranks
+    tokens_read: int  # the same with prompts
+    is_last: bool  # the last micro-batch of this rank in the minibatch
 
 
 def optimise(
     models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor | None,
     options: PPOOptions, kl: KLPenalty, pretraining: PretrainingMix | None, step: int,
 ) -> dict[str, Mean | float]:  # fmt: skip
-    """Update actor and critic on every minibatch of every epoch; advantages and returns (B, R).
+    """Update actor and critic on every minibatch of every epoch. advantages, returns: (B, R).
 
-    first_pass: the forward passes of the first micro-batch, which scoring has made already. Epochs end early
-    when the policy is further than --max_update_kl from that of the rollout; the learning
-    rates follow their schedule as if all updates had been made.
+    first_pass: forward passes of the first micro-batch, from scoring. Epochs end early when the KL to the
+    rollout policy exceeds --max_update_kl; the learning rates then follow their schedules as if all updates
+    had been made.
 
-    Every loss is a mean over the tokens of the whole minibatch, however it is split over ranks and
-    micro-batches. Returns means over the tokens of all updates, the mean gradient norms, and how many updates
-    were skipped because of numbers that are not finite. `policy/ratio` is that of the first minibatch, where
-    it must be 1.
+    Every loss is a mean over the tokens of the minibatch, independent of its split over ranks and
+    micro-batches. Returns means over the tokens of all updates, mean gradient norms, and the number of
+    updates skipped because of non-finite numbers. `policy/ratio` is that of the first minibatch, where it
+    must be 1.
 
-    `policy/update_kl` is how far the last update left the policy from the rollout's, in nats per response
-    (k2). It is measured on the last minibatch by one more forward pass at the end of each epoch, which costs
-    a third of the actor's training on that minibatch. Within an epoch the forward pass of each minibatch
-    measures all updates before it; one that is beyond --max_update_kl ends the epochs after its own update.
+    `policy/update_kl` is the KL from the rollout policy after the last update (k2), in nats per response. It
+    is measured on the last minibatch with one more forward pass at the end of each epoch, at a third of the
+    cost of training the actor on it. Within an epoch, the forward pass of each minibatch measures the updates
+    before it; a minibatch beyond --max_update_kl ends the epochs after its own update.
     """
     models.actor.train()
     if models.critic:
@@ -94,16 +94,16 @@ def optimise(
         for _ in range(options.updates_per_step - updates):
             engine.lr_scheduler.step()
     skipped = sum(not math.isfinite(norm) for of_one in norms.values() for norm in of_one)
-    found = _means(sums, first) | {name: _mean_norm(of_one) for name, of_one in norms.items() if of_one}
+    metrics = _means(sums, first) | {name: _mean_norm(of_one) for name, of_one in norms.items() if of_one}
     if ptx_losses:
-        found["ptx/loss"] = Mean(sum_over_ranks(sum(ptx_losses))[0], len(ptx_losses))
-    found |= {"policy/update_kl": Mean(update_kl), "policy/updates": Mean(updates)}
-    return found | {"train/skipped_updates": skipped}
+        metrics["ptx/loss"] = Mean(sum_over_ranks(sum(ptx_losses))[0], len(ptx_losses))
+    metrics |= {"policy/update_kl": Mean(update_kl), "policy/updates": Mean(updates)}
+    return metrics | {"train/skipped_updates": skipped}
 
 
 @torch.no_grad()
 def _distance(actor: Any, rollout: Rollout, batch: list[int], options: PPOOptions) -> float:
-    """How far the policy is from that of the rollout on some rows of it: k2, in nats per response."""
+    """KL from the rollout policy on some rows: k2, in nats per response."""
     actor.eval()
     total = 0.0
     for chunk in deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size()):
@@ -121,10 +121,10 @@ def _squares(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
 def _micro_batches(
     rollout: Rollout, batch: list[int], advantages: Tensor, returns: Tensor | None, options: PPOOptions
 ) -> Iterator[MicroBatch]:
-    """This rank's part of a minibatch, which is these rows of the rollout."""
+    """This rank's micro-batches of a minibatch. batch: the rows of the minibatch."""
     tokens, tokens_read = int(rollout.response_lengths[batch].sum()), int(rollout.lengths[batch].sum())
-    mine = deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size())
-    for number, chunk in enumerate(mine, start=1):
+    chunks = deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size())
+    for number, chunk in enumerate(chunks, start=1):
         mask = rollout.response_mask[chunk]  # (b, R)
         yield MicroBatch(
             take_rows(rollout, chunk),
@@ -135,12 +135,12 @@ def _micro_batches(
             None if returns is None else returns[chunk][mask],
             tokens,
             tokens_read,
-            is_last=number == len(mine),
+            is_last=number == len(chunks),
         )
 
 
 def _means(sums: Sums, first: dict[str, float]) -> dict[str, Mean]:
-    """Means over the tokens of all ranks and updates, but of the first minibatch for the ratio."""
+    """Means over the tokens of all ranks and updates; for the ratio, of the first minibatch."""
     totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
     *totals, first_tokens, first_ratio = sum_over_ranks(*totals)
     by_name = dict(zip(sums, totals, strict=True))
@@ -152,7 +152,7 @@ def _means(sums: Sums, first: dict[str, float]) -> dict[str, Mean]:
 
 
 def _mean_norm(norms: list[float]) -> Mean:
-    """The mean over the updates that were not skipped; infinite when all were."""
+    """The mean over the updates that were not skipped; infinite if all were."""
     finite = [norm for norm in norms if math.isfinite(norm)]
     return Mean(sum(finite), len(finite)) if finite else Mean(math.inf)
 
@@ -160,9 +160,8 @@ def _mean_norm(norms: list[float]) -> Mean:
 def _update_actor(
     actor: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
 ) -> float | None:
-    """One micro-batch of the clipped policy loss, and of what stands beside it."""
-    found = done.take_policy() or policy_pass(actor, batch.rows, options.temperature)
-    logprobs, logits, balance = found
+    """One micro-batch of the policy loss, with KL, entropy and load-balancing terms."""
+    logprobs, logits, balance = done.take_policy() or policy_pass(actor, batch.rows, options.temperature)
     result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
@@ -183,7 +182,7 @@ def _update_actor(
 def _update_critic(
     critic: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, sums: Sums
 ) -> float | None:
-    """One micro-batch of the clipped value loss."""
+    """One micro-batch of the value loss."""
     values = done.take_values()
     if values is None:
         values = token_scores(critic, batch.rows.input_ids, batch.rows.positions)

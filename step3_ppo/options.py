@@ -22,66 +22,70 @@ class SamplingOptions(GenerationOptions):
     """Prompts and rollouts."""
 
     prompt_data: list[str] = option([], "Prompts: files or hub names.", required=True, resume="data")
-    rollout_batch_size: int = option(128, "Responses collected per iteration, over all ranks.", at_least=1)
-    samples_per_prompt: int = option(1, "Responses to each prompt of an iteration.", at_least=1)
+    rollout_batch_size: int = option(128, "Responses per iteration, over all ranks.", at_least=1)
+    samples_per_prompt: int = option(1, "Responses per prompt in an iteration.", at_least=1)
     num_samples: int = option(
-        4, "Held-out answers written to TensorBoard at each evaluation.", at_least=0, resume="free"
+        4,
+        "Held-out responses written to samples.jsonl and TensorBoard per evaluation.",
+        at_least=0,
+        resume="free",
     )
 
 
 @dataclass
-class RewardOptions(EnsembleOptions):
+class ScoringOptions(EnsembleOptions):
     """Scores, penalties and gold scorers."""
 
     reward_function: list[str] = option(
         [],
-        "FILE.py:NAME or FILE.py:NAME:WEIGHT: functions of prompts, responses, records that score too.",
+        "Reward functions of prompts, responses and records: FILE.py:NAME or FILE.py:NAME:WEIGHT.",
         resume="function",
     )
     gold_reward_model: str = option(
-        "", "A reward model that judges held-out responses, and is never learnt from.", resume="model"
+        "", "Gold reward model for held-out responses, for evaluation only.", resume="model"
     )
-    gold_function: str = option("", "FILE.py:NAME: a function that does so.", resume="function")
-    normalise_scores: bool = option(False, "Scale scores by mean and std of all scores so far.")
-    score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not.", at_least=0)
+    gold_function: str = option("", "Gold function, for evaluation only: FILE.py:NAME.", resume="function")
+    normalise_scores: bool = option(False, "Normalise scores by the running mean and std of all scores.")
+    score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not clip.", at_least=0)
     missing_eos_penalty: float = option(
-        1.0, "Taken from the score of a response that did not end.", at_least=0
+        1.0, "Subtracted from the score of a response without EOS.", at_least=0
     )
-    length_penalty: float = option(0.0, "Taken from the score for each token of the response.", at_least=0)
+    length_penalty: float = option(0.0, "Subtracted from the score per response token.", at_least=0)
     repetition_penalty: float = option(
-        0.0, "Taken from the score times the share of trigrams that stood in the response before.", at_least=0
+        0.0, "Subtracted from the score, times the share of repeated trigrams in the response.", at_least=0
     )
-    whiten_rewards: bool = option(False, "Scale the rewards of a rollout to variance 1, their mean kept.")
+    whiten_rewards: bool = option(False, "Scale the rewards of a rollout to variance 1; keep the mean.")
 
 
 @dataclass
 class KLOptions:
     """KL penalty and limits on updates."""
 
-    kl_coef: float = option(0.05, "Weight of the KL penalty; the first one, if adaptive.", at_least=0)
+    kl_coef: float = option(
+        0.05, "Coefficient of the KL penalty; with adaptive, its initial value.", at_least=0
+    )
     kl_penalty: Literal["reward", "k2", "k3"] = option(
         "reward",
-        "reward: the k1 estimate, taken from the reward of each token; k2: half the squared log-ratio, a term"
-        " of the loss, with the gradient of the KL divergence; k3: a term of the loss with less variance,"
-        " whose gradient is not that of the KL divergence (as in GRPO).",
+        "reward: subtract KL (k1) from the reward of each token; k2, k3: add that estimator to the loss."
+        " k2 has the gradient of the KL divergence; k3 has less variance, but another gradient (GRPO).",
     )
     kl_controller: Literal["fixed", "adaptive"] = option(
-        "fixed", "fixed: keep --kl_coef; adaptive: steer KL to --kl_target."
+        "fixed", "fixed: constant --kl_coef; adaptive: adjust it to keep KL near --kl_target."
     )
     kl_target: float = option(
         6.0,
-        "KL to the reference that the adaptive controller steers to, in nats per response.",
+        "Target of the adaptive controller: KL to the reference in nats per response.",
         above=0,
         formerly="target_kl",
     )
     max_update_kl: float = option(
         6.0,
-        "End the epochs of an iteration when the policy is this far from that of the rollout"
-        " (policy/update_kl), in nats per response.",
+        "End the epochs of an iteration when policy/update_kl, the KL to the rollout policy, exceeds this; in"
+        " nats per response.",
         above=0,
         formerly="target_kl",
     )
-    kl_horizon: int = option(10_000, "Responses over which the adaptive controller acts.", at_least=1)
+    kl_horizon: int = option(10_000, "Horizon of the adaptive controller, in responses.", at_least=1)
 
 
 @dataclass
@@ -90,46 +94,46 @@ class AlgorithmOptions:
 
     advantage_estimator: Literal["gae", "reinforce", "rloo", "group", "reinforce_pp"] = option(
         "gae",
-        "gae: by a critic (PPO); reinforce: the return less --reinforce_baseline; rloo: less the mean of the"
-        " other responses to the prompt; group: less the mean of all responses to the prompt (GRPO);"
-        " reinforce_pp: whitened over the rollout (REINFORCE++).",
+        "gae: GAE with a critic (PPO); reinforce: return minus --reinforce_baseline; rloo: reward minus the"
+        " mean of the other responses to the prompt; group: reward minus the mean of all responses to the"
+        " prompt (GRPO); reinforce_pp: return, whitened over the rollout (REINFORCE++).",
     )
     reinforce_baseline: Literal["batch", "moving"] = option(
-        "batch", "batch: the mean return of the rollout; moving: a moving average of it."
+        "batch", "batch: mean return of the rollout; moving: its moving average."
     )
-    group_std: bool = option(True, "Divide by the standard deviation of the group (GRPO; without: Dr. GRPO).")
-    ppo_epochs: int = option(4, "Passes over each rollout; --max_update_kl may end them earlier.", at_least=1)
-    actor_learning_rate: float = option(3e-6, "Highest learning rate of the actor.", above=0)
-    critic_learning_rate: float = option(9e-6, "Highest learning rate of the critic.", above=0)
-    critic_warmup_steps: int = option(0, "First iterations in which only the critic learns.", at_least=0)
-    clip_range: float = option(0.2, "The policy's probability ratio is clipped to 1 -/+ this.", above=0)
-    value_clip_range: float = option(0.2, "The value is kept this near to its old one.", above=0)
+    group_std: bool = option(
+        True, "With group, divide by the standard deviation of the group (GRPO); false: Dr. GRPO."
+    )
+    ppo_epochs: int = option(4, "Epochs per rollout; --max_update_kl may end them earlier.", at_least=1)
+    actor_learning_rate: float = option(3e-6, "Peak learning rate of the actor.", above=0)
+    critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", above=0)
+    critic_warmup_steps: int = option(0, "First iterations, in which only the critic is trained.", at_least=0)
+    clip_range: float = option(0.2, "Clip the probability ratio to 1 -/+ this.", above=0)
+    value_clip_range: float = option(0.2, "Clip the value to its old value -/+ this.", above=0)
     dual_clip: float = option(
-        3.0, "Bound on the loss of a bad token, in units of its advantage; 0: none.", at_least=0
-    )
+        3.0, "Upper bound on the loss of a token, times -advantage, if the advantage is negative; 0: none.",
+        at_least=0,
+    )  # fmt: skip
     gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", at_least=0, at_most=1)
     bootstrap_truncated: bool = option(
-        False, "With gae, after a response that was cut off comes the critic's value, not 0."
+        False, "With gae, bootstrap truncated responses with the critic's value instead of 0."
     )
-    whiten_advantages: bool = option(True, "Scale gae's advantages of a rollout to mean 0 and variance 1.")
+    whiten_advantages: bool = option(True, "With gae, whiten the advantages of a rollout.")
     ema_decay: float = option(
         0.0,
-        "Write final_ema/ with the actor's weights averaged over iterations, each time keeping this share of"
-        " the average, as in 0.992; 0: do not.",
+        "Decay per iteration of the actor's EMA weights, written to final_ema/; typical: 0.992. 0: no EMA.",
         at_least=0,
         at_most=0.999999,
     )
-    entropy_coef: float = option(0.0, "Weight of the policy's entropy, a bonus in the loss.", at_least=0)
-    ptx_data: list[str] = option(
-        [], "Demonstrations that the actor goes on learning from: files or hub names.", resume="data"
-    )
-    ptx_coef: float = option(1.0, "Weight of their loss beside that of PPO.", above=0)
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", at_least=0)
+    ptx_data: list[str] = option([], "PPO-ptx: demonstrations, as files or hub names.", resume="data")
+    ptx_coef: float = option(1.0, "PPO-ptx: weight of the loss on demonstrations.", above=0)
 
 
 @dataclass
 class PPOOptions(
-    RunOptions, PromptDataOptions, OptimiserOptions, LoraOptions, RewardOptions, SamplingOptions, KLOptions,
+    RunOptions, PromptDataOptions, OptimiserOptions, LoraOptions, ScoringOptions, SamplingOptions, KLOptions,
     AlgorithmOptions,
 ):  # fmt: skip
     """PPO of a policy against a reward model."""
@@ -148,35 +152,38 @@ class PPOOptions(
         "", "DeepSpeed JSON of the critic. Default: --zero_config.", resume="free"
     )
     actor_gradient_checkpointing: bool = option(
-        False, "--gradient_checkpointing, of the actor alone.", resume="free"
+        False, "--gradient_checkpointing for the actor only.", resume="free"
     )
     critic_gradient_checkpointing: bool = option(
-        False, "--gradient_checkpointing, of the critic alone.", resume="free"
+        False, "--gradient_checkpointing for the critic only.", resume="free"
     )
     offload_frozen: bool = option(
         False,
-        "Keep reference and reward models in host memory except while each of them scores.",
+        "Keep reference and reward models in host memory while they do not score.",
         resume="free",
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
-        "linear", "Shape of the learning rates over the run."
+        "linear", "Learning-rate schedule."
     )
-    warmup_ratio: float = option(0.0, "Part of the steps over which the rates rise.", at_least=0, at_most=1)
+    warmup_ratio: float = option(0.0, "Share of the steps used for warm-up.", at_least=0, at_most=1)
     adam_epsilon: float = option(1e-5, "AdamW epsilon.", above=0)
     early_stopping: int = option(
         0,
-        "Stop after this many evaluations in a row without a better --best_metric; 0: do not.",
+        "Stop after this many evaluations without a better --best_metric; 0: do not stop early.",
         at_least=0,
         resume="free",
     )
     eval_steps: int = option(
-        20, "Evaluate on held-out prompts every so many iterations; 0: at the end.", at_least=0, resume="free"
+        20,
+        "Iterations between evaluations on held-out prompts; 0: only at the end.",
+        at_least=0,
+        resume="free",
     )
     save_steps: int = option(
-        50, "Save a checkpoint every so many iterations and at the end; 0: never.", at_least=0, resume="free"
+        50, "Iterations between checkpoints, besides the one at the end; 0: never.", at_least=0, resume="free"
     )
     logging_steps: int = option(
-        1, "Write metrics and a progress line every so many iterations.", at_least=1, resume="free"
+        1, "Iterations between lines of metrics and progress.", at_least=1, resume="free"
     )
 
     @property
@@ -189,8 +196,8 @@ class PPOOptions(
         return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
 
     def check(self) -> None:
-        """Raise UserError unless something scores, the estimator has all it needs, and a rollout is whole
-        groups, equal shares and whole optimiser steps.
+        """Raise UserError without a scorer, if the estimator lacks an option, and if a rollout cannot be
+        divided into groups, ranks and optimiser steps.
         """
         if not self.reward_model_name_or_path and not self.reward_function:
             raise UserError("--reward_model_name_or_path or --reward_function is required")
@@ -228,11 +235,11 @@ class PPOOptions(
 
 
 def check_controller(options: PPOOptions) -> None:
-    """Raise UserError unless the adaptive controller has a coefficient, whose sign it cannot change."""
+    """Raise UserError unless the adaptive controller has a positive coefficient and a long enough horizon."""
     if options.kl_controller == "adaptive" and not options.kl_coef:
-        raise UserError("--kl_coef 0: --kl_controller adaptive multiplies it, and needs one above 0")
+        raise UserError("--kl_coef 0: must be above 0 with --kl_controller adaptive, which multiplies it")
     if options.kl_controller == "adaptive" and options.kl_horizon < options.rollout_batch_size:
         raise UserError(
             f"--kl_horizon {options.kl_horizon} must be at least --rollout_batch_size"
-            f" {options.rollout_batch_size}, which the controller sees at once"
+            f" {options.rollout_batch_size}"
         )

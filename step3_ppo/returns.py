@@ -1,4 +1,4 @@
-"""What an update learns from: rewards, advantages and returns of a scored rollout, as the options say."""
+"""Rewards, advantages and returns of a scored rollout, according to the options."""
 
 from typing import assert_never
 
@@ -19,7 +19,7 @@ from step3_ppo.rewards import clip_scores, repeated_share, token_kl, token_rewar
 from step3_ppo.rollout import Rollout
 from step3_ppo.state import PPOState
 
-MOVING = 0.9  # how much of a moving baseline each iteration keeps
+MOVING = 0.9  # decay of the moving baseline per iteration
 
 
 def shape_rewards(rollout: Rollout, options: PPOOptions, state: PPOState) -> tuple[Tensor, dict[str, Mean]]:
@@ -82,7 +82,7 @@ def estimate_advantages(
 
 
 def _baseline(mean: float, options: PPOOptions, state: PPOState) -> float:
-    """What reinforce compares with; mean: the mean return of the rollout."""
+    """The baseline of reinforce. mean: the mean return of the rollout."""
     match options.reinforce_baseline:
         case "batch":
             return mean

@@ -1,4 +1,4 @@
-"""From scores per response to rewards per token, and the coefficient of the KL penalty. Pure."""
+"""From scores per response to rewards per token. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def repeated_share(ids: Sequence[int], size: int = 3) -> float:
-    """Share of the n-grams of a response that stood in it before; 0 for one that has none."""
+    """Share of the n-grams of a response that are repetitions; 0 without n-grams."""
     ngrams = list(zip(*(ids[start:] for start in range(size)), strict=False))
     return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 @dataclass
 class RunningScale:
-    """Mean and spread of all scores so far, to make scores of any scale alike.
+    """Running mean and standard deviation of all scores, to normalise them.
 
     Source: Chan et al. 1983, for batches; Zheng et al. 2023 (PPO-max), section 5.3.
     """
@@ -26,7 +26,7 @@ class RunningScale:
     squares: float = 0.0  # sum of squared distances from the mean
 
     def update(self, scores: Tensor) -> None:
-        """Take in the scores (B,) of a rollout."""
+        """Add the scores (B,) of a rollout."""
         number, mean = len(scores), scores.mean().item()
         distance, total = mean - self.mean, self.count + number
         self.squares += scores.var(unbiased=False).item() * number
@@ -35,13 +35,13 @@ class RunningScale:
         self.count = total
 
     def apply(self, scores: Tensor) -> Tensor:
-        """Scores (B,) in standard deviations from the mean."""
+        """Normalised scores (B,): standard deviations from the mean."""
         std = math.sqrt(self.squares / self.count)
         return (scores - self.mean) / max(std, 1e-8)
 
 
 def clip_scores(scores: Tensor, limit: float) -> Tensor:
-    """Scores (B,) cut to [-limit, limit], so that no outlier owns the batch; a limit of 0 changes nothing."""
+    """Scores (B,) clipped to [-limit, limit] against outliers; unchanged with a limit of 0."""
     return scores.clamp(-limit, limit) if limit else scores
 
 
@@ -49,8 +49,7 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> T
     """The k1 estimate log pi - log pi_ref of the KL divergence at each sampled token, (B, T), 0 outside the
     mask.
 
-    Source: Schulman, "Approximating KL divergence" (2020). Unbiased in expectation, and may be negative for a
-    token.
+    Source: Schulman, "Approximating KL divergence" (2020). Unbiased; may be negative for a token.
     """
     return (logprobs - ref_logprobs) * response_mask
 

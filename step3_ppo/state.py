@@ -1,4 +1,4 @@
-"""What PPO carries from one iteration to the next, besides the engines."""
+"""State of PPO besides the engines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ class PPOState:
 
     @classmethod
     def load(cls, options: PPOOptions, saved: Mapping[str, float]) -> "PPOState":
-        """The state of a checkpoint; of a new run where `saved` is empty."""
+        """The state of a checkpoint, or of a new run if `saved` is empty."""
         scale = RunningScale(*(saved.get(f"score_{name}", 0.0) for name in ("count", "mean", "squares")))
         kl = make_kl_penalty(options, saved.get("kl_coef", options.kl_coef))
         return cls(kl, scale, saved.get("baseline"), int(saved.get("ptx_batches", 0)))
 
     def plain(self) -> dict[str, float]:
-        """Numbers by name; those that the options do not use are left out."""
+        """Numbers by name, without those that the options do not use."""
         numbers = {"kl_coef": self.kl.coef}
         if self.score_scale.count:
             numbers |= {f"score_{name}": value for name, value in vars(self.score_scale).items()}
@@ -38,7 +38,7 @@ class PPOState:
 
 
 def make_kl_penalty(options: PPOOptions, coef: float) -> KLPenalty:
-    """The penalty by the options, with the coefficient that it has reached."""
+    """The KL penalty of the options, with its current coefficient."""
     match options.kl_controller:
         case "fixed":
             return KLPenalty(coef, options.kl_penalty)

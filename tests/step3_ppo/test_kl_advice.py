@@ -1,4 +1,4 @@
-"""Advice about KL: each rule speaks where it should, once, and only there."""
+"""Advice on KL: every rule, its range, and its repetition."""
 
 import json
 
@@ -15,12 +15,12 @@ SWINGS = [6.0, 4.0, 6.5, 5.0, 7.0, 4.2, 6.9]
 
 
 @pytest.mark.parametrize(
-    "kl, reward, said",
+    "kl, reward, expected",
     [
         ([], [], {}),
         (RISING, RISING, {}),
         ([0.0, 0.4, 0.8, 1.2, 1.6, 2.0, 2.4], [0.0] * 7, {}),
-        ([19.0, 20.5], [0.0, 1.0], {"far": ["KL is 20.5 nats", "drifted", "raise --kl_coef (now 0.05"]}),
+        ([19.0, 20.5], [0.0, 1.0], {"far": ["KL is 20.5 nats", "unreliable", "raise --kl_coef (now 0.05"]}),
         ([1.0, 1.1, 1.2, 3.2], [0.0] * 4, {"jump": ["rose by 2.2", "raise --kl_coef", "--warmup_ratio"]}),
         ([0.0, 2.5], [0.0] * 2, {"jump": ["to 2.5"]}),
         (SWINGS, [0.0] * 7, {}),
@@ -31,10 +31,10 @@ SWINGS = [6.0, 4.0, 6.5, 5.0, 7.0, 4.2, 6.9]
         ([0.01] * (REMEMBERED - 1), NOISE[1:], {}),
     ],
 )  # fmt: skip
-def test_kl_advice(kl, reward, said):
-    found = kl_advice(kl, reward, 0.05, PPOOptions())
-    assert found.keys() == said.keys()
-    assert all(part in found[rule] for rule, parts in said.items() for part in parts)
+def test_kl_advice(kl, reward, expected):
+    sentences = kl_advice(kl, reward, 0.05, PPOOptions())
+    assert sentences.keys() == expected.keys()
+    assert all(part in sentences[rule] for rule, parts in expected.items() for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -50,33 +50,33 @@ def test_kl_advice(kl, reward, said):
         ([0.01] * REMEMBERED, 0.05, {"kl_target": 0.1}, "raise --kl_target (now 0.1; usual: 6 to 10)"),
     ],
 )
-def test_the_option_is_the_one_that_steers_and_its_range_lies_ahead(kl, kl_coef, words, part):
+def test_advice_names_the_option_and_its_usual_range(kl, kl_coef, words, part):
     options = PPOOptions(kl_controller="adaptive" if words else "fixed", **words)
-    said = list(kl_advice(kl, [0.0] * len(kl), kl_coef, options).values())
-    assert len(said) == (part is not None) and all(part in sentence for sentence in said)
+    sentences = list(kl_advice(kl, [0.0] * len(kl), kl_coef, options).values())
+    assert len(sentences) == (part is not None) and all(part in sentence for sentence in sentences)
 
 
-def heard(monkeypatch, kls: list[float], **words) -> list[str]:
-    """What is logged of a curve at a flat score, in a run that is stopped and resumed after each step."""
-    said, state = [], TrainState()
-    monkeypatch.setattr(advice, "log", said.append)
+def logged(monkeypatch, kls: list[float], **words) -> list[str]:
+    """Lines logged for a curve at a flat score, in a run that is stopped and resumed after each step."""
+    lines, state = [], TrainState()
+    monkeypatch.setattr(advice, "log", lines.append)
     for step, kl in enumerate(kls, start=1):
-        found = {"kl/mean": kl, "reward/mean": 0.0, "kl/coef": 0.05}
-        advise(state, step, found, PPOOptions(**words))
+        metrics = {"kl/mean": kl, "reward/mean": 0.0, "kl/coef": 0.05}
+        advise(state, step, metrics, PPOOptions(**words))
         state = TrainState(**json.loads(json.dumps(state.plain())))
-    return said
+    return lines
 
 
-def test_each_rule_is_heard_once(monkeypatch):
-    first, second = heard(monkeypatch, [float(kl) for kl in range(45)])
+def test_advice_is_not_repeated_at_once(monkeypatch):
+    first, second = logged(monkeypatch, [float(kl) for kl in range(45)])
     assert first.startswith("step 4: KL rose by 3.0 ") and second.startswith("step 22: KL is 21.0 ")
     again = [*[1.0] * 10, 4.0, *[1.0] * (REMEMBERED + 5), 7.0]
-    assert [line.split(":")[0] for line in heard(monkeypatch, again)] == ["step 11", "step 37"]
+    assert [line.split(":")[0] for line in logged(monkeypatch, again)] == ["step 11", "step 37"]
 
 
-def test_a_critic_that_warms_up_leaves_kl_idle(monkeypatch):
-    assert heard(monkeypatch, [0.0] * (30 + REMEMBERED - 1), critic_warmup_steps=30) == []
-    (line,) = heard(monkeypatch, [0.0] * (30 + REMEMBERED), critic_warmup_steps=30)
+def test_critic_warmup_does_not_count_as_idle(monkeypatch):
+    assert logged(monkeypatch, [0.0] * (30 + REMEMBERED - 1), critic_warmup_steps=30) == []
+    (line,) = logged(monkeypatch, [0.0] * (30 + REMEMBERED), critic_warmup_steps=30)
     assert line.startswith(f"step {30 + REMEMBERED}: KL has stayed below")
 
 
@@ -86,16 +86,18 @@ def test_a_critic_that_warms_up_leaves_kl_idle(monkeypatch):
         (1.0, 0.4, 0.9, False, True),
         (0.4, 0.4, 0.9, False, True),
         (0.3, 0.4, 0.9, False, False),
-        (1.0, 0.4, 1.0, False, False),  # no response is cut
+        (1.0, 0.4, 1.0, False, False),  # no response is truncated
         (0.0, 0.0, 0.5, False, False),
         (0.9, 0.4, 0.5, True, False),  # the spread of normalised scores is 1
     ],
 )
-def test_a_penalty_that_outweighs_the_scores(penalty, spread, ended, normalised, is_warned, capsys):
-    found = {"reward/std": spread, "response/eos_rate": ended}
-    warn_of_penalty(found, PPOOptions(missing_eos_penalty=penalty, normalise_scores=normalised))
-    said = capsys.readouterr().out
-    assert bool(said) == is_warned
+def test_warning_of_a_penalty_that_outweighs_the_scores(
+    penalty, spread, ended, normalised, is_warned, capsys
+):
+    metrics = {"reward/std": spread, "response/eos_rate": ended}
+    warn_of_penalty(metrics, PPOOptions(missing_eos_penalty=penalty, normalise_scores=normalised))
+    line = capsys.readouterr().out
+    assert bool(line) == is_warned
     if is_warned:
-        assert f"--missing_eos_penalty {penalty:g} is as large" in said and "deviation 0.4)" in said
-        assert "10% of the responses" in said and "Use at most 0.2" in said
+        assert f"--missing_eos_penalty {penalty:g} is as large" in line and "deviation 0.4)" in line
+        assert "10% of the responses" in line and "Use at most 0.2" in line

@@ -1,4 +1,4 @@
-"""How far updates move the policy, and where that ends them, with a plain model and plain SGD."""
+"""KL of the updates and --max_update_kl, with a plain model and plain SGD."""
 
 from types import SimpleNamespace
 
@@ -62,24 +62,24 @@ def update(actor: LlamaForCausalLM, rollout: Rollout, **more: object) -> dict[st
     options = PPOOptions(rollout_batch_size=ROWS, micro_batch_size=1, advantage_estimator="rloo", **more)
     models = SimpleNamespace(actor=actor, critic=None)
     advantages = torch.randn(ROWS, WIDTH)
-    found = optimise(models, rollout, FirstPass(), advantages, None, options, KLPenalty(0.0), None, 1)
-    return {name: figure.value for name, figure in found.items() if name.startswith("policy/")}
+    metrics = optimise(models, rollout, FirstPass(), advantages, None, options, KLPenalty(0.0), None, 1)
+    return {name: mean.value for name, mean in metrics.items() if name.startswith("policy/")}
 
 
-def test_the_last_update_counts(actor):
-    """With one minibatch and one epoch, too, where no forward pass of training comes after it."""
+def test_update_kl_includes_the_last_update(actor):
+    """Also with one minibatch and one epoch, when no forward pass of training follows it."""
     rollout = sampled(actor)
-    found = update(actor, rollout, ppo_epochs=1, global_batch_size=ROWS)
-    moved = 0.5 * (logprobs(actor, rollout) - rollout.logprobs[rollout.response_mask]) ** 2
-    assert found["policy/update_kl"] == pytest.approx(moved.sum().item() / ROWS, rel=1e-5)
-    assert found["policy/update_kl"] > 1e-4 and found["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
-    assert found["policy/ratio"] == pytest.approx(1) and actor.training
+    metrics = update(actor, rollout, ppo_epochs=1, global_batch_size=ROWS)
+    k2 = 0.5 * (logprobs(actor, rollout) - rollout.logprobs[rollout.response_mask]) ** 2
+    assert metrics["policy/update_kl"] == pytest.approx(k2.sum().item() / ROWS, rel=1e-5)
+    assert metrics["policy/update_kl"] > 1e-4 and metrics["policy/approx_kl"] == pytest.approx(0, abs=1e-9)
+    assert metrics["policy/ratio"] == pytest.approx(1) and actor.training
 
 
 @pytest.mark.parametrize(("size", "expected"), [(ROWS, 1), (2, 2)])
-def test_the_limit_acts_before_the_next_update(actor, size, expected):
-    """Where a minibatch is the rollout, after one; else after the first that sees what others have done."""
-    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, max_update_kl=1e-5)
-    assert found["policy/updates"] == expected and found["policy/update_kl"] > 1e-5
-    found = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, max_update_kl=1e5)
-    assert found["policy/updates"] == 3 * ROWS / size
+def test_max_update_kl_ends_the_epochs(actor, size, expected):
+    """After the first update if a minibatch is the rollout, else after the first one that sees another."""
+    metrics = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, max_update_kl=1e-5)
+    assert metrics["policy/updates"] == expected and metrics["policy/update_kl"] > 1e-5
+    metrics = update(actor, sampled(actor), ppo_epochs=3, global_batch_size=size, max_update_kl=1e5)
+    assert metrics["policy/updates"] == 3 * ROWS / size

@@ -1,4 +1,4 @@
-"""From the scores of a rollout to its rewards, by hand."""
+"""From scores to rewards, computed by hand."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from step3_ppo.rollout import Rollout
 from step3_ppo.state import PPOState
 from tests.conftest import assert_close
 
-# Two responses after one token each: four tokens, of which a trigram repeats, cut off; two, ended.
+# Two responses to prompts of one token: four tokens with a repeated trigram, truncated; two tokens, ended.
 PLAIN = {"score_clip": 0.0, "missing_eos_penalty": 0.0, "kl_coef": 0.0}
 LOGPROBS, REF_LOGPROBS = (
     [[-1.0, -2.0, -0.5, -1.0], [-1.5, -1.0, 0, 0]],
@@ -40,7 +40,7 @@ def state(kl_coef: float, kind: str = "reward") -> PPOState:
         ({"score_clip": 5.0}, [3.0, -5.0], 0.5, 0),
         ({"missing_eos_penalty": 2.0}, [1.0, -7.0], 0, 1.0),
         ({"length_penalty": 0.25}, [2.0, -7.5], 0, 0.75),
-        ({"repetition_penalty": 4.0}, [1.0, -7.0], 0, 1.0),  # one of two trigrams stood there before
+        ({"repetition_penalty": 4.0}, [1.0, -7.0], 0, 1.0),  # one of two trigrams is a repetition
         ({"normalise_scores": True}, [1.0, -1.0], 0, 0),  # mean -2, standard deviation 5
         (
             {"score_clip": 5.0, "missing_eos_penalty": 4.0},
@@ -50,7 +50,7 @@ def state(kl_coef: float, kind: str = "reward") -> PPOState:
         ),  # penalties are not clipped
     ],
 )
-def test_what_is_done_to_scores(options, expected, clipped, penalty):
+def test_scores_are_clipped_normalised_and_penalised(options, expected, clipped, penalty):
     rewards, figures = shape_rewards(rollout([3.0, -7.0]), PPOOptions(**PLAIN | options), state(0.0))
     assert_close(rewards, torch.tensor([[0, 0, 0, expected[0]], [0, expected[1], 0, 0]]))
     assert figures["reward/clipped"].value == clipped
@@ -58,7 +58,7 @@ def test_what_is_done_to_scores(options, expected, clipped, penalty):
     assert figures["reward/total"].value == pytest.approx(sum(expected) / 2)
 
 
-def test_kl_is_paid_at_every_token_with_the_coefficient_of_now():
+def test_kl_is_subtracted_at_every_token_with_the_current_coefficient():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN)
     rewards, figures = shape_rewards(scored, options, state(0.5))
     assert_close(rewards, torch.tensor([[-0.25, 0.5, -0.25, 3.0], [-0.25, -7.5, 0, 0]]))
@@ -71,15 +71,15 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN, whiten_rewards=True)
     rewards, figures = shape_rewards(scored, options, state(0.5))
     plain = torch.tensor([-0.25, 0.5, -0.25, 3.0, -0.25, -7.5])
-    found = torch.cat([rewards[0], rewards[1, :2]])
-    assert_close(found, (plain - plain.mean()) / plain.std() + plain.mean())
+    whitened = torch.cat([rewards[0], rewards[1, :2]])
+    assert_close(whitened, (plain - plain.mean()) / plain.std() + plain.mean())
     assert not rewards[1, 2:].any() and figures["reward/total"].value == pytest.approx(plain.sum().item() / 2)
 
 
-def test_scores_are_normalised_by_those_of_earlier_rollouts_too():
+def test_scores_are_normalised_over_all_rollouts():
     options, scores_so_far = PPOOptions(**PLAIN, normalise_scores=True), state(0.0)
     shape_rewards(rollout([3.0, -7.0]), options, scores_so_far)
     rewards, _ = shape_rewards(rollout([1.0, 0.0]), options, scores_so_far)
-    known = torch.tensor([3.0, -7.0, 1.0, 0.0])
-    expected = (known[2:] - known.mean()) / known.std(unbiased=False)
+    scores = torch.tensor([3.0, -7.0, 1.0, 0.0])
+    expected = (scores[2:] - scores.mean()) / scores.std(unbiased=False)
     assert_close(rewards.sum(1), expected)

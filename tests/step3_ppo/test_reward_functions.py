@@ -184,7 +184,7 @@ def test_run_resumes_after_the_function_is_fixed(case, world, run, functions, tm
     (line,) = [line for line in failed.output.splitlines() if line.startswith("error:")]
     title = "--reward_function score" if case == "score" else "--gold_function judge"
     assert f"{title}: RuntimeError: no answer; record {{" in line
-    assert line.endswith(f"with its file corrected, the same command goes on after step {step}")
+    assert line.endswith(f"correct its file; then the same command resumes after step {step}")
     assert (parts / f"checkpoints/step_{step:06}/manifest.json").exists()
 
     functions.write_text(broken("") + "# fixed")

@@ -1,4 +1,4 @@
-"""The KL penalty, the reward per token and the KL controller."""
+"""KL per token, reward per token, and the scale of scores."""
 
 import pytest
 import torch
@@ -29,11 +29,11 @@ def test_penalty_matches_the_reference(reference):
     assert_close(rewards, case.outputs.non_score_reward)
 
 
-def test_score_stands_on_the_last_token():
+def test_score_is_added_at_the_last_token():
     kl = torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]])
     rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, torch.tensor([3, 1]), kl_coef=0.5)
     assert_close(rewards, torch.tensor([[-0.05, 0.1, 1.85], [-1.25, 0.0, 0.0]]))
-    assert_close(kl, torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]]))  # left as it was
+    assert_close(kl, torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]]))  # unchanged
 
 
 def test_clip_scores():
@@ -42,7 +42,7 @@ def test_clip_scores():
     assert clip_scores(scores, 0.0).tolist() == [-12.0, 3.0, 12.0]
 
 
-def test_running_scale_is_that_of_all_scores_together():
+def test_running_scale_equals_that_of_all_scores():
     scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 7 + 3
     scale = RunningScale()
     for batch in scores:
