@@ -21,7 +21,7 @@ from common.data.multi_encoder import load_shared_records
 from common.model.engine import gathered_weights, make_frozen
 from common.model.families import position_limit
 from common.model.forward import base_model, response_logits
-from common.model.loading import load_causal_lm, longest_input
+from common.model.loading import fit_to_model, load_causal_lm
 from common.model.roles import policy_config
 from common.model.vocabulary import spare_ids
 from common.model.zero import frozen_config, load_zero_config
@@ -68,7 +68,7 @@ def main() -> None:
     load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     paths = options.model_name_or_path
     configs = [policy_config(path, "model_name_or_path") for path in paths]
-    lengths = [longest_input(config, options.max_length, "max_length") for config in configs]
+    lengths = [fit_to_model(options, config).max_length for config in configs]
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     # Overlong records are dropped, so that all models are evaluated on the same text.
     convert = partial(tokenize_demonstration, overlong="drop", loss_on="response")

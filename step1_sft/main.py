@@ -12,7 +12,7 @@ from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
 from common.model.forward import base_model, logits_and_balance
 from common.model.load_balancing import has_balance_loss
-from common.model.loading import load_causal_lm, longest_input
+from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config, unpartitioned
@@ -38,7 +38,7 @@ def main() -> None:
     options = parse_options(SFTOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
-    options.max_length = longest_input(config, options.max_length, "max_length")
+    options = fit_to_model(options, config)
     check_adapters(options.model_name_or_path, options)
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)

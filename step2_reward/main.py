@@ -15,7 +15,7 @@ from torch import nn
 from common.data.batching import deal
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
-from common.model.loading import load_scalar_model, longest_input
+from common.model.loading import fit_to_model, load_scalar_model
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import backbone_config
 from common.model.zero import load_zero_config, unpartitioned
@@ -55,7 +55,7 @@ def main() -> None:
     options = parse_options(RewardOptions)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = backbone_config(options.model_name_or_path, "model_name_or_path")
-    options.max_length = longest_input(config, options.max_length, "max_length")
+    options = fit_to_model(options, config)
     check_adapters(options.model_name_or_path, options)
     check_language_model(options)
     check_folder(options)

@@ -1,8 +1,9 @@
 """Load models at any ZeRO stage: causal language models, and scalar models (reward models and critics)."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -27,6 +28,8 @@ from common.runtime.distributed import log
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
+Options = TypeVar("Options")
+
 
 class ScalarHead(nn.Linear):
     """A linear head that always computes in fp32: bf16 scores have only three digits."""
@@ -45,12 +48,17 @@ def load_config(path: str) -> PretrainedConfig:
     return config
 
 
-def longest_input(config: PretrainedConfig, length: int, option: str) -> int:
-    """Reduce a length in tokens to the model's context length, with a line in the log."""
-    limit = position_limit(config) or length
-    if length > limit:
-        log(f"--{option} {length} exceeds the model's context length; using {limit}")
-    return min(length, limit)
+def fit_to_model(options: Options, *configs: PretrainedConfig) -> Options:
+    """A copy of the options whose --max_length is within the context length of all models.
+
+    A reduction is a line in the log.
+    """
+    for config in configs:
+        limit = position_limit(config) or options.max_length
+        if options.max_length > limit:
+            log(f"--max_length {options.max_length} exceeds the model's context length; using {limit}")
+            options = dataclasses.replace(options, max_length=limit)
+    return options
 
 
 def load_causal_lm(

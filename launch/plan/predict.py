@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.generation.generate import check_generation
-from common.model.loading import load_config, longest_input
+from common.model.loading import fit_to_model, load_config
 from common.model.lora import check_targets
 from common.model.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config, offloads
 from common.runtime.options import world_size
@@ -31,7 +31,7 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
     """
     path, rewards = options.model_name_or_path, options.reward_model_name_or_path
     config = load_config(path)
-    options.max_length = longest_input(config, options.max_length, "max_length")
+    options = fit_to_model(options, config)
     check_generation(options, config)
     check_targets(path, options)
     hidden, targets = config.get_text_config().hidden_size, tuple(options.lora_target_modules)

@@ -12,7 +12,7 @@ from functools import partial
 from common.data.batching import examples_of_steps
 from common.data.loading import load_examples
 from common.model.engine import make_engine
-from common.model.loading import load_causal_lm, longest_input
+from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config, unpartitioned
@@ -36,7 +36,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     for name in ("model_name_or_path", "reference_model_name_or_path"):
         if path := getattr(options, name):
-            options.max_length = longest_input(policy_config(path, name), options.max_length, "max_length")
+            options = fit_to_model(options, policy_config(path, name))
     check_adapters(options.model_name_or_path, options)
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.model.forward import base_model
-from common.model.loading import load_config, longest_input
+from common.model.loading import fit_to_model, load_config
 from common.model.reward_ensemble import combine, load_encoders, load_members
 from common.model.zero import load_zero_config
 from common.runtime.distributed import init_distributed
@@ -30,7 +30,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
-        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+        options = fit_to_model(options, load_config(path))
     data = load_pairs(options.eval_data, encoders, options, options.max_length, options.max_eval_samples)
     output = make_folder("output_dir", options.output_dir)
     init_distributed()

@@ -21,7 +21,7 @@ from common.data.readers import read_source
 from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, parse_record, warn_of_left_out
 from common.data.rendering_report import Rendered, log_rendering
 from common.data.sources import files_to_read, parse_source, repetitions
-from common.model.loading import load_config, longest_input
+from common.model.loading import fit_to_model, load_config
 from common.model.reward_ensemble import RewardModel, combine, load_encoders, load_members, member_scores
 from common.runtime.distributed import log, on_cpu
 from common.runtime.files import exists
@@ -45,7 +45,7 @@ def main() -> None:
     options = parse_options(ScoreOptions)
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
-        options.max_length = longest_input(load_config(path), options.max_length, "max_length")
+        options = fit_to_model(options, load_config(path))
     file, done, end, written = open_output(options.output)
     examples = read_examples(options, encoders, done)
     windows = iter(lambda: list(islice(examples, WINDOW)), [])

@@ -31,7 +31,7 @@ from common.data.journal import to_lines, work_through
 from common.data.records import warn_of_left_out
 from common.generation.generate import load_policy
 from common.model.forward import response_logits
-from common.model.loading import longest_input
+from common.model.loading import fit_to_model
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
@@ -61,7 +61,7 @@ def main() -> None:
     principles = read_constitution(options.constitution)
     template = read_template("judge_template", options.judge_template, FIELDS)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
-    options.max_length = longest_input(config, options.max_length, "max_length")
+    options = fit_to_model(options, config)
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
     encoder = load_assistant(options)

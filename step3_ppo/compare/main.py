@@ -17,7 +17,7 @@ from common.data.columns import Row
 from common.data.loading import load_examples
 from common.data.summary import warn_of_few
 from common.generation.generate import check_generation
-from common.model.loading import longest_input
+from common.model.loading import fit_to_model
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_encoders, same_tokenizer
 from common.model.roles import check_scalar_model, policy_config
@@ -48,7 +48,7 @@ def main() -> None:
     for path in options.model_name_or_path:
         config = policy_config(path, "model_name_or_path")
         check_generation(options, config)
-        options.max_length = longest_input(config, options.max_length, "max_length")
+        options = fit_to_model(options, config)
     encoder = load_encoder(options.model_name_or_path)
     judges = load_judges(options, encoder)
     prompts = load_prompts(options, encoder)
