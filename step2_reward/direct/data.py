@@ -40,9 +40,7 @@ class Choice(NamedTuple):
     ids: list[int]  # concatenated dialogues
     lengths: list[int]  # (N,) tokens per dialogue
     starts: list[int]  # (N,) start of the response in each dialogue
-    ranks: list[
-        float
-    ]  # (N,) ascending, equal ranks are ties; kto: probability that the response is undesirable
+    ranks: list[float]  # (N,) ascending, equal ranks are ties; kto: probability of being undesirable
     probability: float = 1.0  # of a pair: that the first is better, from a soft label
 
     @property
