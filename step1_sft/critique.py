@@ -102,11 +102,11 @@ class Assistant:
         )
 
     def answer(self, prompts: Mapping[int, list[int]], step: int) -> dict[int, PolicyAnswer]:
-        """PolicyAnswer prompts of token ids, keyed by record number."""
+        """Answer prompts of token ids, keyed by record number."""
         return self._sample(prompts, step=step) if prompts else {}
 
     def ask(self, questions: Mapping[int, list[Message]], step: int) -> dict[int, PolicyAnswer]:
-        """PolicyAnswer questions, but for those that exceed the context length."""
+        """Answer questions, but for those that exceed the context length."""
         prompts = {}
         for index, question in questions.items():
             with contextlib.suppress(Dropped):
