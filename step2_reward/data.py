@@ -31,9 +31,7 @@ class Preference(NamedTuple):
     ranks: list[float]  # (K,) ascending; equal ranks are ties
     margin: float = 0.0  # of a pair: preference margin of the record, or 0
     probability: float = 1.0  # of a pair: that the first is better, from a soft label
-    best_ended: bool = (
-        True  # false: the first response was truncated, so its EOS is not a language-model label
-    )
+    best_ended: bool = True  # false: the first response is truncated; its EOS is no language-model label
 
     @property
     def length(self) -> int:
