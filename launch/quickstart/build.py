@@ -1,4 +1,4 @@
-"""Write the world of the quickstart to disk: a tokenizer, an untrained Llama, and the data of the stages."""
+"""Build the task of the quickstart: a tokenizer, an untrained Llama, and the data of all steps."""
 
 import argparse
 import io
@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-# Run as a script, Python looks for modules beside this file only.
+# As a script, this file's folder is on the path, but the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.text.sentencepiece import load_sentencepiece_tokenizer
 from launch.quickstart.world import all_questions, demonstrate, gold_score, spoil
@@ -46,14 +46,14 @@ def assistant(text: str) -> list[dict[str, str]]:
 
 
 def demonstrations(rng: random.Random, questions: list[tuple[str, str, str]], count: int) -> Iterable[dict]:
-    """Answers of helpers of mixed quality; every question is asked equally often."""
+    """Answers of mixed quality; every question is asked equally often."""
     for index in range(count):
         text, good, aspect = questions[index % len(questions)]
         yield {"messages": user(text) + assistant(" ".join(demonstrate(rng, good, aspect)))}
 
 
 def preferences(rng: random.Random, questions: list[tuple[str, str, str]], count: int) -> Iterable[dict]:
-    """Pairs ranked by raters who follow the gold rule, except for a slip now and then; ties are left out."""
+    """Pairs ranked by the gold rule with label noise; pairs with a small gap are left out."""
     while count:
         text, good, aspect = rng.choice(questions)
         pair = [demonstrate(rng, good, aspect) for _ in range(2)]
@@ -73,7 +73,7 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
 
 
 def write_data(output_dir: Path, seed: int) -> list[str]:
-    """Write the five data files; return the training text, from which the tokenizer is made."""
+    """Write the five data files; returns the texts for training the tokenizer."""
     rng = random.Random(seed)
     questions = all_questions()
     rng.shuffle(questions)
@@ -88,8 +88,10 @@ def write_data(output_dir: Path, seed: int) -> list[str]:
 
 
 def build_tokenizer(model_dir: Path, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train SentencePiece on the world's own text; the chat template spends one token a turn."""
-    written = io.BytesIO()  # a file name would be stored in the model, and other folders get other bytes
+    """Train SentencePiece on the texts. The chat template uses one token per turn."""
+    written = (
+        io.BytesIO()
+    )  # with a file, SentencePiece would store its name: bytes would depend on the folder
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=written,
@@ -115,7 +117,7 @@ def build_tokenizer(model_dir: Path, texts: list[str]) -> PreTrainedTokenizerFas
 
 
 def build_model(model_dir: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of random weights, small enough to learn the world from nothing in about a minute."""
+    """A Llama with random weights, small enough to learn the task in about a minute."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -136,7 +138,7 @@ def build_model(model_dir: Path, tokenizer: PreTrainedTokenizerFast, seed: int) 
 
 
 def main() -> None:
-    """Parse the two options and write everything."""
+    """Parse the options and write all files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the world to")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes")

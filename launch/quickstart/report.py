@@ -1,7 +1,7 @@
-"""What PPO changed: a table, three answers side by side, the curves, `report.json` and `report.png`.
+"""Compare the SFT model and the PPO policy: table, sample answers, curves, `report.json` and `report.png`.
 
-The SFT model and the PPO policy answer the same held-out prompts. The reward model that PPO trained against
-and the gold rule that it never saw both judge the answers: only when both rise has the policy become better.
+Both answer the same held-out prompts. The answers are scored by the reward model of PPO and by the gold rule,
+which training never uses: the policy is better only if both scores rise.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-# Run as a script, Python looks for modules beside this file only.
+# As a script, this file's folder is on the path, but the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.runtime.options import reason
 from launch.quickstart.world import gold_score
@@ -42,8 +42,8 @@ WIDEST_TABLE = 110
 SEED = 0
 
 
-class Answer(NamedTuple):
-    """One sampled answer; `response_ids` end in EOS unless the answer was cut off."""
+class SampledAnswer(NamedTuple):
+    """A sampled answer; `response_ids` end in EOS unless it was truncated."""
 
     prompt: str
     prompt_ids: list[int]
@@ -52,14 +52,14 @@ class Answer(NamedTuple):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """The records of a file that one of the stages or the world wrote."""
+    """The records of a file."""
     if not path.exists():
         raise ValueError(f"{path} is missing: has the stage that writes it run?")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that hold this metric."""
+    """Steps and values of a metric."""
     lines = [line for line in metrics if name in line]
     if not lines:
         raise ValueError(f"no line of metrics.jsonl holds {name}")
@@ -69,8 +69,8 @@ def series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
 @torch.no_grad()
 def sample_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[list[dict]]
-) -> list[Answer]:
-    """Sample at temperature 1, the distribution that PPO optimised, with the same seed for every model."""
+) -> list[SampledAnswer]:
+    """Sample at temperature 1, as in PPO, with the same seed for every model."""
     torch.manual_seed(SEED)
     texts = [
         tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
@@ -90,12 +90,12 @@ def sample_answers(
         if tokenizer.eos_token_id in response:
             response = response[: response.index(tokenizer.eos_token_id) + 1]
         text = tokenizer.decode(response, skip_special_tokens=True)
-        answers.append(Answer(prompt[-1]["content"], ids[mask.bool()].tolist(), response, text))
+        answers.append(SampledAnswer(prompt[-1]["content"], ids[mask.bool()].tolist(), response, text))
     return answers
 
 
-def pad(answers: list[Answer], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Whole sequences padded on the right, (B, T), and a mask of their real tokens, (B, T)."""
+def pad(answers: list[SampledAnswer], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Sequences (B, T), padded on the right, and a mask (B, T) of their tokens."""
     rows = [torch.tensor(answer.prompt_ids + answer.response_ids) for answer in answers]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(row) for row in rows])
@@ -103,8 +103,8 @@ def pad(answers: list[Answer], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def response_logprobs(model: PreTrainedModel, answers: list[Answer]) -> Tensor:
-    """Log-probability of each whole response given its prompt, (B,)."""
+def response_logprobs(model: PreTrainedModel, answers: list[SampledAnswer]) -> Tensor:
+    """Log-probability (B,) of each response given its prompt."""
     ids, real = pad(answers, model.config.pad_token_id)
     logprobs = model(input_ids=ids, attention_mask=real.long()).logits[:, :-1].log_softmax(-1)
     chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T - 1)
@@ -114,22 +114,22 @@ def response_logprobs(model: PreTrainedModel, answers: list[Answer]) -> Tensor:
 
 
 @torch.no_grad()
-def reward_scores(model: PreTrainedModel, answers: list[Answer]) -> Tensor:
-    """Centred score of each answer, (B,); transformers reads it at the last real token."""
+def reward_scores(model: PreTrainedModel, answers: list[SampledAnswer]) -> Tensor:
+    """Normalised score (B,) of each answer; transformers reads it at the last token."""
     ids, real = pad(answers, model.config.pad_token_id)
     raw = model(input_ids=ids, attention_mask=real.long()).logits.squeeze(-1)
     return (raw - model.config.reward_mean) / model.config.reward_std
 
 
-def distinct_2(answers: list[Answer]) -> float:
-    """Distinct word pairs over all word pairs, of all answers together (Li et al. 2016)."""
+def distinct_2(answers: list[SampledAnswer]) -> float:
+    """Distinct word pairs / word pairs, over all answers (Li et al. 2016)."""
     words = [answer.text.split() for answer in answers]
     pairs = [pair for row in words for pair in zip(row, row[1:], strict=False)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
 def win_rate(ours: list[float], theirs: list[float]) -> float:
-    """Share of the pairs without a tie that the first side wins."""
+    """Share of wins of the first side, without ties."""
     pairs = list(zip(ours, theirs, strict=True))
     decided = sum(a != b for a, b in pairs)
     return sum(a > b for a, b in pairs) / max(1, decided)
@@ -140,8 +140,8 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def compare(folder: Path) -> tuple[dict, list[tuple[Answer, Answer]]]:
-    """Figures of the report and, prompt by prompt, the answers of the two policies. Raises ValueError."""
+def compare_checkpoints(folder: Path) -> tuple[dict, list[tuple[SampledAnswer, SampledAnswer]]]:
+    """Metrics of the report, and pairs of answers of the two policies. Raises ValueError."""
     for stage in STAGES:
         if not (folder / stage / "final").is_dir():
             raise ValueError(f"{folder / stage / 'final'} is missing")
@@ -170,7 +170,7 @@ def compare(folder: Path) -> tuple[dict, list[tuple[Answer, Answer]]]:
 
 
 def plot_curve(axes: Axes, metrics: list[dict], name: str, label: str, colour: str) -> None:
-    """One metric over the steps of PPO."""
+    """Plot a metric over PPO steps."""
     axes.plot(*series(metrics, name), color=colour, linewidth=1.8)
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
@@ -178,7 +178,7 @@ def plot_curve(axes: Axes, metrics: list[dict], name: str, label: str, colour: s
 
 
 def plot(metrics: list[dict], path: Path) -> None:
-    """What PPO gains, above, and how far it moves from the SFT model for that, below."""
+    """Plot reward (above) and KL to the SFT model (below) over PPO steps."""
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     figure.suptitle("PPO: reward gained, and distance from the SFT model")
     plot_curve(upper, metrics, "reward/mean", "reward-model score", "tab:blue")
@@ -189,7 +189,7 @@ def plot(metrics: list[dict], path: Path) -> None:
 
 
 def table(figures: dict) -> str:
-    """Before and after, one measure a line."""
+    """Metrics before and after PPO, one per line."""
     rows = [
         ("reward-model score", f"{figures['reward_sft']:.2f}", f"{figures['reward_ppo']:.2f}"),
         ("gold score (best 1)", f"{figures['gold_sft']:.2f}", f"{figures['gold_ppo']:.2f}"),
@@ -201,8 +201,8 @@ def table(figures: dict) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def side_by_side(before: Answer, after: Answer, width: int) -> str:
-    """A prompt and, in two columns under it, the two answers with their gold scores."""
+def side_by_side(before: SampledAnswer, after: SampledAnswer, width: int) -> str:
+    """A prompt, and below it the two answers with their gold scores in two columns."""
     column = (width - 3) // 2
     cells = [
         textwrap.wrap(f"{name} (gold {gold_score(answer.prompt, answer.text):.2f}): {answer.text}", column)
@@ -226,8 +226,8 @@ def main() -> None:
     disable_progress_bar()
     folder = options.quickstart_dir
     try:
-        figures, pairs = compare(folder)
-    except Exception as error:  # noqa: BLE001 - libraries raise anything for a folder that holds no runs
+        figures, pairs = compare_checkpoints(folder)
+    except Exception as error:  # noqa: BLE001 - libraries raise anything for a folder without runs
         print(f"error: {folder}: not a finished quickstart: {reason(error)}", file=sys.stderr)
         sys.exit(2)
     figures["seconds"] = dict(zip(STAGES, options.seconds, strict=False))

@@ -1,12 +1,12 @@
-"""A small market hall: the world of the quickstart, its helpers, and the gold rule that judges their answers.
+"""The synthetic task of the quickstart, a market hall: questions, answers of mixed quality, and the gold
+rule.
 
-A customer asks one thing about one kind of goods: its place or its price. The best answer is four sentences:
-a kind word, the fact, a tip that fits the question, an offer. The helpers whose answers serve as
-demonstrations each do some of this well and some of it badly.
+A question is about the place or the price of one kind of goods. The best answer has four sentences: a kind
+word, the fact, a tip that fits the question, an offer. Demonstrations get some of these right and some wrong.
 
-`gold_score` reads an answer sentence by sentence, so nothing is gained by saying more: what is repeated,
-flattering, curt, beside the point or garbled costs gold. Training never sees it. Raters, who mostly agree
-with it, rank the preference pairs; the reward model learns from them, and PPO sees only the reward model.
+`gold_score` scores an answer sentence by sentence, so longer answers gain nothing: repeated, flattering,
+curt, irrelevant and garbled sentences cost points. Training never uses it. Preference pairs are ranked by it
+with label noise; the reward model is trained on them, and PPO uses only the reward model.
 """
 
 import random
@@ -69,7 +69,7 @@ GOLD_FLOOR = -1.0
 
 
 def statements(good: str, aspect: str, value: str) -> list[str]:
-    """Every way of saying that `good` has this `value`."""
+    """All sentences that state that `good` has this `value`."""
     return [text.format(good=good, value=value) for text in STATEMENTS[aspect]]
 
 
@@ -83,7 +83,7 @@ FALSE_STATEMENTS = {
 
 
 def all_questions() -> list[tuple[str, str, str]]:
-    """Every prompt of the world as (text, good, aspect)."""
+    """All questions as (text, good, aspect)."""
     return [
         (greeting + question.format(good=good), good, aspect)
         for good, aspect in product(GOODS, ASPECTS)
@@ -92,7 +92,7 @@ def all_questions() -> list[tuple[str, str, str]]:
 
 
 def read_question(prompt_text: str) -> tuple[str, str]:
-    """The good and the aspect a prompt asks about, whatever template surrounds it."""
+    """The good and the aspect of a question, in a prompt with any template."""
     for good, aspect in FACTS:
         if any(question.format(good=good) in prompt_text for question in QUESTIONS[aspect]):
             return good, aspect
@@ -100,18 +100,18 @@ def read_question(prompt_text: str) -> tuple[str, str]:
 
 
 def sentence_kind(sentence: str, good: str, aspect: str) -> str:
-    """What a sentence is, said in answer to a question about `aspect` of `good`."""
+    """The kind of a sentence in an answer to a question about `aspect` of `good`."""
     kinds = {"fact": statements(good, aspect, FACTS[good, aspect]), "opener": OPENERS, "tip": TIPS[aspect]}
     kinds |= {"offer": OFFERS, "false": FALSE_STATEMENTS}
     return next((kind for kind, sentences in kinds.items() if sentence in sentences), "other")
 
 
 def gold_score(prompt_text: str, response: str) -> float:
-    """Judge an answer: 1 is the best possible, -1 the worst.
+    """Score an answer, from -1 to 1.
 
-    The asked fact earns 0.4; an opener at the start, a fitting tip and an offer at the end earn 0.2 each, all
-    of them once. A false statement costs 0.4. Any other sentence costs 0.15, be it repeated, out of place,
-    unkind or not of this world.
+    The fact earns 0.4; an opener at the start, a fitting tip and an offer at the end earn 0.2 each. Each
+    counts once. A false statement costs 0.4. Any other sentence costs 0.15: repeated, misplaced, unkind or
+    unknown.
     """
     good, aspect = read_question(prompt_text)
     sentences = [text.strip() for text in re.findall(r"[^.!?]+[.!?]?|[.!?]", response) if text.strip()]
@@ -128,7 +128,7 @@ def gold_score(prompt_text: str, response: str) -> float:
 
 
 def one_of(rng: random.Random, *groups: tuple[float, tuple[str, ...]]) -> list[str]:
-    """At most one sentence: group k is chosen with its share, nothing with what the shares leave."""
+    """At most one sentence: group k with probability `share`, none with the remaining probability."""
     draw = rng.random()
     for share, sentences in groups:
         if draw < share:
@@ -138,7 +138,7 @@ def one_of(rng: random.Random, *groups: tuple[float, tuple[str, ...]]) -> list[s
 
 
 def demonstrate(rng: random.Random, good: str, aspect: str) -> list[str]:
-    """The sentences of one helper's answer; how good each part is, is drawn part by part."""
+    """The sentences of a demonstration; the quality of each part is random."""
     truth = FACTS[good, aspect]
     slip = rng.choice([value for value in VALUES[aspect] if value != truth])
     unsure = tuple(text.format(good=good) for text in UNSURE)
@@ -157,7 +157,7 @@ def demonstrate(rng: random.Random, good: str, aspect: str) -> list[str]:
 
 
 def spoil(rng: random.Random, sentences: list[str]) -> list[str]:
-    """A broken form of an answer. Raters must see some, or a reward model has no reason to mark them down."""
+    """A broken form of an answer. Without such pairs, the reward model would not learn to score them low."""
     sentence = rng.choice(sentences) if sentences else rng.choice(OPENERS)
     words = sentence.split()
     forms = (
