@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line that names it, before a model is loaded, with exit code 2."""
+"""Mistakes of the user: one line, exit code 2, before a model is loaded."""
 
 import json
 import shutil
@@ -98,7 +98,7 @@ def test_step_1_refuses(world: Path, tmp_path: Path, mistake: str) -> None:
     check_refusal("step1_sft.main", [*sft(world, output), *make(tmp_path)], parts, tmp_path, output)
 
 
-def test_step_2_refuses_half_a_pair(world: Path, tmp_path: Path) -> None:
+def test_step_2_refuses_an_incomplete_pair(world: Path, tmp_path: Path) -> None:
     make = record(prompt="a", chosen="b")
     words = [*reward(world, world / "model", tmp_path / "out"), *make(tmp_path)]
     (tmp_path / "bad.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b"}))
@@ -131,7 +131,7 @@ def test_step_3_refuses(world: Path, run: Path, tmp_path: Path, words: list[str]
     )
 
 
-def test_an_incomplete_checkpoint_is_refused(world: Path, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_refused(world: Path, tmp_path: Path) -> None:
     broken = tmp_path / "step_000002"
     broken.mkdir()
     words = [*sft(world, tmp_path / "out"), "--resume_from_checkpoint", str(broken)]
@@ -140,8 +140,8 @@ def test_an_incomplete_checkpoint_is_refused(world: Path, tmp_path: Path) -> Non
     shutil.rmtree(broken)
 
 
-def test_a_weight_that_is_not_finite_is_seen_in_any_part(world: Path, tmp_path: Path) -> None:
-    """At ZeRO-3 on two ranks the last value of a weight is in the second rank's part; both ranks end."""
+def test_non_finite_weight_is_detected_in_any_partition(world: Path, tmp_path: Path) -> None:
+    """At ZeRO-3 on two ranks, the last value of a weight is in the second rank's partition."""
     broken = tmp_path / "model"
     shutil.copytree(world / "model", broken)
     weights = load_file(broken / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Direct preference optimisation end to end: its losses, its reference, resuming, and what it refuses."""
+"""Direct preference optimisation end to end: losses, reference, resume, refusals."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def assert_same_metrics(one: Path, other: Path) -> None:
         assert metrics(one, name) == pytest.approx(metrics(other, name), **CLOSE), name
 
 
-def test_plain_transformers_gives_the_policy_the_loss_of_the_run(
+def test_transformers_reproduces_the_loss_of_the_policy(
     small: Path, run: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     """Held-out loss, accuracy and NLL, computed by transformers alone from final/ and the starting model."""
@@ -126,7 +126,7 @@ def test_ranks_and_micro_batches_change_nothing(
         )
 
 
-def test_a_split_pair_teaches_as_its_two_responses(small: Path, run: Path, tmp_path: Path) -> None:
+def test_split_pair_trains_like_its_two_responses(small: Path, run: Path, tmp_path: Path) -> None:
     """Batches of all of them: good and bad responses to other prompts leave the reference point at 0, where
     good ones alone would raise it from the second step on.
     """
@@ -143,10 +143,10 @@ def test_a_split_pair_teaches_as_its_two_responses(small: Path, run: Path, tmp_p
     [("dpo", 0, "fp32", 1, []), ("kto", 2, "bf16", 2, []), ("dpo", 3, "fp32", 2, LORA)],
     ids=str,
 )
-def test_a_stopped_run_ends_as_one_that_was_not(
+def test_resumed_run_equals_an_uninterrupted_one(
     small: Path, run: Path, tmp_path: Path, loss: str, zero: int, precision: str, ranks: int, extra: list[str]
 ) -> None:  # fmt: skip
-    """Same bytes in final/, same metrics; the reference of the second half comes from before the first."""
+    """Same bytes in final/, same metrics. The reference is the initial model in both parts."""
     extra = [*extra, *zero_config(tmp_path, zero, precision), "--cache_dir", str(tmp_path / "cache")]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     succeed(MAIN, [*direct(small, run / "sft/final", whole, loss, 6), *extra], tmp_path, ranks)
@@ -160,10 +160,10 @@ def test_a_stopped_run_ends_as_one_that_was_not(
 
 
 @pytest.mark.parametrize(("zero", "ranks", "extra"), [(0, 1, []), (3, 2, LORA)], ids=str)
-def test_another_model_can_be_the_reference(
+def test_reference_can_be_another_model(
     world: Path, small: Path, run: Path, tmp_path: Path, zero: int, ranks: int, extra: list[str]
 ) -> None:  # fmt: skip
-    """A copy of the start changes nothing, and is the same in the cache; a model of other weights is not."""
+    """A copy of the initial model gives the same result from the same cache; other weights do not."""
     extra = [*extra, "--zero_config", str(ZERO / f"zero{zero}.json"), "--cache_dir", str(tmp_path / "cache")]
     shutil.copytree(run / "sft/final", tmp_path / "copy")
     succeed(MAIN, [*direct(small, run / "sft/final", tmp_path / "alone"), *extra], tmp_path, ranks)
@@ -182,8 +182,8 @@ def test_another_model_can_be_the_reference(
     )  # the SFT model is not the untrained one
 
 
-def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_path: Path) -> None:
-    """Nothing is saved yet, and the same command goes on."""
+def test_stop_during_reference_logprobs(small: Path, run: Path, tmp_path: Path) -> None:
+    """Nothing is saved yet, and the same command resumes."""
     output = tmp_path / "out"
     output.mkdir()
     (output / "stop").touch()
@@ -193,7 +193,7 @@ def test_a_stop_is_heeded_while_the_reference_reads(small: Path, run: Path, tmp_
     succeed(MAIN, options, tmp_path)
 
 
-def test_a_signal_while_the_reference_reads_tells_what_is_saved(
+def test_signal_during_reference_logprobs_reports_what_is_saved(
     small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr(reference, "ROUNDS", 2)
@@ -216,10 +216,10 @@ def test_a_signal_while_the_reference_reads_tells_what_is_saved(
     assert (~np.isnan(np.load(file)).any(1)).sum() == int(counts[1]) > 0
 
 
-def test_what_the_reference_has_read_survives_a_kill(
+def test_reference_logprobs_survive_a_kill(
     small: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """Also where other ranks go on; how much is left is said from the first part on."""
+    """Also with another number of ranks. The log names the remaining part."""
     monkeypatch.setattr(reference, "ROUNDS", 2)
     for name in ("FIRST_LINE", "NEXT_LINES"):
         monkeypatch.setattr(progress, name, -1)
@@ -246,8 +246,10 @@ def test_what_the_reference_has_read_survives_a_kill(
         assert np.load(other) == pytest.approx(np.load(one), **CLOSE)
 
 
-def test_the_reference_reads_what_the_steps_use(small: Path, run: Path, tmp_path: Path) -> None:
-    """And the rest when there are more steps, from which the run learns as if it had read all at once."""
+def test_reference_logprobs_are_computed_for_the_rows_of_the_steps(
+    small: Path, run: Path, tmp_path: Path
+) -> None:
+    """The rest follows with more steps, with the same result as all at once."""
     whole, parts = (
         [*direct(small, run / "sft/final", tmp_path / name), "--cache_dir", str(tmp_path / f"{name}.cache")]
         for name in ("whole", "parts")
@@ -270,8 +272,8 @@ def test_the_reference_reads_what_the_steps_use(small: Path, run: Path, tmp_path
         assert found == pytest.approx(expected, **CLOSE), name
 
 
-def test_an_export_needs_no_reference(small: Path, run: Path, tmp_path: Path) -> None:
-    """A finished run, and one that trains no more, with the cache gone."""
+def test_export_needs_no_reference(small: Path, run: Path, tmp_path: Path) -> None:
+    """For a finished run, and with --export_only, without the cache."""
     options = [*direct(small, run / "sft/final", tmp_path / "out"), "--save_steps", "2"]
     options += ["--cache_dir", str(tmp_path / "cache")]
     succeed(MAIN, options, tmp_path)
@@ -308,7 +310,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_is_refused(small: Path, run: Path, tmp_path: Path, mistake: str) -> None:
+def test_mistakes_are_one_line(small: Path, run: Path, tmp_path: Path, mistake: str) -> None:
     single = {"prompt": "a", "completion": "b"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(single))
     (tmp_path / "no.jsonl").write_text(json.dumps(single | {"label": "no"}))

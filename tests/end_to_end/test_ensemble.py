@@ -1,4 +1,4 @@
-"""Step 3 with several reward models: their scores are those of runs with one each, combined."""
+"""Step 3 with a reward-model ensemble: scores equal the combined scores of single runs."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ from tests.stages import (
 
 
 def make_other(folder: Path, source: Path) -> Path:
-    """A reward model of other opinions, with another chat template."""
+    """Another reward model, with another chat template."""
     shutil.copytree(source, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|user|>", "Q: ").replace(
@@ -53,7 +53,7 @@ def keep_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step3_ppo.main, "score_rollout", spy)
 
 
-def test_members_say_in_an_ensemble_what_they_say_alone(
+def test_ensemble_members_score_as_single_models(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     """One rollout is scored by either model alone, and by both: without ZeRO, partitioned on two ranks, and
@@ -90,8 +90,8 @@ def test_members_say_in_an_ensemble_what_they_say_alone(
     assert metrics(tmp_path / "one", "reward/std_between") == []
 
 
-def test_the_ensemble_is_a_part_of_the_run(world: Path, run: Path, tmp_path: Path) -> None:
-    """A resumed run must have the same members in the same order; weights must fit them."""
+def test_resume_requires_the_same_ensemble(world: Path, run: Path, tmp_path: Path) -> None:
+    """A resumed run must have the same members in the same order, and as many weights."""
     one, two = run / "reward/final", make_other(tmp_path / "other", run / "reward/final")
     options = [*ppo(world, run / "sft/final", one, tmp_path / "out", steps=1)]
     both = ["--reward_model_name_or_path", str(one), str(two)]

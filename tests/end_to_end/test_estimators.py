@@ -1,4 +1,4 @@
-"""Step 3 without a critic, and with scores by functions, through the real command."""
+"""Step 3 without a critic, and with reward functions."""
 
 import json
 from pathlib import Path
@@ -57,8 +57,8 @@ ESTIMATORS = {
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_no_critic_is_built_and_ranks_change_nothing(name, world, run, tmp_path):
-    """Two ranks do what one does; the same run in two parts ends with the same bytes."""
+def test_estimators_without_a_critic_on_one_and_two_ranks(name, world, run, tmp_path):
+    """Two ranks equal one; a run in two parts ends with the same bytes."""
     words = [*ESTIMATORS[name], "--advantage_estimator", name]
     one, two, parts = (tmp_path / part for part in ("one", "two", "parts"))
     succeed("step3_ppo.main", options(world, run, one, *words), tmp_path)
@@ -79,7 +79,7 @@ def test_no_critic_is_built_and_ranks_change_nothing(name, world, run, tmp_path)
 
 
 def test_functions_score_with_and_without_a_reward_model(world, run, functions, tmp_path):
-    """Scores are the weighted sum of what the parts say; without a reward model the critic starts anew."""
+    """Scores are the weighted sum of the parts. Without a reward model, the critic is new."""
     words = ["--reward_function", f"{functions}:by_length:0.1", f"{functions}:by_letter:-2"]
     both, alone = tmp_path / "both", tmp_path / "alone"
     succeed("step3_ppo.main", options(world, run, both, *words, "--bootstrap_truncated"), tmp_path, 2)
@@ -110,10 +110,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("source", BAD)
-def test_a_function_that_misbehaves_is_named_in_one_line(
+def test_failing_function_is_one_line(
     source, world, run, functions, tmp_path, monkeypatch
 ):  # fmt: skip
-    """On two ranks, of which the first that has a problem speaks for both."""
+    """On two ranks, the first one with a problem reports it for both."""
     lines = (world / "prompts.jsonl").read_text().splitlines()
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines[:4]))
     monkeypatch.setenv("CULPRIT", lines[2])

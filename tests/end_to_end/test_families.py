@@ -1,4 +1,4 @@
-"""Families of causal language models: which stage works for which, and how the others are refused."""
+"""Families of causal language models: supported stages, and refusals."""
 
 import json
 from pathlib import Path
@@ -125,7 +125,7 @@ def make_model(world: Path, folder: Path, config: PretrainedConfig) -> Path:
 
 
 @pytest.mark.parametrize("name", COMPLETE)
-def test_a_family_goes_through_all_stages(world: Path, tmp_path: Path, name: str) -> None:
+def test_family_in_all_stages(world: Path, tmp_path: Path, name: str) -> None:
     """Generation and update give one log-probability (ratio 1), KL starts at 0, and the folders load.
 
     A wrong position id, mask, or noise that stays on shows in the ratio.
@@ -151,8 +151,8 @@ def check_first_step(output: Path) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_family_without_classifier_is_a_policy(world: Path, tmp_path: Path, name: str) -> None:
-    """Steps 1 and 3 work; step 2, and a critic on the actor's model, are refused in one line."""
+def test_family_without_classifier_is_a_policy(world: Path, tmp_path: Path, name: str) -> None:
+    """Steps 1 and 3 work; step 2, and a critic from the actor's model, are refused in one line."""
     model = make_model(world, tmp_path, POLICIES[name])
     (tmp_path / "score.py").write_text(
         "def length(prompts, responses, records):\n    return [*map(len, responses)]"
@@ -173,8 +173,8 @@ def test_a_family_without_classifier_is_a_policy(world: Path, tmp_path: Path, na
         assert str(model) in refused.output and f"model type '{name}'" in refused.output
 
 
-def test_families_that_no_stage_can_use_as_asked() -> None:
-    """By their configurations alone: no weights are there to be loaded."""
+def test_unsupported_families_are_refused() -> None:
+    """From the configuration only; there are no weights."""
     for check, config in (
         (check_sampling, RwkvConfig(hidden_size=32, num_hidden_layers=2)),
         (check_sampling, AutoConfig.for_model("recurrent_gemma")),
@@ -190,8 +190,8 @@ def test_families_that_no_stage_can_use_as_asked() -> None:
     check_policy(RwkvConfig())
 
 
-def test_a_new_pad_token_grows_the_embeddings_alike(world: Path, tmp_path: Path) -> None:
-    """A tokenizer whose only special token is EOS gets a pad token, and every stage a row for it."""
+def test_new_pad_token_grows_the_embeddings(world: Path, tmp_path: Path) -> None:
+    """A tokenizer with EOS as its only special token gets a pad token, and every stage a row for it."""
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     spec = json.loads((world / "model/tokenizer_config.json").read_text())
     model = tmp_path / "model"

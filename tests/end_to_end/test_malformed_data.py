@@ -1,4 +1,4 @@
-"""Whatever is wrong with a record is told in one line: file, line, field, and what is allowed."""
+"""Malformed records are refused in one line: file, line, field, and allowed values."""
 
 import json
 from functools import partial
@@ -108,7 +108,7 @@ def encoder(world: Path) -> SegmentEncoder:
 
 
 @pytest.mark.parametrize(("stage", "line", "message"), MALFORMED)
-def test_a_malformed_record_is_one_line(
+def test_malformed_record_is_one_line(
     tmp_path: Path, encoder: SegmentEncoder, stage: int, line: object, message: str
 ) -> None:
     path = tmp_path / "data.jsonl"

@@ -1,4 +1,4 @@
-"""Every command reads data in the same way: bad records, weights, text in CSV; checked in this process."""
+"""Every command reads data the same way: bad records, weights, text in CSV."""
 
 import csv
 import json
@@ -78,7 +78,7 @@ def encoder(world: Path) -> SegmentEncoder:
 
 
 def lines(command: str) -> list[str]:
-    """Pairs as the command takes them."""
+    """Pairs in the format of the command."""
     if command == "score":
         return [json.dumps({"prompt": pair["prompt"], "completion": pair["chosen"]}) for pair in PAIRS]
     if command == "annotate":
@@ -89,10 +89,10 @@ def lines(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", READ)
-def test_half_a_character_is_a_bad_record_in_every_command(
+def test_lone_surrogate_is_a_bad_record_in_every_command(
     tmp_path: Path, encoder: SegmentEncoder, command: str
 ) -> None:
-    """Also in a field that is merely carried along."""
+    """Also in a field that the command only copies."""
     path, read = tmp_path / "data.jsonl", READ[command]
     path.write_text("\n".join([lines(command)[0], BAD, *lines(command)[1:3]]))
     with pytest.raises(
@@ -104,7 +104,7 @@ def test_half_a_character_is_a_bad_record_in_every_command(
 
 
 @pytest.mark.parametrize("command", READ)
-def test_a_weight_takes_the_same_records_in_every_command(
+def test_weight_selects_the_same_records_in_every_command(
     tmp_path: Path, encoder: SegmentEncoder, command: str
 ) -> None:
     path, read = tmp_path / "data.jsonl", READ[command]

@@ -1,4 +1,4 @@
-"""The table that a recipe ends with, of files as its commands write them."""
+"""The table at the end of a recipe."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from launch.recipes.methods_table import main
 
 
-def test_what_each_method_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """PPO draws 4 responses of 10 and of 12 tokens; samples belong to all thresholds of a round."""
+def test_costs_of_each_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """PPO samples 4 responses of 10 and of 12 tokens; all thresholds of a round share its samples."""
     mean = {"mean": 0.5, "low": 0.4, "high": 0.6}
     policy = {"scores": {"gold score": mean}, "kl": mean, "distinct_2": 0.9, "perplexity": 4.5}
     written = {

@@ -1,4 +1,4 @@
-"""A run that is stopped, damaged or moved goes on exactly where it was, or says why it cannot."""
+"""Resume after a stop, with damaged checkpoints, and with other ranks; or a refusal with the reason."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=lambda case: "-".join(map(str, case)))
 
 
-def test_a_stopped_run_ends_as_one_that_was_not(world: Path, run: Path, tmp_path: Path, case: tuple) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(world: Path, run: Path, tmp_path: Path, case: tuple) -> None:
     """Same bytes in final/ and the same metrics lines, times aside."""
     stage, zero, adapters, ranks, precision = case
     extra = [*zero_config(tmp_path, zero, precision), *(LORA if adapters == "lora" else [])]
@@ -158,7 +158,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(
     world: Path, tmp_path: Path, damage: str
 ) -> None:  # fmt: skip
     spoil, words_of_it = DAMAGES[damage]
@@ -186,8 +186,8 @@ MOVES = [  # (stage, ZeRO before and after, ranks before and after, weights)
 
 
 @pytest.mark.parametrize("move", MOVES, ids=str)
-def test_a_moved_run_goes_on(world: Path, run: Path, tmp_path: Path, move: tuple) -> None:
-    """On other ranks, or between ZeRO 1 and 2, the next five steps are those of the unmoved run."""
+def test_resume_with_other_ranks_or_zero_stage(world: Path, run: Path, tmp_path: Path, move: tuple) -> None:
+    """With other ranks, or between ZeRO 1 and 2, the next five steps equal those of the original run."""
     stage, zero_before, zero_after, ranks_before, ranks_after, adapters = move
     extra = LORA if adapters == "lora" else []
     before = [*zero_config(tmp_path, zero_before), *extra]
@@ -206,7 +206,9 @@ def test_a_moved_run_goes_on(world: Path, run: Path, tmp_path: Path, move: tuple
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 0), (0, 1)])
-def test_weights_alone_fit_every_stage(world: Path, tmp_path: Path, before: int, after: int) -> None:
+def test_resume_of_weights_only_fits_every_zero_stage(
+    world: Path, tmp_path: Path, before: int, after: int
+) -> None:
     def words_of(stage: int, steps: int) -> list[str]:
         return [*sft(world, tmp_path / "out", steps), "--save_steps", "3", *zero_config(tmp_path, stage)]
 
@@ -294,7 +296,7 @@ def test_one_run_at_a_time(world: Path, tmp_path: Path) -> None:
     succeed("step1_sft.main", sft(world, tmp_path / "out", 2), tmp_path)
 
 
-def test_the_newest_and_the_best_are_kept(world: Path, tmp_path: Path) -> None:
+def test_newest_and_best_checkpoints_stay(world: Path, tmp_path: Path) -> None:
     """The learning rate rises from 0 until the loss does: it is best early, not first and not last."""
     options = [*sft(world, tmp_path / "out", 8), "--learning_rate", "8", "--warmup_ratio", "1"]
     keep = ["--save_steps", "1", "--save_total_limit", "2", "--eval_steps", "1", "--best_metric", "eval/loss"]
@@ -308,8 +310,8 @@ def test_the_newest_and_the_best_are_kept(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/best/config.json").exists()
 
 
-def test_going_back_to_an_earlier_checkpoint(world: Path, tmp_path: Path) -> None:
-    """Its later steps are forgotten when the run goes on from there, and not before."""
+def test_resume_from_an_earlier_checkpoint(world: Path, tmp_path: Path) -> None:
+    """Later steps are dropped when the run resumes from it, and not before."""
     options = [*sft(world, tmp_path / "out", 6), "--save_steps", "2", "--save_total_limit", "2"]
     succeed("step1_sft.main", options, tmp_path)
     expected = (tmp_path / "out/final/model.safetensors").read_bytes()
@@ -322,7 +324,7 @@ def test_going_back_to_an_earlier_checkpoint(world: Path, tmp_path: Path) -> Non
     assert max(steps_of(tmp_path / "out")) == 5
 
 
-def test_nothing_is_better_than_a_number() -> None:
+def test_missing_metric_is_never_better() -> None:
     state = TrainState()
     assert not state.is_best("eval/score", {"eval/score": math.nan})
     assert state.is_best("eval/score", {"eval/score": -3.0})
@@ -344,8 +346,8 @@ def test_export_only(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/metrics.jsonl").read_text() == before
 
 
-def test_fewer_steps_than_taken_are_refused_and_other_ones_are_logged(world: Path, tmp_path: Path) -> None:
-    """Nothing is written then; an export is made all the same."""
+def test_fewer_steps_are_refused_and_other_changes_logged(world: Path, tmp_path: Path) -> None:
+    """Nothing is written then; an export is still possible."""
 
     def options(*steps: str) -> list[str]:
         return [*sft(world, tmp_path / "out", 4), "--save_steps", "3", *steps]

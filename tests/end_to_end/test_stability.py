@@ -1,4 +1,4 @@
-"""What keeps step 3 on course, through the real command: KL, entropy, demonstrations, averages, gold."""
+"""Stability of step 3: KL, entropy, PPO-ptx, EMA, gold."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(world: Path, run: Path, output: Path, *words: str, steps: int = 3) -> list[str]:
-    """Further words win over earlier ones."""
+    """Later words override earlier ones."""
     return [*ppo(world, run / "sft/final", run / "reward/final", output, steps), *words]
 
 
@@ -58,7 +58,7 @@ MIXES = {
 
 @pytest.mark.parametrize("name", MIXES)
 def test_ranks_and_stops_change_nothing(name, world, run, tmp_path):
-    """Two ranks do what one does; the same run in two parts ends with the same bytes."""
+    """Two ranks equal one; a run in two parts ends with the same bytes."""
     demonstrations = world / "demonstrations.jsonl"
     words = [word.format(demonstrations=demonstrations, zero2=ZERO / "zero2.json") for word in MIXES[name]]
     words += ["--lr_scheduler_type", "constant"]
@@ -79,7 +79,7 @@ def test_ranks_and_stops_change_nothing(name, world, run, tmp_path):
         assert min(metrics(one, "policy/updates")) < 4, "two epochs of two updates, ended by --max_update_kl"
 
 
-def test_the_average_is_that_of_the_weights_after_each_iteration(world, run, tmp_path):
+def test_ema_is_that_of_the_weights_after_each_iteration(world, run, tmp_path):
     words = ["--ema_decay", "0.7", "--lr_scheduler_type", "constant", "--eval_fraction", "0"]
     weights = []
     for steps in (1, 2, 3):
@@ -93,8 +93,8 @@ def test_the_average_is_that_of_the_weights_after_each_iteration(world, run, tmp
     AutoModelForCausalLM.from_pretrained(tmp_path / "3/final_ema")
 
 
-def test_the_actor_waits_for_the_critic_and_rates_fall(world, run, tmp_path):
-    """Also when --max_update_kl ends every iteration as soon as the policy has moved."""
+def test_critic_warmup_and_learning_rates(world, run, tmp_path):
+    """Also when --max_update_kl ends every iteration after its first update."""
     words = [
         "--eval_fraction",
         "0",
@@ -124,10 +124,10 @@ def test_the_actor_waits_for_the_critic_and_rates_fall(world, run, tmp_path):
     assert min(metrics(tmp_path / "cut", "policy/update_kl")[2:]) > 1e-9
 
 
-def test_demonstrations_alone_move_the_actor_as_plain_training_would(
+def test_ptx_without_advantages_equals_plain_training(
     world, run, functions, tmp_path
 ):  # fmt: skip
-    """Responses of equal score have no advantage, so that all that is left is the loss of demonstrations."""
+    """Equal scores give no advantage, so that only the loss on demonstrations remains."""
     lines = (world / "demonstrations.jsonl").read_text().splitlines()[:8]
     (tmp_path / "few.jsonl").write_text("\n".join(lines * 2))  # one batch of 16, in whatever order
     words = ["--ptx_data", str(tmp_path / "few.jsonl"), "--ptx_coef", "3", "--max_grad_norm", "0"]
@@ -160,7 +160,7 @@ def test_demonstrations_alone_move_the_actor_as_plain_training_would(
     assert metrics(tmp_path / "out", "policy/grad_norm")[0] == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_bonus_and_penalty_pull_the_right_way(world, run, functions, tmp_path):
+def test_entropy_bonus_and_kl_penalty_have_the_right_sign(world, run, functions, tmp_path):
     words = ["--reward_function", f"{functions}:length:0.1", "--eval_fraction", "0", "--kl_coef"]
     found = {}
     for name, more in {
@@ -173,8 +173,8 @@ def test_bonus_and_penalty_pull_the_right_way(world, run, functions, tmp_path):
     assert found["entropy"]["policy/entropy"] > found["plain"]["policy/entropy"]
 
 
-def test_gold_judges_and_stops_but_teaches_nothing(world, run, functions, tmp_path):
-    """Gold by the reward model itself is the score. A gold that never rises ends the run."""
+def test_gold_evaluates_and_stops_without_training(world, run, functions, tmp_path):
+    """With the reward model as gold, gold equals the score. A gold score that never rises ends the run."""
     words = ["--num_samples", "12", "--eval_steps", "1"]
     plain, same, stopped = (tmp_path / name for name in ("plain", "same", "stopped"))
     succeed("step3_ppo.main", options(world, run, plain, *words), tmp_path)

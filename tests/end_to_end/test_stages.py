@@ -1,4 +1,4 @@
-"""The three stages end to end: what one stage writes is what the next and plain transformers read."""
+"""The three stages end to end: transformers and the next stage read the output of each stage."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from tests.stages import CLOSE, LORA, ZERO, metrics, ppo, reward, sft, timeless
 # --- exported folders ---------------------------------------------------------------------------------------
 
 
-def test_plain_transformers_gives_the_policy_the_loss_of_the_run(world: Path, run: Path) -> None:
-    """The held-out loss, computed by transformers alone from final/, is the run's own."""
+def test_transformers_reproduces_the_loss_of_the_policy(world: Path, run: Path) -> None:
+    """The held-out loss computed by transformers from final/ equals that of the run."""
     output = run / "again"
     held_out = (world / "demonstrations.jsonl").read_text().splitlines()[:6]
     (run / "held_out.jsonl").write_text("\n".join(held_out))
@@ -41,7 +41,7 @@ def test_plain_transformers_gives_the_policy_the_loss_of_the_run(world: Path, ru
     assert metrics(output, "eval/loss")[-1] == pytest.approx(total / count, **CLOSE)
 
 
-def test_plain_transformers_gives_the_reward_model_the_scores_of_the_run(world: Path, run: Path) -> None:
+def test_transformers_reproduces_the_scores_of_the_reward_model(world: Path, run: Path) -> None:
     """Scores of the text-classification pipeline have the run's held-out mean, on either padding side."""
     rows = [json.loads(line) for line in (world / "preferences_heldout.jsonl").read_text().splitlines()[:12]]
     tokenizer = AutoTokenizer.from_pretrained(run / "reward/final")
@@ -54,7 +54,7 @@ def test_plain_transformers_gives_the_reward_model_the_scores_of_the_run(world: 
         assert sum(row["score"] for row in found) / len(found) == pytest.approx(expected, **CLOSE)
 
 
-def test_scores_of_the_chosen_are_centred(run: Path) -> None:
+def test_scores_of_chosen_responses_are_centred(run: Path) -> None:
     config = AutoModelForSequenceClassification.from_pretrained(run / "reward/final").config
     assert math.isfinite(config.reward_mean) and config.reward_std > 0
     # step 3 reads the centred scores: an untrained policy's answers score near, not far, from the
@@ -62,7 +62,7 @@ def test_scores_of_the_chosen_are_centred(run: Path) -> None:
     assert abs(metrics(run / "ppo", "reward/mean")[0]) < 10
 
 
-def test_every_final_folder_generates(run: Path, lora_run: Path) -> None:
+def test_every_final_folder_can_generate(run: Path, lora_run: Path) -> None:
     for folder in (run / "sft", run / "ppo", lora_run / "sft", lora_run / "ppo"):
         tokenizer = AutoTokenizer.from_pretrained(folder / "final")
         model = AutoModelForCausalLM.from_pretrained(folder / "final")
@@ -101,10 +101,10 @@ def test_ratio_is_one_and_kl_is_zero_at_the_start(run: Path, lora_run: Path) -> 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_learn_what_one_learns(
+def test_two_ranks_train_like_one(
     world: Path, run: Path, lora_run: Path, tmp_path: Path, stage: int, adapters: bool
 ) -> None:
-    """Losses of all three stages on two ranks under every ZeRO stage are those of one rank without ZeRO."""
+    """Losses of all stages on two ranks under every ZeRO stage equal those of one rank without ZeRO."""
     expected = lora_run if adapters else run
     extra = ["--zero_config", str(ZERO / f"zero{stage}.json"), *(LORA if adapters else [])]
     start = run / "sft/final", run / "reward/final"
@@ -122,7 +122,7 @@ def test_two_ranks_learn_what_one_learns(
 
 
 def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) -> None:
-    """ZeRO-3 with hooks on, ranks in step although their responses end at unlike lengths."""
+    """ZeRO-3 with its hooks, and with responses of different lengths on the ranks."""
     start = run / "sft/final", run / "reward/final"
     extra = ["--zero_config", str(ZERO / "zero3.json"), "--no_gather_for_generation"]
     succeed("step3_ppo.main", [*ppo(world, *start, tmp_path / "ppo"), *extra], tmp_path, ranks=2)
@@ -157,7 +157,7 @@ def test_micro_batches_and_checkpointing_change_nothing(world: Path, run: Path, 
         )
 
 
-def test_rankings_teach_the_same_however_their_prompts_are_encoded(
+def test_rankings_train_the_same_with_and_without_shared_prompts(
     world: Path, run: Path, tmp_path: Path
 ) -> None:
     """Two, three and four responses to a prompt, with ties, on one rank and on two."""
@@ -204,7 +204,7 @@ def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "zero", "extra"), [(1, "zero0", []), (2, "zero2", []), (2, "zero3", LORA)], ids=str
 )
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+def test_resumed_run_equals_an_uninterrupted_one(
     world: Path, run: Path, tmp_path: Path, ranks: int, zero: str, extra: list[str]
 ) -> None:
     """Killed in step 4 of 4: the same bytes in final/ and the same metrics lines, times aside."""
@@ -245,7 +245,7 @@ def test_a_different_run_is_not_overwritten(world: Path, run: Path) -> None:
 # --- unlike tokenizers --------------------------------------------------------------------------------------
 
 
-def test_a_reward_model_with_its_own_tokenizer(world: Path, run: Path, tmp_path: Path) -> None:
+def test_reward_model_with_its_own_tokenizer(world: Path, run: Path, tmp_path: Path) -> None:
     """The text is encoded again for the reward model, and the critic starts with a zero head."""
     other = tmp_path / "other"
     shutil.copytree(run / "reward/final", other)
