@@ -190,7 +190,8 @@ def test_run_resumes_after_the_function_is_fixed(case, world, run, functions, tm
     functions.write_text(broken("") + "# fixed")
     resumed = run_stage("step3_ppo.main", options, tmp_path, 2)
     assert resumed.codes == [0, 0], resumed.output
-    assert f"--reward_function 1 {functions}:score:1e-1: its file has changed" in resumed.output
+    label = f"{functions}:score:1e-1 (--reward_function, file 1)"
+    assert f"{label}: the file has changed since this run started" in resumed.output
     assert_same_end(uninterrupted, parts)
     if case != "score":
         for name in ("samples.jsonl", "best/model.safetensors"):

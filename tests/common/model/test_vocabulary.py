@@ -82,7 +82,7 @@ def test_greedy_answers_of_step_1_end_at_any_end_token(encoder, model):
 def test_a_chat_ends_at_any_end_token(encoder, model, capsys):
     options = ChatOptions(max_response_length=40, seed=1)
     chat = Chat([Speaker("new", model, encoder, 24)], [], options)
-    chat.say("Hello")
+    chat.send("Hello")
     (answer,) = chat._answers.values()
     assert answer.text and not any("cut off" in flaw for flaw in answer.flaws)
     assert "<|end|>" not in answer.text and "<|end|>" not in capsys.readouterr().out
