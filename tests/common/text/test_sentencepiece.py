@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from common.runtime.options import UserError
 from common.text.sentencepiece import load_sentencepiece_tokenizer
 from common.text.tokenizer import load_tokenizer
+from tests.conftest import SHARED
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 SHARED_MODELS = ("tokenizers/sp-unigram-1k/tokenizer.model", "models/stories260K/tokenizer.model")
 SYMBOLS = ["<|user|>", "<sep>"]
 CORPUS = [
