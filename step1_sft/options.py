@@ -9,6 +9,7 @@ from common.runtime.option_checks import check_held_out
 from common.runtime.options import (
     BEST_METRIC,
     CacheOptions,
+    InferenceOptions,
     TrainOptions,
     option,
 )
@@ -48,7 +49,7 @@ class SFTOptions(TrainOptions, SampleAnswerOptions):
 
 
 @dataclass
-class EvaluateSFTOptions(CacheOptions, SampleAnswerOptions):
+class EvaluateSFTOptions(CacheOptions, SampleAnswerOptions, InferenceOptions):
     """Comparison of language models on demonstrations."""
 
     model_name_or_path: list[str] = option(
@@ -61,11 +62,6 @@ class EvaluateSFTOptions(CacheOptions, SampleAnswerOptions):
         at_least=8,
     )  # fmt: skip
     micro_batch_size: int = option(4, "Records per rank and forward pass.", at_least=1, resume="free")
-    zero_config: str = option(
-        "",
-        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
-        resume="free",
-    )
     output: str = option("", "JSON file for metrics and sample answers.")
 
 

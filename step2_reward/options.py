@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from common.model.options import EnsembleOptions
 from common.runtime.option_checks import check_held_out
-from common.runtime.options import BEST_METRIC, CacheOptions, TrainOptions, option
+from common.runtime.options import BEST_METRIC, CacheOptions, InferenceOptions, TrainOptions, option
 
 
 @dataclass
@@ -52,7 +52,7 @@ class RewardOptions(TrainOptions):
 
 
 @dataclass
-class EvaluateRewardOptions(CacheOptions, EnsembleOptions):
+class EvaluateRewardOptions(CacheOptions, EnsembleOptions, InferenceOptions):
     """Evaluation of a reward model, or of an ensemble, on preferences."""
 
     reward_model_name_or_path: list[str] = option(
@@ -65,11 +65,6 @@ class EvaluateRewardOptions(CacheOptions, EnsembleOptions):
     )
     max_length: int = option(1024, "Maximum record length in tokens; longer records are dropped.", at_least=8)
     micro_batch_size: int = option(16, "Records per rank and forward pass.", at_least=1, resume="free")
-    zero_config: str = option(
-        "",
-        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
-        resume="free",
-    )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """State of PPO besides the engines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import assert_never
 
 from step3_ppo.kl_penalty import KLPenalty
@@ -21,7 +21,7 @@ class PPOState:
     @classmethod
     def load(cls, options: PPOOptions, saved: Mapping[str, float]) -> "PPOState":
         """The state of a checkpoint, or of a new run if `saved` is empty."""
-        scale = RunningScale(*(saved.get(f"score_{name}", 0.0) for name in ("count", "mean", "squares")))
+        scale = RunningScale(*(saved.get(f"score_{field.name}", 0.0) for field in fields(RunningScale)))
         kl = make_kl_penalty(options, saved.get("kl_coef", options.kl_coef))
         return cls(kl, scale, saved.get("baseline"), int(saved.get("ptx_batches", 0)))
 

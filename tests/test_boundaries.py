@@ -27,19 +27,21 @@ PURE = [
 # The folders of common/ in the order of imports: each imports those to its left alone.
 ORDER = ({"runtime", "numeric"}, {"text"}, {"data"}, {"model"}, {"generation", "training", "ai_feedback"})
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
+MODULES = {".".join(path.with_suffix("").parts): path for path in PYTHON}
 SCRIPTS = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "launch").rglob("*.sh"))
 
 
 def imports(path: Path) -> set[str]:
     """Dotted names of all modules that a file imports, at any depth."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            modules |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
-    return found
+            modules.add(node.module)
+            modules |= {f"{node.module}.{name.name}" for name in node.names} & MODULES.keys()
+    return modules
 
 
 def roots(path: Path) -> set[str]:
@@ -69,8 +71,9 @@ def test_imports_inside_common_run_one_way(path):
 
 
 def test_no_imports_in_a_circle():
-    module_imports = {".".join(path.with_suffix("").parts): imports(path) for path in PYTHON}
-    graphlib.TopologicalSorter(module_imports).prepare()  # raises CycleError, which names the circle
+    graphlib.TopologicalSorter(
+        {name: imports(path) for name, path in MODULES.items()}
+    ).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", PURE, ids=str)
@@ -142,6 +145,13 @@ def test_private_names_of_libraries_are_in_the_files_for_them(path):
     allowed = {"_asdict", "_replace", "_fields", "_exit"}  # public, by the standard library's documentation
     allowed |= {"_format_args", "_fingerprint"}  # used once: argparse's layout, the content of a hub dataset
     for node in ast.walk(ast.parse((REPOSITORY / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] not in (
+            "common",
+            "launch",
+            *STAGES,
+        ):
+            private = [name.name for name in node.names if name.name.startswith("_")]
+            assert not private, f"{path}:{node.lineno}: {private}"
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             is_ours = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             assert is_ours or node.attr in allowed, f"{path}:{node.lineno}: {node.attr}"

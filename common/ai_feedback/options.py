@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.runtime.options import option
+from common.runtime.options import InferenceOptions, option
 
 SHIPPED = Path(__file__).parent / "templates"
 
 
 @dataclass
-class ConstitutionOptions:
+class ConstitutionOptions(InferenceOptions):
     """Model and principles."""
 
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
@@ -28,11 +28,6 @@ class ConstitutionOptions:
     )
     seed: int = option(0, "Seed for principles and sampling.", at_least=0)
     skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
-    zero_config: str = option(
-        "",
-        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
-        resume="free",
-    )
     timeout_minutes: float = option(
         30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0, resume="free"
     )

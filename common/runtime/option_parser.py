@@ -7,7 +7,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import textwrap
 import typing
 from typing import Any, Literal, NoReturn, TypeVar
@@ -29,11 +28,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _OldName(argparse.Action):
-    """Sets the options that have taken the place of an older one."""
+    """Sets the options that have taken the place of an older one; the log of a run names them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ARG002
         for name in self.const:
             setattr(namespace, name, values)
+        if os.environ.get("RANK") == "0":  # not in the check before a run
+            print(f"{option_string} is an old name: it sets --{' and --'.join(self.const)}", flush=True)
 
 
 def parse_options(
@@ -52,8 +53,6 @@ def parse_options(
     if unknown:
         raise UserError(f"unknown option {unknown[0]}{_suggestion(unknown[0], options_class)}")
     options = options_class(**vars(parsed))
-    if not usage and os.environ.get("RANK", "0") == "0":
-        _log_old_names(options_class, argv)
     for field in dataclasses.fields(options):
         _check_limits(field.name, getattr(options, field.name), field.metadata["limits"])
         if check_required and field.metadata["required"] and not getattr(options, field.name):
@@ -74,7 +73,7 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     required = [field for field in fields.values() if field.metadata["required"]]
     parser = _Parser(
-        usage=usage, description=options_class.__doc__, allow_abbrev=False, add_help=False,
+        usage=usage or "[options]", description=options_class.__doc__, allow_abbrev=False, add_help=False,
         argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
@@ -90,9 +89,9 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
     for name, title in title_of.items():
         groups[title] += [fields[name]] * (title != "Required")
     for old_name, names in _old_names(options_class).items():
-        parser.add_argument(
-            f"--{old_name}", action=_OldName, const=names, type=fields[names[0]].type, help=argparse.SUPPRESS
-        )
+        kind = fields[names[0]].type
+        settings = {"action": _OldName, "const": names, "type": kind, "help": argparse.SUPPRESS}
+        _add_names(parser, old_name, settings)
     for title, members in groups.items():
         group = parser.add_argument_group(title)
         for field in members:
@@ -107,14 +106,6 @@ def _old_names(options_class: type) -> dict[str, list[str]]:
         if field.metadata["formerly"]:
             names.setdefault(field.metadata["formerly"], []).append(field.name)
     return names
-
-
-def _log_old_names(options_class: type, argv: list[str] | None) -> None:
-    """Print the new names of options that were given by an older one."""
-    words = {word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-    for old_name, names in _old_names(options_class).items():
-        if f"--{old_name}" in words:
-            print(f"--{old_name} is an old name: it sets --{' and --'.join(names)}", flush=True)
 
 
 def _add(group: Any, field: dataclasses.Field) -> None:

@@ -117,6 +117,17 @@ class CacheOptions:
 
 
 @dataclass
+class InferenceOptions:
+    """Precision and partitioning of models that are not trained."""
+
+    zero_config: str = option(
+        "",
+        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
+        resume="free",
+    )
+
+
+@dataclass
 class DataOptions(CacheOptions):
     """Held-out data and long records."""
 

@@ -51,10 +51,10 @@ def main() -> None:
         sys.exit(REFUSED)
 
 
-def check_command(command: str, words: list[str]) -> None:
+def check_command(command: str, words: list[str], check_required: bool = True) -> None:
     """Raise UserError for options that the command refuses. With --help, print the help and exit."""
     module, _, name = COMMANDS[command].rpartition(".")
-    parse_options(getattr(import_module(module), name), words, usage(command))
+    parse_options(getattr(import_module(module), name), words, usage(command), check_required)
 
 
 def usage(command: str) -> str:
@@ -66,9 +66,10 @@ def usage(command: str) -> str:
 
 def check_later_command(command: str, words: list[str]) -> None:
     """Raise UserError, with the name of the command, for options that it refuses."""
-    module, _, name = COMMANDS[command].rpartition(".")
+    if command not in COMMANDS:  # the user's options hold the separator
+        raise UserError("unknown option --; --help lists all options")
     try:
-        parse_options(getattr(import_module(module), name), words, check_required=False)
+        check_command(command, words, check_required=False)
     except UserError as error:
         raise UserError(f"launch/{command}.sh: {error}") from None
 

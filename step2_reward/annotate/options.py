@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from common.generation.options import GenerationOptions
-from common.runtime.options import CacheOptions, option
+from common.runtime.options import CacheOptions, InferenceOptions, option
 
 
 @dataclass
@@ -32,7 +32,7 @@ class AnnotateOptions:
 
 
 @dataclass
-class SamplePairsOptions(CacheOptions, GenerationOptions):
+class SamplePairsOptions(CacheOptions, GenerationOptions, InferenceOptions):
     """Pairs of responses to the same prompt, from one or two policies."""
 
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
@@ -51,8 +51,3 @@ class SamplePairsOptions(CacheOptions, GenerationOptions):
         256, "Maximum prompt length in tokens; longer prompts are dropped.", at_least=1
     )
     seed: int = option(0, "Seed of sampling.", at_least=0)
-    zero_config: str = option(
-        "",
-        "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
-        resume="free",
-    )

@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from common.generation.options import GenerationOptions, PromptDataOptions
 from common.model.options import EnsembleOptions
-from common.runtime.options import UserError, option
+from common.runtime.options import InferenceOptions, UserError, option
 
 
 @dataclass
-class ComparePoliciesOptions(PromptDataOptions, EnsembleOptions, GenerationOptions):
+class ComparePoliciesOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, InferenceOptions):
     """Compare policies on the same held-out prompts."""
 
     stage: ClassVar[int] = 3
@@ -50,9 +50,6 @@ class ComparePoliciesOptions(PromptDataOptions, EnsembleOptions, GenerationOptio
     output_dir: str = option("output/evaluate_ppo", "Folder for report.json and the plot.", resume="free")
     seed: int = option(
         0, "Seed of sampling; with the seed of training, responses are those of its evaluations.", at_least=0
-    )
-    zero_config: str = option(
-        "", "DeepSpeed JSON: precision, and partitioning at stage 3. Default: as in training.", resume="free"
     )
 
     def check(self) -> None:
