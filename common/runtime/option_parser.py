@@ -177,9 +177,10 @@ def _to_bool(text: str) -> bool:
 
 
 def _suggestion(unknown: str, options_class: type) -> str:
-    names = [f"--{field.name}" for field in dataclasses.fields(options_class)]
-    near = difflib.get_close_matches(unknown, names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists all options"
+    name = unknown.lstrip("-").replace("-", "_")
+    names = [field.name for field in dataclasses.fields(options_class)]
+    near = difflib.get_close_matches(name, names, n=1) or [long for long in names if name and name in long]
+    return f"; did you mean --{near[0]}?" if near else "; --help lists all options"
 
 
 def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:

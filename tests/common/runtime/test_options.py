@@ -33,6 +33,10 @@ def test_values_are_typed_and_lists_are_lists():
         (["--lerning_rate", "1"], ["--lerning_rate", "did you mean --learning_rate?"]),
         (["--learning", "1"], ["unknown option --learning"]),  # no abbreviations
         (["--zzz"], ["--zzz", "--help lists all options"]),
+        (["--epochs", "3"], ["--epochs", "did you mean --num_train_epochs?"]),
+        (["--config", "3"], ["--config", "did you mean --zero_config?"]),
+        (["--overlap", "drop"], ["--overlap", "did you mean --overlong?"]),
+        (["--over", "drop"], ["--over", "did you mean --overlong?"]),
         (["--max_steps", "many"], ["--max_steps", "'many'", "int"]),
         (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "float"]),
         (["--skip_bad_records", "perhaps"], ["--skip_bad_records", "perhaps"]),
