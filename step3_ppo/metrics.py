@@ -38,7 +38,7 @@ def evaluate(
             models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
         )
         gold = gold[: len(prompts)]
-    rollout = Rollout(**{name: value[: len(prompts)] for name, value in vars(rollout).items()})
+    rollout = rollout.first(len(prompts))
     figures = {
         "eval/score": rollout.scores.mean().item(),
         "eval/score_std": rollout.scores.std(unbiased=False).item(),

@@ -21,7 +21,7 @@ from step3_ppo.losses import policy_loss, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
-from step3_ppo.rollout import Rollout, Rows, minibatches, policy_pass, take_rows
+from step3_ppo.rollout import Rollout, Rows, minibatches, policy_pass
 from step3_ppo.scoring import FirstPass
 
 Sums = Counter[str]  # sums over tokens, turned into means at the end
@@ -107,7 +107,7 @@ def _distance(actor: Any, rollout: Rollout, batch: list[int], options: PPOOption
     actor.eval()
     total = 0.0
     for chunk in deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size()):
-        logprobs = policy_pass(actor, take_rows(rollout, chunk), options.temperature).logprobs
+        logprobs = policy_pass(actor, rollout.rows(chunk), options.temperature).logprobs
         total += _squares(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
     actor.train()
     return sum_over_ranks(total)[0] / len(batch)
@@ -127,7 +127,7 @@ def _micro_batches(
     for number, chunk in enumerate(chunks, start=1):
         mask = rollout.response_mask[chunk]  # (b, R)
         yield MicroBatch(
-            take_rows(rollout, chunk),
+            rollout.rows(chunk),
             rollout.logprobs[chunk][mask],
             rollout.ref_logprobs[chunk][mask],
             advantages[chunk][mask],

@@ -15,9 +15,19 @@ from common.generation.options import GenerationOptions
 from common.model.forward import base_model, logits_and_balance
 from common.numeric.tensor_ops import label_logprobs
 from common.numeric.top_k_top_p import restrict
-from common.runtime.distributed import device, gather_rows
+from common.runtime.distributed import device, gather_rows, sum_tensor_over_ranks
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of a rollout, padded to its longest row."""
+
+    input_ids: Tensor  # (b, T) padded on the right
+    positions: Tensor  # (b, T) bool: states before the N response tokens
+    labels: Tensor  # (N,) the response tokens
+    support: Tensor  # (N, V / 8) packed mask of top-k and top-p, or (N, 0)
 
 
 @dataclass(frozen=True)
@@ -64,26 +74,30 @@ class Rollout:
         """The response without its end token."""
         return self.response(row)[: -1 if self.ended[row] else None]
 
+    def rows(self, batch: Sequence[int]) -> Rows:
+        """Select rows, without the padding that none of them needs."""
+        index = torch.tensor(batch, device=self.input_ids.device)
+        prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
+        width = int((prompts + responses).max())
+        input_ids = self.input_ids[index, :width]
+        positions = response_positions(prompts, responses, width)
+        support = self.support[index][self.response_mask[index]]
+        return Rows(input_ids, positions, input_ids[positions.roll(1, dims=1)], support)
 
-@dataclass(frozen=True)
-class Rows:
-    """A micro-batch of a rollout, padded to its longest row."""
+    def scatter(self, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
+        """Per-token numbers (N,) of each of this rank's batches, in their columns: (B, R) of all ranks."""
+        mask = self.response_mask
+        result = torch.zeros(mask.shape, device=mask.device)
+        for batch, part in zip(batches, parts, strict=True):
+            index = torch.tensor(batch, device=mask.device)
+            block = torch.zeros(mask[index].shape, device=mask.device)
+            block[mask[index]] = part
+            result[index] = block
+        return sum_tensor_over_ranks(result)
 
-    input_ids: Tensor  # (b, T) padded on the right
-    positions: Tensor  # (b, T) bool: states before the N response tokens
-    labels: Tensor  # (N,) the response tokens
-    support: Tensor  # (N, V / 8) packed mask of top-k and top-p, or (N, 0)
-
-
-def take_rows(rollout: Rollout, rows: Sequence[int]) -> Rows:
-    """Select rows of a rollout and remove padding that none of them needs."""
-    index = torch.tensor(rows, device=rollout.input_ids.device)
-    prompts, responses = rollout.prompt_lengths[index], rollout.response_lengths[index]
-    width = int((prompts + responses).max())
-    input_ids = rollout.input_ids[index, :width]
-    positions = response_positions(prompts, responses, width)
-    support = rollout.support[index][rollout.response_mask[index]]
-    return Rows(input_ids, positions, input_ids[positions.roll(1, dims=1)], support)
+    def first(self, count: int) -> "Rollout":
+        """The first responses."""
+        return Rollout(**{name: value[:count] for name, value in vars(self).items()})
 
 
 def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:

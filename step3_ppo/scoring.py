@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.data.batching import deal
 from common.model.forward import last_positions, token_scores
 from common.model.reward_ensemble import combine, member_scores
-from common.runtime.distributed import device, gather_rows, rank, sum_tensor_over_ranks
+from common.runtime.distributed import device, gather_rows, rank
 from common.runtime.options import world_size
 from common.text.conversation import PROBE, Segment
 from common.text.prompts import Prompt
@@ -22,7 +22,7 @@ from common.text.tokenizer import SegmentEncoder
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.reward_functions import function_scores
-from step3_ppo.rollout import PolicyPass, Rollout, minibatches, policy_pass, take_rows
+from step3_ppo.rollout import PolicyPass, Rollout, minibatches, policy_pass
 
 
 @dataclass
@@ -62,14 +62,12 @@ def score_rollout(
     batches = [*rest, first] if first else rest
     first_pass = FirstPass()
 
-    def read(model: nn.Module, batch: list[int]) -> PolicyPass:
-        return policy_pass(model, take_rows(rollout, batch), options.temperature)
+    def logprobs(model: nn.Module, batches: Sequence[list[int]]) -> list[Tensor]:
+        return [policy_pass(model, rollout.rows(batch), options.temperature).logprobs for batch in batches]
 
     with models.reference_model() as reference:
-        parts = [read(reference, batch).logprobs for batch in batches]
-        fields = {"ref_logprobs": _scatter(rollout, batches, parts)}
-    rank_rows = sum(batches, [])
-    size = options.generation_batch_size
+        fields = {"ref_logprobs": rollout.scatter(batches, logprobs(reference, batches))}
+    rank_rows, size = sum(batches, []), options.generation_batch_size
     fields["scores"], fields["score_parts"] = score_responses(
         models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
     )
@@ -77,18 +75,18 @@ def score_rollout(
         # In 16 bits, generation with a KV cache rounds differently from the update's forward pass. Recompute
         # the log-probabilities as the update does.
         reuse = bool(first) and step > options.critic_warmup_steps
-        parts = [read(models.actor, batch).logprobs for batch in (rest if reuse else batches)]
+        parts = logprobs(models.actor, rest if reuse else batches)
         if reuse:
             with _training_mode(models.actor):
-                first_pass.policy = read(models.actor, first)
+                first_pass.policy = policy_pass(models.actor, rollout.rows(first), options.temperature)
             parts.append(first_pass.policy.logprobs.detach())
-        fields["logprobs"] = _scatter(rollout, batches, parts)
+        fields["logprobs"] = rollout.scatter(batches, parts)
     if first and models.critic:
         passes = [_value_pass(models.critic, rollout, batch, options) for batch in rest]
         with _training_mode(models.critic):
             first_pass.values, last = _value_pass(models.critic, rollout, first, options)
         passes.append((first_pass.values.detach(), last.detach()))
-        fields["values"] = _scatter(rollout, batches, [values for values, _ in passes])
+        fields["values"] = rollout.scatter(batches, [values for values, _ in passes])
         fields["last_values"] = gather_rows(torch.cat([last for _, last in passes]), rank_rows, len(prompts))
     return replace(rollout, **fields), first_pass
 
@@ -117,7 +115,7 @@ def _value_pass(
     """Values (N,) before each response token, and (b,) after the last token of truncated responses with
     --bootstrap_truncated, else 0.
     """
-    rows = take_rows(rollout, batch)
+    rows = rollout.rows(batch)
     bootstrap = ~rollout.ended[batch] & options.bootstrap_truncated  # (b,)
     prompts, responses = rollout.prompt_lengths[batch], rollout.response_lengths[batch]
     after = last_positions(prompts + responses, rows.input_ids.shape[1]) & bootstrap[:, None]  # (b, T)
@@ -148,18 +146,6 @@ def _training_mode(engine: Any) -> Iterator[None]:
     engine.train()
     with torch.enable_grad():
         yield
-
-
-def _scatter(rollout: Rollout, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
-    """Per-token numbers (N,) of each batch, scattered to (B, R) and summed over ranks."""
-    mask = rollout.response_mask
-    result = torch.zeros(mask.shape, device=mask.device)
-    for batch, part in zip(batches, parts, strict=True):
-        index = torch.tensor(batch, device=mask.device)
-        block = torch.zeros(mask[index].shape, device=mask.device)
-        block[mask[index]] = part
-        result[index] = block
-    return sum_tensor_over_ranks(result)
 
 
 def _function_scores(

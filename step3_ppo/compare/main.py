@@ -37,7 +37,6 @@ from step3_ppo.metrics import describe_responses
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import MaskedText, tokenize_text
 from step3_ppo.reward_functions import load_functions
-from step3_ppo.rollout import Rollout
 
 
 def main() -> None:
@@ -148,7 +147,7 @@ def compare_policies(
 
     Each policy is compared with all policies before it, in the same order.
     """
-    rollouts = [_cut(policy.rollouts[0], count) for policy in policies]
+    rollouts = [policy.rollouts[0].first(count) for policy in policies]
     lengths = [rollout.response_lengths.cpu().numpy() for rollout in rollouts]
     earlier: list[dict[str, np.ndarray]] = []  # scores of the policies before this one by judge, (count,)
     metrics = []
@@ -205,10 +204,6 @@ def write_report(figures: dict[str, Any], folder: Path) -> None:
     write_json(folder / "report.json", figures)
     plot_scores(figures).savefig(folder / "scores.png", dpi=150)
     log(f"\nreport.json and scores.png: {folder}")
-
-
-def _cut(rollout: Rollout, count: int) -> Rollout:
-    return Rollout(**{name: value[:count] for name, value in vars(rollout).items()})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from step3_ppo.metrics import EVALUATION_STEP
 from step3_ppo.models import Scorer
 from step3_ppo.ptx import MaskedText, demonstration_logprobs
 from step3_ppo.reward_functions import RewardFunction
-from step3_ppo.rollout import Rollout, policy_pass, sample_rollout, take_rows
+from step3_ppo.rollout import Rollout, policy_pass, sample_rollout
 from step3_ppo.scoring import score_responses
 
 
@@ -87,7 +87,7 @@ def response_logprobs(model: nn.Module, rollout: Rollout, options: ComparePolici
     totals: list[Tensor] = []
     batches = [rank_rows[start : start + size] for start in range(0, len(rank_rows), size)]
     for batch in track("log-probabilities of responses", batches, len(rank_rows) * world_size()):
-        logprobs = policy_pass(model, take_rows(rollout, batch), options.temperature).logprobs  # (N,)
+        logprobs = policy_pass(model, rollout.rows(batch), options.temperature).logprobs  # (N,)
         lengths = rollout.response_lengths[batch].tolist()
         totals += [part.sum() for part in logprobs.double().split(lengths)]
     return gather_rows(torch.stack(totals), rank_rows, len(rollout.scores))

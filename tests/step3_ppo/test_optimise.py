@@ -10,7 +10,7 @@ from step3_ppo import optimise as module
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import Rollout, policy_pass, take_rows
+from step3_ppo.rollout import Rollout, policy_pass
 from step3_ppo.scoring import FirstPass
 
 ROWS, PROMPT, WIDTH = 4, 3, 5
@@ -55,7 +55,7 @@ def sampled(actor: LlamaForCausalLM) -> Rollout:
 
 @torch.no_grad()
 def logprobs(actor: LlamaForCausalLM, rollout: Rollout) -> torch.Tensor:
-    return policy_pass(actor, take_rows(rollout, range(ROWS)), 1.0).logprobs
+    return policy_pass(actor, rollout.rows(range(ROWS)), 1.0).logprobs
 
 
 def update(actor: LlamaForCausalLM, rollout: Rollout, **more: object) -> dict[str, float]:

@@ -18,7 +18,7 @@ from transformers import (
 
 from common.generation import decoding as sampling
 from common.generation.decoding import Responses, sample_responses, uniforms_for
-from step3_ppo.rollout import Rollout, policy_pass, take_rows
+from step3_ppo.rollout import Rollout, policy_pass
 from tests.conftest import assert_close
 
 EOS, PAD, VOCABULARY = 0, 39, 40
@@ -139,7 +139,7 @@ def test_logprobs_match_the_training_pass(model, top_p, top_k):
     rollout = as_rollout(responses)
     rows = [rollout.prompt(row) + rollout.response(row) for row in range(4)]
     with torch.no_grad():
-        trained, *_ = policy_pass(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
+        trained, *_ = policy_pass(model, rollout.rows([0, 1, 2, 3]), TEMPERATURE)
         alone = [model(torch.tensor([row])).logits[0] for row in rows]
     drawn = responses.logprobs[rollout.response_mask]
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-5)
@@ -204,7 +204,7 @@ def test_ids_without_a_token_are_never_drawn(model):
             rollout = as_rollout(responses)
             assert (responses.ids[rollout.response_mask] < count).all()
             with torch.no_grad():
-                trained, logits, _ = policy_pass(model, take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
+                trained, logits, _ = policy_pass(model, rollout.rows([0, 1, 2, 3]), TEMPERATURE)
             assert logits.shape[1] == count
             drawn = responses.logprobs[rollout.response_mask]
             torch.testing.assert_close(trained, drawn, rtol=1e-5, atol=1e-5)
@@ -253,7 +253,7 @@ def test_rows_of_other_families_are_independent(name):
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[row], rtol=0, atol=1e-5)
     rollout = as_rollout(together)
     with torch.no_grad():
-        trained, *_ = policy_pass(model.train(), take_rows(rollout, [0, 1, 2, 3]), TEMPERATURE)
+        trained, *_ = policy_pass(model.train(), rollout.rows([0, 1, 2, 3]), TEMPERATURE)
     drawn = together.logprobs[rollout.response_mask]
     torch.testing.assert_close(trained, drawn, rtol=0, atol=1e-5)
 
