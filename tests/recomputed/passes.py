@@ -1,0 +1,67 @@
+"""Record the forward passes of a run on some ranks: what it read, not what it made of it."""
+
+import contextlib
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from tests.recomputed.tiny import EOS
+
+
+class Pass(NamedTuple):
+    """One forward pass of a whole model."""
+
+    is_policy: bool  # a language model; else one with a scalar head
+    has_gradient: bool
+    is_sampling: bool  # with a cache
+    input_ids: list[list[int]]  # padded
+
+    @property
+    def positions(self) -> int:
+        return len(self.input_ids) * len(self.input_ids[0])
+
+
+@contextlib.contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Processes forked in this context write their passes to the folder."""
+
+    def write(module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Tensor], output: Any) -> None:  # noqa: ARG001 - as torch calls it
+        if isinstance(module, LlamaForCausalLM | LlamaForSequenceClassification):
+            one = Pass(
+                isinstance(module, LlamaForCausalLM),
+                torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()),
+                inputs.get("past_key_values") is not None,
+                inputs["input_ids"].tolist(),
+            )
+            with (folder / f"passes.{os.environ['RANK']}").open("ab") as file:
+                pickle.dump(one, file)
+
+    hook = register_module_forward_hook(write, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def passes(folder: Path, rank: int) -> list[Pass]:
+    """The passes of a rank, in order."""
+    found = []
+    with (folder / f"passes.{rank}").open("rb") as file, contextlib.suppress(EOFError):
+        while True:
+            found.append(pickle.load(file))
+    return found
+
+
+def without_padding(row: list[int], start: int, longest: int) -> list[int]:
+    """A row whose response starts at `start` and ends at its first EOS, or after `longest` tokens."""
+    response = row[start : start + longest]
+    if EOS in response:
+        response = response[: response.index(EOS) + 1]
+    return row[:start] + response

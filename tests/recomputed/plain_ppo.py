@@ -1,0 +1,384 @@
+"""PPO and its relatives in plain PyTorch, given the responses that a run has sampled.
+
+Schulman et al. 2016 (GAE) and 2017 (clipped surrogate), Ziegler et al. 2019 (KL in the reward, adaptive
+coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PPO-ptx), Ahmadian et al. 2024
+(RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from tests.recomputed.plain import Optimiser, all_logits, load, load_scorer, rate_factor, scores
+from tests.recomputed.plain_sft import Text, mean_nll
+from tests.recomputed.tiny import EOS
+
+
+class Sampled(NamedTuple):
+    """A prompt and its sampled response, as token ids."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+
+    @property
+    def ended(self) -> bool:
+        return self.response[-1] == EOS
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt, *self.response]
+
+
+class Iteration(NamedTuple):
+    """What a run has sampled and how it has divided it."""
+
+    minibatches: list[list[Sampled]]  # of all epochs
+    texts: list[list[Text]]  # demonstrations of each actor update; none without PPO-ptx
+    computed: int  # positions computed to sample
+
+
+class Scored(NamedTuple):
+    """Numbers of a response; each tensor has one number per token of the response."""
+
+    row: Sampled
+    allowed: Tensor  # (T, V) tokens that could be drawn
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor  # before each token
+    value_after: float  # after the last token of a response that is cut, with bootstrapping
+    score: float
+
+    @property
+    def kl(self) -> Tensor:
+        return self.logprobs - self.reference
+
+
+class PPO:
+    """A run: models, optimisers and what it remembers between iterations."""
+
+    def __init__(
+        self, policy: str, reward_model: str, centre: tuple[float, float], options: Mapping[str, Any]
+    ):
+        self.actor, self.reference = load(policy), load(policy)
+        self.scorer, self.critic, self.centre = load_scorer(reward_model), load_scorer(reward_model), centre
+        self.options, self.kl_coef = options, options["kl_coef"]
+        betas, eps = (0.9, 0.95), options["adam_epsilon"]
+        self.of_actor = Optimiser(self.actor, betas, eps, options["weight_decay"])
+        self.of_critic = Optimiser(self.critic, betas, eps, options["weight_decay"])
+        self.actor_updates = self.critic_updates = 0
+        self.has_critic = options["advantage_estimator"] == "gae"
+        self.all_scores: list[float] = []
+        self.baseline: float | None = None
+        self.average: dict[str, Tensor] = {}
+        passes = options["ppo_epochs"] * options["rollout_batch_size"] // options["global_batch_size"]
+        self.of_iteration = passes
+
+    # Sampling and scoring
+
+    def logits(self, model: LlamaForCausalLM, row: Sampled) -> Tensor:
+        """(T, V) before each token of the response, at the temperature."""
+        before = all_logits(model, row.ids)[len(row.prompt) - 1 : -1]
+        return before / self.options["temperature"]
+
+    def allowed(self, row: Sampled) -> Tensor:
+        """The tokens that top-k and top-p leave, by the probabilities of the actor."""
+        probabilities = torch.softmax(self.logits(self.actor, row), dim=-1)
+        result = torch.zeros_like(probabilities, dtype=torch.bool)
+        for t, position in enumerate(probabilities):
+            likeliest = sorted(range(len(position)), key=lambda token: -position[token].item())
+            likeliest = likeliest[: self.options.get("top_k", 0) or None]
+            enough, total = self.options.get("top_p", 1.0) * sum(position[likeliest].tolist()), 0.0
+            for token in likeliest:
+                if total < enough:
+                    result[t, token] = True
+                total += position[token].item()
+        assert all(result[t, token] for t, token in enumerate(row.response))
+        return result
+
+    def distribution(self, model: LlamaForCausalLM, row: Sampled, allowed: Tensor) -> Tensor:
+        """Log-probabilities (T, V) of the tokens that could be drawn."""
+        return torch.log_softmax(self.logits(model, row).masked_fill(~allowed, -torch.inf), dim=-1)
+
+    def logprobs(self, model: LlamaForCausalLM, row: Sampled, allowed: Tensor) -> Tensor:
+        return self.distribution(model, row, allowed)[range(len(row.response)), list(row.response)]
+
+    def values(self, row: Sampled) -> Tensor:
+        """(T + 1,) before each token of the response and after the last one."""
+        return scores(self.critic, row.ids, *self.centre)[len(row.prompt) - 1 :]
+
+    @torch.no_grad()
+    def score(self, row: Sampled) -> Scored:
+        """The score is read at EOS, which a response that was cut gets too."""
+        allowed, values = self.allowed(row), self.values(row)
+        logprobs = [self.logprobs(model, row, allowed) for model in (self.actor, self.reference)]
+        after = values[-1].item() if self.options.get("bootstrap_truncated") and not row.ended else 0.0
+        closed = row.ids if row.ended else [*row.ids, EOS]
+        return Scored(
+            row, allowed, *logprobs, values[:-1], after,
+            scores(self.scorer, closed, *self.centre)[-1].item(),
+        )  # fmt: skip
+
+    # Rewards and advantages
+
+    def rewards(self, rollout: Sequence[Scored]) -> tuple[list[Tensor], dict[str, float]]:
+        """Per token: the KL penalty, and at the last one the score less its penalties."""
+        options, rewards, clipped, penalties = self.options, [], 0, []
+        normalised = [one.score for one in rollout]
+        if options.get("normalise_scores"):
+            self.all_scores += normalised
+            seen = torch.tensor(self.all_scores).double()
+            normalised = [(x - seen.mean().item()) / seen.std(correction=0).item() for x in normalised]
+        for one, score in zip(rollout, normalised, strict=True):
+            limit = options["score_clip"] or torch.inf
+            clipped += abs(score) > limit
+            penalties.append(
+                options["missing_eos_penalty"] * (not one.row.ended)
+                + options["length_penalty"] * len(one.row.response)
+                + options["repetition_penalty"] * repeated(one.row.response, 3)
+            )
+            in_reward = self.kl_coef if options["kl_penalty"] == "reward" else 0.0
+            rewards.append(-in_reward * one.kl)
+            rewards[-1][-1] += max(-limit, min(limit, score)) - penalties[-1]
+        figures = {
+            "reward/clipped": clipped / len(rollout), "reward/penalty": mean(penalties),
+            "reward/total": mean([part.sum().item() for part in rewards]),
+        }  # fmt: skip
+        if options.get("whiten_rewards"):
+            every = torch.cat(rewards)
+            rewards = [(part - every.mean()) / every.std() + every.mean() for part in rewards]
+        return rewards, figures
+
+    def advantages(
+        self, rollout: Sequence[Scored], rewards: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Per token, and the returns that the critic learns."""
+        options, gamma = self.options, self.options["gamma"]
+        ones = [torch.ones(len(part)) for part in rewards]
+        totals = [part.sum().item() for part in rewards]
+        to_go = [discounted(part, gamma) for part in rewards]
+        prompts = [one.row.prompt for one in rollout]
+        groups = [
+            [total for other, total in zip(prompts, totals, strict=True) if other == prompt]
+            for prompt in prompts
+        ]
+        match options["advantage_estimator"]:
+            case "gae":
+                advantages = [self.gae(one, part) for one, part in zip(rollout, rewards, strict=True)]
+                returns = [a + one.values for a, one in zip(advantages, rollout, strict=True)]
+                return (whiten(advantages) if options["whiten_advantages"] else advantages), returns
+            case "reinforce_pp":
+                return whiten(to_go), []
+            case "reinforce":
+                now = mean([part[0].item() for part in to_go])
+                baseline = now
+                if options.get("reinforce_baseline") == "moving":
+                    baseline = now if self.baseline is None else self.baseline
+                    self.baseline = 0.9 * baseline + 0.1 * now
+                return [part - baseline for part in to_go], []
+            case "rloo":
+                others = [
+                    (sum(group) - x) / (len(group) - 1) for group, x in zip(groups, totals, strict=True)
+                ]
+                return [one * (x - o) for one, x, o in zip(ones, totals, others, strict=True)], []
+            case "group":
+                scaled = []
+                for group, total in zip(groups, totals, strict=True):
+                    deviation = torch.tensor(group).std().item() + 1e-4 if options["group_std"] else 1.0
+                    scaled.append((total - mean(group)) / deviation)
+                return [one * x for one, x in zip(ones, scaled, strict=True)], []
+        raise ValueError(options["advantage_estimator"])
+
+    def gae(self, one: Scored, rewards: Tensor) -> Tensor:
+        """A_t = sum_l (gamma lambda)^l delta_{t+l}."""
+        gamma, decay = self.options["gamma"], self.options["gae_lambda"]
+        following = [*one.values[1:].tolist(), one.value_after]
+        deltas = [r + gamma * after - v for r, v, after in zip(rewards, one.values, following, strict=True)]
+        return discounted(deltas, gamma * decay)
+
+    # Updates
+
+    def iterate(self, step: int, sampled: Iteration) -> dict[str, float]:
+        """One iteration; returns its metrics."""
+        options = self.options
+        rows = [
+            row
+            for batch in sampled.minibatches[: len(sampled.minibatches) // options["ppo_epochs"]]
+            for row in batch
+        ]
+        rollout = [self.score(row) for row in rows]
+        rewards, figures = self.rewards(rollout)
+        advantages, returns = self.advantages(rollout, rewards)
+        learns = step > options.get("critic_warmup_steps", 0)
+        line = {"train/lr": self.actor_rate()} | self.describe(rollout, returns, sampled.computed) | figures
+        line["kl/coef"] = self.kl_coef
+        number_of = {row: number for number, row in enumerate(rows)}  # equal rows have equal numbers
+        policy, value, texts = [], [], []  # of all updates
+        norms: dict[str, list[float]] = {"policy": [], "value": []}
+        for update, batch in enumerate(sampled.minibatches):
+            numbers = [number_of[row] for row in batch]
+            part = [rollout[number] for number in numbers]
+            if learns:
+                loss, per_token = self.policy_loss(part, [advantages[number] for number in numbers])
+                if sampled.texts:
+                    ptx = mean_nll(self.actor, sampled.texts[update])
+                    texts.append(ptx.item())
+                    loss = loss + options["ptx_coef"] * ptx
+                norms["policy"].append(self.of_actor.step(loss, self.actor_rate(), options["max_grad_norm"]))
+                self.actor_updates += 1
+                policy.append(per_token)
+            if self.has_critic:
+                loss, per_token = self.value_loss(part, [returns[number] for number in numbers])
+                rate = options["critic_learning_rate"] * self.factor(self.critic_updates, 0)
+                norms["value"].append(self.of_critic.step(loss, rate, options["max_grad_norm"]))
+                self.critic_updates += 1
+                value.append(per_token)
+        if policy:
+            line["policy/ratio"] = policy[0][:, 1].mean().item()
+            loss, _, clipped, k2, entropy = torch.cat(policy).mean(0).tolist()
+            line |= {"policy/loss": loss, "policy/clip_fraction": clipped}
+            line |= {"policy/approx_kl": k2, "policy/entropy": entropy}
+        if value:
+            line["value/loss"], line["value/clip_fraction"] = torch.cat(value).mean(0).tolist()
+        line |= {f"{name}/grad_norm": mean(every) for name, every in norms.items() if every}
+        if texts:
+            line["ptx/loss"] = mean(texts)
+        last = [rollout[number_of[row]] for row in sampled.minibatches[-1]]
+        line["policy/update_kl"] = self.moved(last) if learns else 0.0
+        line |= {"policy/updates": len(sampled.minibatches), "train/skipped_updates": 0, "step": step}
+        if options.get("kl_controller") == "adaptive":
+            error = max(-0.2, min(0.2, line["kl/mean"] / options["kl_target"] - 1))
+            self.kl_coef *= 1 + error * len(rows) / options["kl_horizon"]
+        if decay := options.get("ema_decay"):
+            for name, weight in self.actor.state_dict().items():
+                before = self.average.get(name, weight)
+                self.average[name] = decay * before + (1 - decay) * weight.clone()
+        return line
+
+    def factor(self, updates: int, warmup: int) -> float:
+        total = (self.options["max_steps"] - warmup) * self.of_iteration
+        return rate_factor(self.options["lr_scheduler_type"], updates, total)
+
+    def actor_rate(self) -> float:
+        factor = self.factor(self.actor_updates, self.options.get("critic_warmup_steps", 0))
+        return self.options["actor_learning_rate"] * factor
+
+    def policy_loss(self, batch: Sequence[Scored], advantages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean over tokens; and per token loss, ratio, whether it is clipped, k2 and entropy."""
+        options, per_token, losses = self.options, [], []
+        for one, advantage in zip(batch, advantages, strict=True):
+            every = self.distribution(self.actor, one.row, one.allowed)
+            logprobs = every[range(len(one.row.response)), list(one.row.response)]
+            entropy = -(every.exp() * every.masked_fill(~one.allowed, 0.0)).sum(1)
+            ratio = torch.exp(logprobs - one.logprobs)
+            low, high = 1 - options["clip_range"], 1 + options["clip_range"]
+            plain, bounded = ratio * advantage, ratio.clip(low, high) * advantage
+            surrogate = torch.minimum(plain, bounded)
+            if bound := options["dual_clip"]:
+                is_negative = advantage < 0
+                surrogate = torch.where(is_negative, torch.maximum(surrogate, bound * advantage), surrogate)
+            loss, x = -surrogate, logprobs - one.reference
+            match options["kl_penalty"]:
+                case "k2":
+                    loss = loss + self.kl_coef * x**2 / 2
+                case "k3":
+                    loss = loss + self.kl_coef * (torch.exp(-x) - 1 + x)
+            losses.append(loss - options["entropy_coef"] * entropy)
+            k2 = (logprobs - one.logprobs) ** 2 / 2
+            per_token.append(torch.stack([-surrogate, ratio, (bounded < plain).float(), k2, entropy], dim=1))
+        return torch.cat(losses).mean(), torch.cat(per_token).detach()
+
+    def value_loss(self, batch: Sequence[Scored], returns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean over tokens; and per token loss and whether it is clipped."""
+        most, per_token = self.options["value_clip_range"], []
+        for one, target in zip(batch, returns, strict=True):
+            values = self.values(one.row)[:-1]
+            near = torch.maximum(torch.minimum(values, one.values + most), one.values - most)
+            error, near_error = (values - target) ** 2, (near - target) ** 2
+            loss = torch.maximum(error, near_error) / 2
+            per_token.append(torch.stack([loss, (near_error > error).float()], dim=1))
+        every = torch.cat(per_token)
+        return every[:, 0].mean(), every.detach()
+
+    @torch.no_grad()
+    def moved(self, batch: Sequence[Scored]) -> float:
+        """KL from the rollout's policy in nats per response (k2)."""
+        squares = [
+            ((self.logprobs(self.actor, one.row, one.allowed) - one.logprobs) ** 2).sum().item() / 2
+            for one in batch
+        ]
+        return mean(squares)
+
+    # Metrics
+
+    def describe(
+        self, rollout: Sequence[Scored], returns: Sequence[Tensor], computed: int
+    ) -> dict[str, float]:
+        """Metrics of a rollout."""
+        every, number = torch.tensor([one.score for one in rollout]), len(rollout)
+        quantiles = torch.quantile(every, torch.tensor([0.1, 0.5, 0.9])).tolist()
+        line = {
+            "reward/mean": every.mean().item(), "reward/std": every.std(correction=0).item(),
+            **dict(zip(("reward/p10", "reward/median", "reward/p90"), quantiles, strict=True)),
+            "kl/mean": mean([one.kl.sum().item() for one in rollout]),
+            "policy/perplexity": torch.cat([one.logprobs for one in rollout]).mean().neg().exp().item(),
+            "rollout/useful_share": (sum(len(one.row.ids) for one in rollout) - number) / computed,
+        }  # fmt: skip
+        for quarter in range(4):
+            part = [
+                kl
+                for one in rollout
+                for t, kl in enumerate(one.kl.tolist())
+                if t * 4 // len(one.kl) == quarter
+            ]
+            line[f"kl/quarter_{quarter + 1}"] = mean(part) if part else 0.0
+        if returns:
+            values, targets = torch.cat([one.values for one in rollout]), torch.cat([*returns])
+            line["value/explained_var"] = (1 - (targets - values).var() / targets.var()).item()
+            line["value/mean"] = values.mean().item()
+        return line | {f"response/{name}": x for name, x in describe([one.row for one in rollout]).items()}
+
+    def evaluate(self, step: int, rows: Sequence[Sampled]) -> dict[str, float]:
+        rollout = [self.score(row) for row in rows]
+        every = torch.tensor([one.score for one in rollout])
+        return {
+            "step": step, "eval/score": every.mean().item(), "eval/score_std": every.std(correction=0).item(),
+            "eval/kl": mean([one.kl.sum().item() for one in rollout]),
+            **{f"eval/{name}": x for name, x in describe(rows).items()},
+        }  # fmt: skip
+
+
+def describe(rows: Sequence[Sampled]) -> dict[str, float]:
+    return {
+        "length": mean([len(row.response) for row in rows]),
+        "eos_rate": mean([row.ended for row in rows]),
+        "distinct_1": mean([1 - repeated(row.response, 1) for row in rows]),
+        "distinct_2": mean([1 - repeated(row.response, 2) for row in rows]),
+        "repeated_3": mean([repeated(row.response, 3) for row in rows]),
+    }
+
+
+def repeated(response: Sequence[int], size: int) -> float:
+    """Share of n-grams that occurred before in the response."""
+    ngrams = [tuple(response[start : start + size]) for start in range(len(response) - size + 1)]
+    return (
+        sum(ngram in ngrams[:number] for number, ngram in enumerate(ngrams)) / len(ngrams) if ngrams else 0.0
+    )
+
+
+def discounted(numbers: Sequence[Tensor], decay: float) -> Tensor:
+    """sum_l decay^l x_{t+l} at each t."""
+    count = range(len(numbers))
+    return torch.stack([sum(decay ** (s - t) * numbers[s] for s in count[t:]) for t in count])
+
+
+def whiten(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Mean 0 and variance 1 over all tokens."""
+    every = torch.cat([*parts])
+    return [(part - every.mean()) / every.std() for part in parts]
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)

@@ -1,0 +1,68 @@
+"""Step 2, the reward model, against plain PyTorch."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import succeed
+from tests.recomputed.plain_reward import Compared, train
+from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
+
+PREFERENCES = [
+    {"prompt": "abc ", "chosen": "de", "rejected": "a a a a", "margin": 0.5},
+    {"prompt": "b", "chosen": "aaaaaab", "rejected": "b", "margin": 1.0},
+    {"prompt": "hhhhhhhhhh ", "responses": ["ij", "ha ha", "jijijiji"], "ranks": [1, 3, 2]},
+    {"prompt": "ad a ", "response_a": "bad bed", "response_b": "c", "preference": "B"},
+    {"prompt": "fab fig ", "response_a": "hi hide", "response_b": "hi", "preference": "tie", "margin": 2.0},
+    {"prompt": "cab ", "responses": ["ice", "c", "ababab"], "ranks": [2, 1, 2]},
+    {"prompt": "c ", "chosen": "jade gig did", "rejected": "j", "margin": 0.25},
+    {"prompt": "a big badge ", "chosen": "cage", "rejected": "cafe"},
+]
+HELD_OUT = [
+    {"prompt": "abba ", "chosen": "dad", "rejected": "did", "margin": 0.5},
+    {"prompt": "egg ", "responses": ["fed a high bid", "i", "a"], "ranks": [1, 2, 2]},
+    {"prompt": "if ", "chosen": "ijij", "rejected": "i"},
+]
+OPTIONS = {
+    "max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 0.02,
+    "lr_scheduler_type": "linear", "warmup_ratio": 0, "weight_decay": 0.2, "adam_epsilon": 0.01,
+    "max_grad_norm": 0.5, "label_smoothing": 0.1, "centre_coef": 0.05, "lm_loss_coef": 0.3,
+    "share_prompts": "yes", "seed": 3, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
+}  # fmt: skip
+
+
+def tokens(record: dict) -> Compared:
+    """The record with its responses best first."""
+    prompt, margin = ids_of(record["prompt"]), record.get("margin", 0.0)
+    if "chosen" in record:
+        texts, ranks = [record["chosen"], record["rejected"]], [1, 2]
+    elif "responses" in record:
+        ranks = sorted(record["ranks"])
+        order = sorted(range(len(ranks)), key=lambda number: record["ranks"][number])
+        texts = [record["responses"][number] for number in order]
+    else:
+        texts, ranks = [record["response_a"], record["response_b"]], [1, 2]
+        if record["preference"] == "B":
+            texts.reverse()
+        if record["preference"] == "tie":
+            ranks = [1, 1]
+    return Compared(prompt, [[*ids_of(text), EOS] for text in texts], ranks, margin)
+
+
+@pytest.mark.parametrize(("ranks", "share_prompts"), [(1, "yes"), (2, "no")])
+def test_reward_model(tiny: Path, tmp_path: Path, ranks: int, share_prompts: str) -> None:
+    """Pairs with margins, ties and ranked responses; smoothing, centring and a language-model loss."""
+    files = {
+        "train_data": write_records(tmp_path / "train.jsonl", PREFERENCES),
+        "eval_data": write_records(tmp_path / "eval.jsonl", HELD_OUT),
+    }
+    options = {**OPTIONS, "share_prompts": share_prompts}
+    paths = {**files, "model_name_or_path": tiny / "model", "output_dir": tmp_path / "out"}
+    succeed("step2_reward.main", [*words({**options, **paths}), "--use_margin"], tmp_path, ranks)
+    records, held_out = ([*map(tokens, part)] for part in (PREFERENCES, HELD_OUT))
+    model, lines, centre = train(tiny / "model", records, held_out, options, OPTIONS["seed"])
+    compare_metrics(tmp_path / "out", lines)
+    compare_weights(tmp_path / "out/final", model)
+    config = json.loads((tmp_path / "out/final/config.json").read_text())
+    assert (config["reward_mean"], config["reward_std"]) == pytest.approx(centre, rel=1e-5)

@@ -1,0 +1,44 @@
+"""Step 1 against plain PyTorch."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import succeed
+from tests.recomputed.plain_sft import Text, train
+from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
+
+DEMONSTRATIONS = [
+    ("abc ", "de"), ("b", "aaaaaab"), ("jig ", "a"), ("hhhhhhhhhh ", "ijijij"), ("ad a ", "bad bed"),
+    ("acid ", "b"), ("fab fig ", "hi hide"), ("cab ", "ice"), ("c ", "jade gig did"), ("e", "fe fe fe"),
+    ("a big badge if bad hid a bee edge ", "cage"), ("gaff ", "ah"),
+]  # fmt: skip
+HELD_OUT = [("abba ", "dad"), ("egg ", "fed a high bid"), ("if ", "i"), ("jab ", "c c c c")]
+LONGEST = 24
+OPTIONS = {
+    "max_steps": 3, "global_batch_size": 12, "micro_batch_size": 2, "learning_rate": 0.01,
+    "lr_scheduler_type": "cosine", "warmup_ratio": 0.4, "weight_decay": 0.3, "adam_beta1": 0.8,
+    "adam_beta2": 0.9, "adam_epsilon": 0.01, "max_grad_norm": 1.0, "max_length": LONGEST,
+    "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "num_samples": 0,
+}  # fmt: skip
+
+
+def tokens(records: list[tuple[str, str]]) -> list[Text]:
+    """Prompt and response as they are, and EOS; a long prompt loses its beginning."""
+    rows = [(ids_of(prompt), [*ids_of(completion), EOS]) for prompt, completion in records]
+    rows = [(prompt[max(0, len(prompt) + len(response) - LONGEST) :], response) for prompt, response in rows]
+    return [Text(prompt + response, len(prompt)) for prompt, response in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sft(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Every step is one epoch of demonstrations of uneven length, one of them too long."""
+    files = {
+        name: write_records(tmp_path / f"{name}.jsonl", [{"prompt": p, "completion": c} for p, c in records])
+        for name, records in (("train_data", DEMONSTRATIONS), ("eval_data", HELD_OUT))
+    }
+    options = {**OPTIONS, **files, "model_name_or_path": tiny / "model", "output_dir": tmp_path / "out"}
+    succeed("step1_sft.main", words(options), tmp_path, ranks)
+    model, lines = train(tiny / "model", tokens(DEMONSTRATIONS), tokens(HELD_OUT), OPTIONS, warmup=1)
+    compare_metrics(tmp_path / "out", lines)
+    compare_weights(tmp_path / "out/final", model)
