@@ -54,7 +54,10 @@ def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
     if compared.mismatched:
         raise UserError(f"{path}: config.json asks for other shapes: {first_few(compared.mismatched)}")
     if unexpected:
-        log_once(f"warning: {path}: weights that the model does not use are ignored: {first_few(unexpected)}")
+        log_once(
+            f"warning: {path}: ignored {len(unexpected)} weights that the model does not use:"
+            f" {', '.join(unexpected[:3])}{', ...' if len(unexpected) > 3 else ''}"
+        )
 
 
 def read_weights(kind: Kind, path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
