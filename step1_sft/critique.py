@@ -7,7 +7,6 @@ section 3: a draft, then rounds of critique and revision, each by a randomly dra
 """
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -27,7 +26,7 @@ from common.ai_feedback.constitution import (
 from common.data.journal import to_lines, work_through
 from common.data.loading import load_examples
 from common.generation.generate import PolicyAnswer, check_generation, load_policy, sample_answers
-from common.model.families import position_limit
+from common.model.families import max_positions
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.numeric.intervals import format_share, share
@@ -68,8 +67,7 @@ def main() -> None:
 
     # 2. Process one generation batch per rank at a time; resume from the journal.
     policy = load_policy(options.model_name_or_path, encoder, zero)
-    positions = position_limit(config) or math.inf
-    model = Assistant(policy, encoder, options, positions - options.max_response_length - 1)
+    model = Assistant(policy, encoder, options, max_positions(config) - options.max_response_length - 1)
     work = partial(revise, model=model, principles=principles, templates=templates, options=options)
     size = options.generation_batch_size * world_size()
     records = work_through(rows, work, Path(options.output_dir) / "journal", size, "prompts")
@@ -94,7 +92,7 @@ class Assistant:
     """The model under revision. Sampling depends only on seed, record number and step."""
 
     def __init__(
-        self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, max_prompt_length: float
+        self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, max_prompt_length: int
     ) -> None:
         self._sample = partial(sample_answers, policy, encoder, options=options)
         self._encode = partial(

@@ -19,8 +19,8 @@ from torch import nn
 
 from common.data.multi_encoder import load_shared_records
 from common.model.engine import gathered_weights, make_frozen
-from common.model.families import position_limit
-from common.model.forward import base_model, response_logits
+from common.model.families import max_positions
+from common.model.forward import base_model, pad_token_id, response_logits
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.roles import policy_config
 from common.model.vocabulary import spare_ids
@@ -97,17 +97,15 @@ def main() -> None:
         write_json(Path(options.output), results)
 
 
-def evaluate(
-    engine: Any, rows: Sequence[Demonstration], options: SFTOptions, pad_token_id: int
-) -> dict[str, float]:
+def evaluate(engine: Any, rows: Sequence[Demonstration], options: SFTOptions) -> dict[str, float]:
     """Return eval/loss, the mean over the trained tokens of all ranks, and eval/perplexity."""
-    nats, tokens = negative_log_likelihood(engine, rows, options, pad_token_id)
+    nats, tokens = negative_log_likelihood(engine, rows, options)
     return {"eval/loss": nats / tokens, "eval/perplexity": _perplexity(nats / tokens)}
 
 
 @torch.no_grad()
 def negative_log_likelihood(
-    model: nn.Module, rows: Sequence[Demonstration], options: SFTOptions, pad_token_id: int
+    model: nn.Module, rows: Sequence[Demonstration], options: SFTOptions
 ) -> tuple[float, float]:
     """Return the sum over the trained tokens of all ranks, in nats, and the number of these tokens.
 
@@ -116,12 +114,11 @@ def negative_log_likelihood(
     model.eval()
     total = count = 0.0
     batches = micro_batches([len(row.ids) for row in rows], options)
-    for batch_indices in track("evaluating demonstrations", batches, len(rows)):
-        # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
-        batch = collate([[rows[i] for i in row] for row in batch_indices or [[0]]], pad_token_id)
+    for batch_rows, is_real in track("evaluating demonstrations", batches, len(rows)):
+        batch = collate([[rows[i] for i in row] for row in batch_rows], pad_token_id(model))
         logits = response_logits(model, batch.input_ids, batch.positions, batch.position_ids)
         loss = sft_loss(logits, batch.labels, num_tokens=1)
-        if batch_indices:
+        if is_real:
             total, count = total + loss.item(), count + len(batch.labels)
     total, count = sum_over_ranks(total, count)
     model.train()
@@ -138,7 +135,7 @@ def greedy_answers(
     is_engine = hasattr(model, "module")
     progress = Progress("sample answers", len(rows))
     with gathered_weights(model) if is_engine else contextlib.nullcontext(model) as full_model:
-        limit = position_limit(full_model.config) or math.inf
+        limit = max_positions(full_model.config)
         for number, row in enumerate(rows, start=1):
             prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)
             sequence = full_model.generate(
@@ -192,7 +189,7 @@ def _evaluate_candidate(
     path, encoder, rows = candidate
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), frozen_config(zero))
-    nats, tokens = negative_log_likelihood(model, rows, as_trained, encoder.tokenizer.pad_token_id)
+    nats, tokens = negative_log_likelihood(model, rows, as_trained)
     answers = greedy_answers(model, rows[: options.num_samples], encoder, options.sample_length)
     last_only = encoder.chat_template.changes_replies(encoder.tokenizer.eos_token)
     num_bytes = sum(response_bytes(record, last_only) for record in records)

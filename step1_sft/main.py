@@ -10,7 +10,7 @@ from functools import partial
 
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
-from common.model.forward import base_model, logits_and_balance
+from common.model.forward import base_model, logits_and_balance, pad_token_id
 from common.model.load_balancing import has_balance_loss
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
@@ -59,7 +59,7 @@ def main() -> None:
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        metrics = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        metrics = evaluate(engine, held_out, options)
         is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/perplexity"])
         samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
         loop.writer.text(loop.state.step, "samples", answers_as_markdown(samples))
@@ -71,7 +71,7 @@ def main() -> None:
     if loop.first_evaluation_is_due:
         evaluate_and_log()
     for indices in loop.batches():
-        metrics = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
+        metrics = train_step(engine, [train[i] for i in indices], options)
         loop.finish_step(metrics, ["train/loss", "train/lr", "train/tokens_per_second"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
@@ -79,21 +79,18 @@ def main() -> None:
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
-def train_step(
-    engine, batch: list[Demonstration], options: SFTOptions, pad_token_id: int
-) -> dict[str, Mean | float]:
+def train_step(engine, batch: list[Demonstration], options: SFTOptions) -> dict[str, Mean | float]:
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [len(row.ids) for row in batch]
     num_tokens = sum(sum(row.is_trained) for row in batch)
     batches = micro_batches(lengths, options)
     total = balance = padded = 0.0
-    for number, rows in enumerate(batches, start=1):
-        # A rank without rows runs a dummy forward pass: ZeRO collectives need all ranks.
-        micro = collate([[batch[i] for i in row] for row in rows or [[0]]], pad_token_id)
+    for number, (rows, is_real) in enumerate(batches, start=1):
+        micro = collate([[batch[i] for i in row] for row in rows], pad_token_id(engine))
         logits, balancing = logits_and_balance(engine, micro.input_ids, micro.positions, micro.position_ids)
-        balancing = balancing * bool(rows) / sum(lengths)
-        loss = sft_loss(logits, micro.labels, num_tokens) * bool(rows) + balancing
+        balancing = balancing * is_real / sum(lengths)
+        loss = sft_loss(logits, micro.labels, num_tokens) * is_real + balancing
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         total, balance = total + loss.detach(), balance + balancing.detach()
         padded += micro.input_ids.numel()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common.data.batching import deal
+from common.data.batching import batches_of_rank, with_dummies
 from common.model.forward import base_model, response_logits
 from common.runtime.distributed import rank
 from common.runtime.options import UserError, world_size
@@ -22,15 +22,17 @@ PROBE = 16  # tokens per document of the packing check
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 
 
-def micro_batches(lengths: Sequence[int], options: SFTOptions) -> list[list[Row]]:
-    """Divide a batch of examples of these lengths; return this rank's micro-batches, as many on every rank.
+def micro_batches(lengths: Sequence[int], options: SFTOptions) -> list[tuple[list[Row], bool]]:
+    """Divide a batch of examples of these lengths; see `batches_of_rank`.
 
-    Without --packing every row is one example. With too few rows, some micro-batches are empty.
+    Without --packing every row is one example.
     """
-    batch, size = range(len(lengths)), options.micro_batch_size
+    size = options.micro_batch_size
     if options.packing:
-        return deal_packed(batch, lengths, size, options.max_length, rank(), world_size())
-    return [[[i] for i in indices] for indices in deal(batch, lengths, size, rank(), world_size())]
+        batch = range(len(lengths))
+        packed = deal_packed(batch, lengths, size, options.max_length, rank(), world_size())
+        return with_dummies(packed, dummy=[[0]])
+    return [([[i] for i in indices], is_real) for indices, is_real in batches_of_rank(lengths, size)]
 
 
 def deal_packed(

@@ -79,7 +79,7 @@ def main() -> None:
     model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     language_head = load_language_head(options, tokenizer, zero)
-    layout = choose_layout(engine, train, options, tokenizer.pad_token_id)
+    layout = choose_layout(engine, train, options)
     loop.resume({"reward": engine}, "preferences")
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
@@ -91,7 +91,7 @@ def main() -> None:
         return is_best
 
     def write_best() -> None:
-        loop.state.best_unwritten = not centre(engine, centre_rows, options, tokenizer.pad_token_id)
+        loop.state.best_unwritten = not centre(engine, centre_rows, options)
         if not loop.state.best_unwritten:
             export_best(engine, tokenizer, loop.folder / "best", load_base)
             set_centre(engine.module, 0.0, 1.0)
@@ -109,7 +109,7 @@ def main() -> None:
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
     # 4. Preferences determine scores up to a constant: set it so that demonstrations have mean score 0.
-    if not centre(engine, centre_rows, options, tokenizer.pad_token_id):
+    if not centre(engine, centre_rows, options):
         loop.stop_after_training()
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
@@ -167,12 +167,12 @@ def train_step(
     }
 
 
-def centre(engine, rows: list[list[int]], options: RewardOptions, pad_token_id: int) -> bool:
+def centre(engine, rows: list[list[int]], options: RewardOptions) -> bool:
     """Normalise the scores so that these rows have mean 0 and standard deviation 1.
 
     Returns False when a stop was requested first.
     """
-    statistics = score_statistics(engine, rows, options.micro_batch_size, pad_token_id, options.output_dir)
+    statistics = score_statistics(engine, rows, options.micro_batch_size, options.output_dir)
     if statistics is None:
         return False
     mean, std = statistics

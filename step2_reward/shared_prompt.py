@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.model.forward import base_model, token_scores_and_states
+from common.model.forward import base_model, pad_token_id, token_scores_and_states
 from common.runtime.distributed import log
 from common.text.transformers_internals import attention_implementation
 from step2_reward.data import Batch, Layout, Preference, collate
@@ -33,14 +33,12 @@ def pair_scores_and_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Te
     return scores[batch.better], scores[batch.worse], states
 
 
-def choose_layout(
-    engine: Any, rows: Sequence[Preference], options: RewardOptions, pad_token_id: int
-) -> Layout:
+def choose_layout(engine: Any, rows: Sequence[Preference], options: RewardOptions) -> Layout:
     """Choose the layout by --share_prompts and the first rows, and log it.
 
     At ZeRO-3 every rank must call this.
     """
-    separate, shared = (Layout(pad_token_id, share_prompts) for share_prompts in (False, True))
+    separate, shared = (Layout(pad_token_id(engine), share_prompts) for share_prompts in (False, True))
     sample = [rows[i] for i in range(min(len(rows), SAMPLE))]
     width = base_model(engine).config.get_text_config().hidden_size
     how, layout = "for each response", separate
@@ -54,7 +52,7 @@ def choose_layout(
             how += ", which is less work"
         case _:
             assert_never(options.share_prompts)
-    if wants_shared and can_share_prompts(engine, options.max_length, pad_token_id):
+    if wants_shared and can_share_prompts(engine, options.max_length):
         how, layout = "once for all its responses", shared
     elif wants_shared:
         how = "for each response, because this model cannot share prompts"
@@ -83,7 +81,7 @@ def work(rows: Sequence[Preference], layout: Layout, width: int) -> int:
 
 
 @torch.no_grad()
-def can_share_prompts(engine: Any, max_length: int, pad_token_id: int) -> bool:
+def can_share_prompts(engine: Any, max_length: int) -> bool:
     """Check that the model scores responses that share a prompt as it scores them separately.
 
     It fails for attention kernels without masks, position encodings that ignore `position_ids`, and sliding
@@ -99,7 +97,7 @@ def can_share_prompts(engine: Any, max_length: int, pad_token_id: int) -> bool:
     try:
         separate, shared = (
             _scores_at(engine, batch, batch.segments > 0)[0]
-            for batch in (collate([row], Layout(pad_token_id, share)) for share in (False, True))
+            for batch in (collate([row], Layout(pad_token_id(engine), share)) for share in (False, True))
         )  # (2 half,) each
     except (TypeError, ValueError, RuntimeError):  # the model rejects such input
         return False

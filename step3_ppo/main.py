@@ -90,7 +90,7 @@ def main() -> None:
     state = PPOState.load(options, loop.state.controllers)
     pretraining = None
     if texts:
-        pretraining = PretrainingMix(texts, options, tokenizer.pad_token_id, state.ptx_batches)
+        pretraining = PretrainingMix(texts, options, state.ptx_batches)
     load_actor = partial(
         load_causal_lm, options.actor_model_name_or_path, tokenizer, unpartitioned(actor_zero)
     )

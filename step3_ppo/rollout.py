@@ -135,11 +135,11 @@ def sample_rollout(
     ids = [prompt.ids for prompt in prompts]
     rank_rows = prompts_of_rank(ids)
     responses = generate(policy, encoder, ids, rank_rows, options, step, title)
-    return assemble(prompts, rank_rows, responses, encoder.tokenizer.pad_token_id)
+    return assemble(prompts, rank_rows, responses, encoder)
 
 
 def assemble(
-    prompts: Sequence[Prompt], rank_rows: Sequence[int], responses: Responses, pad_token_id: int
+    prompts: Sequence[Prompt], rank_rows: Sequence[int], responses: Responses, encoder: SegmentEncoder
 ) -> Rollout:
     """Gather the responses of all ranks into one rollout, the same on every rank."""
     fields = responses._replace(ended=responses.ended.long())
@@ -148,7 +148,7 @@ def assemble(
     logprobs, support = (part[:, : int(lengths.max())] for part in (logprobs, support))
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
-        input_ids=pad_rows(rows, pad_token_id).to(device()),
+        input_ids=pad_rows(rows, encoder.pad_token_id).to(device()),
         prompt_lengths=torch.tensor([len(prompt.ids) for prompt in prompts], device=device()),
         response_lengths=lengths,
         ended=ended.bool(),

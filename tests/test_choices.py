@@ -59,9 +59,11 @@ def too_long(value: str) -> None:
 def share(value: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shared_prompt, "can_share_prompts", lambda *_: True)
     patch.setattr(shared_prompt, "base_model", lambda engine: engine)
-    engine = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)))
+    engine = SimpleNamespace(
+        config=SimpleNamespace(pad_token_id=0, get_text_config=lambda: SimpleNamespace(hidden_size=8))
+    )
     rows = [Preference([5, 6], [7, 8], [1, 1], [0.0, 1.0])]
-    shared_prompt.choose_layout(engine, rows, RewardOptions(share_prompts=value), 0)
+    shared_prompt.choose_layout(engine, rows, RewardOptions(share_prompts=value))
 
 
 def estimate(**options: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.runtime.distributed import rank
 from common.runtime.options import TrainOptions, world_size
 
 # Batches per window that is sorted by length: more batches mean less padding, fewer are closer to a plain
@@ -65,6 +66,19 @@ def deal(
     return [ordered[s : s + micro_batch] for s in starts]
 
 
+def batches_of_rank(lengths: Sequence[int], micro_batch: int) -> list[tuple[list[int], bool]]:
+    """This rank's micro-batches of rows of these lengths, as many on every rank, and whether each is real."""
+    return with_dummies(deal(range(len(lengths)), lengths, micro_batch, rank(), world_size()), dummy=[0])
+
+
+def with_dummies(batches: Sequence[list[Any]], dummy: list[Any]) -> list[tuple[list[Any], bool]]:
+    """Put a dummy in the place of empty batches, and mark the others as real.
+
+    ZeRO's collectives need a forward pass on all ranks, also on those that are left without rows.
+    """
+    return [(batch or dummy, bool(batch)) for batch in batches]
+
+
 def steps_in_epochs(examples: int, batch_size: int, epochs: float) -> int:
     """Number of batches in `epochs` epochs; the last batch is filled up from the next epoch."""
     return math.ceil(examples * epochs / batch_size)
@@ -78,8 +92,10 @@ def padding_share(lengths: Sequence[int], options: TrainOptions, most_batches: i
         batch_order(lengths, options.global_batch_size, options.seed, 0, grouped=True), steps
     ):
         batch_lengths = [int(lengths[i]) for i in batch]
-        for rank in range(world_size()):
-            for rows in deal(range(len(batch)), batch_lengths, options.micro_batch_size, rank, world_size()):
+        for number in range(world_size()):
+            for rows in deal(
+                range(len(batch)), batch_lengths, options.micro_batch_size, number, world_size()
+            ):
                 real += sum(batch_lengths[i] for i in rows)
                 padded += len(rows) * max((batch_lengths[i] for i in rows), default=0)
     return 1 - real / padded

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from common.generation.decoding import Responses, sample_responses, uniforms_for
 from common.generation.options import GenerationOptions
 from common.model.engine import gathered_weights, make_frozen
-from common.model.families import check_sampling, position_limit
+from common.model.families import check_sampling, max_positions
 from common.model.forward import base_model
 from common.model.loading import load_causal_lm
 from common.model.zero import frozen_config, unpartitioned
@@ -54,9 +54,7 @@ def check_generation(options: GenerationOptions, config: PretrainedConfig) -> No
     Raises UserError when no prompt fits, and when the model family does not support sampling.
     """
     check_sampling(config)
-    positions = position_limit(config)
-    if positions is None:
-        return
+    positions = max_positions(config)
     room = positions - options.max_response_length - 1  # a truncated response is scored with an added EOS
     if room < 1:
         raise UserError(
@@ -82,7 +80,7 @@ def generate(
     If a partitioned model is not gathered, all ranks must pass the same number of rows. title: of progress
     lines; empty: none.
     """
-    tokenizer, size = encoder.tokenizer, options.generation_batch_size
+    size = options.generation_batch_size
     parts: list[Responses] = []
     policy.eval()
     with gathered_weights(policy, options.gather_for_generation) as module:
@@ -97,7 +95,7 @@ def generate(
                     options.temperature,
                     options.top_p,
                     base_model(module).end_ids,
-                    tokenizer.pad_token_id,
+                    encoder.pad_token_id,
                     synced_gpus=policy.zero_optimization_stage() == 3 and not options.gather_for_generation,
                     top_k=options.top_k,
                     num_tokens=base_model(module).num_tokens,

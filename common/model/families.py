@@ -3,6 +3,8 @@
 Only the configuration is read; no weights are loaded.
 """
 
+import sys
+
 import torch
 from torch import nn
 from transformers import (
@@ -108,8 +110,8 @@ def active_share(config: PretrainedConfig) -> float:
     return chosen / count if count else 1.0
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
-    """Context length of the model in tokens; None without a limit."""
+def max_positions(config: PretrainedConfig) -> int:
+    """Context length of the model in tokens; `sys.maxsize` without a limit."""
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
-    return next((limit for name in names if (limit := getattr(text, name, None))), None)
+    return next((limit for name in names if (limit := getattr(text, name, None))), sys.maxsize)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.model.load_balancing import balance_loss, has_balance_loss
+from common.numeric.tensor_ops import label_logprobs
 
 
 def response_logits(
@@ -37,6 +38,16 @@ def logits_and_balance(
     if base.training and has_balance_loss(base):
         return outputs.logits, balance_loss(base, outputs, positions)
     return outputs.logits, torch.zeros((), device=input_ids.device)
+
+
+def token_logprobs(model: nn.Module, input_ids: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels: input_ids (B, T), is_label (B, T) bool -> (N,) fp32.
+
+    The first token of a row cannot be a label, because no state predicts it. Also returns the load-balancing
+    loss, as `logits_and_balance` does.
+    """
+    logits, balance = logits_and_balance(model, input_ids, is_label.roll(-1, dims=1))
+    return label_logprobs(logits, input_ids[is_label]), balance
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
@@ -72,6 +83,11 @@ def token_scores_and_states(
 def last_positions(lengths: Tensor, width: int) -> Tensor:
     """True at the last token of each row: lengths (B,) -> (B, width) bool."""
     return torch.arange(width, device=lengths.device) == (lengths - 1).unsqueeze(1)
+
+
+def pad_token_id(model: nn.Module) -> int:
+    """The pad id of the model's tokenizer, set when the model was loaded."""
+    return base_model(model).config.pad_token_id
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

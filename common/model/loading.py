@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from common.model.deepspeed_internals import is_partitioned
-from common.model.families import check_policy, check_scalar, position_limit, remove_noise
+from common.model.families import check_policy, check_scalar, max_positions, remove_noise
 from common.model.model_config import read_config
 from common.model.model_files import check_values, check_weights, read_weights
 from common.model.vocabulary import fit_to_tokenizer
@@ -54,7 +54,7 @@ def fit_to_model(options: Options, *configs: PretrainedConfig) -> Options:
     A reduction is a line in the log.
     """
     for config in configs:
-        limit = position_limit(config) or options.max_length
+        limit = max_positions(config)
         if options.max_length > limit:
             log(f"--max_length {options.max_length} exceeds the model's context length; using {limit}")
             options = dataclasses.replace(options, max_length=limit)

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -15,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from common.data.batching import pad_rows
 from common.model.deepspeed_internals import is_partitioned
 from common.model.engine import make_frozen
-from common.model.families import position_limit
-from common.model.forward import base_model, last_positions, token_scores
+from common.model.families import max_positions
+from common.model.forward import base_model, last_positions, pad_token_id, token_scores
 from common.model.loading import load_scalar_model
 from common.model.options import EnsembleOptions
 from common.model.roles import check_scalar_model
@@ -139,25 +138,22 @@ def member_scores(
     scores = []
     for member in members:
         with member.ready() as model:
-            rows, pad_token_id = inputs[member.encoder], member.encoder.tokenizer.pad_token_id
-            scores.append(score_rows(model, rows, batch_size, pad_token_id, title))
+            scores.append(score_rows(model, inputs[member.encoder], batch_size, title))
     return torch.stack(scores) if scores else torch.zeros(0)
 
 
-def score_rows(
-    model: nn.Module, rows: Sequence[list[int]], batch_size: int, pad_token_id: int, title: str = ""
-) -> Tensor:
+def score_rows(model: nn.Module, rows: Sequence[list[int]], batch_size: int, title: str = "") -> Tensor:
     """Scores (B,) fp32 at the last token of each row, in batches of similar length.
 
     Rows longer than the model's context length are truncated at their beginning.
     """
-    room = position_limit(base_model(model).config) or sys.maxsize
+    room = max_positions(base_model(model).config)
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = torch.zeros(len(rows), device=device())
     chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for chunk in track(title, chunks, len(order) * world_size()):
         ids = [rows[row][-room:] for row in chunk]
-        input_ids = pad_rows(ids, pad_token_id).to(device())  # (b, T)
+        input_ids = pad_rows(ids, pad_token_id(model)).to(device())  # (b, T)
         lengths = torch.tensor([len(row) for row in ids], device=device())
         positions = last_positions(lengths, input_ids.shape[1])
         scores[torch.tensor(chunk, device=device())] = token_scores(model, input_ids, positions)

@@ -126,6 +126,7 @@ class SegmentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.eos_token_id: int = tokenizer.eos_token_id
+        self.pad_token_id: int = tokenizer.pad_token_id
         bos = tokenizer.bos_token_id
         self.bos = [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
         self._begin = tokenizer.backend_tokenizer
@@ -164,9 +165,7 @@ class SegmentEncoder:
 
     def decode_prompt(self, prompt_ids: list[int]) -> str:
         """Decode a prompt for display: without BOS, EOS and padding, but with role markers."""
-        hidden = {
-            self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        }  # fmt: skip
+        hidden = {self.tokenizer.bos_token_id, self.eos_token_id, self.pad_token_id}
         return self.tokenizer.decode([token for token in prompt_ids if token not in hidden])
 
     def decode_response(self, prompt_ids: list[int], response_ids: list[int]) -> str:

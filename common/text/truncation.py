@@ -14,11 +14,15 @@ class Dropped(Exception):
     """The length policy drops this record; the message is the reason."""
 
 
-class Fitted(NamedTuple):
+class MaskedText(NamedTuple):
     """Token ids of prompt and response, and a response mask."""
 
     ids: list[int]
     is_response: list[bool]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
     @property
     def start(self) -> int:
@@ -32,7 +36,7 @@ class Fitted(NamedTuple):
 def fit(
     prompt: Prompt, segments_of: Callable[[Prompt], Sequence[Sequence[Segment]]], encoder: SegmentEncoder,
     max_length: int, overlong: str, keep_end: bool = False,
-) -> tuple[list[Fitted], bool]:  # fmt: skip
+) -> tuple[list[MaskedText], bool]:  # fmt: skip
     """Encode the responses to one prompt, with at most `max_length` tokens each. Returns whether any was cut.
 
     segments_of: returns the segments of each response for a (shortened) prompt. All responses keep the same
@@ -42,7 +46,7 @@ def fit(
     - drop: raise Dropped. The other policies raise it too, if no response is left.
     - error: raise ValueError.
     """
-    rows = [Fitted(*encoder.encode(segments)) for segments in segments_of(prompt)]
+    rows = [MaskedText(*encoder.encode(segments)) for segments in segments_of(prompt)]
     longest = max(len(row.ids) for row in rows)
     if longest <= max_length:
         return rows, False
@@ -64,7 +68,7 @@ def fit(
 
 def fit_demonstration(
     record: dict[str, Any], encoder: SegmentEncoder, max_length: int, overlong: str, keep_end: bool = False
-) -> tuple[Fitted, bool]:
+) -> tuple[MaskedText, bool]:
     """Apply `fit` to a demonstration, whose last reply is the response.
 
     keep_end: the text is for scoring, so it ends in EOS even if it was truncated, as in step 3.
@@ -82,28 +86,28 @@ def fit_demonstration(
     return row, is_cut
 
 
-def _cut_response(row: Fitted, max_length: int, keep_end: bool) -> Fitted:
+def _cut_response(row: MaskedText, max_length: int, keep_end: bool) -> MaskedText:
     if row.start >= max_length - keep_end:
         raise Dropped("prompt too long")
     if len(row.ids) <= max_length:
         return row
     end = max_length - keep_end
-    return Fitted(*(part[:end] + part[-1:] * keep_end for part in row))
+    return MaskedText(*(part[:end] + part[-1:] * keep_end for part in row))
 
 
 def _cut_prompt(
-    rows: list[Fitted], prompt: Prompt, segments_of: Callable[[Prompt], Sequence[Sequence[Segment]]],
+    rows: list[MaskedText], prompt: Prompt, segments_of: Callable[[Prompt], Sequence[Sequence[Segment]]],
     encoder: SegmentEncoder, max_length: int,
-) -> list[Fitted]:  # fmt: skip
+) -> list[MaskedText]:  # fmt: skip
     for shorter in _without_oldest(prompt):
-        rows = [Fitted(*encoder.encode(segments)) for segments in segments_of(shorter)]
+        rows = [MaskedText(*encoder.encode(segments)) for segments in segments_of(shorter)]
         if max(len(row.ids) for row in rows) <= max_length:
             return rows
     bos = len(encoder.bos)
     excess = max(len(row.ids) for row in rows) - max_length
     if excess >= min(row.start for row in rows) - bos:
         raise Dropped("response too long")
-    return [Fitted(*(part[:bos] + part[bos + excess :] for part in row)) for row in rows]
+    return [MaskedText(*(part[:bos] + part[bos + excess :] for part in row)) for row in rows]
 
 
 def _without_oldest(prompt: Prompt) -> Iterator[list[Message]]:

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from common.model.engine import make_frozen
-from common.model.families import position_limit
+from common.model.families import max_positions
 from common.model.loading import load_causal_lm
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
@@ -66,7 +66,7 @@ def check_save_to(path: str) -> None:
 def max_prompt_length(path: str, encoder: SegmentEncoder, options: ChatOptions) -> int:
     """Longest prompt in tokens that leaves room for a response. Raises UserError if none does."""
     config = policy_config(path, "model_name_or_path")
-    positions = position_limit(config) or sys.maxsize
+    positions = max_positions(config)
     limit = positions - options.max_response_length
     if limit <= len(encoder.bos):
         raise UserError(

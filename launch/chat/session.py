@@ -129,7 +129,7 @@ class Chat:
         settings = GenerationConfig(
             max_new_tokens=options.max_response_length, do_sample=options.temperature > 0,
             temperature=options.temperature or 1.0, top_k=0, top_p=options.top_p,
-            eos_token_id=model.end_ids, pad_token_id=encoder.tokenizer.pad_token_id,
+            eos_token_id=model.end_ids, pad_token_id=encoder.pad_token_id,
             suppress_tokens=spare_ids(model) or None,
         )  # fmt: skip
         seed_everything(options.seed, self._sampled)

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from common.data.batching import pad_rows
-from common.model.forward import logits_and_balance
-from common.numeric.tensor_ops import label_logprobs
+from common.model.forward import pad_token_id, token_logprobs
 from common.runtime.distributed import device
 from step2_reward.direct.data import Dialogue
 
 
 def response_logprobs(
-    model: nn.Module, dialogues: Sequence[Dialogue], pad_token_id: int, with_prompt: Sequence[bool] = ()
+    model: nn.Module, dialogues: Sequence[Dialogue], with_prompt: Sequence[bool] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute log-probabilities summed over tokens, (N,) fp32, in one forward pass.
 
@@ -22,11 +21,10 @@ def response_logprobs(
     """
     with_prompt = with_prompt or [False] * len(dialogues)
     kinds = [[0] * d.start + [1] * (len(d.ids) - d.start) for d in dialogues]
-    input_ids = pad_rows([d.ids for d in dialogues], pad_token_id).to(device())  # (N, T)
+    input_ids = pad_rows([d.ids for d in dialogues], pad_token_id(model)).to(device())  # (N, T)
     kinds = pad_rows(kinds, -1).to(device())  # (N, T) 0: prompt; 1: response; -1: padding
     is_label = (kinds == 1) | ((kinds == 0) & torch.tensor(with_prompt, device=device())[:, None])
     is_label[:, 0] = False  # no position predicts the first token
-    logits, balance = logits_and_balance(model, input_ids, is_label.roll(-1, dims=1))  # (tokens, V), ()
-    values = label_logprobs(logits, input_ids[is_label])
+    values, balance = token_logprobs(model, input_ids, is_label)  # (tokens,), ()
     logprobs = torch.zeros(is_label.shape, device=device()).masked_scatter(is_label, values)  # (N, T)
     return (logprobs * (kinds == 1)).sum(1), logprobs.sum(1), balance

@@ -54,7 +54,7 @@ def main() -> None:
     lengths = data[0].notes("length")
     used = examples_of_steps(lengths, options.global_batch_size, options.seed, loop.total_steps)
     needed = used, range(len(data[1]))
-    add_reference = partial(with_reference, data, needed, options, zero, tokenizer.pad_token_id)
+    add_reference = partial(with_reference, data, needed, options, zero)
     examples = data if loop.is_over else None
     if options.reference_model_name_or_path and not loop.is_over:
         examples = add_reference(partial(load_reference, options, tokenizer, zero))
@@ -65,7 +65,7 @@ def main() -> None:
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        metrics = evaluate(engine, held_out, options, tokenizer.pad_token_id)
+        metrics = evaluate(engine, held_out, options)
         is_best = loop.log_evaluation(
             metrics, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"]
         )
@@ -77,7 +77,7 @@ def main() -> None:
     if loop.first_evaluation_is_due:
         evaluate_and_log()
     for indices in loop.batches():
-        metrics = train_step(engine, [train[i] for i in indices], options, tokenizer.pad_token_id)
+        metrics = train_step(engine, [train[i] for i in indices], options)
         loop.finish_step(metrics, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
@@ -85,12 +85,10 @@ def main() -> None:
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
-def train_step(
-    engine, batch: Sequence[Example], options: DirectOptions, pad_token_id: int
-) -> dict[str, Mean | float]:
+def train_step(engine, batch: Sequence[Example], options: DirectOptions) -> dict[str, Mean | float]:
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
-    metrics, norm = batch_metrics(engine, batch, options, pad_token_id, train=True)
+    metrics, norm = batch_metrics(engine, batch, options, train=True)
     seconds = time.perf_counter() - start
     return {
         **{name if "/" in name else f"train/{name}": value for name, value in metrics.items()},

@@ -7,11 +7,11 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from common.data.batching import deal
+from common.data.batching import batches_of_rank
 from common.model.engine import backward_and_step
 from common.model.forward import base_model
 from common.model.load_balancing import has_balance_loss
-from common.runtime.distributed import device, rank, sum_over_ranks
+from common.runtime.distributed import device, sum_over_ranks
 from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.training.means import Mean
@@ -47,22 +47,18 @@ def check_accuracy(options: DirectOptions, held_out: Sequence[Choice]) -> None:
         )
 
 
-def evaluate(
-    engine: Any, examples: Sequence[Example], options: DirectOptions, pad_token_id: int
-) -> dict[str, float]:
+def evaluate(engine: Any, examples: Sequence[Example], options: DirectOptions) -> dict[str, float]:
     """Compute loss, accuracy, reward margin, and negative log-likelihood per token of chosen responses."""
     engine.eval()
     with torch.no_grad():
-        metrics, _ = batch_metrics(
-            engine, examples, options, pad_token_id, train=False, title="evaluating records"
-        )
+        metrics, _ = batch_metrics(engine, examples, options, train=False, title="evaluating records")
     engine.train()
     names = {"loss": "loss", "accuracy": "accuracy", "reward/margin": "margin", "nll_chosen": "nll_chosen"}
     return {f"eval/{short}": metrics[name].value for name, short in names.items() if name in metrics}
 
 
 def batch_metrics(
-    engine: Any, examples: Sequence[Example], options: DirectOptions, pad_token_id: int, train: bool,
+    engine: Any, examples: Sequence[Example], options: DirectOptions, train: bool,
     title: str = "",
 ) -> tuple[dict[str, Mean], float | None]:  # fmt: skip
     """Compute the metrics of a global batch; with `train`, also take an optimiser step, and return its
@@ -80,18 +76,17 @@ def batch_metrics(
     title: of the progress lines; empty: none.
     """
     totals = global_totals(examples, options)
-    point = 0.0 if options.is_paired else reference_point(engine, examples, options, pad_token_id)
+    point = 0.0 if options.is_paired else reference_point(engine, examples, options)
     batches = micro_batches(examples, options)
     sums: Counter[str] = Counter()
     norm = None
-    for number, batch_indices in enumerate(track(title, batches, len(examples)), start=1):
-        # A rank without records runs a dummy forward pass: ZeRO collectives need all ranks.
-        micro = [examples[i] for i in batch_indices or [0]]
-        loss, parts = micro_batch_loss(engine, micro, totals, point, options, pad_token_id)
+    for number, (batch_indices, is_real) in enumerate(track(title, batches, len(examples)), start=1):
+        micro = [examples[i] for i in batch_indices]
+        loss, parts = micro_batch_loss(engine, micro, totals, point, options)
         if train:
             norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         for name, value in parts.items():
-            sums[name] += value.detach() * bool(batch_indices)
+            sums[name] += value.detach() * is_real
     means = dict(zip(sums, sum_over_ranks(*sums.values()), strict=True))
     divisors = {name: totals[DIVISORS[name]] for name in means}
     metrics = {name: Mean(value * divisors[name], divisors[name]) for name, value in means.items()}
@@ -102,7 +97,6 @@ def batch_metrics(
 
 def micro_batch_loss(
     engine: Any, micro: Sequence[Example], totals: dict[str, float], point: float, options: DirectOptions,
-    pad_token_id: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Compute a micro-batch's share of loss and metrics of the global batch (see `global_totals`)."""
     kind = options.kind
@@ -110,7 +104,7 @@ def micro_batch_loss(
     sides = [side for example in micro for side in example.row.sides(options.is_paired)]
     with_prompt = [kind.nll_has_prompt and chosen > 0 for chosen, _ in sides]
     # (N,), (N,), ()
-    logprobs, nll_logprobs, balance = response_logprobs(engine, dialogues, pad_token_id, with_prompt)
+    logprobs, nll_logprobs, balance = response_logprobs(engine, dialogues, with_prompt)
     chosen, rejected = _tensor(sides).unbind(1)  # (N,) each
     log_ratios = logprobs - _tensor([value for example in micro for value in example.logprobs])
     lengths = [d.num_predicted for d in dialogues]
@@ -168,9 +162,7 @@ def pair_losses(chosen: Tensor, rejected: Tensor, options: DirectOptions) -> Ten
 
 
 @torch.no_grad()
-def reference_point(
-    engine: Any, examples: Sequence[Example], options: DirectOptions, pad_token_id: int
-) -> float:
+def reference_point(engine: Any, examples: Sequence[Example], options: DirectOptions) -> float:
     """z0 of KTO: the mean log-ratio of policy and reference over unrelated responses, at least 0.
 
     Source: Ethayarajh et al. 2024, section 4. The authors' code averages over a micro-batch; here the mean is
@@ -179,11 +171,11 @@ def reference_point(
     was_training = engine.training
     engine.eval()
     total = 0.0
-    for batch_indices in micro_batches(examples, options):
-        micro = [examples[i] for i in batch_indices or [0]]
-        logprobs, *_ = response_logprobs(engine, [example.unrelated for example in micro], pad_token_id)
+    for batch_indices, is_real in micro_batches(examples, options):
+        micro = [examples[i] for i in batch_indices]
+        logprobs, *_ = response_logprobs(engine, [example.unrelated for example in micro])
         log_ratios = logprobs - _tensor([example.unrelated_logprob for example in micro])  # (B,)
-        total = total + log_ratios.sum() * bool(batch_indices)
+        total = total + log_ratios.sum() * is_real
     engine.train(was_training)
     return max(0.0, sum_over_ranks(total)[0] / len(examples))
 
@@ -208,10 +200,10 @@ def global_totals(examples: Sequence[Example], options: DirectOptions) -> dict[s
     return totals
 
 
-def micro_batches(examples: Sequence[Example], options: DirectOptions) -> list[list[int]]:
-    """Divide records into this rank's micro-batches, the same number on every rank."""
+def micro_batches(examples: Sequence[Example], options: DirectOptions) -> list[tuple[list[int], bool]]:
+    """Divide records into micro-batches; see `batches_of_rank`."""
     lengths = [max(example.row.lengths) for example in examples]
-    return deal(range(len(examples)), lengths, options.micro_batch_size, rank(), world_size())
+    return batches_of_rank(lengths, options.micro_batch_size)
 
 
 def _pairs(micro: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

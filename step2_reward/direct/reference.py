@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from common.data.batching import deal
+from common.data.batching import batches_of_rank
 from common.data.cache import cache_folder
 from common.data.examples import Examples
 from common.model.engine import make_frozen
@@ -102,7 +102,7 @@ def load_reference(
 
 def with_reference(
     parts: Sequence[Sequence[Choice]], needed: Sequence[Sequence[int]], options: DirectOptions,
-    zero: dict[str, Any], pad_token_id: int, load: Callable[[], nn.Module],
+    zero: dict[str, Any], load: Callable[[], nn.Module],
 ) -> list[ReferencedExamples]:  # fmt: skip
     """Add reference log-probabilities to sets of records, from the cache where possible.
 
@@ -126,7 +126,7 @@ def with_reference(
             log(f"reference log-probabilities: {cached} of {len(numbers)} records are in the cache")
         if missing:
             model = model or load()
-            _fill_in(model, examples, missing, logprobs, options, pad_token_id, file)
+            _fill_in(model, examples, missing, logprobs, options, file)
         examples.logprobs = logprobs.cpu().numpy()
     del model
     gc.collect()  # an engine has reference cycles
@@ -135,7 +135,7 @@ def with_reference(
 
 def _fill_in(
     model: nn.Module, examples: ReferencedExamples, missing: Sequence[int], logprobs: Tensor,
-    options: DirectOptions, pad_token_id: int, file: Path | None,
+    options: DirectOptions, file: Path | None,
 ) -> None:  # fmt: skip
     """Fill in the rows of missing records in `logprobs` (records, most responses), sorted by length.
 
@@ -154,7 +154,7 @@ def _fill_in(
             raise Stopped(_stopped(begin, len(order)))
         indices = order[begin : begin + size]
         part = [examples[i] for i in indices]
-        logprobs[indices] = _part_logprobs(model, part, logprobs.shape[1], options, pad_token_id)
+        logprobs[indices] = _part_logprobs(model, part, logprobs.shape[1], options)
         if progress.update(begin + len(indices)):
             _save(file, logprobs)
             saved = begin + len(indices)
@@ -173,18 +173,16 @@ def _stopped(saved: int, total: int) -> str:
 
 
 @torch.no_grad()
-def _part_logprobs(
-    model: nn.Module, part: Sequence[Example], width: int, options: DirectOptions, pad_token_id: int
-) -> Tensor:
+def _part_logprobs(model: nn.Module, part: Sequence[Example], width: int, options: DirectOptions) -> Tensor:
     """Compute log-probabilities (records, width). Each rank computes its share, and returns all."""
     result = torch.zeros(len(part), width, device=device())
     lengths = [max(example.row.lengths) for example in part]
-    for batch_indices in deal(range(len(part)), lengths, options.micro_batch_size, rank(), world_size()):
-        # A rank without records runs a dummy forward pass: ZeRO-3 collectives need all ranks.
-        dialogues = [_dialogues(part[i]) for i in batch_indices or [0]]
-        sums, *_ = response_logprobs(model, sum(dialogues, []), pad_token_id)
-        for i, logprobs in zip(batch_indices, sums.split([*map(len, dialogues)]), strict=False):
-            result[i, : len(logprobs)] = logprobs
+    for batch_indices, is_real in batches_of_rank(lengths, options.micro_batch_size):
+        dialogues = [_dialogues(part[i]) for i in batch_indices]
+        sums, *_ = response_logprobs(model, sum(dialogues, []))
+        for i, logprobs in zip(batch_indices, sums.split([*map(len, dialogues)]), strict=True):
+            if is_real:
+                result[i, : len(logprobs)] = logprobs
     return sum_tensor_over_ranks(result)
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     # 2. Score the pairs with one model after the other.
     sides = []
     for member in load_members(options, encoders, zero):
-        rows, layout = data.rows[member.encoder], Layout(member.encoder.tokenizer.pad_token_id)
+        rows, layout = data.rows[member.encoder], Layout(member.encoder.pad_token_id)
         with member.ready() as model:
             sides.append(torch.stack(score_pairs(model, rows, options.micro_batch_size, layout)))  # (2, P)
             reward_std = getattr(base_model(model).config, "reward_std", 1.0)

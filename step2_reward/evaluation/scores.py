@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.data.batching import deal, pad_rows
-from common.model.forward import last_positions, token_scores
+from common.data.batching import batches_of_rank, pad_rows
+from common.model.forward import last_positions, pad_token_id, token_scores
 from common.runtime.distributed import (
     device,
-    rank,
     sum_over_ranks,
     sum_tensor_over_ranks,
 )
-from common.runtime.options import world_size
 from common.runtime.process import (
     stop_requested,
 )
@@ -37,11 +35,9 @@ def score_pairs(
     starts = list(accumulate((len(row.pairs) for row in rows), initial=0))
     scores = torch.zeros(starts[-1], 2, dtype=torch.float64)
     lengths = [max(layout.row_lengths(row)) for row in rows]
-    batches = deal(range(len(rows)), lengths, micro_batch, rank(), world_size())
-    for batch_indices in track("scoring records", batches, len(rows)):
-        # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
-        batch_scores = pair_scores(model, collate([rows[i] for i in batch_indices or [0]], layout))
-        if batch_indices:
+    for batch_indices, is_real in track("scoring records", batches_of_rank(lengths, micro_batch), len(rows)):
+        batch_scores = pair_scores(model, collate([rows[i] for i in batch_indices], layout))
+        if is_real:
             pair_indices = [pair for i in batch_indices for pair in range(starts[i], starts[i + 1])]
             scores[pair_indices] = torch.stack(batch_scores, dim=1).double().cpu()  # (p, 2)
     better, worse = sum_tensor_over_ranks(scores.to(device())).cpu().unbind(1)
@@ -74,7 +70,7 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: 
 
 @torch.no_grad()
 def score_statistics(
-    engine: Any, rows: Sequence[list[int]], micro_batch: int, pad_token_id: int, output_dir: str
+    engine: Any, rows: Sequence[list[int]], micro_batch: int, output_dir: str
 ) -> tuple[float, float] | None:
     """Compute mean and standard deviation of the raw scores of rows of token ids that end in EOS.
 
@@ -82,16 +78,16 @@ def score_statistics(
     """
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
-    batches = deal(range(len(rows)), [len(row) for row in rows], micro_batch, rank(), world_size())
-    for batch_indices in track("scoring demonstrations", batches, len(rows)):
+    batches = batches_of_rank([*map(len, rows)], micro_batch)
+    for batch_indices, is_real in track("scoring demonstrations", batches, len(rows)):
         if stop_requested(output_dir):
             engine.train()
             return None
-        ids = [rows[i] for i in batch_indices] or [rows[0]]
-        input_ids = pad_rows(ids, pad_token_id).to(device())
+        ids = [rows[i] for i in batch_indices]
+        input_ids = pad_rows(ids, pad_token_id(engine)).to(device())
         lengths = torch.tensor([len(row) for row in ids], device=device())
         scores = token_scores(engine, input_ids, last_positions(lengths, input_ids.shape[1])).double().cpu()
-        if batch_indices:
+        if is_real:
             sums += torch.stack([torch.ones_like(scores).sum(), scores.sum(), (scores**2).sum()])
     engine.train()
     count, total, squares = sum_over_ranks(*sums)

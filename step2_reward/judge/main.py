@@ -26,11 +26,11 @@ from common.ai_feedback.constitution import (
     read_constitution,
     read_template,
 )
-from common.data.batching import deal, pad_rows
+from common.data.batching import batches_of_rank, pad_rows
 from common.data.journal import to_lines, work_through
 from common.data.records import warn_of_left_out
 from common.generation.generate import load_policy
-from common.model.forward import response_logits
+from common.model.forward import pad_token_id, response_logits
 from common.model.loading import fit_to_model
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -83,7 +83,7 @@ def main() -> None:
     # 2. Judge some batches at a time; resume from the journal.
     model = load_policy(options.model_name_or_path, encoder, zero)
     work = partial(
-        judge_pairs, encode_questions=encode_questions, model=model, encoder=encoder, letters=letters,
+        judge_pairs, encode_questions=encode_questions, model=model, letters=letters,
         principles=principles, options=options,
     )  # fmt: skip
     size = BATCHES * options.micro_batch_size // 2  # two questions per pair
@@ -110,7 +110,7 @@ def question_ids(
 
 def judge_pairs(
     pairs: Mapping[int, Pair], encode_questions: Callable[[Pair], list[list[int]]], model: nn.Module,
-    encoder: SegmentEncoder, letters: Sequence[list[int]], principles: Sequence[str], options: JudgeOptions,
+    letters: Sequence[list[int]], principles: Sequence[str], options: JudgeOptions,
 ) -> list[Record]:  # fmt: skip
     """Judge pairs; the records of pairs with overlong questions have no judgement."""
     drawn = {index: draw_principle(principles, pair.id, options.seed) for index, pair in pairs.items()}
@@ -118,9 +118,8 @@ def judge_pairs(
     logprobs = {}
     if question_pairs:
         values = answer_logprobs(
-            model, [*chain(*question_pairs.values())], letters, options.micro_batch_size,
-            encoder.tokenizer.pad_token_id,
-        ).view(len(question_pairs), 2, 2)  # (pairs, orders, letters)  # fmt: skip
+            model, [*chain(*question_pairs.values())], letters, options.micro_batch_size
+        ).view(len(question_pairs), 2, 2)  # (pairs, orders, letters)
         logprobs = dict(zip(question_pairs, values.numpy(), strict=True))
     return [judgement_record(pair, drawn[index], logprobs.get(index)) for index, pair in pairs.items()]
 
@@ -158,9 +157,8 @@ def letter_ids(encoder: SegmentEncoder, path: str) -> list[list[int]]:
 
 @torch.no_grad()
 def answer_logprobs(
-    model: nn.Module, question_rows: Sequence[list[int]], answers: Sequence[list[int]], micro_batch: int,
-    pad_token_id: int,
-) -> Tensor:  # fmt: skip
+    model: nn.Module, question_rows: Sequence[list[int]], answers: Sequence[list[int]], micro_batch: int
+) -> Tensor:
     """Compute the log-probability of each answer after each question: (N, A) fp64 on the CPU.
 
     Questions and answers are token ids. Answers that differ only in their last token share a forward pass.
@@ -170,16 +168,15 @@ def answer_logprobs(
     for prefix in {tuple(answer[:-1]): None for answer in answers}:
         rows = [[*ids, *prefix] for ids in question_rows]
         columns = [n for n, answer in enumerate(answers) if tuple(answer[:-1]) == prefix]
-        for batch_indices in deal(range(len(rows)), [*map(len, rows)], micro_batch, rank(), world_size()):
-            # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
-            ids = [rows[i] for i in batch_indices or [0]]
-            input_ids = pad_rows(ids, pad_token_id).to(device())  # (B, T)
+        for batch_indices, is_real in batches_of_rank([*map(len, rows)], micro_batch):
+            ids = [rows[i] for i in batch_indices]
+            input_ids = pad_rows(ids, pad_token_id(model)).to(device())  # (B, T)
             ends = torch.tensor([*map(len, ids)], device=device())[:, None]
             positions = torch.arange(input_ids.shape[1], device=device())
             predicts = (positions < ends) & (positions >= ends - len(prefix) - 1)  # (B, T) an answer token
             logprobs = response_logits(model, input_ids, predicts).float().log_softmax(-1)
             logprobs = logprobs.view(len(ids), len(prefix) + 1, -1)  # (B, K, V)
-            for n in columns if batch_indices else ():
+            for n in columns if is_real else ():
                 sums = logprobs[:, range(len(answers[n])), answers[n]].sum(-1)  # (B,)
                 result[batch_indices, n] = sums.double().cpu()
     return sum_tensor_over_ranks(result.to(device())).cpu()

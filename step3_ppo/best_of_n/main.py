@@ -130,7 +130,7 @@ def sample_and_score(
         policy, encoder, RowIds(prompts, size), [numbers[i] for i in rank_rows], options, options.round
     )
     responses = responses._replace(support=responses.support[..., :0])  # large, and only used by updates
-    rollout = assemble(row_prompts, rank_rows, responses, encoder.tokenizer.pad_token_id)
+    rollout = assemble(row_prompts, rank_rows, responses, encoder)
     scores, parts = score_responses(
         scorer, encoder, row_prompts, rollout, rank_rows, options.generation_batch_size
     )

@@ -29,13 +29,13 @@ from common.runtime.options import UserError, world_size
 from common.runtime.process import UNWRITTEN, report_accepted, run_main, stop_anywhere, stop_between_steps
 from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.text.truncation import MaskedText, fit_demonstration
 from step3_ppo.compare import statistics
 from step3_ppo.compare.options import ComparePoliciesOptions
 from step3_ppo.compare.report import plot_scores, table
 from step3_ppo.compare.responses import Judge, Policy, sample_all, score
 from step3_ppo.metrics import describe_responses
 from step3_ppo.options import PPOOptions
-from step3_ppo.ptx import MaskedText, tokenize_text
 from step3_ppo.reward_functions import load_functions
 
 
@@ -116,7 +116,7 @@ def load_demonstrations(options: ComparePoliciesOptions, encoder: SegmentEncoder
     sources = options.eval_demonstration_data or options.demonstration_data
     if not sources:
         return []
-    convert = partial(tokenize_text, encoder=encoder, max_length=options.max_length, overlong="drop")
+    convert = partial(fit_demonstration, encoder=encoder, max_length=options.max_length, overlong="drop")
     all_stages = replace(options, data_split="")
     rows = load_held_out(
         options.eval_demonstration_data, options.demonstration_data, all_stages, MaskedText, convert

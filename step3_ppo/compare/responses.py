@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.data.batching import deal
+from common.data.batching import batches_of_rank
 from common.generation.generate import load_policy
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_members
@@ -18,10 +18,11 @@ from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
+from common.text.truncation import MaskedText
 from step3_ppo.compare.options import ComparePoliciesOptions
 from step3_ppo.metrics import EVALUATION_STEP
 from step3_ppo.models import Scorer
-from step3_ppo.ptx import MaskedText, demonstration_logprobs
+from step3_ppo.ptx import demonstration_logprobs
 from step3_ppo.reward_functions import RewardFunction
 from step3_ppo.rollout import Rollout, policy_pass, sample_rollout
 from step3_ppo.scoring import score_responses
@@ -60,8 +61,7 @@ def sample_all(
             title = f"{path}: responses"
             rollouts.append(sample_rollout(model, encoder, prompts, options, EVALUATION_STEP + draw, title))
         logprobs = response_logprobs(model, rollouts[0], options)
-        pad_token_id = encoder.tokenizer.pad_token_id
-        text_perplexity = perplexity(model, texts, options.micro_batch_size, pad_token_id) if texts else None
+        text_perplexity = perplexity(model, texts, options.micro_batch_size) if texts else None
         policies.insert(0, Policy(path, rollouts, logprobs, logprobs, text_perplexity))
         if number == 0:
             policies = [
@@ -94,15 +94,13 @@ def response_logprobs(model: nn.Module, rollout: Rollout, options: ComparePolici
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, rows: Sequence[MaskedText], micro_batch: int, pad_token_id: int) -> float:
+def perplexity(model: nn.Module, rows: Sequence[MaskedText], micro_batch: int) -> float:
     """Perplexity over all response tokens of the demonstrations: how much a policy has forgotten."""
     total = count = 0.0
-    lengths = [row.length for row in rows]
-    batches = deal(range(len(rows)), lengths, micro_batch, rank(), world_size())
-    for batch in track("perplexity of demonstrations", batches, len(rows)):
-        # A rank without rows runs a dummy forward pass: ZeRO-3 collectives need all ranks.
-        logprobs = demonstration_logprobs(model, [rows[i] for i in batch or [0]], pad_token_id)  # (N,)
-        if batch:
+    batches = batches_of_rank([row.length for row in rows], micro_batch)
+    for batch, is_real in track("perplexity of demonstrations", batches, len(rows)):
+        logprobs = demonstration_logprobs(model, [rows[i] for i in batch])  # (N,)
+        if is_real:
             total, count = total + logprobs.double().sum().item(), count + len(logprobs)
     total, count = sum_over_ranks(total, count)
     return math.exp(min(-total / count, 700.0))

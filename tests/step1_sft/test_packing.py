@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrainedModel
 
 import step1_sft.main
+from common.data.batching import with_dummies
 from common.model.forward import response_logits
 from common.runtime.distributed import rank
 from common.runtime.options import UserError
@@ -158,7 +159,7 @@ def test_a_rank_without_rows_runs_a_dummy_forward_pass(
 ) -> None:  # fmt: skip
     def first_rank_alone(lengths, options):
         rows = deal_packed(range(len(lengths)), lengths, options.micro_batch_size, options.max_length, 0, 1)
-        return rows if rank() == 0 else [[] for _ in rows]
+        return with_dummies(rows if rank() == 0 else [[] for _ in rows], dummy=[[0]])
 
     monkeypatch.setattr(step1_sft.main, "micro_batches", first_rank_alone)
     options = [*sft(world, tmp_path / "sft"), *PACKED, "--zero_config", str(ZERO / "zero3.json")]

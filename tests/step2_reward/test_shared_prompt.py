@@ -115,7 +115,7 @@ def test_models_that_cannot_share_prompts_are_detected(name):
         model.config._attn_implementation = (
             "flash_attention_2"  # refused by name: the kernels are not installed
         )
-    assert can_share_prompts(model, 24, PAD) == (name not in ("narrow window", "alibi", "flash"))
+    assert can_share_prompts(model, 24) == (name not in ("narrow window", "alibi", "flash"))
 
 
 def test_a_model_that_ignores_position_ids_is_detected():
@@ -127,7 +127,7 @@ def test_a_model_that_ignores_position_ids_is_detected():
         def forward(self, **inputs: torch.Tensor) -> object:
             return self.module(**(inputs | {"position_ids": None}))
 
-    assert not can_share_prompts(Stubborn(), 24, PAD)
+    assert not can_share_prompts(Stubborn(), 24)
 
 
 def test_auto_shares_prompts_where_it_is_less_work():
@@ -145,4 +145,4 @@ def test_auto_shares_prompts_where_it_is_less_work():
     ):
         for value, expected in shares.items():
             options = RewardOptions(max_length=24, share_prompts=value)
-            assert choose_layout(model, data, options, PAD) == Layout(PAD, expected)
+            assert choose_layout(model, data, options) == Layout(PAD, expected)

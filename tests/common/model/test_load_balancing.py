@@ -74,7 +74,7 @@ def test_direct_optimisation_adds_it_only_in_training():
     losses = {}
     for training in (True, False):
         loss, figures = micro_batch_loss(
-            model.train(training), [example], global_totals([example], options), 0.0, options, 0
+            model.train(training), [example], global_totals([example], options), 0.0, options
         )
         losses[training] = loss
         assert ("aux_loss" in figures) is training

@@ -22,6 +22,7 @@ class FixedLogits(nn.Module):
         super().__init__()
         self.states, self.head = logits, nn.Linear(logits.shape[-1], logits.shape[-1], bias=False)
         self.head.weight.data = torch.eye(logits.shape[-1])
+        self.config = SimpleNamespace(pad_token_id=0)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -62,7 +63,7 @@ def choice(seed: int, ranks: list[float]) -> Choice:
 def test_log_probabilities_match_the_authors(reference):
     case = reference("logps.authors.get_batch_logps")
     dialogues = [Dialogue([0, 3, 5, 1, 6, 2], 2), Dialogue([0, 3, 3, 2, 1], 3)]
-    sums, *_ = response_logprobs(FixedLogits(case.inputs.logits), dialogues, pad_token_id=0)
+    sums, *_ = response_logprobs(FixedLogits(case.inputs.logits), dialogues)
     assert_close(sums, case.outputs.sum)
     assert_close(sums / torch.tensor([d.num_predicted for d in dialogues]), case.outputs.average)
 
@@ -78,9 +79,7 @@ def test_orpo_includes_the_nll_of_prompt_and_chosen_response(reference):
     examples = [Example(row, [0.0, 0.0], None, 0.0) for row in rows]
     options = settings("orpo")
     logits = case.inputs.logits[order].requires_grad_()
-    loss, _ = micro_batch_loss(
-        FixedLogits(logits), examples, global_totals(examples, options), 0.0, options, pad_token_id=0
-    )
+    loss, _ = micro_batch_loss(FixedLogits(logits), examples, global_totals(examples, options), 0.0, options)
     loss.backward()
     assert_close(loss, case.outputs.loss)
     assert_close(logits.grad, case.outputs.grad_logits[order])
@@ -91,7 +90,7 @@ def test_a_tie_counts_half_each_way_and_not_in_accuracy():
     row = choice(1, [0.0, 0.0])
     example = Example(row, [-3.0, -1.0], None, 0.0)
     totals = global_totals([example], options)
-    loss, metrics = micro_batch_loss(model, [example], totals, 0.0, options, 0)
+    loss, metrics = micro_batch_loss(model, [example], totals, 0.0, options)
     x, y = (model.logprob(d) - r for d, r in zip(row.dialogues, example.logprobs, strict=True))
     difference = torch.tensor(0.5 * (x - y))
     assert_close(loss, -0.5 * (difference.sigmoid().log() + (-difference).sigmoid().log()))
@@ -99,7 +98,7 @@ def test_a_tie_counts_half_each_way_and_not_in_accuracy():
     assert_close(metrics["reward/chosen"], metrics["reward/rejected"])
 
     both = [example, example._replace(row=choice(1, [0.0, 1.0]))]
-    _, metrics = micro_batch_loss(model, both, global_totals(both, options), 0.0, options, 0)
+    _, metrics = micro_batch_loss(model, both, global_totals(both, options), 0.0, options)
     assert metrics["accuracy"].item() == (x > y)
 
 
@@ -118,9 +117,7 @@ def test_a_soft_label_gives_the_expected_loss_over_hard_labels(loss):
     results, accuracies = [], []
     for row, logprobs in (likely, unlikely, (likely[0]._replace(**soft), reference)):
         model, example = Random(0), Example(row, logprobs, None, 0.0)
-        value, metrics = micro_batch_loss(
-            model, [example], global_totals([example], options), 0.3, options, 0
-        )
+        value, metrics = micro_batch_loss(model, [example], global_totals([example], options), 0.3, options)
         value.backward()
         means = (metrics[name].detach() for name in ("nll_chosen", "reward/chosen", "logprobs/rejected"))
         results.append((value.detach(), model.head.weight.grad, *means))
@@ -142,8 +139,8 @@ def test_micro_batches_add_up_to_the_batch(loss):
     reference = [[Random(1).logprob(d) * has_reference for d in row.dialogues] for row in rows]
     examples = [Example(row, logprobs, None, 0.0) for row, logprobs in zip(rows, reference, strict=True)]
     totals = global_totals(examples, options)
-    total, metrics = micro_batch_loss(model, examples, totals, 0.3, options, 0)
-    parts = [micro_batch_loss(model, [example], totals, 0.3, options, 0) for example in examples]
+    total, metrics = micro_batch_loss(model, examples, totals, 0.3, options)
+    parts = [micro_batch_loss(model, [example], totals, 0.3, options) for example in examples]
     assert_close(sum(loss for loss, _ in parts), total)
     for name in metrics:
         assert_close(sum(part[name] for _, part in parts), metrics[name])
@@ -162,7 +159,7 @@ def test_micro_batches_add_up_to_the_batch(loss):
 def test_cpo_adds_the_nll_of_the_chosen_response():
     model, options, row = Random(0), settings("cpo", nll_coef=0.7), choice(3, [0.0, 1.0])
     example = Example(row, [0.0, 0.0], None, 0.0)
-    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options, 0)
+    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options)
     chosen, rejected = (model.logprob(d) for d in row.dialogues)
     preferred = torch.tensor(1 + math.exp(-0.1 * (chosen - rejected))).log()
     assert_close(loss, preferred - 0.7 * chosen / row.dialogues[0].num_predicted)
@@ -172,7 +169,7 @@ def test_cpo_adds_the_nll_of_the_chosen_response():
 def test_rewards_are_sums_or_means_over_tokens(loss, is_averaged):
     model, options, row = Random(0), settings(loss), choice(3, [0.0, 1.0])
     example = Example(row, [0.0, 0.0], None, 0.0)
-    _, metrics = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options, 0)
+    _, metrics = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options)
     dialogue = row.dialogues[0]
     expected = options.beta * model.logprob(dialogue) / (dialogue.num_predicted if is_averaged else 1)
     assert metrics["reward/chosen"].item() == pytest.approx(expected, rel=1e-5)
@@ -194,12 +191,12 @@ def test_the_reference_point_is_the_mean_log_ratio_of_unrelated_responses():
     mean = sum(policy.logprob(d) - reference.logprob(d) for d in unrelated) / 6
     for size in (1, 4):
         options.micro_batch_size = size
-        point = reference_point(policy, scored, options, 0)
+        point = reference_point(policy, scored, options)
         swapped = [
             e._replace(unrelated_logprob=2 * policy.logprob(e.unrelated) - e.unrelated_logprob)
             for e in scored
         ]
-        swapped_point = reference_point(policy, swapped, options, 0)
+        swapped_point = reference_point(policy, swapped, options)
         assert sorted([point, swapped_point]) == pytest.approx([0.0, abs(mean)], rel=1e-5)
 
 
@@ -213,7 +210,7 @@ def test_unrelated_responses_are_desirable_and_undesirable_equally_often():
 def test_kto_weighs_each_response_by_its_label():
     options = settings("kto", beta=0.02, desirable_weight=2.0, undesirable_weight=0.7)
     model, example = Random(0), Example(choice(1, [0.0, 1.0]), [-3.0, -1.0], None, 0.0)
-    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.3, options, 0)
+    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.3, options)
     good, bad = (model.logprob(d) - r for d, r in zip(example.row.dialogues, example.logprobs, strict=True))
     expected = 2.0 / (1 + math.exp(0.02 * (good - 0.3))) + 0.7 / (1 + math.exp(0.02 * (0.3 - bad)))
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)

@@ -162,7 +162,7 @@ def test_answers_of_several_tokens(world: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(world / "model")
     questions = [[5, 6, 7], [8, 9], list(range(10, 30)), [40]]
     for answers in ([[11], [12]], [[11, 12], [11, 13]], [[11, 12, 13], [14]]):
-        logprobs = answer_logprobs(PlainEngine(model), questions, answers, 3, 0)
+        logprobs = answer_logprobs(PlainEngine(model), questions, answers, 3)
         for row, question in enumerate(questions):
             for column, answer in enumerate(answers):
                 logits = model(torch.tensor([question + answer])).logits[0].double().log_softmax(-1)
