@@ -19,6 +19,7 @@ from torch import nn
 
 from common.data.multi_encoder import load_shared_records
 from common.model.engine import gathered_weights, make_frozen
+from common.model.engine_protocol import Engine
 from common.model.families import max_positions
 from common.model.forward import base_model, pad_token_id, response_logits
 from common.model.loading import fit_to_model, load_causal_lm
@@ -97,7 +98,7 @@ def main() -> None:
         write_json(Path(options.output), results)
 
 
-def evaluate(engine: Any, rows: Sequence[Demonstration], options: SFTOptions) -> dict[str, float]:
+def evaluate(engine: Engine, rows: Sequence[Demonstration], options: SFTOptions) -> dict[str, float]:
     """Return eval/loss, the mean over the trained tokens of all ranks, and eval/perplexity."""
     nats, tokens = negative_log_likelihood(engine, rows, options)
     return {"eval/loss": nats / tokens, "eval/perplexity": _perplexity(nats / tokens)}

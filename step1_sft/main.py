@@ -10,6 +10,7 @@ from functools import partial
 
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
+from common.model.engine_protocol import Engine
 from common.model.forward import base_model, logits_and_balance, pad_token_id
 from common.model.load_balancing import has_balance_loss
 from common.model.loading import fit_to_model, load_causal_lm
@@ -79,7 +80,7 @@ def main() -> None:
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
-def train_step(engine, batch: list[Demonstration], options: SFTOptions) -> dict[str, Mean | float]:
+def train_step(engine: Engine, batch: list[Demonstration], options: SFTOptions) -> dict[str, Mean | float]:
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [len(row.ids) for row in batch]

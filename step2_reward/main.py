@@ -15,6 +15,7 @@ from torch import nn
 from common.data.batching import deal
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
+from common.model.engine_protocol import Engine
 from common.model.loading import fit_to_model, load_scalar_model
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import backbone_config
@@ -127,8 +128,9 @@ def main() -> None:
 
 
 def train_step(
-    engine, records: list[Preference], options: RewardOptions, layout: Layout, language_head: nn.Module | None
-) -> dict[str, Mean | float]:
+    engine: Engine, records: list[Preference], options: RewardOptions, layout: Layout,
+    language_head: nn.Module | None,
+) -> dict[str, Mean | float]:  # fmt: skip
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     lengths = [max(layout.row_lengths(row)) for row in records]
@@ -167,7 +169,7 @@ def train_step(
     }
 
 
-def centre(engine, rows: list[list[int]], options: RewardOptions) -> bool:
+def centre(engine: Engine, rows: list[list[int]], options: RewardOptions) -> bool:
     """Normalise the scores so that these rows have mean 0 and standard deviation 1.
 
     Returns False when a stop was requested first.

@@ -5,12 +5,13 @@ and a mask hides the responses from each other. Models that cannot do so get one
 """
 
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from common.model.engine_protocol import Engine
 from common.model.forward import base_model, pad_token_id, token_scores_and_states
 from common.runtime.distributed import log
 from common.text.transformers_internals import attention_implementation
@@ -20,12 +21,12 @@ from step2_reward.options import RewardOptions
 SAMPLE = 1000  # records from which the layout is chosen
 
 
-def pair_scores(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def pair_scores(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Score the better and the worse response of each pair, (P,) each, in one forward pass."""
     return pair_scores_and_states(model, batch)[:2]
 
 
-def pair_scores_and_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def pair_scores_and_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Like `pair_scores`; also return the hidden states (R, T, hidden size)."""
     after = torch.nn.functional.pad(batch.segments[:, 1:], (0, 1), value=-1)  # (R, T)
     is_last = (batch.segments > 0) & (batch.segments != after)
@@ -33,7 +34,7 @@ def pair_scores_and_states(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Te
     return scores[batch.better], scores[batch.worse], states
 
 
-def choose_layout(engine: Any, rows: Sequence[Preference], options: RewardOptions) -> Layout:
+def choose_layout(engine: Engine, rows: Sequence[Preference], options: RewardOptions) -> Layout:
     """Choose the layout by --share_prompts and the first rows, and log it.
 
     At ZeRO-3 every rank must call this.
@@ -81,7 +82,7 @@ def work(rows: Sequence[Preference], layout: Layout, width: int) -> int:
 
 
 @torch.no_grad()
-def can_share_prompts(engine: Any, max_length: int) -> bool:
+def can_share_prompts(engine: Engine, max_length: int) -> bool:
     """Check that the model scores responses that share a prompt as it scores them separately.
 
     It fails for attention kernels without masks, position encodings that ignore `position_ids`, and sliding
@@ -120,7 +121,7 @@ def prompt_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~attends, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _scores_at(model: Any, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _scores_at(model: nn.Module, batch: Batch, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scores at true positions (R, T), row by row, and all hidden states."""
     if not batch.share_prompts:
         return token_scores_and_states(model, batch.input_ids, positions)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.model.engine import make_engine, make_frozen
+from common.model.engine_protocol import Engine
 from common.model.loading import initialise_head, load_causal_lm, load_scalar_model
 from common.model.lora import add_adapters
 from common.model.options import EnsembleOptions
@@ -39,8 +40,8 @@ class Models:
     is the critic with its adapter off.
     """
 
-    actor: Any
-    critic: Any | None
+    actor: Engine
+    critic: Engine | None
     reference: nn.Module | None
     scorer: Scorer
     gold: Scorer | None  # scores held-out responses, for evaluation only
@@ -54,7 +55,7 @@ class Models:
 
 
 @contextlib.contextmanager
-def without_adapter(engine: Any) -> Iterator[nn.Module]:
+def without_adapter(engine: Engine) -> Iterator[nn.Module]:
     """The base model of an engine with adapters, for a `with` block."""
     with engine.module.disable_adapter():
         yield engine
@@ -110,7 +111,7 @@ def build_models(
 def make_trained(
     model: PreTrainedModel, zero: dict[str, Any], options: PPOOptions, checkpointing: bool,
     learning_rate: float, iterations: int,
-) -> Any:  # fmt: skip
+) -> Engine:  # fmt: skip
     """An engine that trains for `iterations`. checkpointing: gradient checkpointing of this model."""
     own = replace(options, gradient_checkpointing=options.gradient_checkpointing or checkpointing)
     return make_engine(model, zero, own, learning_rate, iterations * options.updates_per_step)

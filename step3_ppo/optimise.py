@@ -3,13 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.data.batching import deal
 from common.model.engine import backward_and_step
+from common.model.engine_protocol import Engine
 from common.model.forward import base_model, token_scores
 from common.model.load_balancing import has_balance_loss
 from common.numeric.tensor_ops import entropy
@@ -102,7 +103,7 @@ def optimise(
 
 
 @torch.no_grad()
-def _distance(actor: Any, rollout: Rollout, batch: list[int], options: PPOOptions) -> float:
+def _distance(actor: Engine, rollout: Rollout, batch: list[int], options: PPOOptions) -> float:
     """KL from the rollout policy on some rows: k2, in nats per response."""
     actor.eval()
     total = 0.0
@@ -158,7 +159,7 @@ def _mean_norm(norms: list[float]) -> Mean:
 
 
 def _update_actor(
-    actor: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
+    actor: Engine, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
 ) -> float | None:
     """One micro-batch of the policy loss, with KL, entropy and load-balancing terms."""
     logprobs, logits, balance = done.take_policy() or policy_pass(actor, batch.rows, options.temperature)
@@ -180,7 +181,7 @@ def _update_actor(
 
 
 def _update_critic(
-    critic: Any, done: FirstPass, batch: MicroBatch, options: PPOOptions, sums: Sums
+    critic: Engine, done: FirstPass, batch: MicroBatch, options: PPOOptions, sums: Sums
 ) -> float | None:
     """One micro-batch of the value loss."""
     values = done.take_values()

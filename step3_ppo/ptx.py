@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.data.batching import batch_order, deal, pad_rows
 from common.data.examples import Examples
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step
+from common.model.engine_protocol import Engine
 from common.model.forward import pad_token_id, token_logprobs
 from common.runtime.distributed import device, rank
 from common.runtime.options import world_size
@@ -38,7 +38,7 @@ class PretrainingMix:
         self._texts, self._options, self.taken = texts, options, start
         self._order = batch_order(lengths, options.global_batch_size, options.seed, start, grouped=True)
 
-    def add_gradients(self, actor: Any) -> Tensor:
+    def add_gradients(self, actor: Engine) -> Tensor:
         """Accumulate the gradients of the next batch; returns this rank's share of its loss.
 
         The loss is the mean over the response tokens of the batch. Source: Ouyang et al. 2022, eq. 2.
@@ -55,7 +55,7 @@ class PretrainingMix:
         return total
 
 
-def demonstration_logprobs(model: Any, rows: Sequence[MaskedText]) -> Tensor:
+def demonstration_logprobs(model: nn.Module, rows: Sequence[MaskedText]) -> Tensor:
     """Log-probability (N,) of each response token of the demonstrations."""
     input_ids = pad_rows([row.ids for row in rows], pad_token_id(model)).to(device())  # (B, T)
     is_response = pad_rows([row.is_response for row in rows], False).to(device())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.data.batching import pad_rows
 from common.generation.decoding import Responses
-from common.generation.generate import generate, prompts_of_rank
+from common.generation.generate import PolicyEngine, generate, prompts_of_rank
 from common.generation.options import GenerationOptions
 from common.model.forward import base_model, logits_and_balance
 from common.numeric.tensor_ops import label_logprobs
@@ -124,8 +124,8 @@ def policy_pass(model: torch.nn.Module, rows: Rows, temperature: float) -> Polic
 
 @torch.no_grad()
 def sample_rollout(
-    policy: Any, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions, step: int,
-    title: str = "",
+    policy: PolicyEngine, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions,
+    step: int, title: str = "",
 ) -> Rollout:  # fmt: skip
     """Sample a response to each prompt, each rank a part of them. Fills tokens and `logprobs`; the rest is 0.
 

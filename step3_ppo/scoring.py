@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.data.batching import deal
+from common.model.engine_protocol import Engine
 from common.model.forward import last_positions, token_scores
 from common.model.reward_ensemble import combine, member_scores
 from common.runtime.distributed import device, gather_rows, rank
@@ -110,7 +110,7 @@ def score_responses(
 
 
 def _value_pass(
-    critic: Any, rollout: Rollout, batch: list[int], options: PPOOptions
+    critic: Engine, rollout: Rollout, batch: list[int], options: PPOOptions
 ) -> tuple[Tensor, Tensor]:
     """Values (N,) before each response token, and (b,) after the last token of truncated responses with
     --bootstrap_truncated, else 0.
@@ -141,7 +141,7 @@ def _rank_batches(
 
 
 @contextlib.contextmanager
-def _training_mode(engine: Any) -> Iterator[None]:
+def _training_mode(engine: Engine) -> Iterator[None]:
     """Forward passes with gradients, and with gradient checkpointing if it is on."""
     engine.train()
     with torch.enable_grad():

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from common.generation.decoding import Responses, sample_responses, uniforms_for
 from common.generation.options import GenerationOptions
 from common.model.engine import gathered_weights, make_frozen
+from common.model.engine_protocol import Engine
 from common.model.families import check_sampling, max_positions
 from common.model.forward import base_model
 from common.model.loading import load_causal_lm
@@ -34,6 +35,9 @@ class PlainEngine(nn.Module):
         return 0
 
 
+PolicyEngine = Engine | PlainEngine  # a policy in training, or from `load_policy`
+
+
 class PolicyAnswer(NamedTuple):
     """A response as text, without its end token."""
 
@@ -41,7 +45,7 @@ class PolicyAnswer(NamedTuple):
     ended: bool  # by an end token, not by the length limit
 
 
-def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> nn.Module:
+def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> PolicyEngine:
     """Load a frozen policy: partitioned at stage 3, else a full copy on every rank."""
     frozen = frozen_config(zero)
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
@@ -71,14 +75,13 @@ def prompts_of_rank(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def generate(
-    policy: Any, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
+    policy: PolicyEngine, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
     rows: Sequence[int], options: GenerationOptions, step: int, title: str = "",
 ) -> Responses:  # fmt: skip
     """Sample a response for each of the rows (indices of prompts).
 
-    policy: from `load_policy`, or an engine in training. step: seeds sampling, with --seed and the row index.
-    If a partitioned model is not gathered, all ranks must pass the same number of rows. title: of progress
-    lines; empty: none.
+    step: seeds sampling, with --seed and the row index. If a partitioned model is not gathered, all ranks
+    must pass the same number of rows. title: of progress lines; empty: none.
     """
     size = options.generation_batch_size
     parts: list[Responses] = []
@@ -105,8 +108,8 @@ def generate(
 
 
 def sample_answers(
-    policy: Any, encoder: SegmentEncoder, prompts: Mapping[int, list[int]], options: GenerationOptions,
-    step: int,
+    policy: PolicyEngine, encoder: SegmentEncoder, prompts: Mapping[int, list[int]],
+    options: GenerationOptions, step: int,
 ) -> dict[int, PolicyAnswer]:  # fmt: skip
     """Sample an answer to each prompt with `generate`; returns all answers by prompt number, on every rank.
 

@@ -1,15 +1,15 @@
 """EMA weights: an exponential moving average of the trained weights, in fp32, in host memory of rank 0."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from common.model.engine import full_state_dict
+from common.model.engine_protocol import Engine
 from common.model.lora import is_adapted
 
 
-def update_ema_weights(average: dict[str, Tensor], engine: Any, decay: float) -> None:
+def update_ema_weights(average: dict[str, Tensor], engine: Engine, decay: float) -> None:
     """average <- decay x average + (1 - decay) x trained weights; the first call copies the weights.
 
     Every rank must call it; only rank 0 holds the average. Tied weights are averaged once, under their first

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.model.deepspeed_internals import full_shape, is_partitioned, without_stage3_hooks
+from common.model.engine_protocol import Engine
 from common.model.zero import fill_bucket_sizes, offloads
 from common.runtime.distributed import device, on_cpu
 from common.runtime.options import OptimiserOptions, world_size
@@ -17,7 +18,7 @@ from common.runtime.options import OptimiserOptions, world_size
 
 def make_engine(
     model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float, total_steps: int
-) -> Any:
+) -> Engine:
     """Create a DeepSpeed engine with AdamW and a schedule over `total_steps` optimiser steps."""
     import deepspeed
     from transformers import get_scheduler
@@ -64,7 +65,7 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None, offload: bool = F
     return model
 
 
-def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> float | None:
+def backward_and_step(engine: Engine, loss: Tensor, ranks: int, is_last: bool) -> float | None:
     """Accumulate the gradients of one micro-batch; after the last one, update the weights.
 
     loss: this rank's share. Summed over ranks and micro-batches, the shares are the loss of the global batch.
@@ -85,7 +86,7 @@ def backward_and_step(engine: Any, loss: Tensor, ranks: int, is_last: bool) -> f
     return norm if is_plain else float(engine.get_global_grad_norm())
 
 
-def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tensor] | None:
+def full_state_dict(engine: Engine, trainable_only: bool = False) -> dict[str, Tensor] | None:
     """Copy all weights of the module to the CPU, on rank 0; None on the other ranks.
 
     Every rank must call it. Partitioned weights are gathered one at a time.
@@ -110,12 +111,12 @@ def full_state_dict(engine: Any, trainable_only: bool = False) -> dict[str, Tens
     return state if is_first else None
 
 
-def is_partial(engine: Any) -> bool:
+def is_partial(engine: Engine) -> bool:
     """Whether some weights are frozen, as with adapters. Checkpoints leave frozen weights out."""
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
+def trained_state_dict(engine: Engine, **_: Any) -> dict[str, Any]:
     """State dict without frozen weights.
 
     DeepSpeed's own version keeps tied frozen weights under their second name, such as the output head.
@@ -125,7 +126,7 @@ def trained_state_dict(engine: Any, **_: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def gathered_weights(engine: Any, gather_weights: bool = True) -> Iterator[nn.Module]:
+def gathered_weights(engine: Engine, gather_weights: bool = True) -> Iterator[nn.Module]:
     """Context manager: the module with all its weights gathered, for generation.
 
     At stage 3 the weights are gathered once and ZeRO's hooks are removed. Ranks may then run different

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from common.model.deepspeed_internals import skip_recovery_script
 from common.model.engine import is_partial, trained_state_dict
+from common.model.engine_protocol import Engine
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
 from common.runtime.option_checks import resolved
@@ -60,7 +61,7 @@ class _Writer(TorchCheckpointEngine):
             self.error = reason(error)
 
 
-def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, Any]) -> bool:
+def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, Engine]) -> bool:
     """Write checkpoints/step_N and delete the oldest beyond --save_total_limit. Every rank must call it.
 
     On an OSError, such as a full disk, it logs the problem, removes the incomplete folder, keeps the older

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.model.ema import with_ema_weights
 from common.model.engine import full_state_dict
+from common.model.engine_protocol import Engine
 from common.model.lora import is_adapted
 from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder
@@ -29,8 +30,8 @@ def export_best(*arguments: Any) -> None:
 
 
 def _export(
-    engine: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, load_base: Callable[[], PreTrainedModel],
-    average: Mapping[str, Tensor] | None = None,
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, folder: Path,
+    load_base: Callable[[], PreTrainedModel], average: Mapping[str, Tensor] | None = None,
 ) -> str:  # fmt: skip
     """Write the engine's model and the tokenizer to `folder`, through a temporary folder.
 
@@ -57,7 +58,7 @@ def _export(
 
 
 def _write(
-    engine: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], folder: Path,
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], folder: Path,
     load_base: Callable[[], PreTrainedModel],
 ) -> None:  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
@@ -80,7 +81,7 @@ def _replace(temporary: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_merged(engine: Any, state: dict[str, Any], folder: Path, base: PreTrainedModel) -> None:
+def _save_merged(engine: Engine, state: dict[str, Any], folder: Path, base: PreTrainedModel) -> None:
     from peft import PeftModel
 
     for name in ("reward_mean", "reward_std"):

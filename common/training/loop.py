@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.batching import batch_order, steps_in_epochs
 from common.data.examples import Examples
+from common.model.engine_protocol import Engine
 from common.runtime.distributed import gather_objects, init_distributed, log, ranks_in_words, seed_everything
 from common.runtime.option_checks import same_command
 from common.runtime.options import RunOptions
@@ -58,7 +59,7 @@ class TrainingLoop:
         self._batch_size, self._by_length, self._patience = batch_size, by_length, patience
         seed_everything(options.seed, step=0)
 
-    def resume(self, engines: dict[str, Any], examples: str, steps: str = "steps") -> None:
+    def resume(self, engines: dict[str, Engine], examples: str, steps: str = "steps") -> None:
         """Load the checkpoint, if there is one, into the engines.
 
         engines: by their names in checkpoints. examples, steps: nouns for the log.

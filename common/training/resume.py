@@ -11,6 +11,7 @@ import torch
 
 from common.model.deepspeed_internals import is_partitioned, universal_loading, update_master_weights
 from common.model.engine import is_partial
+from common.model.engine_protocol import Engine
 from common.runtime.distributed import barrier, gather_objects, log, rank
 from common.runtime.files import flush_folder
 from common.runtime.options import RunOptions, UserError, world_size
@@ -19,7 +20,7 @@ from common.training.train_state import TrainState
 
 
 def resume(
-    checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Any], total_steps: int
+    checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Engine], total_steps: int
 ) -> TrainState:
     """Load a checkpoint into the engines and return its state; a new state without a checkpoint.
 
@@ -115,7 +116,7 @@ def _convert(source: Path, universal: Path) -> str:
     return ""
 
 
-def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
+def _load_weights(checkpoint: Checkpoint, name: str, engine: Engine) -> None:
     """Load the trained weights and the schedule's position into a new engine of any stage."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -139,7 +140,7 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Any) -> None:
     barrier()
 
 
-def _follow_schedule(engine: Any) -> None:
+def _follow_schedule(engine: Engine) -> None:
     """Set the learning rates of the next step by this run's schedule.
 
     The saved rates belong to the number of steps that was planned when the checkpoint was written.

@@ -12,6 +12,7 @@ from functools import partial
 from common.data.batching import examples_of_steps
 from common.data.loading import load_examples
 from common.model.engine import make_engine
+from common.model.engine_protocol import Engine
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
@@ -85,7 +86,7 @@ def main() -> None:
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
-def train_step(engine, batch: Sequence[Example], options: DirectOptions) -> dict[str, Mean | float]:
+def train_step(engine: Engine, batch: Sequence[Example], options: DirectOptions) -> dict[str, Mean | float]:
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     metrics, norm = batch_metrics(engine, batch, options, train=True)

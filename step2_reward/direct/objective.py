@@ -9,6 +9,7 @@ from torch import Tensor
 
 from common.data.batching import batches_of_rank
 from common.model.engine import backward_and_step
+from common.model.engine_protocol import Engine
 from common.model.forward import base_model
 from common.model.load_balancing import has_balance_loss
 from common.runtime.distributed import device, sum_over_ranks
@@ -47,7 +48,7 @@ def check_accuracy(options: DirectOptions, held_out: Sequence[Choice]) -> None:
         )
 
 
-def evaluate(engine: Any, examples: Sequence[Example], options: DirectOptions) -> dict[str, float]:
+def evaluate(engine: Engine, examples: Sequence[Example], options: DirectOptions) -> dict[str, float]:
     """Compute loss, accuracy, reward margin, and negative log-likelihood per token of chosen responses."""
     engine.eval()
     with torch.no_grad():
@@ -58,7 +59,7 @@ def evaluate(engine: Any, examples: Sequence[Example], options: DirectOptions) -
 
 
 def batch_metrics(
-    engine: Any, examples: Sequence[Example], options: DirectOptions, train: bool,
+    engine: Engine, examples: Sequence[Example], options: DirectOptions, train: bool,
     title: str = "",
 ) -> tuple[dict[str, Mean], float | None]:  # fmt: skip
     """Compute the metrics of a global batch; with `train`, also take an optimiser step, and return its
@@ -96,7 +97,7 @@ def batch_metrics(
 
 
 def micro_batch_loss(
-    engine: Any, micro: Sequence[Example], totals: dict[str, float], point: float, options: DirectOptions,
+    engine: Engine, micro: Sequence[Example], totals: dict[str, float], point: float, options: DirectOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Compute a micro-batch's share of loss and metrics of the global batch (see `global_totals`)."""
     kind = options.kind
@@ -162,7 +163,7 @@ def pair_losses(chosen: Tensor, rejected: Tensor, options: DirectOptions) -> Ten
 
 
 @torch.no_grad()
-def reference_point(engine: Any, examples: Sequence[Example], options: DirectOptions) -> float:
+def reference_point(engine: Engine, examples: Sequence[Example], options: DirectOptions) -> float:
     """z0 of KTO: the mean log-ratio of policy and reference over unrelated responses, at least 0.
 
     Source: Ethayarajh et al. 2024, section 4. The authors' code averages over a micro-batch; here the mean is

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.data.batching import batches_of_rank, pad_rows
+from common.model.engine_protocol import Engine
 from common.model.forward import last_positions, pad_token_id, token_scores
 from common.runtime.distributed import (
     device,
@@ -44,7 +44,9 @@ def score_pairs(
     return better, worse
 
 
-def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: Layout) -> dict[str, float]:
+def evaluate(
+    engine: Engine, rows: Sequence[Preference], micro_batch: int, layout: Layout
+) -> dict[str, float]:
     """Compute loss, accuracy, mean margin, and mean and std of chosen and rejected scores.
 
     The loss is a mean over records, as in training; the others are means over pairs. Accuracy excludes ties;
@@ -70,7 +72,7 @@ def evaluate(engine: Any, rows: Sequence[Preference], micro_batch: int, layout: 
 
 @torch.no_grad()
 def score_statistics(
-    engine: Any, rows: Sequence[list[int]], micro_batch: int, output_dir: str
+    engine: Engine, rows: Sequence[list[int]], micro_batch: int, output_dir: str
 ) -> tuple[float, float] | None:
     """Compute mean and standard deviation of the raw scores of rows of token ids that end in EOS.
 

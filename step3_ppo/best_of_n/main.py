@@ -21,7 +21,7 @@ from common.data.batching import batch_order
 from common.data.examples import Examples
 from common.data.journal import stop_resumably
 from common.data.loading import load_examples
-from common.generation.generate import check_generation, generate, load_policy, prompts_of_rank
+from common.generation.generate import PolicyEngine, check_generation, generate, load_policy, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -114,7 +114,7 @@ class RowIds(Sequence[list[int]]):
 
 
 def sample_and_score(
-    policy: Any, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
+    policy: PolicyEngine, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
     options: BestOfNOptions,
 ) -> list[Sample]:  # fmt: skip
     """Sample and score some rows of the round. Each rank draws a part; every rank gets all of them.
