@@ -39,9 +39,9 @@ def warn_of_penalty(metrics: dict[str, float], options: PPOOptions) -> None:
     spread = 1.0 if options.normalise_scores else metrics["reward/std"]
     if penalty and truncated and penalty >= spread:
         log(
-            f"step 1: --missing_eos_penalty {penalty:g} is as large as the spread of the scores (standard"
-            f" deviation {spread:.3g}), and {truncated:.0%} of the responses were truncated: the penalty"
-            f" outweighs the scores. Use at most {spread / 2:.2g}, or raise --max_response_length"
+            f"warning: --missing_eos_penalty {penalty:g} is as large as the spread of the first scores"
+            f" (standard deviation {spread:.3g}), and {truncated:.0%} of the responses were truncated: the"
+            f" penalty outweighs the scores. Use at most {spread / 2:.2g}, or raise --max_response_length"
         )
 
 

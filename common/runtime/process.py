@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -50,6 +51,7 @@ def run_main(main: Callable[[], None]) -> None:
     A UserError prints one line. Launch scripts set $TRIPTYCH_ENDINGS to a folder: each rank writes there how
     it ended, and the script prints that line, or the first traceback, last.
     """
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves; users cannot act on them
     _listen()
     try:
         main()

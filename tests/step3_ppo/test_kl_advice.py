@@ -99,5 +99,6 @@ def test_warning_of_a_penalty_that_outweighs_the_scores(
     line = capsys.readouterr().out
     assert bool(line) == is_warned
     if is_warned:
-        assert f"--missing_eos_penalty {penalty:g} is as large" in line and "deviation 0.4)" in line
+        assert line.startswith(f"warning: --missing_eos_penalty {penalty:g} is as large")
+        assert "deviation 0.4)" in line
         assert "10% of the responses" in line and "Use at most 0.2" in line
