@@ -124,16 +124,14 @@ def main() -> None:
         rollout = sample_rollout(models.actor, encoder, batch, options, step)
         sampled = time.perf_counter()
         with checkpoint_on_function_error(loop):
-            rollout, first_pass = score_rollout(models, batch, rollout, options, step)
+            rollout = score_rollout(models, batch, rollout, options)
         # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)
         # 5. Advantages.
         advantages, returns = estimate_advantages(rollout, rewards, options, state)
         # 6. Update with clipped policy and value losses, over several epochs.
         scored = time.perf_counter()
-        stats = optimise(
-            models, rollout, first_pass, advantages, returns, options, state.kl, pretraining, step
-        )
+        stats = optimise(models, rollout, advantages, returns, options, state.kl, pretraining, step)
         if options.ema_decay:
             update_ema_weights(loop.state.average, models.actor, options.ema_decay)
         seconds = sampled - start, scored - sampled, time.perf_counter() - scored

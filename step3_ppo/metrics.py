@@ -30,7 +30,7 @@ def evaluate(
     padded = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]  # every rank has as many
     title = "responses to held-out prompts"
     rollout = sample_rollout(models.actor, models.encoder, padded, options, EVALUATION_STEP, title)
-    rollout, _ = score_rollout(models, padded, rollout, options, title=f"scores of {title}")
+    rollout = score_rollout(models, padded, rollout, options, with_values=False, title=f"scores of {title}")
     gold = None
     if models.gold:
         rank_rows, size = range(rank(), len(padded), world_size()), options.generation_batch_size

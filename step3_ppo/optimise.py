@@ -23,7 +23,6 @@ from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
 from step3_ppo.rollout import Rollout, Rows, minibatches, policy_pass
-from step3_ppo.scoring import FirstPass
 
 Sums = Counter[str]  # sums over tokens, turned into means at the end
 
@@ -43,14 +42,13 @@ class MicroBatch(NamedTuple):
 
 
 def optimise(
-    models: Models, rollout: Rollout, first_pass: FirstPass, advantages: Tensor, returns: Tensor | None,
+    models: Models, rollout: Rollout, advantages: Tensor, returns: Tensor | None,
     options: PPOOptions, kl: KLPenalty, pretraining: PretrainingMix | None, step: int,
 ) -> dict[str, Mean | float]:  # fmt: skip
     """Update actor and critic on every minibatch of every epoch. advantages, returns: (B, R).
 
-    first_pass: forward passes of the first micro-batch, from scoring. Epochs end early when the KL to the
-    rollout policy exceeds --max_update_kl; the learning rates then follow their schedules as if all updates
-    had been made.
+    Epochs end early when the KL to the rollout policy exceeds --max_update_kl; the learning rates then follow
+    their schedules as if all updates had been made.
 
     Every loss is a mean over the tokens of the minibatch, independent of its split over ranks and
     micro-batches. Returns means over the tokens of all updates, mean gradient norms, and the number of
@@ -76,10 +74,10 @@ def optimise(
             ptx_losses.append(pretraining.add_gradients(models.actor))
         for micro in _micro_batches(rollout, batch, advantages, returns, options):
             if actor_learns:
-                norm = _update_actor(models.actor, first_pass, micro, options, kl, sums)
+                norm = _update_actor(models.actor, micro, options, kl, sums)
                 norms["policy/grad_norm"] += [norm] * micro.is_last
             if models.critic:
-                norm = _update_critic(models.critic, first_pass, micro, options, sums)
+                norm = _update_critic(models.critic, micro, options, sums)
                 norms["value/grad_norm"] += [norm] * micro.is_last
             sums["tokens"] += len(micro.rows.labels)
         updates += 1
@@ -159,10 +157,10 @@ def _mean_norm(norms: list[float]) -> Mean:
 
 
 def _update_actor(
-    actor: Engine, done: FirstPass, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
+    actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
 ) -> float | None:
     """One micro-batch of the policy loss, with KL, entropy and load-balancing terms."""
-    logprobs, logits, balance = done.take_policy() or policy_pass(actor, batch.rows, options.temperature)
+    logprobs, logits, balance = policy_pass(actor, batch.rows, options.temperature)
     result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
@@ -180,13 +178,9 @@ def _update_actor(
     return norm
 
 
-def _update_critic(
-    critic: Engine, done: FirstPass, batch: MicroBatch, options: PPOOptions, sums: Sums
-) -> float | None:
+def _update_critic(critic: Engine, batch: MicroBatch, options: PPOOptions, sums: Sums) -> float | None:
     """One micro-batch of the value loss."""
-    values = done.take_values()
-    if values is None:
-        values = token_scores(critic, batch.rows.input_ids, batch.rows.positions)
+    values = token_scores(critic, batch.rows.input_ids, batch.rows.positions)
     result = value_loss(values, batch.values, batch.returns, options.value_clip_range)
     norm = backward_and_step(critic, result.loss.sum() / batch.tokens, world_size(), batch.is_last)
     with torch.no_grad():

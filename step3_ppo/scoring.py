@@ -1,15 +1,14 @@
 """Scoring of a rollout: log-probabilities, values and scores."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
-from common.data.batching import deal
 from common.model.engine_protocol import Engine
 from common.model.forward import last_positions, token_scores
 from common.model.reward_ensemble import combine, member_scores
@@ -22,73 +21,43 @@ from common.text.tokenizer import SegmentEncoder
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.reward_functions import function_scores
-from step3_ppo.rollout import PolicyPass, Rollout, minibatches, policy_pass
-
-
-@dataclass
-class FirstPass:
-    """Forward passes with gradients over this rank's first micro-batch of the first minibatch.
-
-    Scoring and the first update use the same weights, so these passes serve both. None: no such pass. Taking
-    a pass removes it, so that its memory is freed after the backward pass.
-    """
-
-    policy: PolicyPass | None = None  # of the actor
-    values: Tensor | None = None  # (N,) of the critic
-
-    def take_policy(self) -> PolicyPass | None:
-        policy, self.policy = self.policy, None
-        return policy
-
-    def take_values(self) -> Tensor | None:
-        values, self.values = self.values, None
-        return values
+from step3_ppo.rollout import Rollout, policy_pass
 
 
 @torch.no_grad()
 def score_rollout(
     models: Models, prompts: Sequence[Prompt], rollout: Rollout, options: PPOOptions,
-    step: int | None = None, title: str = "",
-) -> tuple[Rollout, FirstPass]:  # fmt: skip
+    with_values: bool = True, title: str = "",
+) -> Rollout:  # fmt: skip
     """Compute log-probabilities, values and scores of the responses, each rank a part of them.
 
-    step: the iteration whose update follows; None for an evaluation, which needs no values. title: of the
-    progress lines of the reward models; none when empty.
+    with_values: also of the critic, if there is one. title: of the progress lines of the reward models; none
+    when empty.
     """
     models.actor.eval()
     if models.critic:
         models.critic.eval()
-    rest, first = _rank_batches(rollout, options, step)
-    batches = [*rest, first] if first else rest
-    first_pass = FirstPass()
+    batches = _rank_batches(rollout, options.generation_batch_size)
+    rank_rows = sum(batches, [])
 
-    def logprobs(model: nn.Module, batches: Sequence[list[int]]) -> list[Tensor]:
-        return [policy_pass(model, rollout.rows(batch), options.temperature).logprobs for batch in batches]
+    def logprobs(model: nn.Module) -> Tensor:
+        passes = (policy_pass(model, rollout.rows(batch), options.temperature) for batch in batches)
+        return rollout.scatter(batches, [each.logprobs for each in passes])
 
     with models.reference_model() as reference:
-        fields = {"ref_logprobs": rollout.scatter(batches, logprobs(reference, batches))}
-    rank_rows, size = sum(batches, []), options.generation_batch_size
+        fields = {"ref_logprobs": logprobs(reference)}
     fields["scores"], fields["score_parts"] = score_responses(
-        models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
+        models.scorer, models.encoder, prompts, rollout, rank_rows, options.generation_batch_size, title
     )
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a KV cache rounds differently from the update's forward pass. Recompute
         # the log-probabilities as the update does.
-        reuse = bool(first) and step > options.critic_warmup_steps
-        parts = logprobs(models.actor, rest if reuse else batches)
-        if reuse:
-            with _training_mode(models.actor):
-                first_pass.policy = policy_pass(models.actor, rollout.rows(first), options.temperature)
-            parts.append(first_pass.policy.logprobs.detach())
-        fields["logprobs"] = rollout.scatter(batches, parts)
-    if first and models.critic:
-        passes = [_value_pass(models.critic, rollout, batch, options) for batch in rest]
-        with _training_mode(models.critic):
-            first_pass.values, last = _value_pass(models.critic, rollout, first, options)
-        passes.append((first_pass.values.detach(), last.detach()))
+        fields["logprobs"] = logprobs(models.actor)
+    if with_values and models.critic:
+        passes = [_value_pass(models.critic, rollout, batch, options) for batch in batches]
         fields["values"] = rollout.scatter(batches, [values for values, _ in passes])
         fields["last_values"] = gather_rows(torch.cat([last for _, last in passes]), rank_rows, len(prompts))
-    return replace(rollout, **fields), first_pass
+    return replace(rollout, **fields)
 
 
 @torch.no_grad()
@@ -126,26 +95,11 @@ def _value_pass(
     return values[~is_after], last
 
 
-def _rank_batches(
-    rollout: Rollout, options: PPOOptions, step: int | None
-) -> tuple[list[list[int]], list[int]]:
-    """This rank's rows in batches of similar length, and its first micro-batch of the update separately."""
-    lengths, micro = rollout.lengths.tolist(), options.micro_batch_size
-    first: list[list[int]] = [[] for _ in range(world_size())]
-    if step is not None:
-        minibatch = next(minibatches(len(lengths), options.global_batch_size, 1, options.seed, step))
-        first = [deal(minibatch, lengths, micro, r, world_size())[0] for r in range(world_size())]
-    rest = sorted(set(range(len(lengths))) - {row for rows in first for row in rows}, key=lengths.__getitem__)
-    rank_rows, size = rest[rank() :: world_size()], options.generation_batch_size
-    return [rank_rows[start : start + size] for start in range(0, len(rank_rows), size)], first[rank()]
-
-
-@contextlib.contextmanager
-def _training_mode(engine: Engine) -> Iterator[None]:
-    """Forward passes with gradients, and with gradient checkpointing if it is on."""
-    engine.train()
-    with torch.enable_grad():
-        yield
+def _rank_batches(rollout: Rollout, size: int) -> list[list[int]]:
+    """This rank's rows, in batches of similar length."""
+    by_length = sorted(range(len(rollout.scores)), key=rollout.lengths.tolist().__getitem__)
+    rank_rows = by_length[rank() :: world_size()]
+    return [rank_rows[start : start + size] for start in range(0, len(rank_rows), size)]
 
 
 def _function_scores(

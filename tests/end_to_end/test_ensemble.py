@@ -45,9 +45,9 @@ def keep_scores(monkeypatch: pytest.MonkeyPatch) -> None:
             models.encoder.decode_response(rollout.prompt(row), rollout.response(row))
             for row in range(len(prompts))
         ]
-        found = {"scores": scored[0].scores, "of_members": scored[0].score_parts.T, "texts": texts}
-        found["prompts"] = [find_prompt(prompt.record) for prompt in prompts]
-        torch.save(found, Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "scores.pt")
+        result = {"scores": scored.scores, "of_members": scored.score_parts.T, "texts": texts}
+        result["prompts"] = [find_prompt(prompt.record) for prompt in prompts]
+        torch.save(result, Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "scores.pt")
         return scored
 
     monkeypatch.setattr(step3_ppo.main, "score_rollout", spy)

@@ -11,7 +11,6 @@ from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, policy_pass
-from step3_ppo.scoring import FirstPass
 
 ROWS, PROMPT, WIDTH = 4, 3, 5
 LENGTHS = [5, 2, 4, 3]
@@ -62,7 +61,7 @@ def update(actor: LlamaForCausalLM, rollout: Rollout, **more: object) -> dict[st
     options = PPOOptions(rollout_batch_size=ROWS, micro_batch_size=1, advantage_estimator="rloo", **more)
     models = SimpleNamespace(actor=actor, critic=None)
     advantages = torch.randn(ROWS, WIDTH)
-    metrics = optimise(models, rollout, FirstPass(), advantages, None, options, KLPenalty(0.0), None, 1)
+    metrics = optimise(models, rollout, advantages, None, options, KLPenalty(0.0), None, 1)
     return {name: mean.value for name, mean in metrics.items() if name.startswith("policy/")}
 
 
