@@ -106,8 +106,8 @@ def torment(stage: str, world: Path, start_of: dict[str, Path], folder: Path, ki
 
     dice = random.Random(f"{seed} {stage}")
     last = "final_critic" if stage == "ppo" else "final"
-    whole = folder / f"{stage}_undisturbed"
-    assert start(stage, words(whole)).wait() == 0
+    full = folder / f"{stage}_undisturbed"
+    assert start(stage, words(full)).wait() == 0
     hits: Counter[str] = Counter()
     runs = lives = 0
     while hits.total() < kills:
@@ -119,11 +119,11 @@ def torment(stage: str, world: Path, start_of: dict[str, Path], folder: Path, ki
                 assert start(stage, words(output)).wait() == 0
             elif hit := one_life(stage, words(output), output, dice):
                 hits[hit] += 1
-        assert_same_end(whole, output)
+        assert_same_end(full, output)
         assert steps_of(output)[-1] == STEPS[stage]
-    found = ", ".join(f"{name} {count}" for name, count in sorted(hits.items()))
+    result = ", ".join(f"{name} {count}" for name, count in sorted(hits.items()))
     return (
-        f"{stage}: {hits.total()} kills ({found}) in {lives} lives of {runs} runs, all ended as undisturbed"
+        f"{stage}: {hits.total()} kills ({result}) in {lives} lives of {runs} runs, all ended as undisturbed"
     )
 
 

@@ -39,13 +39,13 @@ TWO = torch.tensor([1.0, 2.0])
 
 def choices() -> dict[str, set[str]]:
     """The values of every option that has choices, in any command."""
-    found: dict[str, set[str]] = {}
+    by_option: dict[str, set[str]] = {}
     for options_class in CLASSES:
         hints = get_type_hints(options_class)
         for field in fields(options_class):
             if get_origin(hints[field.name]) is Literal:
-                found.setdefault(field.name, set()).update(get_args(hints[field.name]))
-    return found
+                by_option.setdefault(field.name, set()).update(get_args(hints[field.name]))
+    return by_option
 
 
 def too_long(value: str) -> None:

@@ -74,8 +74,8 @@ def test_transformers_reproduces_the_loss_of_the_policy(
         record, rewards = json.loads(line), []
         prompt = tokenizer.apply_chat_template(record["prompt"], tokenize=False, add_generation_prompt=True)
         for side in ("chosen", "rejected"):
-            whole = tokenizer.apply_chat_template(record["prompt"] + record[side], tokenize=False)
-            ids = tokenizer(whole, return_tensors="pt").input_ids
+            full = tokenizer.apply_chat_template(record["prompt"] + record[side], tokenize=False)
+            ids = tokenizer(full, return_tensors="pt").input_ids
             labels = ids.clone()
             labels[:, : len(tokenizer(prompt).input_ids)] = -100
             count = int((labels != -100).sum())
@@ -148,15 +148,15 @@ def test_resumed_run_equals_an_uninterrupted_one(
 ) -> None:  # fmt: skip
     """Same bytes in final/, same metrics. The reference is the initial model in both parts."""
     extra = [*extra, *zero_config(tmp_path, zero, precision), "--cache_dir", str(tmp_path / "cache")]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(MAIN, [*direct(small, run / "sft/final", whole, loss, 6), *extra], tmp_path, ranks)
+    full, parts = tmp_path / "full", tmp_path / "parts"
+    succeed(MAIN, [*direct(small, run / "sft/final", full, loss, 6), *extra], tmp_path, ranks)
     options = [*direct(small, run / "sft/final", parts, loss, 6), *extra]
     stopped = stop_after(MAIN, options, tmp_path, parts, step=1, ranks=ranks)
     assert stopped.codes == [STOPPED] * ranks, stopped.output
     assert "are in the cache" in stopped.output and not (parts / "final").exists()
     shutil.rmtree(tmp_path / "cache")
     succeed(MAIN, options, tmp_path, ranks)
-    assert_same_end(whole, parts)
+    assert_same_end(full, parts)
 
 
 @pytest.mark.parametrize(("zero", "ranks", "extra"), [(0, 1, []), (3, 2, LORA)], ids=str)
@@ -167,8 +167,8 @@ def test_reference_can_be_another_model(
     extra = [*extra, "--zero_config", str(ZERO / f"zero{zero}.json"), "--cache_dir", str(tmp_path / "cache")]
     shutil.copytree(run / "sft/final", tmp_path / "copy")
     succeed(MAIN, [*direct(small, run / "sft/final", tmp_path / "alone"), *extra], tmp_path, ranks)
-    kept = sorted((tmp_path / "cache").glob("reference_*.npy"))
-    assert len(kept) == 2  # training and held-out data
+    files = sorted((tmp_path / "cache").glob("reference_*.npy"))
+    assert len(files) == 2  # training and held-out data
     for name, path in (("same", tmp_path / "copy"), ("other", world / "model")):
         options = direct(small, run / "sft/final", tmp_path / name)
         words = [*options, *extra, "--reference_model_name_or_path", str(path)]
@@ -225,7 +225,7 @@ def test_reference_logprobs_survive_a_kill(
         monkeypatch.setattr(progress, name, -1)
     keep = reference._save
     words = [*direct(small / "rankings", run / "sft/final", tmp_path / "out"), "--cache_dir"]
-    succeed(MAIN, [*words, str(tmp_path / "whole"), "--output_dir", str(tmp_path / "once")], tmp_path)
+    succeed(MAIN, [*words, str(tmp_path / "full"), "--output_dir", str(tmp_path / "once")], tmp_path)
 
     def keep_and_die(file: Path, logprobs: torch.Tensor) -> None:
         keep(file, logprobs)
@@ -240,9 +240,9 @@ def test_reference_logprobs_survive_a_kill(
     assert result.codes == [0, 0] and "log-probabilities of 20 records computed" in result.output, (
         result.output
     )
-    whole, parts = (sorted((tmp_path / name).glob("reference_*")) for name in ("whole", "cache"))
-    assert [file.name for file in parts] == [file.name for file in whole] and len(whole) == 2
-    for one, other in zip(whole, parts, strict=True):
+    full, parts = (sorted((tmp_path / name).glob("reference_*")) for name in ("full", "cache"))
+    assert [file.name for file in parts] == [file.name for file in full] and len(full) == 2
+    for one, other in zip(full, parts, strict=True):
         assert np.load(other) == pytest.approx(np.load(one), **CLOSE)
 
 
@@ -250,9 +250,9 @@ def test_reference_logprobs_are_computed_for_the_rows_of_the_steps(
     small: Path, run: Path, tmp_path: Path
 ) -> None:
     """The rest follows with more steps, with the same result as all at once."""
-    whole, parts = (
+    full, parts = (
         [*direct(small, run / "sft/final", tmp_path / name), "--cache_dir", str(tmp_path / f"{name}.cache")]
-        for name in ("whole", "parts")
+        for name in ("full", "parts")
     )
     constant = ["--lr_scheduler_type", "constant", "--save_steps", "1", "--max_steps"]
     result = run_stage(MAIN, [*parts, *constant, "1"], tmp_path)
@@ -266,10 +266,10 @@ def test_reference_logprobs_are_computed_for_the_rows_of_the_steps(
         "reference log-probabilities: 8 of 24 records" in result.output
         and "12 of 12 records" in result.output
     )
-    succeed(MAIN, [*whole, *constant, "3"], tmp_path)
+    succeed(MAIN, [*full, *constant, "3"], tmp_path)
     for name in ("train/loss", "train/grad_norm", "reward/margin"):
-        found, expected = (metrics(tmp_path / folder, name) for folder in ("parts", "whole"))
-        assert found == pytest.approx(expected, **CLOSE), name
+        result, expected = (metrics(tmp_path / folder, name) for folder in ("parts", "full"))
+        assert result == pytest.approx(expected, **CLOSE), name
 
 
 def test_export_needs_no_reference(small: Path, run: Path, tmp_path: Path) -> None:

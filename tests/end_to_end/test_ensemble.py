@@ -69,20 +69,20 @@ def test_ensemble_members_score_as_single_models(
 
     alone = [scores("one"), scores("two", "--reward_model_name_or_path", str(two))]
     assert alone[0]["texts"] == alone[1]["texts"] and len(alone[0]["texts"]) == 16
-    a, b = (found["scores"].double().numpy() for found in alone)
+    a, b = (result["scores"].double().numpy() for result in alone)
     assert np.abs(a - b).min() > 1e-3
     both = ["--reward_model_name_or_path", str(one), str(two)]
     weighted = np.average([a, b], axis=0, weights=[1, 3])
     deviation = np.sqrt(np.average([(a - weighted) ** 2, (b - weighted) ** 2], axis=0, weights=[1, 3]))
     spread = [*both, "--reward_combine", "mean_std", "--reward_std_coef", "0.5", "--reward_weights", "1", "3"]
     zero3 = ["--zero_config", str(ZERO / "zero3.json")]
-    for found, expected in {
+    for result, expected in {
         "mean": (scores("mean", *both, *LORA), (a + b) / 2),
         "min": (scores("min", *both, *zero3, "--reward_combine", "min", ranks=2), np.minimum(a, b)),
         "mean_std": (scores("mean_std", *spread), weighted - 0.5 * deviation),
     }.values():
-        np.testing.assert_allclose(found["of_members"], [a, b], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found["scores"], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(result["of_members"], [a, b], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(result["scores"], expected, rtol=1e-5, atol=1e-5)
     assert metrics(tmp_path / "min", "reward/mean_2") == pytest.approx([b.mean()], abs=1e-5)
     assert metrics(tmp_path / "min", "reward/std_between") == pytest.approx(
         [np.abs(a - b).mean() / 2], abs=1e-5

@@ -71,11 +71,11 @@ def test_estimators_without_a_critic_on_one_and_two_ranks(name, world, run, tmp_
     for steps in (1, 3):
         going_on = ["--max_steps", str(steps), "--save_steps", "1", "--lr_scheduler_type", "constant"]
         succeed("step3_ppo.main", options(world, run, parts, *words, *going_on), tmp_path)
-    whole = tmp_path / "whole"
-    succeed("step3_ppo.main", options(world, run, whole, *words, "--lr_scheduler_type", "constant"), tmp_path)
+    full = tmp_path / "full"
+    succeed("step3_ppo.main", options(world, run, full, *words, "--lr_scheduler_type", "constant"), tmp_path)
     weights = "final/model.safetensors"
-    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
-    assert metrics(parts, "reward/mean") == metrics(whole, "reward/mean")
+    assert (parts / weights).read_bytes() == (full / weights).read_bytes()
+    assert metrics(parts, "reward/mean") == metrics(full, "reward/mean")
 
 
 def test_functions_score_with_and_without_a_reward_model(world, run, functions, tmp_path):

@@ -117,5 +117,5 @@ def test_malformed_record_is_one_line(
     options = DataOptions(cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError) as error:
         load_examples([str(path)], options, row_class, partial(convert, encoder=encoder))
-    found = str(error.value)
-    assert found.startswith(f"{path}:2: ") and message in found and "\n" not in found
+    result = str(error.value)
+    assert result.startswith(f"{path}:2: ") and message in result and "\n" not in result

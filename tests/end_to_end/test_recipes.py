@@ -24,8 +24,8 @@ def test_costs_of_each_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
         "rest/round_1/above_0.5/step1_sft/metrics.jsonl": [{"train/loss": 1.0}],
         "rest/round_1/samples/samples.jsonl": [{"length": 48}] * 1000,
     }
-    texts = {name: json.dumps(found) for name, found in written.items()}
-    texts |= {name: "\n".join(map(json.dumps, found)) for name, found in lines.items()}
+    texts = {name: json.dumps(result) for name, result in written.items()}
+    texts |= {name: "\n".join(map(json.dumps, result)) for name, result in lines.items()}
     places = {
         "ppo": 100,
         "rest/round_1/samples": 20,

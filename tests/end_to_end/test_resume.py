@@ -90,12 +90,12 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted((output / "checkpoints").iterdir())
 
 
-def assert_same_end(whole: Path, parts: Path) -> None:
-    weights = sorted(whole.glob("final*/**/*.safetensors"))
+def assert_same_end(full: Path, parts: Path) -> None:
+    weights = sorted(full.glob("final*/**/*.safetensors"))
     assert weights
     for file in weights:
-        assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes(), file
-    assert timeless(whole) == timeless(parts)
+        assert file.read_bytes() == (parts / file.relative_to(full)).read_bytes(), file
+    assert timeless(full) == timeless(parts)
 
 
 # --- exact --------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def test_resumed_run_equals_an_uninterrupted_one(world: Path, run: Path, tmp_pat
     """Same bytes in final/ and the same metrics lines, times aside."""
     stage, zero, adapters, ranks, precision = case
     extra = [*zero_config(tmp_path, zero, precision), *(LORA if adapters == "lora" else [])]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(STAGES[stage], [*words(stage, world, run, whole, 6), *extra], tmp_path, ranks)
+    full, parts = tmp_path / "full", tmp_path / "parts"
+    succeed(STAGES[stage], [*words(stage, world, run, full, 6), *extra], tmp_path, ranks)
     options = [*words(stage, world, run, parts, 6), *extra]
     stopped = stop_after(STAGES[stage], options, tmp_path, parts, step=1, ranks=ranks)
     assert stopped.codes == [STOPPED] * ranks, stopped.output
@@ -120,7 +120,7 @@ def test_resumed_run_equals_an_uninterrupted_one(world: Path, run: Path, tmp_pat
     if adapters == "lora":
         assert_only_adapters_are_saved(checkpoints(parts)[-1])
     succeed(STAGES[stage], options, tmp_path, ranks)
-    assert_same_end(whole, parts)
+    assert_same_end(full, parts)
 
 
 def assert_only_adapters_are_saved(checkpoint: Path) -> None:
@@ -192,8 +192,8 @@ def test_resume_with_other_ranks_or_zero_stage(world: Path, run: Path, tmp_path:
     extra = LORA if adapters == "lora" else []
     before = [*zero_config(tmp_path, zero_before), *extra]
     after = [*zero_config(tmp_path, zero_after), *extra]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    succeed(STAGES[stage], [*words(stage, world, run, whole, 8), *before], tmp_path, ranks_before)
+    full, parts = tmp_path / "full", tmp_path / "parts"
+    succeed(STAGES[stage], [*words(stage, world, run, full, 8), *before], tmp_path, ranks_before)
     stopped = stop_after(
         STAGES[stage], [*words(stage, world, run, parts, 8), *before], tmp_path, parts, 1, ranks_before
     )
@@ -202,7 +202,7 @@ def test_resume_with_other_ranks_or_zero_stage(world: Path, run: Path, tmp_path:
     succeed(STAGES[stage], [*words(stage, world, run, parts, 8), *after], tmp_path, ranks_after)
     names = ["value/loss", "reward/mean", "kl/mean"] if stage == "ppo" else ["train/loss", "train/grad_norm"]
     for name in names:
-        assert metrics(parts, name) == pytest.approx(metrics(whole, name), **CLOSE), name
+        assert metrics(parts, name) == pytest.approx(metrics(full, name), **CLOSE), name
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 0), (0, 1)])

@@ -85,9 +85,9 @@ def test_ema_is_that_of_the_weights_after_each_iteration(world, run, tmp_path):
     for steps in (1, 2, 3):
         succeed("step3_ppo.main", options(world, run, tmp_path / str(steps), *words, steps=steps), tmp_path)
         weights.append(load_file(tmp_path / str(steps) / "final" / WEIGHTS))
-    found = load_file(tmp_path / "3/final_ema" / WEIGHTS)
-    assert found.keys() == weights[0].keys()
-    for name, tensor in found.items():
+    result = load_file(tmp_path / "3/final_ema" / WEIGHTS)
+    assert result.keys() == weights[0].keys()
+    for name, tensor in result.items():
         expected = 0.49 * weights[0][name] + 0.21 * weights[1][name] + 0.3 * weights[2][name]
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
     AutoModelForCausalLM.from_pretrained(tmp_path / "3/final_ema")
@@ -104,11 +104,11 @@ def test_critic_warmup_and_learning_rates(world, run, tmp_path):
         str(world / "demonstrations.jsonl"),
     ]
     before = load_file(run / "sft/final" / WEIGHTS)
-    for output, steps, more in (("warm", 2, []), ("whole", 4, []), ("cut", 4, ["--max_update_kl", "1e-9"])):
+    for output, steps, more in (("warm", 2, []), ("full", 4, []), ("cut", 4, ["--max_update_kl", "1e-9"])):
         succeed(
             "step3_ppo.main", options(world, run, tmp_path / output, *words, *more, steps=steps), tmp_path
         )
-    for output, is_same in {"warm": True, "whole": False}.items():
+    for output, is_same in {"warm": True, "full": False}.items():
         after = load_file(tmp_path / output / "final" / WEIGHTS)
         assert all(torch.equal(after[name], before[name]) for name in before) == is_same
     head = [
@@ -117,7 +117,7 @@ def test_critic_warmup_and_learning_rates(world, run, tmp_path):
     ]
     assert not torch.equal(*head)
     rates = [1e-3, 1e-3, 1e-3, 5e-4]  # those that the first update of each iteration used
-    assert metrics(tmp_path / "whole", "train/lr") == pytest.approx(rates)
+    assert metrics(tmp_path / "full", "train/lr") == pytest.approx(rates)
     assert metrics(tmp_path / "cut", "train/lr") == pytest.approx(rates)
     assert metrics(tmp_path / "cut", "policy/updates") == [4, 4, 2, 2]
     assert metrics(tmp_path / "cut", "policy/update_kl")[:2] == [0, 0]
@@ -147,30 +147,30 @@ def test_ptx_without_advantages_equals_plain_training(
             tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True),
             tokenizer.apply_chat_template(messages, tokenize=False),
         ]
-        start, whole = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+        start, full = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
         ids = torch.tensor(tokenizer(texts[1], add_special_tokens=False).input_ids)
         logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         total = total - logprobs[start - 1 :].sum()
-        tokens += whole - start
+        tokens += full - start
     loss = total / tokens
     (3 * loss).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-    found = metrics(tmp_path / "out", "ptx/loss")
-    assert found[0] == pytest.approx(loss.item(), rel=1e-5) and found[1] < found[0]
+    result = metrics(tmp_path / "out", "ptx/loss")
+    assert result[0] == pytest.approx(loss.item(), rel=1e-5) and result[1] < result[0]
     assert metrics(tmp_path / "out", "policy/grad_norm")[0] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_entropy_bonus_and_kl_penalty_have_the_right_sign(world, run, functions, tmp_path):
     words = ["--reward_function", f"{functions}:length:0.1", "--eval_fraction", "0", "--kl_coef"]
-    found = {}
+    result = {}
     for name, more in {
         "plain": ["0"], "k2": ["2", "--kl_penalty", "k2"], "k3": ["2", "--kl_penalty", "k3"],
         "entropy": ["0", "--entropy_coef", "0.5"],
     }.items():  # fmt: skip
         succeed("step3_ppo.main", options(world, run, tmp_path / name, *words, *more, steps=6), tmp_path)
-        found[name] = {m: metrics(tmp_path / name, m)[-1] for m in ("kl/mean", "policy/entropy")}
-    assert max(found["k2"]["kl/mean"], found["k3"]["kl/mean"]) < 0.5 * found["plain"]["kl/mean"]
-    assert found["entropy"]["policy/entropy"] > found["plain"]["policy/entropy"]
+        result[name] = {m: metrics(tmp_path / name, m)[-1] for m in ("kl/mean", "policy/entropy")}
+    assert max(result["k2"]["kl/mean"], result["k3"]["kl/mean"]) < 0.5 * result["plain"]["kl/mean"]
+    assert result["entropy"]["policy/entropy"] > result["plain"]["policy/entropy"]
 
 
 def test_gold_evaluates_and_stops_without_training(world, run, functions, tmp_path):

@@ -32,8 +32,8 @@ def test_transformers_reproduces_the_loss_of_the_policy(world: Path, run: Path) 
     for line in held_out:
         messages = json.loads(line)["messages"]
         prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        ids = tokenizer(whole, return_tensors="pt").input_ids
+        full = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(full, return_tensors="pt").input_ids
         labels = ids.clone()
         labels[:, : len(tokenizer(prompt).input_ids)] = -100
         learnt = int((labels != -100).sum())
@@ -50,8 +50,8 @@ def test_transformers_reproduces_the_scores_of_the_reward_model(world: Path, run
     for side in ("left", "right"):
         classify = pipeline("text-classification", str(run / "reward/final"), tokenizer=tokenizer)
         classify.tokenizer.padding_side = side
-        found = classify(texts, function_to_apply="none", batch_size=4)
-        assert sum(row["score"] for row in found) / len(found) == pytest.approx(expected, **CLOSE)
+        result = classify(texts, function_to_apply="none", batch_size=4)
+        assert sum(row["score"] for row in result) / len(result) == pytest.approx(expected, **CLOSE)
 
 
 def test_scores_of_chosen_responses_are_centred(run: Path) -> None:
@@ -117,8 +117,8 @@ def test_two_ranks_train_like_one(
         "ppo": ["reward/mean", "kl/mean", "policy/loss", "value/loss", "policy/grad_norm", "eval/score"],
     }.items():
         for name in names:
-            found, wanted = metrics(tmp_path / output, name), metrics(expected / output, name)
-            assert found == pytest.approx(wanted, **CLOSE), f"{output} {name}"
+            result, wanted = metrics(tmp_path / output, name), metrics(expected / output, name)
+            assert result == pytest.approx(wanted, **CLOSE), f"{output} {name}"
 
 
 def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_rankings_train_the_same_with_and_without_shared_prompts(
         )
         assert result.codes == [0, 0] and "once for all its responses" in result.output, result.output
         for name in ("train/loss", "train/accuracy", "train/grad_norm", "train/lm_loss", "eval/loss"):
-            found, wanted = metrics(output, name), metrics(tmp_path / "alone", name)
-            assert found == pytest.approx(wanted, **CLOSE), f"ZeRO {stage} {name}"
+            result, wanted = metrics(output, name), metrics(tmp_path / "alone", name)
+            assert result == pytest.approx(wanted, **CLOSE), f"ZeRO {stage} {name}"
 
 
 def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
@@ -222,16 +222,16 @@ def test_resumed_run_equals_an_uninterrupted_one(
         ("step2_reward.main", lambda output, steps: reward(world, start[0], output, steps)),
         ("step3_ppo.main", lambda output, steps: ppo(world, *start, output, steps)),
     ):
-        whole, parts = tmp_path / f"{module}.whole", tmp_path / f"{module}.parts"
-        succeed(module, [*make(whole, 4), *constant, *extra], tmp_path, ranks)
+        full, parts = tmp_path / f"{module}.full", tmp_path / f"{module}.parts"
+        succeed(module, [*make(full, 4), *constant, *extra], tmp_path, ranks)
         succeed(module, [*make(parts, 4), *constant, *extra], tmp_path, ranks)
         # Back to the state after step 2, as if the run had been killed in step 4.
         shutil.rmtree(parts / "checkpoints/step_000004")
         shutil.rmtree(parts / "final")
         succeed(module, [*make(parts, 4), *constant, *extra], tmp_path, ranks)
-        for file in sorted(whole.glob("final*/*.safetensors")):
-            assert file.read_bytes() == (parts / file.relative_to(whole)).read_bytes(), file
-        assert timeless(whole) == timeless(parts)
+        for file in sorted(full.glob("final*/*.safetensors")):
+            assert file.read_bytes() == (parts / file.relative_to(full)).read_bytes(), file
+        assert timeless(full) == timeless(parts)
 
 
 def test_a_different_run_is_not_overwritten(world: Path, run: Path) -> None:

@@ -268,9 +268,9 @@ def test_training_loss_of_a_coin_toss_counts_without_held_out_data():
         ("reward", {"centre_coef": 0.0, "use_margin": False}),
         ("direct", {"loss": "dpo"}),
     ):
-        (found,) = findings(lines, stage=stage, **options)
-        assert found.problem.startswith("No better than a coin toss: the loss on training pairs is 0.7"), (
-            found
+        (finding,) = findings(lines, stage=stage, **options)
+        assert finding.problem.startswith("No better than a coin toss: the loss on training pairs is 0.7"), (
+            finding
         )
     for options in ({"centre_coef": 0.1}, {"lm_loss_coef": 0.1}, {"use_margin": True}, {"loss": "ipo"}):
         assert not findings(lines, stage="reward", **options)
@@ -282,8 +282,8 @@ def test_rising_held_out_loss_is_the_only_finding():
     """A constant training loss would give the opposite advice."""
     lines = [{"step": i, "train/loss": 0.5 + 0.1 * (i % 3)} for i in range(1, 13)]
     held_out = [{"step": 0, "eval/loss": 0.6}, {"step": 12, "eval/loss": 0.65}]
-    (found,) = findings([*lines, *held_out], stage="sft")
-    assert found.problem.startswith("Held-out loss rises")
+    (finding,) = findings([*lines, *held_out], stage="sft")
+    assert finding.problem.startswith("Held-out loss rises")
 
 
 def test_training_loss_does_not_fall():

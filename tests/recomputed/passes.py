@@ -52,11 +52,11 @@ def recorded(folder: Path) -> Iterator[None]:
 
 def passes(folder: Path, rank: int) -> list[Pass]:
     """The passes of a rank, in order."""
-    found = []
+    result = []
     with (folder / f"passes.{rank}").open("rb") as file, contextlib.suppress(EOFError):
         while True:
-            found.append(pickle.load(file))
-    return found
+            result.append(pickle.load(file))
+    return result
 
 
 def without_padding(row: list[int], start: int, longest: int) -> list[int]:
