@@ -2,11 +2,5 @@
 # AI feedback: a model compares two responses by a constitution -> preferences for step 2, and agreement with people
 #   bash launch/judge.sh --model_name_or_path DIR_OR_HUB_ID --preference_data F.jsonl --output_dir DIR
 set -euo pipefail
-NUM_GPUS="${NUM_GPUS:-}"              # ranks per machine; empty: all GPUs, or one rank on the CPU
-ZERO_CONFIG="${ZERO_CONFIG:-}"        # DeepSpeed JSON; empty: zero2 on GPUs, zero0 on the CPU
-HOSTFILE="${HOSTFILE:-}"              # DeepSpeed's list of machines; empty: this one
-MASTER_PORT="${MASTER_PORT:-}"        # where the ranks meet; empty: a free port, or 29500 with a HOSTFILE
-
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
-install requirements.txt
-run_stage step2_reward.judge.main output/judge ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "$@"
+run_stage step2_reward.judge.main output/judge "$@"

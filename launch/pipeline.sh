@@ -3,8 +3,7 @@
 #   MODEL=DIR DEMONSTRATIONS=F1 PREFERENCES=F2 PROMPTS=F3 OUTPUT=OUT bash launch/pipeline.sh --zero_config F.json
 # STEP1_OPTIONS, STEP2_OPTIONS and STEP3_OPTIONS go to one step each; options on the command line go to all three.
 set -euo pipefail
-HERE="$(dirname "${BASH_SOURCE[0]}")"
-source "$HERE/lib/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 script_help "$@"
 require MODEL "the folder or hub name of a pretrained model"
 require DEMONSTRATIONS "data for step 1"

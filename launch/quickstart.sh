@@ -3,8 +3,7 @@
 #   bash launch/quickstart.sh
 set -euo pipefail
 OUTPUT="${OUTPUT:-output/quickstart}" && WORLD="$OUTPUT/world"
-HERE="$(dirname "${BASH_SOURCE[0]}")"
-source "$HERE/lib/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 script_help "$@"
 install requirements.txt
 

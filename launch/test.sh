@@ -2,8 +2,6 @@
 # Lint and the whole test suite, or the fast part of it
 #   bash launch/test.sh [--fast]                                      # and options of pytest
 set -euo pipefail
-NUM_GPUS="${NUM_GPUS:-1}"
-
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 install requirements.txt tests/requirements.txt
 choose_device

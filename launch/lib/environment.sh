@@ -1,6 +1,11 @@
 # Sourced by every launch script: virtual environment, device, and functions to start a stage.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+HERE="$ROOT/launch"
+NUM_GPUS="${NUM_GPUS:-}"        # ranks per machine; empty: all GPUs, or one rank on the CPU
+ZERO_CONFIG="${ZERO_CONFIG:-}"  # DeepSpeed JSON; empty: zero2 on GPUs, zero0 on the CPU
+HOSTFILE="${HOSTFILE:-}"        # DeepSpeed's list of machines; empty: this one
+MASTER_PORT="${MASTER_PORT:-}"  # where the ranks meet; empty: a free port, or 29500 with a HOSTFILE
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # Spinning threads take cores from other jobs and other ranks.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
@@ -48,7 +53,7 @@ output_dir() {
 # On one machine, use any free port, so that two runs do not collide.
 choose_port() {
     [ -n "$MASTER_PORT$HOSTFILE" ] && return
-    MASTER_PORT="$(python "$ROOT/launch/lib/free_port.py")"
+    MASTER_PORT="$(python "$HERE/lib/free_port.py")"
 }
 
 # needs_options OPTIONS...: without any, show the usage line from the comment at the top of the script.
@@ -69,19 +74,24 @@ check_options() {
 
 # run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks. They replace this script and receive its signals.
 run_stage() {
+    set -- "$1" "$2" ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "${@:3}"
+    install requirements.txt
     check_options "${@:3}"
     choose_device
     choose_port
-    exec python "$ROOT/launch/lib/supervise.py" "$(output_dir "${@:2}")" "$0" \
+    exec python "$HERE/lib/supervise.py" "$(output_dir "${@:2}")" "$0" \
         deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
         --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
 }
 
-# run_alone MODULE OPTIONS...: replace this script by one process, without a launcher.
+# run_alone MODULE OPTIONS...: replace this script by one process, on the first GPU of CUDA_VISIBLE_DEVICES; without
+# one, on all cores.
 run_alone() {
+    NUM_GPUS=1
+    install requirements.txt
     check_options "${@:2}"
     choose_device
-    exec python "$ROOT/launch/lib/alone.py" "$@"
+    exec python "$HERE/lib/alone.py" "$@"
 }
 
 # heed COMMAND...: run a command and forward the signals of this script to it. Returns 75 also if a signal came too
@@ -139,6 +149,7 @@ require() {
 # recipe_options OPTIONS...: set variables from the options of a recipe, --model DIR --data DIR --output DIR.
 recipe_options() {
     script_help "$@"
+    export SEED="${SEED:-0}"
     local name
     while [ $# -gt 0 ]; do
         case "$1" in

@@ -3,7 +3,6 @@
 # Every command resumes, and so the loop does too: a finished command may load its model again, but does no work.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-HERE="$ROOT/launch"
 script_help "$@"
 require MODEL "the policy to start from: final/ of step 1"
 require PROMPTS "prompts, as for step 3"

@@ -3,9 +3,7 @@
 #   bash launch/recipes/hh_harmless.sh --model DIR --data DIR --output DIR
 # DATA holds preferences.jsonl. A tenth of the prompts is held out, and all of it is evaluated.
 set -euo pipefail
-SEED="${SEED:-0}"
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/lib/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/environment.sh"
 recipe_options "$@"
 
 # Two epochs: in a third, a small model overfits.

@@ -3,9 +3,7 @@
 #   bash launch/recipes/oasst.sh --model DIR --data DIR --output DIR
 # DATA holds demonstrations.jsonl and preferences.jsonl. The held-out part is evaluated.
 set -euo pipefail
-SEED="${SEED:-0}"
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/lib/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/environment.sh"
 recipe_options "$@"
 
 step "$HERE/step1_sft.sh" --model_name_or_path "$MODEL" --train_data "$DATA/demonstrations.jsonl" \

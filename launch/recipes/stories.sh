@@ -4,9 +4,7 @@
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl. KL_COEF is the --kl_coef of step 3.
 set -euo pipefail
 KL_COEF="${KL_COEF:-0.125}"
-SEED="${SEED:-0}"
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-source "$HERE/lib/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/environment.sh"
 recipe_options "$@"
 
 # A low learning rate: the model writes stories already. Step 3 measures KL to the result.

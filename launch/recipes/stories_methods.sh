@@ -3,10 +3,8 @@
 #   bash launch/recipes/stories_methods.sh --model DIR --data DIR --output DIR
 # DATA as in stories.sh. GOLD, FILE.py:NAME, is the gold function, for evaluation only.
 set -euo pipefail
-export SEED="${SEED:-0}"
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-GOLD="${GOLD:-$HERE/../tests/bench/gold.py:sentiment}"
-source "$HERE/lib/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../lib/environment.sh"
+GOLD="${GOLD:-$ROOT/tests/bench/gold.py:sentiment}"
 install requirements.txt tests/requirements.txt # the second one has VADER, which GOLD uses
 recipe_options "$@"
 mkdir -p "$OUTPUT"
