@@ -1,8 +1,4 @@
-"""Problems of training in any stage, and of steps 1 and 2. Pure.
-
-Rules about a change compare the means over the first and the last fifth of a curve; rules about a level use
-the last fifth. Thresholds are rules of thumb: a finding is a reason to look, not a proof.
-"""
+"""Problems of training in any stage, and of steps 1 and 2, that take more than one condition. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -14,17 +10,11 @@ from launch.report.rule import Finding
 from launch.report.trends import ERRORS, Values, ends, error_of_change
 
 COIN_TOSS = math.log(2)  # preference loss of a random model, nats per pair
-LEAST_ACCURACY = 0.55  # of pairs; 0.5 is a coin toss
-MEMORISED, LARGEST_GAP = 0.95, 0.15  # training accuracy, and its gap to the held-out accuracy
 LARGEST_LOSS = math.log(1000)  # nats per token after training, a perplexity of 1000
 LARGEST_RISE = 0.05  # of the evaluation loss, relative to its minimum
-LEAST_RISE = 0.01  # of the evaluation loss and of the NLL of chosen responses, relative to step 0
+LEAST_RISE = 0.01  # of the evaluation loss, relative to step 0
 LEAST_FALL = 0.005  # of the evaluation loss, relative to step 0
-LARGEST_NORM, EXPLOSION = 100.0, 10.0  # of gradients: level, and growth
-MOST_SKIPPED = 0.005  # share of the steps
 FEWEST_LOSSES = 10  # training losses needed to say that they do not fall
-LEAST_SPREAD = 0.01  # of the scores of a reward model
-FURTHEST = 50.0  # log-ratio to the reference, nats per response of the data
 MOST_NAMES = 3
 
 
@@ -40,34 +30,6 @@ def not_finite(lines: Sequence[Line]) -> Finding | None:
         f" {len({step for _, step in bad})} of {len(lines)} logged steps, first at step {bad[0][1]}.",
         "a lower learning rate; a longer --warmup_ratio; bf16 instead of fp16; the records of that step.",
     )
-
-
-def skipped_updates(steps: Values, skipped: Values) -> Finding | None:
-    """Updates skipped because of non-finite gradients."""
-    if skipped[-1] <= MOST_SKIPPED * max(steps[-1], 1):
-        return None
-    return Finding(
-        f"Skipped updates: {skipped[-1]:.0f} in {steps[-1]:.0f} steps, because of non-finite gradients.",
-        "a lower learning rate; bf16 instead of fp16, which skips some while it adjusts the loss scale.",
-    )
-
-
-def large_gradients(name: str, norms: Values) -> Finding | None:
-    """Gradient norms that are huge, or explode."""
-    start, end = ends(norms)
-    if end <= EXPLOSION or (end <= LARGEST_NORM and end <= EXPLOSION * start):
-        return None
-    return Finding(
-        f"Large gradients: {name} went from {start:.3g} to {end:.3g}, far above the clipping norm.",
-        "a lower learning rate; a longer --warmup_ratio; the records of the steps where the norm jumps.",
-    )
-
-
-def zero_rate(rates: Values) -> Finding | None:
-    """A learning rate that is 0 in every line."""
-    if any(rates):
-        return None
-    return Finding("The learning rate is 0 in all logged steps.", "a shorter --warmup_ratio; more steps.")
 
 
 def rising_loss(losses: Values, held_out: Values) -> Finding | None:
@@ -154,70 +116,3 @@ def coin_toss_in_training(losses: Values, held_out: Values, **options: Any) -> F
     if held_out or not finding or any(added):
         return None
     return finding._replace(problem=finding.problem.replace("held-out pairs", "training pairs"))
-
-
-def low_accuracy(accuracies: Values) -> Finding | None:
-    """Held-out accuracy near chance or below."""
-    end = ends(accuracies)[1]
-    if end > LEAST_ACCURACY:
-        return None
-    level = "below chance" if end < 0.5 else "near chance"
-    swapped = "check whether labels are swapped; " if end < 0.5 else ""
-    return Finding(
-        f"Accuracy {level}: {end:.1%} of the held-out pairs are ranked as labelled.",
-        f"{swapped}a higher --learning_rate; more steps; better labels.",
-    )
-
-
-def accuracy_gap(held_out: Values, trained: Values) -> Finding | None:
-    """Memorised training pairs with a much lower held-out accuracy."""
-    (_, in_training), (_, on_held_out) = ends(trained), ends(held_out)
-    if in_training < MEMORISED or in_training - on_held_out < LARGEST_GAP:
-        return None
-    return Finding(
-        f"Overfitting: accuracy is {in_training:.1%} in training and {on_held_out:.1%} on held-out pairs.",
-        "fewer --num_train_epochs; a lower --learning_rate; --best_metric eval/accuracy; more data.",
-    )
-
-
-def equal_scores(spreads: Values) -> Finding | None:
-    """A reward model that gives all responses nearly the same score."""
-    if (end := ends(spreads)[1]) >= LEAST_SPREAD:
-        return None
-    return Finding(
-        f"Collapsed scores: scores of held-out chosen responses have a standard deviation of {end:.2g}.",
-        "a higher --learning_rate; a lower --centre_coef.",
-    )
-
-
-def unlearning(nlls: Values) -> Finding | None:
-    """Chosen responses that become less likely, as rejected ones do. nlls: nats per token."""
-    start, end = nlls[0], ends(nlls)[1]
-    if not end > start + LEAST_RISE * abs(start):
-        return None
-    return Finding(
-        f"Chosen responses become less likely: eval/nll_chosen rose from {start:.3g} to {end:.3g} nats per"
-        " token.",
-        "a higher --beta; a lower --learning_rate; --loss cpo; an earlier checkpoint.",
-    )
-
-
-def wrong_side(margins: Values) -> Finding | None:
-    """Rejected responses with higher rewards than chosen ones."""
-    if (end := ends(margins)[1]) >= 0:
-        return None
-    return Finding(
-        f"Negative margin: eval/margin is {end:.3g} at the end; rejected responses have the higher reward.",
-        "check whether labels are swapped; a higher --learning_rate; more steps.",
-    )
-
-
-def far_on_data(log_ratios: Values) -> Finding | None:
-    """A policy far from the reference on the responses of the data."""
-    end = ends(log_ratios)[1]
-    if abs(end) <= FURTHEST:
-        return None
-    return Finding(
-        f"Far from the reference: logratio/mean is {end:.3g} nats per response at the end.",
-        "a higher --beta; a lower --learning_rate; fewer --num_train_epochs.",
-    )

@@ -1,56 +1,16 @@
-"""Problems of step 3: policy, critic, scores and responses. Pure. See checks.py."""
+"""Problems of step 3 that take more than one condition. Pure."""
 
+from itertools import accumulate
 from statistics import median
 
 from launch.report.rule import Finding
-from launch.report.trends import (
-    ERRORS,
-    FEWEST,
-    Values,
-    ends,
-    error_of_change,
-    large_change,
-    peak,
-    running_means,
-)
+from launch.report.trends import FEWEST, Curve, Values, ends, large_change, peak, running_means
+from step3_ppo.kl_advice import FAR, JUMP, MOST_RISE
 
-LEAST_ENTROPY, LEAST_DIVERSITY = 0.1, 0.5  # relative to the start
-NO_ENTROPY, RANDOM = 0.05, 2.0  # nats per token; growth of entropy
-LEAST_DISTINCT = 0.3  # share of distinct pairs of tokens within a response
 MOST_CUT, NO_EOS, SOME_EOS = 0.25, 0.01, 0.1  # shares of responses
+RATIO_ERROR = 0.02
 MOST_CLIPPED = 0.3  # share of tokens, in at least a quarter of the steps
-MOST_CLIPPED_SCORES = 0.2
 WORST_CRITIC = -1.0  # explained variance that is reported even for few values
-LEAST_SPREAD = 1e-3  # of scores
-SHORT = 0.3  # relative to the length at the start
-FORGOTTEN = 0.05  # relative rise of the loss on --ptx_data
-
-
-def entropy_collapse(entropies: Values) -> Finding | None:
-    """Entropy that collapses, or explodes."""
-    start, end = ends(entropies)
-    if end > RANDOM * start and end > start + 1:
-        return Finding(
-            f"Rising entropy: policy/entropy went from {start:.3g} to {end:.3g} nats per token.",
-            "a lower --entropy_coef; a higher --kl_coef; a lower --actor_learning_rate.",
-        )
-    if not (end < LEAST_ENTROPY * start or end < NO_ENTROPY):
-        return None
-    return Finding(
-        f"Collapsed entropy: policy/entropy went from {start:.3g} to {end:.3g} nats per token.",
-        "--entropy_coef; a higher --kl_coef; a lower --actor_learning_rate.",
-    )
-
-
-def diversity_collapse(distinct: Values) -> Finding | None:
-    """Held-out responses that repeat pairs of tokens."""
-    start, end = ends(distinct)
-    if not (end < LEAST_DIVERSITY * start or end < LEAST_DISTINCT):
-        return None
-    return Finding(
-        f"Collapsed diversity: eval/distinct_2 went from {start:.1%} to {end:.1%}.",
-        "look at the samples; a higher --kl_coef; a lower --actor_learning_rate; an earlier checkpoint.",
-    )
 
 
 def truncation(rates: Values, missing_eos_penalty: float | None = None) -> Finding | None:
@@ -88,17 +48,6 @@ def near_limit(
     )
 
 
-def short_responses(lengths: Values) -> Finding | None:
-    """Responses that become much shorter."""
-    start, end = ends(lengths)
-    if end >= SHORT * start:
-        return None
-    return Finding(
-        f"Responses shrink: response/length went from {start:.0f} to {end:.0f} tokens.",
-        "look at the samples; a lower --length_penalty or --missing_eos_penalty; a higher --kl_coef.",
-    )
-
-
 def large_penalties(penalties: Values, spreads: Values, normalise_scores: bool = False) -> Finding | None:
     """Penalties at least as large as the spread of the scores."""
     (_, penalty), (_, spread) = ends(penalties), ends(spreads)
@@ -113,49 +62,18 @@ def large_penalties(penalties: Values, spreads: Values, normalise_scores: bool =
     )
 
 
-def clipped_scores(shares: Values) -> Finding | None:
-    """Scores beyond --score_clip."""
-    if (end := ends(shares)[1]) <= MOST_CLIPPED_SCORES:
-        return None
-    return Finding(
-        f"Clipped scores: {end:.0%} of scores exceed --score_clip at the end.",
-        "a higher --score_clip; --normalise_scores.",
-    )
-
-
-def equal_scores(spreads: Values) -> Finding | None:
-    """Scores without differences."""
-    if (end := ends(spreads)[1]) >= LEAST_SPREAD:
-        return None
-    return Finding(
-        f"Equal scores: reward/std is {end:.2g} at the end, which leaves nothing to learn from.",
-        "look at the samples; a reward that distinguishes them; a higher --temperature.",
-    )
-
-
 def falling_score(steps: Values, scores: Values, spreads: Values) -> Finding | None:
     """Held-out scores below their peak, beyond noise or, with few evaluations, by a share of the spread."""
     means = running_means(scores)
     top, last = max(means), means[-1]
     is_long = len(scores) >= FEWEST
-    noise = ERRORS * error_of_change(scores) if is_long else large_change(top, spreads)
+    noise = Curve(scores).noise if is_long else large_change(top, spreads)
     if top - last <= noise:
         return None
     step = steps[peak(scores)]
     return Finding(
         f"Falling score: eval/score was {top:.3g} around step {step:.0f} and is {last:.3g} at the end.",
         "--best_metric eval/score; a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs.",
-    )
-
-
-def falling_reward(rewards: Values) -> Finding | None:
-    """Training scores lower than at the start."""
-    start, end = ends(rewards)
-    if start - end <= ERRORS * error_of_change(rewards):
-        return None
-    return Finding(
-        f"Falling score: reward/mean went from {start:.3g} to {end:.3g}.",
-        "a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs; smaller penalties.",
     )
 
 
@@ -181,12 +99,42 @@ def clipped_updates(fractions: Values) -> Finding | None:
     )
 
 
-def forgetting(losses: Values) -> Finding | None:
-    """A rising loss on demonstrations, despite PPO-ptx."""
-    start, end = ends(losses)
-    if end <= start + FORGOTTEN * abs(start):
+def kl_jump(steps: Values, kls: Values) -> Finding | None:
+    """KL rises fast above its previous maximum. Swings around a level do not count."""
+    highest = list(accumulate(kls, max))
+    near = [
+        (kls[later] - highest[first], first, later)
+        for first in range(len(kls))
+        for later in range(first + 1, min(first + 1 + JUMP, len(kls)))
+        if steps[later] - steps[first] <= JUMP
+    ]
+    jump, first, later = max(near, default=(0.0, 0, 0))
+    if jump <= MOST_RISE:
         return None
     return Finding(
-        f"Forgetting: ptx/loss rose from {start:.3g} to {end:.3g}.",
-        "a higher --ptx_coef; a lower --actor_learning_rate; a higher --kl_coef.",
+        f"KL jump: kl/mean went from {max(kls[first], 0):.2f} to {kls[later]:.2f} nats between steps"
+        f" {steps[first]} and {steps[later]}.",
+        "a higher --kl_coef, or --kl_controller adaptive with a low --kl_target; a lower"
+        " --actor_learning_rate, or a longer --warmup_ratio.",
+    )
+
+
+def kl_too_large(steps: Values, kls: Values) -> Finding | None:
+    """A policy far from the reference."""
+    above = [step for step, kl in zip(steps, kls, strict=True) if kl > FAR]
+    if not above:
+        return None
+    return Finding(
+        f"Large KL: kl/mean exceeds {FAR:.0f} nats from step {above[0]} and ends at {kls[-1]:.3g}.",
+        "a higher --kl_coef, or --kl_controller adaptive with a --kl_target; the samples before that step.",
+    )
+
+
+def wrong_ratio(ratios: Values) -> Finding | None:
+    """Different log-probabilities in sampling and in training."""
+    if (error := median(abs(ratio - 1) for ratio in ratios)) <= RATIO_ERROR:
+        return None
+    return Finding(
+        f"Sampling and training disagree: policy/ratio differs from 1 by {error:.2g} at the first minibatch.",
+        "fp32 or bf16 for both; a model without dropout or other noise; a supported family.",
     )

@@ -1,72 +1,153 @@
-"""The rules of the report, and their application to the metrics of a run. Pure."""
+"""The rules of the report, and their application to the metrics of a run. Pure.
+
+Rules about a change compare the means over the first and the last fifth of a curve; rules about a level use
+the last fifth. Thresholds are rules of thumb: a finding is a reason to look, not a proof.
+"""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-from launch.report import checks, checks_kl, checks_ppo, hacks
+from launch.report import checks, checks_ppo, hacks
 from launch.report.read import Line, columns
-from launch.report.rule import Finding, Rule
-from launch.report.trends import FEWEST
+from launch.report.rule import Finding, Rule, when
+from launch.report.trends import FEWEST, large_change
+from step3_ppo.kl_advice import IDLE
 
 LEAST_STEPS = 10  # of a run, with FEWEST logged ones, to judge its trends
 GOLD = "no gold score: --gold_reward_model or --gold_function"
 ONLY_AT_0 = "the only evaluation is at step 0, before training: a lower --eval_steps"
 NO_EVALUATIONS = "no evaluations: --eval_data or --eval_fraction, and --eval_steps"
 TRAINED = "sft reward direct"
+EVERY = f"{TRAINED} ppo"
+PAIRS = "reward direct"
 RULES = [
-    Rule("skipped updates", checks.skipped_updates, (("step", "train/skipped_updates"),), f"{TRAINED} ppo"),
+    Rule("skipped updates", EVERY, "step train/skipped_updates",
+         when(lambda step, skipped: skipped.last > 0.005 * max(step.last, 1),
+              "Skipped updates: {1.last:.0f} in {last:.0f} steps, because of non-finite gradients.",
+              "a lower learning rate; bf16 instead of fp16, which skips some while it adjusts the loss"
+              " scale.")),
     *[
-        Rule(f"size of {name}", partial(checks.large_gradients, name), ((name,),), stages, optional=True)
+        Rule(f"size of {name}", stages, name,
+             when(lambda norm: norm.end > 10 and (norm.end > 100 or norm.end > 10 * norm.start),
+                  f"Large gradients: {name} went from {{start:.3g}} to {{end:.3g}}, far above the clipping"
+                  " norm.",
+                  "a lower learning rate; a longer --warmup_ratio; the records of the steps where the norm"
+                  " jumps."), optional=True)
         for name, stages in (
             ("train/grad_norm", TRAINED), ("policy/grad_norm", "ppo"), ("value/grad_norm", "ppo"),
         )
     ],
-    Rule("learning rate", checks.zero_rate, (("train/lr",),), f"{TRAINED} ppo", fewest=2),
-    Rule("trend of train/loss", checks.rising_loss, (("train/loss",), ("eval/loss",)), TRAINED, FEWEST),
-    Rule("level of the loss", checks.high_loss, (("train/loss",),), "sft"),
-    Rule("overfitting", checks.overfitting, (("step", "eval/loss"), ("step", "train/loss")), TRAINED, 2),
-    Rule("held-out loss against a coin toss", checks.coin_toss, (("eval/loss",),), "reward direct",
+    Rule("learning rate", EVERY, "train/lr",
+         when(lambda rate: not any(rate.values), "The learning rate is 0 in all logged steps.",
+              "a shorter --warmup_ratio; more steps."), fewest=2),
+    Rule("trend of train/loss", TRAINED, "train/loss, eval/loss", checks.rising_loss, FEWEST),
+    Rule("level of the loss", "sft", "train/loss", checks.high_loss),
+    Rule("overfitting", TRAINED, "step eval/loss, step train/loss", checks.overfitting, 2),
+    Rule("held-out loss against a coin toss", PAIRS, "eval/loss", checks.coin_toss,
          options=("use_margin", "loss")),
-    Rule("training loss against a coin toss", checks.coin_toss_in_training, (("train/loss",), ("eval/loss",)),
-         "reward direct", FEWEST, options=("use_margin", "loss", "centre_coef", "lm_loss_coef")),
-    Rule("held-out accuracy", checks.low_accuracy, (("eval/accuracy",),), "reward direct"),
-    Rule("gap of accuracies", checks.accuracy_gap, (("eval/accuracy",), ("train/accuracy",)),
-         "reward direct"),
-    Rule("spread of scores", checks.equal_scores, (("eval/chosen_std",),), "reward", optional=True),
-    Rule("NLL of chosen responses", checks.unlearning, (("eval/nll_chosen",),), "direct", 2),
-    Rule("margin", checks.wrong_side, (("eval/margin",),), "reward direct", optional=True),
-    Rule("distance on the data", checks.far_on_data, (("logratio/mean",),), "direct", optional=True),
-    Rule("over-optimisation", hacks.over_optimisation, (("step", "eval/score", "eval/gold"),), "ppo", FEWEST,
+    Rule("training loss against a coin toss", PAIRS, "train/loss, eval/loss", checks.coin_toss_in_training,
+         FEWEST, options=("use_margin", "loss", "centre_coef", "lm_loss_coef")),
+    Rule("held-out accuracy", PAIRS, "eval/accuracy",
+         when(lambda accuracy: accuracy.end < 0.5,
+              "Accuracy below chance: {end:.1%} of the held-out pairs are ranked as labelled.",
+              "check whether labels are swapped; a higher --learning_rate; more steps; better labels.")),
+    Rule("held-out accuracy", PAIRS, "eval/accuracy",
+         when(lambda accuracy: 0.5 <= accuracy.end <= 0.55,
+              "Accuracy near chance: {end:.1%} of the held-out pairs are ranked as labelled.",
+              "a higher --learning_rate; more steps; better labels."), optional=True),
+    Rule("gap of accuracies", PAIRS, "eval/accuracy, train/accuracy",
+         when(lambda held_out, trained: trained.end >= 0.95 and trained.end - held_out.end >= 0.15,
+              "Overfitting: accuracy is {1.end:.1%} in training and {end:.1%} on held-out pairs.",
+              "fewer --num_train_epochs; a lower --learning_rate; --best_metric eval/accuracy; more data.")),
+    Rule("spread of scores", "reward", "eval/chosen_std",
+         when(lambda spread: spread.end < 0.01,
+              "Collapsed scores: scores of held-out chosen responses have a standard deviation of {end:.2g}.",
+              "a higher --learning_rate; a lower --centre_coef."), optional=True),
+    Rule("NLL of chosen responses", "direct", "eval/nll_chosen",
+         when(lambda nll: nll.end > nll.values[0] + 0.01 * abs(nll.values[0]),
+              "Chosen responses become less likely: eval/nll_chosen rose from {values[0]:.3g} to {end:.3g}"
+              " nats per token.",
+              "a higher --beta; a lower --learning_rate; --loss cpo; an earlier checkpoint."), fewest=2),
+    Rule("margin", PAIRS, "eval/margin",
+         when(lambda margin: margin.end < 0,
+              "Negative margin: eval/margin is {end:.3g} at the end; rejected responses have the higher"
+              " reward.",
+              "check whether labels are swapped; a higher --learning_rate; more steps."), optional=True),
+    Rule("distance on the data", "direct", "logratio/mean",
+         when(lambda log_ratio: abs(log_ratio.end) > 50,
+              "Far from the reference: logratio/mean is {end:.3g} nats per response at the end.",
+              "a higher --beta; a lower --learning_rate; fewer --num_train_epochs."), optional=True),
+    Rule("over-optimisation", "ppo", "step eval/score eval/gold", hacks.over_optimisation, FEWEST,
          needs=GOLD),
-    Rule("fall of gold", hacks.falling_gold, (("step", "eval/score", "eval/gold"),), "ppo", 2, optional=True),
-    Rule("fall of the held-out score", checks_ppo.falling_score,
-         (("step", "eval/score"), ("eval/score_std",)), "ppo", 2),
-    Rule("gain for the KL", checks_kl.kl_without_gain, (("eval/kl", "eval/score"), ("eval/score_std",)),
-         "ppo", FEWEST),
-    Rule("fall of reward/mean", checks_ppo.falling_reward, (("reward/mean",),), "ppo", FEWEST),
-    Rule("length hack", hacks.length_hack, (("reward/mean", "response/length"),), "ppo", FEWEST),
-    Rule("repetition", hacks.repetition,
-         (("response/repeated_3",), ("response/distinct_2",), ("reward/mean",)), "ppo"),
-    Rule("entropy", checks_ppo.entropy_collapse, (("policy/entropy",),), "ppo"),
-    Rule("diversity", checks_ppo.diversity_collapse, (("eval/distinct_2",),), "ppo"),
-    Rule("truncated responses", checks_ppo.truncation, (("response/eos_rate",),), "ppo",
+    Rule("fall of gold", "ppo", "step eval/score eval/gold", hacks.falling_gold, 2, optional=True),
+    Rule("fall of the held-out score", "ppo", "step eval/score, eval/score_std", checks_ppo.falling_score, 2),
+    Rule("gain for the KL", "ppo", "eval/kl eval/score, eval/score_std",
+         when(lambda kl, score, spread: kl.end >= 1 and abs(score.end - score.start) <= score.noise
+              and score.end - score.start
+              <= large_change(max(score.start, score.end, key=abs), spread.values),
+              "KL without gain: eval/kl is {end:.3g} nats at the end, but eval/score went from"
+              " {1.start:.3g} to {1.end:.3g}.",
+              "a lower --actor_learning_rate; larger rollouts; check the reward model with"
+              " launch/evaluate_reward.sh."), FEWEST),
+    Rule("fall of reward/mean", "ppo", "reward/mean",
+         when(lambda reward: reward.start - reward.end > reward.noise,
+              "Falling score: reward/mean went from {start:.3g} to {end:.3g}.",
+              "a lower --actor_learning_rate; a higher --kl_coef; fewer --ppo_epochs; smaller penalties."),
+         FEWEST),
+    Rule("length hack", "ppo", "reward/mean response/length", hacks.length_hack, FEWEST),
+    Rule("repetition", "ppo", "response/repeated_3, response/distinct_2, reward/mean", hacks.repetition),
+    Rule("entropy", "ppo", "policy/entropy",
+         when(lambda entropy: entropy.end > 2 * entropy.start and entropy.end > entropy.start + 1,
+              "Rising entropy: policy/entropy went from {start:.3g} to {end:.3g} nats per token.",
+              "a lower --entropy_coef; a higher --kl_coef; a lower --actor_learning_rate.")),
+    Rule("entropy", "ppo", "policy/entropy",
+         when(lambda entropy: entropy.end < 0.1 * entropy.start or entropy.end < 0.05,
+              "Collapsed entropy: policy/entropy went from {start:.3g} to {end:.3g} nats per token.",
+              "--entropy_coef; a higher --kl_coef; a lower --actor_learning_rate."), optional=True),
+    Rule("diversity", "ppo", "eval/distinct_2",
+         when(lambda distinct: distinct.end < 0.5 * distinct.start or distinct.end < 0.3,
+              "Collapsed diversity: eval/distinct_2 went from {start:.1%} to {end:.1%}.",
+              "look at the samples; a higher --kl_coef; a lower --actor_learning_rate; an earlier"
+              " checkpoint.")),
+    Rule("truncated responses", "ppo", "response/eos_rate", checks_ppo.truncation,
          options=("missing_eos_penalty",)),
-    Rule("length at the limit", checks_ppo.near_limit, (("response/length",), ("response/eos_rate",)), "ppo",
+    Rule("length at the limit", "ppo", "response/length, response/eos_rate", checks_ppo.near_limit,
          options=("max_response_length", "missing_eos_penalty")),
-    Rule("shrinking responses", checks_ppo.short_responses, (("response/length",),), "ppo", FEWEST),
-    Rule("penalties", checks_ppo.large_penalties, (("reward/penalty", "reward/std"),), "ppo",
+    Rule("shrinking responses", "ppo", "response/length",
+         when(lambda length: length.end < 0.3 * length.start,
+              "Responses shrink: response/length went from {start:.0f} to {end:.0f} tokens.",
+              "look at the samples; a lower --length_penalty or --missing_eos_penalty; a higher --kl_coef."),
+         FEWEST),
+    Rule("penalties", "ppo", "reward/penalty reward/std", checks_ppo.large_penalties,
          options=("normalise_scores",)),
-    Rule("clipped scores", checks_ppo.clipped_scores, (("reward/clipped",),), "ppo"),
-    Rule("spread of scores", checks_ppo.equal_scores, (("reward/std",),), "ppo"),
-    Rule("progress", checks_kl.kl_too_small, (("kl/mean", "reward/mean"),), "ppo", FEWEST),
-    Rule("jumps of KL", checks_kl.kl_jump, (("step", "kl/mean"),), "ppo", 2),
-    Rule("level of KL", checks_kl.kl_too_large, (("step", "kl/mean"),), "ppo"),
-    Rule("critic", checks_ppo.blind_critic, (("value/explained_var",),), "ppo", optional=True),
-    Rule("clipped updates", checks_ppo.clipped_updates, (("policy/clip_fraction",),), "ppo"),
-    Rule("size of updates", checks_kl.large_updates, (("policy/approx_kl",),), "ppo", optional=True),
-    Rule("ratio at the first minibatch", checks_kl.wrong_ratio, (("policy/ratio",),), "ppo", optional=True),
-    Rule("forgetting", checks_ppo.forgetting, (("ptx/loss",),), "ppo", FEWEST, optional=True),
+    Rule("clipped scores", "ppo", "reward/clipped",
+         when(lambda clipped: clipped.end > 0.2,
+              "Clipped scores: {end:.0%} of scores exceed --score_clip at the end.",
+              "a higher --score_clip; --normalise_scores.")),
+    Rule("spread of scores", "ppo", "reward/std",
+         when(lambda spread: spread.end < 1e-3,
+              "Equal scores: reward/std is {end:.2g} at the end, which leaves nothing to learn from.",
+              "look at the samples; a reward that distinguishes them; a higher --temperature.")),
+    Rule("progress", "ppo", "kl/mean reward/mean",
+         when(lambda kl, reward: kl.end < IDLE and abs(reward.end - reward.start) <= reward.noise,
+              "Nothing is learnt: kl/mean is {end:.2g} nats at the end, and reward/mean went from"
+              " {1.start:.3g} to {1.end:.3g}, within noise.",
+              "a lower --kl_coef; a higher --actor_learning_rate; more steps."), FEWEST),
+    Rule("jumps of KL", "ppo", "step kl/mean", checks_ppo.kl_jump, 2),
+    Rule("level of KL", "ppo", "step kl/mean", checks_ppo.kl_too_large),
+    Rule("critic", "ppo", "value/explained_var", checks_ppo.blind_critic, optional=True),
+    Rule("clipped updates", "ppo", "policy/clip_fraction", checks_ppo.clipped_updates),
+    Rule("size of updates", "ppo", "policy/approx_kl",
+         when(lambda kl: kl.median > 0.1,
+              "Updates too large: policy/approx_kl has a median of {0.median:.2g} nats per token.",
+              "a lower --actor_learning_rate; fewer --ppo_epochs; a lower --max_update_kl, to end epochs"
+              " early."), optional=True),
+    Rule("ratio at the first minibatch", "ppo", "policy/ratio", checks_ppo.wrong_ratio, optional=True),
+    Rule("forgetting", "ppo", "ptx/loss",
+         when(lambda loss: loss.end > loss.start + 0.05 * abs(loss.start),
+              "Forgetting: ptx/loss rose from {start:.3g} to {end:.3g}.",
+              "a higher --ptx_coef; a lower --actor_learning_rate; a higher --kl_coef."),
+         FEWEST, optional=True),
 ]  # fmt: skip
 ALIKE = "answers that become alike"
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from launch.report.trends import Curve, Values
+
 
 class Finding(NamedTuple):
     """A problem with its numbers, and advice."""
@@ -19,13 +21,17 @@ class Rule(NamedTuple):
     """
 
     name: str  # in the list of rules that were not checked
-    check: Callable[..., Finding | None]
-    groups: tuple[tuple[str, ...], ...]
     stages: str  # to which the rule applies, separated by spaces
+    metrics: str  # separated by spaces, their groups by commas
+    check: Callable[..., Finding | None]
     fewest: int = 1  # values per group
     needs: str = ""  # the option without which the metrics are absent
     optional: bool = False  # for a feature that most runs do not use: never listed as not checked
     options: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> list[list[str]]:
+        return [group.split() for group in self.metrics.split(",")]
 
     @property
     def is_of_evaluations(self) -> bool:
@@ -34,3 +40,18 @@ class Rule(NamedTuple):
     def applies(self, stage: str) -> bool:
         """True also for an unknown stage: then the metrics decide."""
         return not stage or stage in self.stages.split()
+
+
+def when(condition: Callable[..., bool], problem: str, advice: str) -> Callable[..., Finding | None]:
+    """A check with one condition on the curves of its metrics.
+
+    problem: a format string; {end} is that of the first curve, {1.end} that of the second.
+    """
+
+    def check(*metrics: Values) -> Finding | None:
+        curves = [*map(Curve, metrics)]
+        if not condition(*curves):
+            return None
+        return Finding(problem.format(*curves, **vars(curves[0])), advice)
+
+    return check

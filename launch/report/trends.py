@@ -45,6 +45,24 @@ def error_of_change(values: Values) -> float:
     return noise * math.sqrt(2 / max(1, len(values) // PARTS))
 
 
+class Curve:
+    """A metric over a run."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.start, self.end = ends(values)
+        self.last = values[-1] if values else math.nan
+
+    @property
+    def median(self) -> float:
+        return median(self.values)
+
+    @property
+    def noise(self) -> float:
+        """The largest change of the ends that is not a finding."""
+        return ERRORS * error_of_change(self.values)
+
+
 def large_change(level: float, spreads: Values) -> float:
     """The smallest change of held-out scores that counts, from their spread, or their level without it."""
     return LARGE_CHANGE * max(spreads) if spreads else LARGE_WITHOUT_SPREAD * abs(level)
