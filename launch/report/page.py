@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from launch.report import parts
 from launch.report.curves import TRADE, Picture
-from launch.report.evaluations import TITLES, pictures_of, render_evaluation
+from launch.report.evaluations import Evaluation, pictures_of, render_evaluation
 from launch.report.findings import Judgement
 from launch.report.read import Run
-from launch.report.scan import Evaluation
 from launch.report.state import State
 
 STYLE = Path(__file__).with_name("style.css")
@@ -37,7 +36,7 @@ def page(
     for number, chapter in enumerate(chapters, start=1):
         is_run = isinstance(chapter, Chapter)
         folder = chapter.run.folder if is_run else chapter.folder
-        heading = chapter.run.title if is_run else TITLES[chapter.kind]
+        heading = chapter.run.title if is_run else chapter.kind.title
         path = folder.relative_to(root) if folder != root else name
         title = f"{escape(heading)} <small>({escape(str(path))})</small>"
         links, sections = [], []

@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.data.sources import CLICKS, KINDS
 from common.runtime.options import UserError
+from launch.report.evaluations import COMMANDS, Evaluation
 from launch.report.read import Run, read_json, read_run
 from launch.report.stages import Stage, stage_of
 
@@ -14,22 +15,6 @@ MOST_FOLDERS = 2000  # scanned at most
 PARTS_OF_RUNS = {
     "checkpoints", "tensorboard", "final", "best", "final_ema", "final_critic", "golden",
 }  # fmt: skip
-# Keys of report.json by which a command is recognised.
-REPORTS = {
-    "compare": {"policies", "best_of", "prompts"},
-    "reward": {"accuracy", "accuracy_by", "prediction"},
-    "judge": {"judged", "position", "agreement"},
-    "best_of_n": {"samples", "demonstrations", "preferences"},
-    "quickstart": {"gold_sft", "gold_ppo", "gold_win_rate"},
-}
-
-
-class Evaluation(NamedTuple):
-    """The output folder of an evaluation, with its report.json."""
-
-    folder: Path
-    kind: str  # of REPORTS
-    figures: dict[str, Any]
 
 
 class Seen(NamedTuple):
@@ -70,7 +55,7 @@ def _look(folder: Path, root: Path, seen: Seen) -> None:
     options.pop("given", None)  # not an option: names of the options on the command line
     stage = stage_of(options) if options else None
     figures, report_problems = read_json(folder / "report.json")
-    kind = next((kind for kind, keys in REPORTS.items() if keys <= figures.keys()), "")
+    kind = next((kind for kind in COMMANDS if kind.keys <= figures.keys()), None)
     is_run = stage.trains if stage else (folder / "metrics.jsonl").is_file()
     if is_run:
         seen.runs.append(read_run(folder, stage, options, options_problems))
