@@ -1,12 +1,12 @@
 """Resumable batch processing: results are appended to a journal before the next batch starts."""
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.runtime.distributed import gather_objects, log, rank
+from common.runtime.distributed import log, on_first_rank, rank
+from common.runtime.files import append_text
 from common.runtime.options import UserError
 from common.runtime.process import Stopped, stop_anywhere, stop_between_steps, stop_requested
 from common.runtime.progress import Progress
@@ -22,15 +22,8 @@ def work_through(
     in the run's folder with one line of results per call of `work`. noun: name of the items in messages.
     A stop raises Stopped at once until all items are done; after that it waits.
     """
-    results, problem, total = [], "", len(items)
-    if rank() == 0:
-        try:
-            results = _read_journal(journal)
-        except (UserError, OSError) as error:
-            problem = str(error)
-    done, problem = gather_objects((len(results), problem))[0]
-    if problem:
-        raise UserError(problem)
+    results, total = [], len(items)
+    done = on_first_rank(_read_journal, journal, results)
     if done:
         log(f"resuming: {done} of {total} {noun} done")
     progress = Progress(noun, total, done)
@@ -38,7 +31,7 @@ def work_through(
         stop_resumably(f"{done} of {total} {noun} done", journal.parent)
         batch = work(dict(enumerate(items[done : done + size], start=done)))
         if rank() == 0:
-            _append(journal, batch)
+            append_text(journal, f"{json.dumps(batch)}\n")
             results += batch
         done += len(batch)
         progress.update(done)
@@ -57,18 +50,17 @@ def stop_resumably(done: str, output_dir: Path | str) -> None:
         raise Stopped(line)
 
 
-def to_lines(records: Sequence[Record]) -> str:
+def to_lines(records: Iterable[Record]) -> str:
     """Format records as JSON Lines."""
     return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
-def _read_journal(journal: Path) -> list[Any]:
-    """Read the results; removes an unfinished last line. Raises UserError for a damaged line."""
+def _read_journal(journal: Path, results: list[Any]) -> int:
+    """Read and count the results; removes an unfinished last line. Raises UserError for a damaged line."""
     with journal.open("a+b") as file:
         file.seek(0)
         lines = file.read()
         file.truncate(lines.rfind(b"\n") + 1)
-    results = []
     for number, line in enumerate(lines.split(b"\n")[:-1], start=1):
         try:
             results += _parsed(line)
@@ -76,7 +68,7 @@ def _read_journal(journal: Path) -> list[Any]:
             raise UserError(
                 f"{journal}:{number}: damaged; restore the line, or delete the file to start again"
             ) from None
-    return results
+    return len(results)
 
 
 def _parsed(line: bytes) -> list[Any]:
@@ -84,11 +76,3 @@ def _parsed(line: bytes) -> list[Any]:
     if not isinstance(results, list):
         raise ValueError(line)
     return results
-
-
-def _append(journal: Path, results: list[Any]) -> None:
-    """Append a line and flush it to disk."""
-    with journal.open("a") as file:
-        file.write(f"{json.dumps(results)}\n")
-        file.flush()
-        os.fsync(file.fileno())

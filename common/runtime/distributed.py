@@ -3,7 +3,7 @@
 import contextlib
 import os
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from common.runtime.options import UserError
 
 
 def rank() -> int:
@@ -130,6 +132,22 @@ def gather_objects(local: Any) -> list[Any]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, local)
     return parts
+
+
+def on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `work` on rank 0; its small result, UserError or OSError (as a UserError) reaches every rank."""
+    problem, result = "", None
+    if rank() == 0:
+        try:
+            result = work(*arguments)
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    problem, result = gather_objects((problem, result))[0]
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def barrier() -> None:

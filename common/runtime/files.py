@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,13 +45,28 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, like `write_json`."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Write to a temporary file that replaces `path` at the end of the `with` block."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w") as file:
-        file.write(text)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     flush_folder(path.parent)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file and flush it to disk."""
+    with path.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -11,7 +11,7 @@ from typing import Any, assert_never
 from transformers import PreTrainedTokenizerFast
 
 from common.data.sources import files_of, parse_source
-from common.runtime.distributed import gather_objects, log, rank
+from common.runtime.distributed import log, on_first_rank
 from common.runtime.files import lock_folder, read_json, sha256, write_json
 from common.runtime.option_checks import (
     changed_defaults,
@@ -58,7 +58,7 @@ def open_run(
 
     Works like `prepare_output`, and also raises UserError when the run is beyond `total_steps` already.
     """
-    files = _on_first_rank(_claim, options, tokenizers)
+    files = on_first_rank(_claim, options, tokenizers)
     checkpoint = find_checkpoint(options)
     if checkpoint and checkpoint.state.step > total_steps and not options.export_only:
         limit = f"--max_steps {options.max_steps}"
@@ -70,7 +70,7 @@ def open_run(
             " or --export_only, which writes final/ from its checkpoint"
         )
     if not options.export_only:
-        _on_first_rank(_write, options, files)
+        on_first_rank(_write, options, files)
     report_accepted()
     return checkpoint
 
@@ -82,7 +82,7 @@ def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenize
     UserError on every rank, and writes nothing, when the directory holds a different run, when another
     process uses it, or when it holds any run and --resume_from_checkpoint is 'none'.
     """
-    _on_first_rank(_write, options, _on_first_rank(_claim, options, tokenizers))
+    on_first_rank(_write, options, on_first_rank(_claim, options, tokenizers))
     report_accepted()
 
 
@@ -111,21 +111,6 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
         checksums[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
         checksums[f"chat template of the {name}"] = _digest(str(tokenizer.chat_template))
     return checksums
-
-
-def _on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call `work` on rank 0; its UserError or OSError becomes a UserError on every rank."""
-    problem, result = "", None
-    if rank() == 0:
-        try:
-            result = work(*arguments)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if problem := gather_objects(problem)[0]:
-        raise UserError(problem)
-    return result
 
 
 def _claim(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, Any]:

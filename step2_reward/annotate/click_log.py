@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from common.data.journal import to_lines
 from common.data.sources import CLICKS
 from common.runtime.distributed import log
 from common.runtime.files import write_text
@@ -87,7 +88,7 @@ class Store:
         """Rewrite F.jsonl from the current answers."""
         with self._lock:
             records = preference_records(self._pairs.values(), self.answers)
-            write_text(self.path, "".join(f"{json.dumps(record)}\n" for record in records))
+            write_text(self.path, to_lines(records))
 
     def write_often(self) -> None:
         """Rewrite F.jsonl soon after each click, in an endless loop."""

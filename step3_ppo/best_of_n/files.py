@@ -1,18 +1,17 @@
 """samples.jsonl, and the demonstrations and preferences selected from it."""
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, assert_never
+from typing import Any, assert_never
 
 import numpy as np
 
-from common.runtime.files import flush_folder, write_json
+from common.data.journal import to_lines
+from common.runtime.files import replacing, write_json
 from common.runtime.options import UserError
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.report import advise, describe_unused
@@ -52,14 +51,6 @@ def _check_sample(line: bytes, origin: str) -> None:
         raise UserError(f"{origin}: not a sample of this command; restore the line, or delete the file")
 
 
-def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """Append to the file and flush it to disk."""
-    with path.open("ab") as file:
-        file.writelines(_line(sample) for sample in samples)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def select(options: BestOfNOptions) -> dict[str, Any]:
     """Write demonstrations.jsonl, preferences.jsonl and report.json from samples.jsonl; returns the report.
 
@@ -84,15 +75,15 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
     top = best(scores, usable)
     lower = rejected(scores, usable, options.pairs, (options.seed, PAIR_STREAM, options.round))
     with (
-        _replace_when_done(folder / "demonstrations.jsonl") as demonstrations,
-        _replace_when_done(folder / "preferences.jsonl") as preferences,
+        replacing(folder / "demonstrations.jsonl") as demonstrations,
+        replacing(folder / "preferences.jsonl") as preferences,
     ):
         for index, group in enumerate(_groups(samples, size)):
             for number in np.flatnonzero(selected[index]):
-                demonstrations.write(_line({name: group[number][name] for name in DEMONSTRATION}))
+                demonstrations.write(to_lines([{name: group[number][name] for name in DEMONSTRATION}]))
             if lower[index].any():
                 pair = (group[mask[index].argmax()] for mask in (top, lower))
-                preferences.write(_line(_preference(*pair)))
+                preferences.write(to_lines([_preference(*pair)]))
 
     report = {
         "prompts": len(scores),
@@ -153,19 +144,3 @@ def _groups(path: Path, size: int) -> Iterator[list[Sample]]:
     """The samples, grouped by prompt."""
     with path.open("rb") as lines:
         yield from iter(lambda: [json.loads(line) for line in islice(lines, size)], [])
-
-
-@contextlib.contextmanager
-def _replace_when_done(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary file that replaces `path` at the end of the `with` block."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush_folder(path.parent)
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return f"{json.dumps(record)}\n".encode()

@@ -9,7 +9,7 @@ resumes after the last complete chunk of prompts, or repeats the selection when 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,14 +19,14 @@ import numpy as np
 
 from common.data.batching import batch_order
 from common.data.examples import Examples
-from common.data.journal import stop_resumably
+from common.data.journal import stop_resumably, to_lines
 from common.data.loading import load_examples
 from common.generation.generate import PolicyEngine, check_generation, generate, load_policy, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
-from common.runtime.distributed import gather_objects, init_distributed, log, rank, ranks_in_words
-from common.runtime.files import make_folder
+from common.runtime.distributed import init_distributed, log, on_first_rank, ranks_in_words
+from common.runtime.files import append_text, make_folder
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
 from common.runtime.process import run_main, stop_between_steps
@@ -35,7 +35,7 @@ from common.text.prompts import Prompt, tokenize_prompt
 from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.run_folder import prepare_output
-from step3_ppo.best_of_n.files import Sample, select, truncate_to_chunks, write_samples
+from step3_ppo.best_of_n.files import Sample, select, truncate_to_chunks
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.report import describe_selection
 from step3_ppo.models import Scorer
@@ -65,7 +65,7 @@ def main() -> None:
     size, total = options.samples_per_prompt, len(prompts)
     chunk = math.ceil(options.generation_batch_size * world_size() / size)
     file = Path(options.output_dir) / "samples.jsonl"
-    done = on_first_rank(partial(truncate_to_chunks, file, chunk * size, total * size)) // size
+    done = on_first_rank(truncate_to_chunks, file, chunk * size, total * size) // size
     start = f"; resuming: {done} of {total} prompts done" if done else ""
     log(f"{total} prompts, {size} responses per prompt, on {ranks_in_words()}{start}")
     if done < total:
@@ -76,14 +76,14 @@ def main() -> None:
         stop_resumably(f"{done} of {total} prompts done", options.output_dir)
         end = min(done + chunk, total)
         samples = sample_and_score(policy, scorer, encoder, prompts, range(done * size, end * size), options)
-        on_first_rank(partial(write_samples, file, samples))
+        on_first_rank(append_text, file, to_lines(samples))
         done, tokens = end, tokens + sum(sample["length"] for sample in samples)
         score, seconds = fmean(sample["score"] for sample in samples), time.perf_counter() - start
         progress.update(done, f"score {score:.3f} | {tokens / seconds:.0f} tokens/s")
 
     # 3. Select demonstrations and preferences for the other steps.
     stop_between_steps()  # rank 0 writes, the others wait for it
-    report = on_first_rank(partial(select, options))
+    report = on_first_rank(select, options)
     log(f"{describe_selection(report)}\nwrote {options.selection_dir or options.output_dir}")
 
 
@@ -160,20 +160,6 @@ def to_sample(
         "length": int(rollout.response_lengths[row]),
         "ended": bool(rollout.ended[row]),
     }
-
-
-def on_first_rank(action: Callable[[], Any]) -> Any:
-    """Run an action on rank 0 and return its result on every rank. Its error is a UserError on all ranks."""
-    result, problem = None, ""
-    if rank() == 0:
-        try:
-            result = action()
-        except (UserError, OSError) as error:
-            problem = str(error)
-    result, problem = gather_objects((result, problem))[0]
-    if problem:
-        raise UserError(problem)
-    return result
 
 
 if __name__ == "__main__":
