@@ -1,4 +1,4 @@
-"""Token cache: tokenise a data source in parallel, once, into memory-mapped columns for all later runs.
+"""Token cache: tokenise a data source in parallel, once, into memory-mapped files for all later runs.
 
 The name of a cache folder is a hash of the data, the tokenizer, the converting code and its settings. The
 folder is renamed into place when it is complete; a lock makes other processes wait.
@@ -25,7 +25,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.data.columns import Row, Table, TableWriter, to_columns
+from common.data.columns import Row, Table, table_writer, to_batch
 from common.data.readers import content_hash, origin, read_source
 from common.data.records import BadRecords, fraction, parse_record
 from common.data.sources import kind_of
@@ -74,7 +74,7 @@ class Prepared(NamedTuple):
 
     def origin(self, row: int) -> str:
         """File and line of a row's record, for messages."""
-        return origin(self.name, int(self.notes.column("number")[row]))
+        return origin(self.name, self.notes[row].number)
 
 
 def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> Prepared:
@@ -98,7 +98,7 @@ def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Con
             f"{name}: a tokenising process was killed; if memory ran out, use fewer --preprocessing_workers"
         ) from None
     counts = json.loads((folder / "counts.json").read_text())
-    tables = Table(folder / "rows", row_class), Table(folder / "notes", Note)
+    tables = Table(folder / "rows.arrow", row_class), Table(folder / "notes.arrow", Note)
     return Prepared(name, *tables, **counts, key=folder.name)
 
 
@@ -154,10 +154,7 @@ def _build(folder: Path, name: str, options: CacheOptions, row_class: type[Row],
 def _write(
     folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert
 ) -> dict[str, Any]:
-    """Convert all records and write their columns to a new folder. Returns the counts of `Prepared`."""
-    (folder / "rows").mkdir()
-    (folder / "notes").mkdir()
-    writers = TableWriter(folder / "rows", row_class), TableWriter(folder / "notes", Note)
+    """Convert all records and write them to a new folder. Returns the counts of `Prepared`."""
     work = partial(
         _convert_chunk, name=name, skip=options.skip_bad_records, row_class=row_class, convert=convert
     )
@@ -165,15 +162,19 @@ def _write(
     dropped: Counter[str] = Counter()
     first_bad: tuple[int, str] | None = None
     progress = ReadingProgress(f"{name}: tokenising", partial(print, flush=True))  # on every rank
-    for columns, count, share in _results(read_source(name), options.preprocessing_workers, work):
-        for writer, part in zip(writers, columns, strict=True):
-            writer.append(part)
-        read, bad = read + count["read"], bad + count["bad"]
-        first_bad = first_bad or count["first_bad"]
-        dropped.update(count["dropped"])
-        progress.update(read, share)
-    for writer in writers:
-        writer.close()
+    with (
+        table_writer(folder / "rows.arrow", row_class) as rows,
+        table_writer(folder / "notes.arrow", Note) as notes,
+    ):
+        for (row_part, note_part), count, share in _results(
+            read_source(name), options.preprocessing_workers, work
+        ):
+            rows.write(row_part)
+            notes.write(note_part)
+            read, bad = read + count["read"], bad + count["bad"]
+            first_bad = first_bad or count["first_bad"]
+            dropped.update(count["dropped"])
+            progress.update(read, share)
     return {"read": read, "bad": bad, "first_bad": first_bad, "dropped": dict(dropped)}
 
 
@@ -216,7 +217,7 @@ def _convert_chunk(
             )
             rows.append(row)
     count = {"read": len(chunk), "bad": bad.count, "first_bad": bad.first, "dropped": dropped}
-    return (to_columns(rows, row_class), to_columns(notes, Note)), count, chunk[-1][1]
+    return (to_batch(rows, row_class), to_batch(notes, Note)), count, chunk[-1][1]
 
 
 def _begin_worker(work: Callable[[Any], Any]) -> None:

@@ -1,99 +1,52 @@
-"""Rows of numbers, text and lists of numbers, in memory-mapped columns: only rows in use need memory."""
+"""Rows of numbers, text and lists of numbers in memory-mapped Arrow files: only rows in use need memory."""
 
+import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar, get_type_hints
+from typing import Generic, TypeVar, get_type_hints
 
 import numpy as np
+import pyarrow as pa  # a dependency of `datasets`
 
 Row = TypeVar("Row", bound=tuple)
 
-# Allowed types of fields, and the dtype of their files.
-DTYPES = {
-    bool: np.bool_, int: np.int64, float: np.float64, str: np.uint8,
-    list[bool]: np.bool_, list[int]: np.int32, list[float]: np.float64,
+# Allowed types of fields, and their types in the file.
+TYPES = {
+    bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string(),
+    list[bool]: pa.list_(pa.bool_()), list[int]: pa.list_(pa.int32()), list[float]: pa.list_(pa.float64()),
 }  # fmt: skip
-SCALARS = (bool, int, float)
 
 
 class Table(Generic[Row]):
-    """Read-only sequence of named tuples, written by `TableWriter`."""
+    """Read-only sequence of named tuples, written by `table_writer`."""
 
-    def __init__(self, folder: Path, row_class: type[Row]) -> None:
+    def __init__(self, file: Path, row_class: type[Row]) -> None:
         self._row_class = row_class
-        self._kinds = get_type_hints(row_class)
-        self._values = {
-            name: _mapped(folder / f"{name}.values", DTYPES[kind]) for name, kind in self._kinds.items()
-        }
-        self._ends = {
-            name: _mapped(folder / f"{name}.ends", np.int64)
-            for name, kind in self._kinds.items()
-            if kind not in SCALARS
-        }
+        self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
     def __getitem__(self, row: int) -> Row:
-        return self._row_class(*(self._field(name, kind, row) for name, kind in self._kinds.items()))
+        return self._row_class(**self._table.slice(row, 1).to_pylist()[0])
 
     def column(self, name: str) -> np.ndarray:
         """All values of a number field, (N,)."""
-        return self._values[name]
-
-    def _field(self, name: str, kind: Any, row: int) -> Any:
-        if kind in SCALARS:
-            return self._values[name][row].item()
-        ends = self._ends[name]
-        part = self._values[name][ends[row - 1] if row else 0 : ends[row]]
-        return part.tobytes().decode() if kind is str else part.tolist()
+        return self._table.column(name).to_numpy()
 
 
-class TableWriter(Generic[Row]):
-    """Appends rows to the columns of a folder, without holding earlier rows in memory."""
-
-    def __init__(self, folder: Path, row_class: type[Row]) -> None:
-        self._files: dict[str, BinaryIO] = {}
-        self._ends: dict[str, int] = {}
-        for name, kind in get_type_hints(row_class).items():
-            self._files[f"{name}.values"] = (folder / f"{name}.values").open("wb")
-            if kind not in SCALARS:
-                self._files[f"{name}.ends"] = (folder / f"{name}.ends").open("wb")
-                self._ends[name] = 0
-
-    def append(self, columns: dict[str, np.ndarray]) -> None:
-        """Append columns made by `to_columns`."""
-        for name, values in columns.items():
-            column, _, part = name.rpartition(".")
-            if part == "ends" and len(values):
-                values = values + self._ends[column]
-                self._ends[column] = int(values[-1])
-            self._files[name].write(values.tobytes())
-
-    def close(self) -> None:
-        """Flush all files to disk and close them."""
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+@contextlib.contextmanager
+def table_writer(file: Path, row_class: type[Row]) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """Write batches made by `to_batch` to a new file, without holding earlier ones in memory."""
+    with file.open("wb") as sink:
+        with pa.ipc.new_file(sink, _schema(row_class)) as writer:
+            yield writer
+        sink.flush()
+        os.fsync(sink.fileno())
 
 
-def to_columns(rows: Sequence[Row], row_class: type[Row]) -> dict[str, np.ndarray]:
-    """Concatenate the values of each field; for lists and text, also the end index of each row."""
-    columns = {}
-    for index, (name, kind) in enumerate(get_type_hints(row_class).items()):
-        fields = [row[index] for row in rows]
-        if kind is str:
-            fields = [np.frombuffer(text.encode(), np.uint8) for text in fields]
-        if kind not in SCALARS:
-            columns[f"{name}.ends"] = np.cumsum([len(field) for field in fields], dtype=np.int64)
-            fields = _joined(fields)
-        columns[f"{name}.values"] = np.asarray(fields, dtype=DTYPES[kind])
-    return columns
+def to_batch(rows: Sequence[Row], row_class: type[Row]) -> pa.RecordBatch:
+    """Convert rows to columns."""
+    return pa.RecordBatch.from_pylist([row._asdict() for row in rows], schema=_schema(row_class))
 
 
-def _joined(fields: Iterable[Sequence[Any]]) -> list[Any]:
-    return [value for field in fields for value in field]
-
-
-def _mapped(path: Path, dtype: Any) -> np.ndarray:
-    """Memory-map a file as an array; an empty file cannot be mapped."""
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+def _schema(row_class: type[Row]) -> pa.Schema:
+    return pa.schema([(name, TYPES[kind]) for name, kind in get_type_hints(row_class).items()])

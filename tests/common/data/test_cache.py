@@ -15,7 +15,7 @@ import pytest
 
 from common.data import cache as module
 from common.data.cache import prepare
-from common.data.columns import Table, TableWriter, to_columns
+from common.data.columns import Table, table_writer, to_batch
 from common.runtime import progress
 from common.runtime.options import DataOptions, UserError
 from common.text.truncation import Dropped
@@ -66,11 +66,10 @@ def folders(tmp_path: Path) -> list[Path]:
 
 def test_rows_round_trip(tmp_path):
     rows = [everything({"n": n})[0] for n in range(7)]
-    writer = TableWriter(tmp_path, Everything)
-    for part in (rows[:3], [], rows[3:]):
-        writer.append(to_columns(part, Everything))
-    writer.close()
-    table = Table(tmp_path, Everything)
+    with table_writer(tmp_path / "table", Everything) as writer:
+        for part in (rows[:3], [], rows[3:]):
+            writer.write(to_batch(part, Everything))
+    table = Table(tmp_path / "table", Everything)
     assert [table[i] for i in range(7)] == rows
     assert table.column("number").tolist() == list(range(7))
 
