@@ -118,10 +118,7 @@ def _golden_parts(run: Run) -> str:
     verdicts = [Finding(one["found"], one["advice"]) for one in run.golden["verdicts"]]
     paths = sorted((run.folder / "golden").glob("*.png"))
     pictures = [Picture(path, f"Golden pairs: {path.stem} of the reward model") for path in paths]
-    parts = [
-        findings(verdicts),
-        _table(["", "", "pairs", "accuracy", "95% interval"], rows, "numbers"),
-    ]
+    parts = [findings(verdicts), _table(["", "", "pairs", "accuracy", "95% interval"], rows, "numbers")]
     return "\n".join([*parts, gallery(pictures) if pictures else ""])
 
 

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from common.data.multi_encoder import load_shared_records
 from common.runtime.damaged_jsonl import read_metrics
-from common.runtime.distributed import (
-    log,
-    rank,
-)
+from common.runtime.distributed import log, rank
 from common.runtime.files import write_json
 from common.runtime.options import CacheOptions, UserError
 from common.text.record_formats import Record, agreement

@@ -9,14 +9,8 @@ from torch import Tensor, nn
 from common.data.batching import batches_of_rank, pad_rows
 from common.model.engine_protocol import Engine
 from common.model.forward import last_positions, pad_token_id, token_scores
-from common.runtime.distributed import (
-    device,
-    sum_over_ranks,
-    sum_tensor_over_ranks,
-)
-from common.runtime.process import (
-    stop_requested,
-)
+from common.runtime.distributed import device, sum_over_ranks, sum_tensor_over_ranks
+from common.runtime.process import stop_requested
 from common.runtime.progress import track
 from step2_reward.data import Layout, Preference, collate
 from step2_reward.loss import pairwise_loss

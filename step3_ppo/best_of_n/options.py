@@ -54,8 +54,7 @@ class SelectOptions:
         at_least=0, at_most=1,
     )  # fmt: skip
     pairs: Literal["worst", "random", "none"] = option(
-        "worst",
-        "Preferences: the best response to each prompt against the worst one, or a random worse one.",
+        "worst", "Preferences: the best response to each prompt against the worst one, or a random worse one."
     )
     keep_truncated: bool = option(
         False, "Also use responses cut by --max_response_length; they are marked `ended: false`."
