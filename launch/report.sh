@@ -5,6 +5,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
 NUM_GPUS=1 # one process, on the CPU
 install requirements.txt
-needs_options "$@"
+[ $# -gt 0 ] || { echo "error: options are required: bash launch/report.sh OUT (--help lists all)" >&2 && exit 2; }
 choose_device
 exec python "$HERE/lib/alone.py" launch.report.main "$@"

@@ -39,6 +39,8 @@ def main() -> None:
     words = sys.argv[1:]
     try:
         if words[0] != "--later":
+            if not words[1:]:
+                raise UserError(f"options are required: {example(words[0])} (--help lists all)")
             check_command(words[0], words[1:])
             return
         words = words[1:]
@@ -54,14 +56,16 @@ def main() -> None:
 def check_command(command: str, words: list[str], check_required: bool = True) -> None:
     """Raise UserError for options that the command refuses. With --help, print the help and exit."""
     module, _, name = COMMANDS[command].rpartition(".")
-    parse_options(getattr(import_module(module), name), words, usage(command), check_required)
+    parse_options(
+        getattr(import_module(module), name), words, f"{example(command)} [options]", check_required
+    )
 
 
-def usage(command: str) -> str:
-    """The usage line of a script, from the comment at its top."""
+def example(command: str) -> str:
+    """How a script is called, from the comment at its top."""
     script = Path(__file__).parents[1] / f"{command}.sh"
-    example = re.search(r"^#   (bash (?:.*\\\n)*.*)", script.read_text(), re.MULTILINE)[1]
-    return re.sub(r"\s*\\\n#\s*", " ", example).partition("   ")[0] + " [options]"
+    lines = re.search(r"^#   (bash (?:.*\\\n)*.*)", script.read_text(), re.MULTILINE)[1]
+    return re.sub(r"\s*\\\n#\s*", " ", lines).partition("   ")[0]
 
 
 def check_later_command(command: str, words: list[str]) -> None:

@@ -56,18 +56,8 @@ choose_port() {
     MASTER_PORT="$(python "$HERE/lib/free_port.py")"
 }
 
-# needs_options OPTIONS...: without any, show the usage line from the comment at the top of the script.
-needs_options() {
-    [ $# -gt 0 ] && return
-    local usage
-    usage="$(sed -n '/^#   bash /{:a;/\\$/{N;ba};s/\\\n#  *//g;s/^# *//;s/   *#.*//;p;q}' "$0")"
-    echo "error: options are required: $usage (--help lists all)" >&2
-    exit 2
-}
-
 # check_options OPTIONS...: refuse wrong options, or print the help, before any library is loaded.
 check_options() {
-    needs_options "$@"
     heed python -m launch.lib.check_options "$(basename "$0" .sh)" "$@" || exit $?
     [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 || true
 }

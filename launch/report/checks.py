@@ -3,13 +3,11 @@
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
 from launch.report.read import Line
 from launch.report.rule import Finding
 from launch.report.trends import ERRORS, Values, ends, error_of_change
 
-COIN_TOSS = math.log(2)  # preference loss of a random model, nats per pair
 LARGEST_LOSS = math.log(1000)  # nats per token after training, a perplexity of 1000
 LARGEST_RISE = 0.05  # of the evaluation loss, relative to its minimum
 LEAST_RISE = 0.01  # of the evaluation loss, relative to step 0
@@ -94,25 +92,3 @@ def overfitting(
             "a higher --learning_rate (LoRA takes 10 to 100 times that of full training); more steps.",
         )
     return None
-
-
-def coin_toss(losses: Values, use_margin: bool = False, loss: str = "dpo") -> Finding | None:
-    """A preference loss no lower than that of a random model."""
-    end = ends(losses)[1]
-    if use_margin or loss not in ("dpo", "robust") or end < COIN_TOSS:
-        return None
-    return Finding(
-        f"No better than a coin toss: the loss on held-out pairs is {end:.4g} at the end, and that of a"
-        f" model that prefers neither is ln 2 = {COIN_TOSS:.4g}.",
-        "with a high accuracy, the model is too sure: a lower --learning_rate, --label_smoothing; else a"
-        " higher --learning_rate, more steps, better labels.",
-    )
-
-
-def coin_toss_in_training(losses: Values, held_out: Values, **options: Any) -> Finding | None:
-    """The same for the training loss, in a run without evaluations, unless it contains other terms."""
-    added = [options.pop(name, 0.0) for name in ("centre_coef", "lm_loss_coef")]
-    finding = coin_toss(losses, **options)
-    if held_out or not finding or any(added):
-        return None
-    return finding._replace(problem=finding.problem.replace("held-out pairs", "training pairs"))

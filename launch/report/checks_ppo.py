@@ -9,7 +9,6 @@ from step3_ppo.kl_advice import FAR, JUMP, MOST_RISE
 
 MOST_CUT, NO_EOS, SOME_EOS = 0.25, 0.01, 0.1  # shares of responses
 RATIO_ERROR = 0.02
-MOST_CLIPPED = 0.3  # share of tokens, in at least a quarter of the steps
 WORST_CRITIC = -1.0  # explained variance that is reported even for few values
 
 
@@ -30,21 +29,6 @@ def truncation(rates: Values, missing_eos_penalty: float | None = None) -> Findi
         text,
         "a longer --max_response_length; a higher --missing_eos_penalty; --length_penalty; demonstrations"
         " that end in EOS." + " If truncation is intended, --missing_eos_penalty 0." * (not is_intended),
-    )
-
-
-def near_limit(
-    lengths: Values, rates: Values, max_response_length: int = 0, missing_eos_penalty: float | None = None
-) -> Finding | None:
-    """Responses that end just below --max_response_length; see `truncation` for truncated ones."""
-    end, ended = ends(lengths)[1], ends(rates)[1]
-    is_cut = missing_eos_penalty == 0 or ended < 1 - MOST_CUT
-    if is_cut or not max_response_length or end < 0.95 * max_response_length:
-        return None
-    return Finding(
-        f"Length at the limit: response/length is {end:.0f} tokens at the end, of --max_response_length"
-        f" {max_response_length}.",
-        "a longer --max_response_length; --length_penalty; a higher --missing_eos_penalty.",
     )
 
 
@@ -86,16 +70,6 @@ def blind_critic(explained: Values) -> Finding | None:
         f"The critic does not learn: value/explained_var has a median of {later:.2f} in the second half."
         " Below 0, it predicts worse than a constant.",
         "a higher --critic_learning_rate; --critic_warmup_steps; --normalise_scores; larger rollouts.",
-    )
-
-
-def clipped_updates(fractions: Values) -> Finding | None:
-    """Updates with a large share of clipped tokens."""
-    if (quartile := sorted(fractions)[len(fractions) * 3 // 4]) <= MOST_CLIPPED:
-        return None
-    return Finding(
-        f"Updates too large: policy/clip_fraction is {quartile:.2f} or more in a quarter of the steps.",
-        "a lower --actor_learning_rate; fewer --ppo_epochs; a larger --global_batch_size.",
     )
 
 

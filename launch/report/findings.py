@@ -4,13 +4,14 @@ Rules about a change compare the means over the first and the last fifth of a cu
 the last fifth. Thresholds are rules of thumb: a finding is a reason to look, not a proof.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from launch.report import checks, checks_ppo, hacks
 from launch.report.read import Line, columns
 from launch.report.rule import Finding, Rule, when
-from launch.report.trends import FEWEST, large_change
+from launch.report.trends import FEWEST, Curve, large_change
 from step3_ppo.kl_advice import IDLE
 
 LEAST_STEPS = 10  # of a run, with FEWEST logged ones, to judge its trends
@@ -20,6 +21,21 @@ NO_EVALUATIONS = "no evaluations: --eval_data or --eval_fraction, and --eval_ste
 TRAINED = "sft reward direct"
 EVERY = f"{TRAINED} ppo"
 PAIRS = "reward direct"
+COIN_TOSS = math.log(2)  # preference loss of a random model, nats per pair
+COIN_TOSS_PROBLEM = (
+    "No better than a coin toss: the loss on {} pairs is {{end:.4g}} at the end, and that of a model that"
+    f" prefers neither is ln 2 = {COIN_TOSS:.4g}."
+)
+COIN_TOSS_ADVICE = (
+    "with a high accuracy, the model is too sure: a lower --learning_rate, --label_smoothing; else a higher"
+    " --learning_rate, more steps, better labels."
+)
+
+
+def _is_coin_toss(losses: Curve, use_margin: bool = False, loss: str = "dpo") -> bool:
+    return not use_margin and loss in ("dpo", "robust") and losses.end >= COIN_TOSS
+
+
 RULES = [
     Rule("skipped updates", EVERY, "step train/skipped_updates",
          when(lambda step, skipped: skipped.last > 0.005 * max(step.last, 1),
@@ -43,10 +59,15 @@ RULES = [
     Rule("trend of train/loss", TRAINED, "train/loss, eval/loss", checks.rising_loss, FEWEST),
     Rule("level of the loss", "sft", "train/loss", checks.high_loss),
     Rule("overfitting", TRAINED, "step eval/loss, step train/loss", checks.overfitting, 2),
-    Rule("held-out loss against a coin toss", PAIRS, "eval/loss", checks.coin_toss,
+    Rule("held-out loss against a coin toss", PAIRS, "eval/loss",
+         when(_is_coin_toss, COIN_TOSS_PROBLEM.format("held-out"), COIN_TOSS_ADVICE),
          options=("use_margin", "loss")),
-    Rule("training loss against a coin toss", PAIRS, "train/loss, eval/loss", checks.coin_toss_in_training,
-         FEWEST, options=("use_margin", "loss", "centre_coef", "lm_loss_coef")),
+    Rule("training loss against a coin toss", PAIRS, "train/loss, eval/loss",
+         when(lambda trained, held_out, centre_coef=0, lm_loss_coef=0, **options:
+              not held_out.values and not centre_coef and not lm_loss_coef
+              and _is_coin_toss(trained, **options),
+              COIN_TOSS_PROBLEM.format("training"), COIN_TOSS_ADVICE), FEWEST,
+         options=("use_margin", "loss", "centre_coef", "lm_loss_coef")),
     Rule("held-out accuracy", PAIRS, "eval/accuracy",
          when(lambda accuracy: accuracy.end < 0.5,
               "Accuracy below chance: {end:.1%} of the held-out pairs are ranked as labelled.",
@@ -111,7 +132,13 @@ RULES = [
               " checkpoint.")),
     Rule("truncated responses", "ppo", "response/eos_rate", checks_ppo.truncation,
          options=("missing_eos_penalty",)),
-    Rule("length at the limit", "ppo", "response/length, response/eos_rate", checks_ppo.near_limit,
+    Rule("length at the limit", "ppo", "response/length, response/eos_rate",
+         when(lambda length, rate, max_response_length=0, missing_eos_penalty=None:
+              missing_eos_penalty != 0 and not rate.end < 0.75
+              and length.end >= 0.95 * max_response_length > 0,
+              "Length at the limit: response/length is {end:.0f} tokens at the end, of --max_response_length"
+              " {max_response_length}.",
+              "a longer --max_response_length; --length_penalty; a higher --missing_eos_penalty."),
          options=("max_response_length", "missing_eos_penalty")),
     Rule("shrinking responses", "ppo", "response/length",
          when(lambda length: length.end < 0.3 * length.start,
@@ -136,7 +163,11 @@ RULES = [
     Rule("jumps of KL", "ppo", "step kl/mean", checks_ppo.kl_jump, 2),
     Rule("level of KL", "ppo", "step kl/mean", checks_ppo.kl_too_large),
     Rule("critic", "ppo", "value/explained_var", checks_ppo.blind_critic, optional=True),
-    Rule("clipped updates", "ppo", "policy/clip_fraction", checks_ppo.clipped_updates),
+    Rule("clipped updates", "ppo", "policy/clip_fraction",
+         when(lambda fraction: fraction.upper_quartile > 0.3,
+              "Updates too large: policy/clip_fraction is {0.upper_quartile:.2f} or more in a quarter of the"
+              " steps.",
+              "a lower --actor_learning_rate; fewer --ppo_epochs; a larger --global_batch_size.")),
     Rule("size of updates", "ppo", "policy/approx_kl",
          when(lambda kl: kl.median > 0.1,
               "Updates too large: policy/approx_kl has a median of {0.median:.2g} nats per token.",

@@ -1,7 +1,7 @@
 """Rules of the report, and the findings that they return."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launch.report.trends import Curve, Values
 
@@ -43,15 +43,15 @@ class Rule(NamedTuple):
 
 
 def when(condition: Callable[..., bool], problem: str, advice: str) -> Callable[..., Finding | None]:
-    """A check with one condition on the curves of its metrics.
+    """A check with one condition on the curves of its metrics and on options.
 
     problem: a format string; {end} is that of the first curve, {1.end} that of the second.
     """
 
-    def check(*metrics: Values) -> Finding | None:
+    def check(*metrics: Values, **options: Any) -> Finding | None:
         curves = [*map(Curve, metrics)]
-        if not condition(*curves):
+        if not condition(*curves, **options):
             return None
-        return Finding(problem.format(*curves, **vars(curves[0])), advice)
+        return Finding(problem.format(*curves, **vars(curves[0]), **options), advice)
 
     return check

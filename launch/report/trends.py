@@ -58,6 +58,10 @@ class Curve:
         return median(self.values)
 
     @property
+    def upper_quartile(self) -> float:
+        return sorted(self.values)[len(self.values) * 3 // 4]
+
+    @property
     def noise(self) -> float:
         """The largest change of the ends that is not a finding."""
         return ERRORS * error_of_change(self.values)
