@@ -54,6 +54,8 @@ def page(
         steps = f'\n<p class="soft">{_logged_steps(chapter.run)}</p>' if is_run else ""
         bodies += [f'<h2 id="run{number}">{title}</h2>{steps}', *sections]
     rest = f'<p class="soft">Not shown: {escape(", ".join(others))}.</p>' if others else ""
+    if not chapters:
+        rest = f"<p>No training run and no evaluation here.</p>\n{rest}"
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',

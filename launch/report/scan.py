@@ -40,11 +40,10 @@ def scan(root: Path) -> Seen:
         raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
     if is_cut:
         seen.problems.append(f"{root}: has more than {MOST_FOLDERS} folders; the others were skipped.")
-    if not seen.runs and not seen.evaluations:
-        others = f"; it holds {_listed(seen.others)}" if seen.others else ""
+    if not (seen.runs or seen.evaluations or seen.others):
         raise UserError(
-            f"{root}: no training run and no evaluation of this suite here or below{others};"
-            " give the --output_dir of a command, or a folder of such folders"
+            f"{root}: no output of this suite here or below; give the --output_dir of a command, or a"
+            " folder of such folders"
         )
     return seen
 
@@ -104,9 +103,3 @@ def _natural(path: Path) -> list[list[tuple[int, str]]]:
         [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
         for name in path.parts
     ]
-
-
-def _listed(others: list[str], most: int = 12) -> str:
-    """Names in one line."""
-    more = f" and {len(others) - most} more" if len(others) > most else ""
-    return ", ".join(others[:most]) + more

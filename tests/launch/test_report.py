@@ -773,18 +773,30 @@ def test_nearly_empty_files(tmp_path, content):
     assert all(kind != "well" for kind, _ in verdicts(tmp_path))
 
 
+def test_folders_with_nothing_to_draw_are_listed(tmp_path):
+    """Scores and sampled pairs only: a page without green that names them."""
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/options.json").write_text(json.dumps(dataclasses.asdict(SamplePairsOptions())))
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/scored.jsonl").write_text("{}\n")
+    page = Page(write_report(tmp_path))
+    assert "No training run and no evaluation here." in page.text
+    assert "Not shown: pairs (sampled pairs), scores (data)." in page.text
+    assert not verdicts(tmp_path)
+
+
 def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         scan(tmp_path / "elsewhere")
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes/a.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"a.jsonl: is a file"):
-        scan(tmp_path / "notes/a.jsonl")
+    (tmp_path / "notes/a.txt").write_text("milk\n")
+    with pytest.raises(UserError, match=r"a.txt: is a file"):
+        scan(tmp_path / "notes/a.txt")
     command = ["bash", str(REPOSITORY / "launch/report.sh"), "."]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: .: no training run and no evaluation of this suite here or below")
-    assert "it holds notes (data)" in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: .: no output of this suite here or below; give the --output_dir")
+    assert done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     write_run(tmp_path / "run", SFTOptions(), SHORT)
     (tmp_path / "report").write_text("")
