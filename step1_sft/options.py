@@ -78,7 +78,7 @@ class CritiqueOptions(ConstitutionOptions, GenerationOptions, CacheOptions):
     max_prompt_length: int = option(
         256, "Maximum prompt length in tokens; the start of longer prompts is removed.", at_least=1
     )
-    revision_rounds: int = option(2, "Rounds of critique and revision per answer.", at_least=1)
+    revision_rounds: int = option(2, "Rounds of critique and revision per answer.", at_least=1, at_most=100)
     max_response_length: int = option(
         512, "Maximum tokens of an answer, critique or revision. A truncated revision is discarded.",
         at_least=1,

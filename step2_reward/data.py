@@ -21,6 +21,8 @@ from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Prompt, fit, fit_demonstration
 from step2_reward.options import RewardOptions
 
+LARGEST_MARGIN = 1e6  # a larger one drowns all other pairs
+
 
 class Preference(NamedTuple):
     """Token ids of a prompt and of K responses to it, best first. Each is scored at its final EOS."""
@@ -114,6 +116,8 @@ def tokenize_preference(
     Raises Dropped or ValueError.
     """
     margin = number(record, "margin") if use_margin else 0.0
+    if not 0 <= margin <= LARGEST_MARGIN:
+        raise ValueError(f"field 'margin' is {margin:g}; it must be from 0 to {LARGEST_MARGIN:g}")
     if margin and "ranks" in record:
         raise ValueError("field 'margin' belongs to a pair; a record with 'ranks' cannot have one")
     compared = parse_comparison(record)

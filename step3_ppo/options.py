@@ -22,7 +22,9 @@ class SamplingOptions(GenerationOptions):
     """Prompts and rollouts."""
 
     prompt_data: list[str] = option([], "Prompts: files or hub names.", required=True, resume="data")
-    rollout_batch_size: int = option(128, "Responses per iteration, over all ranks.", at_least=1)
+    rollout_batch_size: int = option(
+        128, "Responses per iteration, over all ranks.", at_least=1, at_most=10**6
+    )
     samples_per_prompt: int = option(1, "Responses per prompt in an iteration.", at_least=1)
     num_samples: int = option(
         4,
@@ -104,7 +106,9 @@ class AlgorithmOptions:
     group_std: bool = option(
         True, "With group, divide by the standard deviation of the group (GRPO); false: Dr. GRPO."
     )
-    ppo_epochs: int = option(4, "Epochs per rollout; --max_update_kl may end them earlier.", at_least=1)
+    ppo_epochs: int = option(
+        4, "Epochs per rollout; --max_update_kl may end them earlier.", at_least=1, at_most=1000
+    )
     actor_learning_rate: float = option(3e-6, "Peak learning rate of the actor.", above=0)
     critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations, in which only the critic is trained.", at_least=0)

@@ -4,18 +4,23 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from common.runtime.distributed import gather_objects, rank
+from common.runtime.files import is_file
 from common.runtime.options import UserError
 from common.runtime.process import Stopped
 
 PATIENCE = 30.0  # seconds after which a function that has not returned is reported; then at 2, 4, ... times
+LARGEST_SCORE = torch.finfo(torch.float32).max
 SHOWN = 200  # characters of a record or a value in messages
 Inputs = dict[str, Sequence[Any]]  # prompts, responses, records
 
@@ -75,10 +80,11 @@ def _load(source: str, option: str) -> RewardFunction:
     path, name, weight = Path(match[1]), match[2], match[3] or "1"
     if not math.isfinite(_number(weight)):
         raise UserError(f"--{option} {source}: the weight must be a finite number, not {weight!r}")
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"--{option} {source}: there is no file {path}")
     try:
-        call = getattr(_module(path.resolve()), name, None)
+        with _without_exit():
+            call = getattr(_module(path.resolve()), name, None)
     except Stopped:
         raise
     except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
@@ -110,7 +116,8 @@ def _call(function: RewardFunction, inputs: Inputs) -> list[float]:
     title = f"{function.title} on rank {rank()}, given {count} responses"
     threading.Thread(target=_watch, args=(title, is_done), daemon=True).start()
     try:
-        return _call_and_check(function, inputs) if count else []
+        with _without_exit():
+            return _call_and_check(function, inputs) if count else []
     except (UserError, Stopped):
         raise
     except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
@@ -129,10 +136,10 @@ def _call_and_check(function: RewardFunction, inputs: Inputs) -> list[float]:
     if len(values) != len(records):
         raise UserError(f"{function.title}: returned {len(values)} scores for {len(records)} responses")
     for value, record in zip(values, records, strict=True):
-        if isinstance(value, str | bytes) or not math.isfinite(_number(value)):
+        if isinstance(value, str | bytes) or not abs(_number(value)) <= LARGEST_SCORE:
             raise UserError(
                 f"{function.title}: returned {_show(value)} for record {_show(record)};"
-                " it must be a finite number"
+                " it must be a finite number in single precision"
             )
     return [float(value) for value in values]
 
@@ -148,6 +155,23 @@ def _culprit(function: RewardFunction, inputs: Inputs, failure: BaseException) -
             if type(error) is type(failure):
                 return f"record {_show(record)}"
     return f"no single record of the {len(inputs['records'])} causes it"
+
+
+@contextlib.contextmanager
+def _without_exit() -> Iterator[None]:
+    """Inside, `os._exit` in this process is an error: the run would end without a reason."""
+    process, exit_now = os.getpid(), os._exit
+
+    def refuse(code: int) -> None:
+        if os.getpid() != process:  # a child of the function
+            exit_now(code)
+        raise SystemExit(code)
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = exit_now
 
 
 def _watch(title: str, is_done: threading.Event) -> None:
@@ -170,7 +194,11 @@ def _number(value: Any) -> float:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - the user's own class
+        text = ""
+    return " ".join(f"{type(error).__name__}: {text}".split()).removesuffix(":")
 
 
 def _show(value: Any) -> str:

@@ -42,7 +42,7 @@ def read_constitution(path: str) -> list[str]:
     if Path(path).suffix in (".yaml", ".yml"):
         try:
             principles = yaml.safe_load(text) or []
-        except yaml.YAMLError as error:
+        except Exception as error:  # noqa: BLE001 - yaml raises more than its own errors, as for a date
             raise UserError(
                 f"--constitution {path}: not valid YAML: {' '.join(str(error).split())}"
             ) from None

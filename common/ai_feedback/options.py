@@ -29,5 +29,9 @@ class ConstitutionOptions(InferenceOptions):
     seed: int = option(0, "Seed for principles and sampling.", at_least=0)
     skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
     timeout_minutes: float = option(
-        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0, resume="free"
+        30.0,
+        "Minutes that a rank waits for the slowest one before it fails.",
+        above=0,
+        at_most=525_600,
+        resume="free",
     )

@@ -31,7 +31,7 @@ from common.data.records import BadRecords, fraction, parse_record
 from common.data.sources import kind_of
 from common.runtime.distributed import log
 from common.runtime.files import UMASK, flush_folder, write_json
-from common.runtime.options import CacheOptions, UserError
+from common.runtime.options import CacheOptions, UserError, reason
 from common.runtime.process import SIGNALS
 from common.runtime.progress import ReadingProgress
 from common.text.record_formats import Record
@@ -97,9 +97,12 @@ def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Con
         raise UserError(
             f"{name}: a tokenising process was killed; if memory ran out, use fewer --preprocessing_workers"
         ) from None
-    counts = json.loads((folder / "counts.json").read_text())
-    tables = Table(folder / "rows.arrow", row_class), Table(folder / "notes.arrow", Note)
-    return Prepared(name, *tables, **counts, key=folder.name)
+    try:
+        counts = json.loads((folder / "counts.json").read_text())
+        tables = Table(folder / "rows.arrow", row_class), Table(folder / "notes.arrow", Note)
+        return Prepared(name, *tables, **counts, key=folder.name)
+    except Exception as error:  # noqa: BLE001 - the folder may hold anything
+        raise UserError(f"{folder}: damaged token cache: {reason(error)}; delete the folder") from None
 
 
 def cache_folder(options: CacheOptions) -> Path:

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from common.model.deepspeed_internals import full_shape, is_partitioned, without_stage3_hooks
 from common.model.engine_protocol import Engine
 from common.model.zero import fill_bucket_sizes, offloads
-from common.runtime.distributed import device, on_cpu
-from common.runtime.options import OptimiserOptions, world_size
+from common.runtime.distributed import device, is_lost_contact, on_cpu
+from common.runtime.options import OptimiserOptions, UserError, reason, world_size
 
 
 def make_engine(
     model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float, total_steps: int
 ) -> Engine:
     """Create a DeepSpeed engine with AdamW and a schedule over `total_steps` optimiser steps."""
-    import deepspeed
     from transformers import get_scheduler
 
     fill_bucket_sizes(zero, model.config.get_text_config().hidden_size)
@@ -33,7 +32,7 @@ def make_engine(
         num_warmup_steps=int(options.warmup_ratio * total_steps),
         num_training_steps=total_steps,
     )
-    engine, *_ = deepspeed.initialize(
+    engine = _initialize(
         model=model,
         config=zero,
         optimizer=_adamw(model, zero, options, learning_rate),
@@ -52,17 +51,28 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None, offload: bool = F
 
     offload: keep the plain module in pinned host memory instead.
     """
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     model.requires_grad_(False).eval()
     if zero is not None:
-        return deepspeed.initialize(model=model, config=zero)[0]
+        return _initialize(model=model, config=zero)
     if not offload:
         return model.to(device())
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = get_accelerator().pin_memory(tensor.data)
     return model
+
+
+def _initialize(**arguments: Any) -> Engine:
+    """Create an engine. Raises UserError for what DeepSpeed refuses only now, such as fp16 on a CPU."""
+    import deepspeed
+
+    try:
+        return deepspeed.initialize(**arguments)[0]
+    except Exception as error:
+        if is_lost_contact(error):
+            raise
+        raise UserError(f"--zero_config: DeepSpeed does not start with it: {reason(error)}") from error
 
 
 def backward_and_step(engine: Engine, loss: Tensor, ranks: int, is_last: bool) -> float | None:

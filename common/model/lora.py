@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.model.loading import load_config
 from common.runtime.distributed import log
-from common.runtime.options import LoraOptions, UserError
+from common.runtime.options import LoraOptions, UserError, reason
 
 # Adapters usually need 10 to 100 times the learning rate of full weights. A rate below this multiple of the
 # default, which is for full weights, gets a warning.
@@ -31,15 +31,25 @@ def check_adapters(path: str, options: LoraOptions) -> None:
 
 
 def check_targets(path: str, options: LoraOptions) -> None:
-    """Raise UserError when --lora_target_modules matches no module. Loads no weights."""
-    if not options.lora_rank or options.lora_target_modules == ["all-linear"]:
+    """Raise UserError when --lora_target_modules matches no module, or --lora_rank is above the size of all.
+
+    Loads no weights.
+    """
+    if not options.lora_rank:
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(path), trust_remote_code=False)
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) or _is_conv1d(module)
-    ]
-    for target in options.lora_target_modules:
+    linear = {
+        name: min(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or _is_conv1d(module)
+    }
+    if options.lora_rank > (largest := max(linear.values(), default=0)):
+        raise UserError(
+            f"--lora_rank {options.lora_rank}: above the size of all layers of {path};"
+            f" allowed: 0 to {largest}"
+        )
+    for target in [] if options.lora_target_modules == ["all-linear"] else options.lora_target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise UserError(
@@ -64,7 +74,10 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.
         modules_to_save=["score"] if is_scalar else None,
         exclude_modules=_outside_text(model),
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except Exception as error:
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {reason(error)}") from error
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -7,12 +7,14 @@ never overrides an option.
 
 import copy
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
+from common.model.deepspeed_check import check_config
 from common.runtime.distributed import on_cpu
+from common.runtime.files import read_json
 from common.runtime.options import OptimiserOptions, UserError, accumulation_steps, world_size
+from common.text.fields import shown
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "zero_configs"
 
@@ -27,6 +29,8 @@ KNOWN_KEYS = [
     "compile", "disable_allgather", "seed",
     "gradient_allreduce_op", "dataloader_drop_last", "seq_parallel_communication_data_type",
 ]  # fmt: skip
+DEEPEST = 10  # levels of objects
+LARGEST = 1e18  # what fits in 64 bits
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
@@ -35,12 +39,12 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
 
     path: a JSON file; empty for the shipped default. learning_rate: of this model, from the options.
     Raises UserError, naming the file and the key, for an unreadable file, an unknown key, an unknown ZeRO
-    stage, 16-bit precision at stage 0, and a value that contradicts an option.
+    stage, 16-bit precision at stage 0, a value that contradicts an option, and all that DeepSpeed refuses.
     """
     source = Path(path) if path else CONFIG_FOLDER / ("zero0.json" if on_cpu() else "zero2.json")
     config = _read(source)
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage == "auto" or stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"{source}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
     _read_offload(config["zero_optimization"], source)
     _fill_precision(config, source)
@@ -49,7 +53,10 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("steps_per_print", 1_000_000_000)
-    _refuse_auto(config, source)
+    _check_values(config, source)
+    filled = {**config, "zero_optimization": {**config["zero_optimization"]}}
+    fill_bucket_sizes(filled, hidden_size=1024)
+    check_config(filled, source)
     return config
 
 
@@ -85,15 +92,12 @@ def fill_bucket_sizes(config: dict[str, Any], hidden_size: int) -> None:
 
 def _read(source: Path) -> dict[str, Any]:
     try:
-        config = json.loads(source.read_text())
-    except OSError as error:
-        raise UserError(f"--zero_config {source}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except ValueError:
+        source.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
         raise UserError(f"{source}: not UTF-8 text") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{source}: must hold one JSON object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--zero_config {source}: {getattr(error, 'strerror', error)}") from None
+    config = read_json(source, unique=True)
     for key, value in config.items():
         if key in SECTIONS:
             _check_object(source, key, value)
@@ -129,6 +133,8 @@ def _read_offload(zero: dict[str, Any], source: Path) -> None:
                 f'{source}: zero_optimization.{name} is {section!r}; it must be {{"device": "cpu"}}, with'
                 " device one of none, cpu, nvme"
             )
+        if device == "nvme" and not isinstance(section.get("nvme_path"), str):
+            raise UserError(f"{source}: zero_optimization.{name} needs nvme_path, a folder on the NVMe disk")
         if not offloads({"zero_optimization": zero}, name) or zero["stage"] == 0:
             zero.pop(name, None)
 
@@ -195,10 +201,14 @@ def _take_optimizer(
         raise UserError(f"{source}: scheduler is set by --lr_scheduler_type and --warmup_ratio; remove it")
 
 
-def _refuse_auto(config: dict[str, Any], source: Path, path: str = "") -> None:
+def _check_values(config: dict[str, Any], source: Path, path: str = "") -> None:
     buckets = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    if path.count(".") > DEEPEST:
+        raise UserError(f"{source}: objects or lists are nested too deep")
     for key, value in config.items():
         if isinstance(value, dict):
-            _refuse_auto(value, source, f"{path}{key}.")
+            _check_values(value, source, f"{path}{key}.")
         elif value == "auto" and key not in buckets:
             raise UserError(f'{source}: {path}{key} cannot be "auto"; give a value or remove it')
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise UserError(f"{source}: {path}{key} is {shown(value)}; it must be at most {LARGEST:g}")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.runtime.options import UserError
+from common.runtime.options import UserError, reason
 
 
 def rank() -> int:
@@ -67,7 +67,13 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     # DeepSpeed creates further groups without a timeout argument, so change torch's default too.
     c10d = dist.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu() else None, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu() else None, timeout=timeout, verbose=False)
+    except Exception as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the ranks cannot meet at {place} within {timeout_minutes:g} minutes: {reason(error)}"
+        ) from error
 
 
 def seed_everything(seed: int, step: int) -> None:
@@ -148,6 +154,11 @@ def on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
     if problem:
         raise UserError(problem)
     return result
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether a connection was lost: the consequence of an error on another rank."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def barrier() -> None:

@@ -53,34 +53,61 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """Write to a temporary file that replaces `path` at the end of the `with` block."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with naming(path):
+            with temporary.open("w") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 
 def append_text(path: Path, text: str) -> None:
     """Append to a text file and flush it to disk."""
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object of a model folder. Raises UserError."""
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context manager: an OSError in its block gets the name of this file. A full disk gives none."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def read_json(file: Path, unique: bool = False) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError. unique: also for a key that an object has twice."""
+    try:
+        values = json.loads(
+            file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats if unique else None
+        )
     except FileNotFoundError:
         raise UserError(f"{file.parent}: not a model folder: {file.name} is missing") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{file}: objects or lists are nested too deep") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable: {reason(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: must hold one JSON object")
+    return values
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {max(names, key=names.count)!r} is there twice")
     return values
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from common.runtime.options import UserError
 
 Options = TypeVar("Options")
+LARGEST = {int: 2**31 - 1, float: 1e30}  # what libraries can hold
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 TEXT_METAVARS = {
     "model_name_or_path": "MODEL", "_model": "MODEL", "_data": "FILE", "_config": "FILE", "_template": "FILE",
@@ -190,3 +191,5 @@ def _check_limits(name: str, value: Any, limits: dict[str, float]) -> None:
             raise UserError(f"--{name} {value}: must be {kind.replace('_', ' ')} {limit:g}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{name} {value}: must be a finite number")
+    if type(value) in LARGEST and abs(value) > LARGEST[type(value)]:
+        raise UserError(f"--{name} {value}: must be at most {LARGEST[type(value)]}")

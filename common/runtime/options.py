@@ -14,6 +14,10 @@ Options = TypeVar("Options")
 class UserError(ValueError):
     """An error that the user can fix; shown as one line without a traceback."""
 
+    def __init__(self, message: str) -> None:
+        # Names and values of the user may hold line ends, and bytes that no terminal shows.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
 
 def reason(error: BaseException) -> str:
     """Reason of a library's error in one line: the first line of its message, or the type of the error.
@@ -61,7 +65,7 @@ class RunOptions:
         0, "Number of training steps; 0: computed from --num_train_epochs.", at_least=0, resume="free"
     )
     num_train_epochs: float = option(
-        1.0, "Epochs over the training data if --max_steps is 0.", above=0, resume="free"
+        1.0, "Epochs over the training data if --max_steps is 0.", above=0, at_most=1e6, resume="free"
     )
     logging_steps: int = option(
         10, "Steps between progress lines and entries of metrics.jsonl.", at_least=1, resume="free"
@@ -99,7 +103,11 @@ class RunOptions:
         resume="free",
     )
     timeout_minutes: float = option(
-        30.0, "Timeout of collectives: how long a rank waits for the slowest one.", above=0, resume="free"
+        30.0,
+        "Timeout of collectives: how long a rank waits for the slowest one.",
+        above=0,
+        at_most=525_600,
+        resume="free",
     )
 
 
@@ -112,7 +120,11 @@ class CacheOptions:
     )
     cache_dir: str = option("", "Folder of the token cache. Default: ~/.cache/triptych.", resume="free")
     preprocessing_workers: int = option(
-        0, "Number of tokenising processes; 0: one per core.", at_least=0, resume="free"
+        0,
+        "Number of tokenising processes; 0: one per core.",
+        at_least=0,
+        at_most=len(os.sched_getaffinity(0)),
+        resume="free",
     )
 
 
@@ -165,7 +177,9 @@ class OptimiserOptions:
     zero_config: str = option(
         "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2.", resume="free"
     )
-    global_batch_size: int = option(32, "Sequences in one optimiser step, over all ranks.", at_least=1)
+    global_batch_size: int = option(
+        32, "Sequences in one optimiser step, over all ranks.", at_least=1, at_most=10**6
+    )
     micro_batch_size: int = option(4, "Sequences per rank in one forward pass.", at_least=1, resume="free")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "cosine", "Learning rate schedule."

@@ -17,7 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from common.runtime.distributed import barrier, on_cpu, rank, ranks_in_words, sum_over_ranks
+from common.runtime.distributed import barrier, is_lost_contact, on_cpu, rank, ranks_in_words, sum_over_ranks
 from common.runtime.options import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by users, Slurm and spot instances
@@ -52,6 +52,8 @@ def run_main(main: Callable[[], None]) -> None:
     it ended, and the script prints that line, or the first traceback, last.
     """
     warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves; users cannot act on them
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     _listen()
     try:
         main()
@@ -67,6 +69,8 @@ def run_main(main: Callable[[], None]) -> None:
         _show_last("stopped", str(stop))
         _leave(STOPPED)
     except Exception as error:  # noqa: BLE001 - the end of the process
+        if isinstance(error, OSError) and error.filename:  # a full disk, a missing permission
+            _refuse(UserError(f"{error.filename}: {error.strerror}"))
         _report(error)
         _end(1)
     else:
@@ -208,9 +212,7 @@ def _leave(code: int) -> None:
 
 def _report(error: Exception) -> None:
     text = "".join(traceback.format_exception(error))
-    # A lost connection is the consequence of an error on another rank.
-    is_echo = isinstance(error, dist.DistError) or "gloo" in str(error)
-    kind = "lost" if is_echo and "timed out" not in str(error).lower() else "failed"
+    kind = "lost" if is_lost_contact(error) and "timed out" not in str(error).lower() else "failed"
     if _note(f"{kind}_{rank()}", f"rank {rank()}: {text}"):
         text = f"rank {rank()}: {'lost contact with another rank' if kind == 'lost' else 'failed'}\n"
     with contextlib.suppress(OSError):

@@ -1,6 +1,10 @@
 """Render conversations with a chat template: independent of the date, safe for control tokens in content."""
 
+import contextlib
 import re
+import signal
+import threading
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +22,28 @@ TODAY = datetime(2024, 7, 26)
 MARK = "\ufdd0"  # a Unicode noncharacter: splits control tokens in message content
 
 
+SECONDS = 10.0  # of processor time for one conversation
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise TimeoutError after SECONDS; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {SECONDS:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 class ChatTemplate:
     """The chat template of a tokenizer. Raises UserError for a syntax error in it.
 
@@ -32,11 +58,12 @@ class ChatTemplate:
         self._ignored: set[str] = set()
         try:
             self.source = tokenizer.get_chat_template()
-            self._template = compile_chat_template(self.source)
+            with _time_limit():
+                self._template = compile_chat_template(self.source)
         except TemplateSyntaxError as error:
             raise UserError(f"{self._name}: chat template, line {error.lineno}: {error.message}") from None
-        except ValueError as error:  # several named templates, none of them the default
-            raise UserError(f"{self._name}: {error}") from None
+        except Exception as error:  # noqa: BLE001 - a template may be anything, or several without a default
+            raise UserError(f"{self._name}: chat template: {reason(error)}") from None
         self._ignored = self._ignored_roles()
         if tokens := self._control_tokens(tokenizer):
             self._control = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
@@ -68,10 +95,15 @@ class ChatTemplate:
             raise ValueError(f"the chat template of {self._name} ignores {role} messages")
         escaped = [{**message, "content": self._escape(message["content"])} for message in messages]
         try:
-            return self._template.render(
-                messages=escaped, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                strftime_now=TODAY.strftime, **self._variables,
-            )  # fmt: skip
+            with _time_limit():
+                return self._template.render(
+                    messages=escaped, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                    strftime_now=TODAY.strftime, **self._variables,
+                )  # fmt: skip
+        except TimeoutError:
+            raise UserError(
+                f"the chat template of {self._name} does not end: no text after {SECONDS:g} s"
+            ) from None
         except Exception as error:  # noqa: BLE001 - templates are programs and raise anything
             raise ValueError(
                 f"the chat template of {self._name} rejects the conversation: {reason(error)}"
@@ -87,6 +119,8 @@ class ChatTemplate:
             messages = [{"role": role, "content": f"content{number}"} for number, role in enumerate(roles)]
             try:
                 text = self.render(messages, roles[-1] == "user")
+            except UserError:
+                raise
             except ValueError:
                 continue
             ignored |= {m["role"] for m in messages if m["content"] not in text}
@@ -99,6 +133,8 @@ class ChatTemplate:
         for messages in (turns[:1], turns[:2], turns, [{"role": "system", "content": "a"}, turns[0]]):
             try:
                 written += self.render(messages, len(messages) % 2 == 1)
+            except UserError:
+                raise
             except ValueError:
                 continue
         named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}

@@ -227,7 +227,7 @@ def _find_damage(folder: Path) -> str:
                 problem = f"{name} has a wrong checksum"
     except FileNotFoundError as error:
         problem = f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - the files may hold anything
         problem = f"state.json or manifest.json: {error}"
     return _first_nonempty(problem)
 

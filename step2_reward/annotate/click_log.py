@@ -143,7 +143,7 @@ def read_clicks(path: Path) -> list[Click]:
             if not all(isinstance(text, str) for text in texts) or click.choice not in CHOICES:
                 raise ValueError
             clicks.append(click)
-        except (ValueError, TypeError):
+        except Exception:  # noqa: BLE001 - the line may hold anything
             raise UserError(f"{path}:{number}: not a click of this page; restore the line") from None
     return clicks
 

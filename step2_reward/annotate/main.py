@@ -63,8 +63,9 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    except Exception as error:  # noqa: BLE001 - a host name may be anything
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", error)
         raise UserError(f"--host {host} --port {port}: {reason}; choose another (--port 0: any)") from None
 
 

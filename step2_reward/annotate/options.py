@@ -45,7 +45,7 @@ class SamplePairsOptions(CacheOptions, GenerationOptions, InferenceOptions):
     )
     output_dir: str = option("output/sample_pairs", "Folder for pairs.jsonl.", resume="free")
     responses_per_prompt: int = option(
-        2, "Responses per prompt, from two policies in turn; every two form a pair.", at_least=2
+        2, "Responses per prompt, from two policies in turn; every two form a pair.", at_least=2, at_most=1000
     )
     max_prompt_length: int = option(
         256, "Maximum prompt length in tokens; longer prompts are dropped.", at_least=1

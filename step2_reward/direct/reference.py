@@ -25,7 +25,7 @@ from common.model.loading import load_causal_lm, load_config
 from common.model.zero import frozen_config, unpartitioned
 from common.runtime.distributed import device, gather_objects, log, rank, sum_tensor_over_ranks
 from common.runtime.files import flush_folder, sha256
-from common.runtime.options import UserError, world_size
+from common.runtime.options import UserError, reason, world_size
 from common.runtime.process import Stopped, stop_anywhere, stop_requested
 from common.runtime.progress import Progress
 from common.text.tokenizer import load_tokenizer
@@ -215,7 +215,10 @@ def _weights(path: str) -> list[str]:
 
 def _load(file: Path | None) -> Tensor | None:
     """Load rank 0's file and broadcast it to all ranks; None when it does not exist."""
-    content = torch.from_numpy(np.load(file)) if file and file.exists() else None
+    try:
+        content = torch.from_numpy(np.load(file)) if file and file.exists() else None
+    except Exception as error:  # noqa: BLE001 - the file may hold anything
+        raise UserError(f"{file}: damaged: {reason(error)}; delete the file") from None
     shape = gather_objects(content if content is None else content.shape)[0]
     if shape is None:
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.data.multi_encoder import load_shared_records
 from common.runtime.damaged_jsonl import read_metrics
 from common.runtime.distributed import log, rank
-from common.runtime.files import write_json
+from common.runtime.files import naming, write_json
 from common.runtime.options import CacheOptions, UserError
 from common.text.record_formats import Record, agreement
 from common.text.tokenizer import SegmentEncoder
@@ -88,6 +88,7 @@ def write_report(judged: ScoredPairs, reward_std: float | None, history: Path | 
     write_json(folder / "report.json", metrics | {"verdicts": [problem._asdict() for problem in problems]})
     with SummaryWriter(str(folder / "tensorboard")) as board:
         for name, figure in plots(judged, metrics).items():
-            figure.savefig(folder / f"{name}.png", dpi=150)
+            with naming(folder / f"{name}.png"):
+                figure.savefig(folder / f"{name}.png", dpi=150)
             board.add_figure(f"eval/{name}", figure)
     log(f"\nreport.json and plots: {folder}")

@@ -24,7 +24,7 @@ from common.data.sources import files_to_read, parse_source, repetitions
 from common.model.loading import fit_to_model, load_config
 from common.model.reward_ensemble import RewardModel, combine, load_encoders, load_members, member_scores
 from common.runtime.distributed import log, on_cpu
-from common.runtime.files import exists
+from common.runtime.files import exists, is_file, naming
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from common.runtime.process import on_refusal, run_main, stop_between_steps
@@ -61,10 +61,11 @@ def main() -> None:
         lines = score_window(members, window, options, f"scoring records {done + 1} to {done + len(window)}")
         check_written(written, lines, options)
         stop_between_steps()
-        file.seek(end)
-        file.truncate()
-        file.writelines(lines)
-        file.flush()
+        with naming(Path(options.output)):
+            file.seek(end)
+            file.truncate()
+            file.writelines(lines)
+            file.flush()
         done, end, written = done + len(lines), file.tell(), []
         log(f"{done} records scored")
 
@@ -75,6 +76,8 @@ def open_output(path: str) -> tuple[BinaryIO, int, int, list[bytes]]:
     A new file is deleted again if the run is refused. Raises UserError when the file cannot be opened.
     """
     is_new = not exists(path)
+    if not (is_new or is_file(path)):
+        raise UserError(f"--output {path}: must be a file, not a folder or a device")
     try:
         file = Path(path).open("a+b")  # noqa: SIM115 - open and locked until the process ends
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

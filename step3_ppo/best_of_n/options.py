@@ -22,7 +22,7 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, Infer
         required=True,
         resume="data",
     )
-    samples_per_prompt: int = option(8, "Responses sampled per prompt.", at_least=1)
+    samples_per_prompt: int = option(8, "Responses sampled per prompt.", at_least=1, at_most=10_000)
     prompts_per_round: int = option(
         0, "Prompts per round; each round takes the next ones in random order. 0: all.", at_least=0
     )
@@ -35,7 +35,11 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, Infer
     output_dir: str = option("output/best_of_n", "Folder for samples.jsonl and the selection.", resume="free")
     seed: int = option(0, "Seed of sampling and of random pairs.", at_least=0)
     timeout_minutes: float = option(
-        30.0, "Minutes that a rank waits for the slowest one before it fails.", above=0, resume="free"
+        30.0,
+        "Minutes that a rank waits for the slowest one before it fails.",
+        above=0,
+        at_most=525_600,
+        resume="free",
     )
 
 

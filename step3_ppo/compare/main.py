@@ -23,7 +23,7 @@ from common.model.reward_ensemble import load_encoders, same_tokenizer
 from common.model.roles import check_scalar_model, policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import init_distributed, log, rank, ranks_in_words
-from common.runtime.files import make_folder, write_json
+from common.runtime.files import make_folder, naming, write_json
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
 from common.runtime.process import UNWRITTEN, report_accepted, run_main, stop_anywhere, stop_between_steps
@@ -202,7 +202,8 @@ def write_report(figures: dict[str, Any], folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", figures)
-    plot_scores(figures).savefig(folder / "scores.png", dpi=150)
+    with naming(folder / "scores.png"):
+        plot_scores(figures).savefig(folder / "scores.png", dpi=150)
     log(f"\nreport.json and scores.png: {folder}")
 
 

@@ -43,7 +43,10 @@ class ComparePoliciesOptions(PromptDataOptions, EnsembleOptions, GenerationOptio
     max_length: int = option(1024, "Longest demonstration in tokens; longer ones are dropped.", at_least=8)
     micro_batch_size: int = option(4, "Demonstrations per forward pass and rank.", at_least=1, resume="free")
     best_of: int = option(
-        0, "Responses per prompt of the first policy, for best of n by the first judge; 0: none.", at_least=0
+        0,
+        "Responses per prompt of the first policy, for best of n by the first judge; 0: none.",
+        at_least=0,
+        at_most=10_000,
     )
     output_dir: str = option("output/evaluate_ppo", "Folder for report.json and the plot.", resume="free")
     seed: int = option(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,6 +32,12 @@ from tests.stages import (
 )
 
 OVERFLOW = 1e39  # a number in JSON, infinite in fp32
+
+
+@pytest.fixture(autouse=True)
+def large_margins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked ranks accept a margin that makes the loss infinite."""
+    monkeypatch.setattr("step2_reward.data.LARGEST_MARGIN", math.inf)
 
 
 # --- bad numbers --------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Check a DeepSpeed JSON before a model is loaded: by DeepSpeed's own parser, and where that checks nothing,
+by the types of its defaults.
+"""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common.runtime.options import UserError, reason
+from common.text.fields import shown
+
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # and the packages they need
+
+
+def check_config(config: dict[str, Any], source: Path) -> None:
+    """Raise UserError for what DeepSpeed would refuse now, or at the first step."""
+    from deepspeed import DeepSpeedConfig
+
+    own = {name: value for name, value in config.items() if name != "train_batch_size"}  # depends on ranks
+    try:
+        DeepSpeedConfig(own)
+        defaults = vars(DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1}))
+    except Exception as error:  # noqa: BLE001 - the file may hold anything
+        raise UserError(f"{source}: DeepSpeed refuses it: {_reason(error)}") from None
+    _check_types(config, {**defaults, "steps_per_print": 1}, source)
+    for name in ("flops_profiler", "activation_checkpointing"):
+        _check_types(config.get(name, {}), vars(defaults[f"{name}_config"]), source, f"{name}.")
+    _check_types(config.get("aio") or {}, defaults["aio_config"], source, "aio.")
+    for name, package in MONITORS.items():
+        if config.get(name, {}).get("enabled") and not find_spec(package):
+            raise UserError(f"{source}: {name} needs the package {package}; install it, or remove {name}")
+
+
+def _check_types(given: dict[str, Any], defaults: dict[str, Any], source: Path, section: str = "") -> None:
+    """Raise UserError for a value whose type is not that of the default, and for an unknown key of a section.
+
+    A number must be above 0 if its default is.
+    """
+    for name, value in given.items():
+        if section and name not in defaults:
+            raise UserError(f"{source}: unknown key {section + name!r}; allowed: {' '.join(defaults)}")
+        default, allowed = defaults.get(name), ""
+        if isinstance(default, bool):
+            allowed = "" if isinstance(value, bool) else "true or false"
+        elif isinstance(default, int | float):
+            is_number = type(value) in (int, float) and math.isfinite(value)
+            allowed = "" if is_number and (value > 0 or default <= 0) else "a number above 0"
+        if allowed:
+            raise UserError(f"{source}: {section}{name} is {shown(value)}; it must be {allowed}")
+
+
+def _reason(error: Exception) -> str:
+    """The first problem of a validation error, with its key and value; else the reason of the error."""
+    if not hasattr(error, "errors"):
+        return reason(error)
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))} is {shown(problem['input'])}: {problem['msg']}"
