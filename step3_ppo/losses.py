@@ -65,6 +65,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     values, old_values, returns (B, T). Source: the PPO2 implementation of OpenAI baselines; Ziegler et al.
     2019.
     """
-    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped = values.clamp(old_values - clip_range, old_values + clip_range)  # within the range, exactly V
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     return ValueLoss(0.5 * torch.maximum(error, clipped_error), (clipped_error > error).detach())

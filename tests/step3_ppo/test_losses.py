@@ -87,6 +87,14 @@ def test_value_clip_closed_form():
     assert result.clipped.tolist() == [False, False, True]
 
 
+def test_values_within_the_range_are_not_clipped_by_rounding():
+    values = torch.linspace(1e-3, 2e-3, 1001)
+    old = values + torch.linspace(-0.15, 0.15, 1001)
+    for target in (0.0, 3e-3):
+        returns = torch.full_like(values, target)
+        assert not value_loss(values, old, returns, clip_range=0.2).clipped.any()
+
+
 def test_kl_losses_match_the_exact_kl():
     """In expectation over a distribution: k2 has the gradient of the KL divergence, k3 its value."""
     logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
