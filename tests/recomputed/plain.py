@@ -17,8 +17,8 @@ def load(path: str) -> LlamaForCausalLM:
     return LlamaForCausalLM.from_pretrained(path).eval()
 
 
-def load_scorer(path: str) -> LlamaForSequenceClassification:
-    return LlamaForSequenceClassification.from_pretrained(path).eval()
+def load_scorer(path: str, **settings: int) -> LlamaForSequenceClassification:
+    return LlamaForSequenceClassification.from_pretrained(path, **settings).eval()
 
 
 def all_logits(model: LlamaForCausalLM, ids: Sequence[int]) -> Tensor:
@@ -39,7 +39,7 @@ def states(model: LlamaForSequenceClassification, ids: Sequence[int]) -> Tensor:
 
 def scores(model: LlamaForSequenceClassification, ids: Sequence[int], mean: float, std: float) -> Tensor:
     """Score (T,) after each token, centred."""
-    return ((states(model, ids) * model.score.weight[0]).sum(1) - mean) / std
+    return (model.score(states(model, ids))[:, 0] - mean) / std
 
 
 def padded_share(lengths: Sequence[int], micro: int) -> float:
@@ -68,7 +68,7 @@ class Optimiser:
     """AdamW with weight decay on matrices only, after clipping by the norm of all gradients."""
 
     def __init__(self, model: nn.Module, betas: tuple[float, float], eps: float, decay: float) -> None:
-        self._parameters = list(model.parameters())
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in self._parameters if p.ndim > 1]
         vectors = [p for p in self._parameters if p.ndim == 1]
         groups = [

@@ -5,7 +5,7 @@ coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PP
 (RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from tests.recomputed.plain import Optimiser, all_logits, load, load_scorer, rate_factor, scores
 from tests.recomputed.plain_sft import Text, mean_nll
-from tests.recomputed.tiny import EOS
+from tests.recomputed.tiny import EOS, text_of
 
 
 class Sampled(NamedTuple):
@@ -35,6 +35,7 @@ class Sampled(NamedTuple):
 class Iteration(NamedTuple):
     """What a run has sampled and how it has divided it."""
 
+    rows: list[Sampled]
     minibatches: list[list[Sampled]]  # of all epochs
     texts: list[list[Text]]  # demonstrations of each actor update; none without PPO-ptx
     computed: int  # positions computed to sample
@@ -49,32 +50,47 @@ class Scored(NamedTuple):
     reference: Tensor
     values: Tensor  # before each token
     value_after: float  # after the last token of a response that is cut, with bootstrapping
-    score: float
+    by_model: float  # score
+    by_function: float
 
     @property
     def kl(self) -> Tensor:
         return self.logprobs - self.reference
 
 
+class Scorer(NamedTuple):
+    """What scores responses: a reward model whose scores are centred, a function of texts, or both."""
+
+    reward_model: str = ""
+    centre: tuple[float, float] = (0.0, 1.0)  # mean and standard deviation
+    function: Callable[[str], float] | None = None
+    weight: float = 1.0  # of the function
+
+
 class PPO:
     """A run: models, optimisers and what it remembers between iterations."""
 
-    def __init__(
-        self, policy: str, reward_model: str, centre: tuple[float, float], options: Mapping[str, Any]
-    ):
-        self.actor, self.reference = load(policy), load(policy)
-        self.scorer, self.critic, self.centre = load_scorer(reward_model), load_scorer(reward_model), centre
+    def __init__(self, policy: str, scorer: Scorer, options: Mapping[str, Any]) -> None:
+        self.actor, self.reference, self.scorer = load(policy), load(policy), scorer
+        if scorer.reward_model:
+            self.reward_model, self.critic = (
+                load_scorer(scorer.reward_model),
+                load_scorer(scorer.reward_model),
+            )
+        else:
+            self.critic = load_scorer(policy, num_labels=1)
+            torch.nn.init.zeros_(self.critic.score.weight)
         self.options, self.kl_coef = options, options["kl_coef"]
         betas, eps = (0.9, 0.95), options["adam_epsilon"]
         self.of_actor = Optimiser(self.actor, betas, eps, options["weight_decay"])
         self.of_critic = Optimiser(self.critic, betas, eps, options["weight_decay"])
-        self.actor_updates = self.critic_updates = 0
+        self.of_iteration = (
+            options["ppo_epochs"] * options["rollout_batch_size"] // options["global_batch_size"]
+        )
         self.has_critic = options["advantage_estimator"] == "gae"
         self.all_scores: list[float] = []
         self.baseline: float | None = None
         self.average: dict[str, Tensor] = {}
-        passes = options["ppo_epochs"] * options["rollout_batch_size"] // options["global_batch_size"]
-        self.of_iteration = passes
 
     # Sampling and scoring
 
@@ -107,26 +123,35 @@ class PPO:
 
     def values(self, row: Sampled) -> Tensor:
         """(T + 1,) before each token of the response and after the last one."""
-        return scores(self.critic, row.ids, *self.centre)[len(row.prompt) - 1 :]
+        return scores(self.critic, row.ids, *self.scorer.centre)[len(row.prompt) - 1 :]
 
     @torch.no_grad()
-    def score(self, row: Sampled) -> Scored:
+    def read(self, row: Sampled) -> Scored:
         """The score is read at EOS, which a response that was cut gets too."""
         allowed, values = self.allowed(row), self.values(row)
         logprobs = [self.logprobs(model, row, allowed) for model in (self.actor, self.reference)]
         after = values[-1].item() if self.options.get("bootstrap_truncated") and not row.ended else 0.0
-        closed = row.ids if row.ended else [*row.ids, EOS]
-        return Scored(
-            row, allowed, *logprobs, values[:-1], after,
-            scores(self.scorer, closed, *self.centre)[-1].item(),
-        )  # fmt: skip
+        return Scored(row, allowed, *logprobs, values[:-1], after, *self.parts(row))
+
+    def parts(self, row: Sampled) -> tuple[float, float]:
+        """The scores by reward model and function, each 0 without one."""
+        by_model = by_function = 0.0
+        if self.scorer.reward_model:
+            closed = row.ids if row.ended else [*row.ids, EOS]
+            by_model = scores(self.reward_model, closed, *self.scorer.centre)[-1].item()
+        if self.scorer.function:
+            by_function = self.scorer.function(text_of(row.response))
+        return by_model, by_function
+
+    def score(self, one: Scored) -> float:
+        return one.by_model + self.scorer.weight * one.by_function
 
     # Rewards and advantages
 
     def rewards(self, rollout: Sequence[Scored]) -> tuple[list[Tensor], dict[str, float]]:
         """Per token: the KL penalty, and at the last one the score less its penalties."""
         options, rewards, clipped, penalties = self.options, [], 0, []
-        normalised = [one.score for one in rollout]
+        normalised = [self.score(one) for one in rollout]
         if options.get("normalise_scores"):
             self.all_scores += normalised
             seen = torch.tensor(self.all_scores).double()
@@ -202,21 +227,17 @@ class PPO:
 
     def iterate(self, step: int, sampled: Iteration) -> dict[str, float]:
         """One iteration; returns its metrics."""
-        options = self.options
-        rows = [
-            row
-            for batch in sampled.minibatches[: len(sampled.minibatches) // options["ppo_epochs"]]
-            for row in batch
-        ]
-        rollout = [self.score(row) for row in rows]
+        options, rows = self.options, sampled.rows
+        rollout = [self.read(row) for row in rows]
         rewards, figures = self.rewards(rollout)
         advantages, returns = self.advantages(rollout, rewards)
         learns = step > options.get("critic_warmup_steps", 0)
-        line = {"train/lr": self.actor_rate()} | self.describe(rollout, returns, sampled.computed) | figures
-        line["kl/coef"] = self.kl_coef
+        line = self.describe(rollout, returns, sampled.computed) | figures
+        line |= {"step": step, "train/lr": self.rate("actor", step, 0), "kl/coef": self.kl_coef}
         number_of = {row: number for number, row in enumerate(rows)}  # equal rows have equal numbers
         policy, value, texts = [], [], []  # of all updates
         norms: dict[str, list[float]] = {"policy": [], "value": []}
+        line["policy/update_kl"] = 0.0
         for update, batch in enumerate(sampled.minibatches):
             numbers = [number_of[row] for row in batch]
             part = [rollout[number] for number in numbers]
@@ -226,15 +247,22 @@ class PPO:
                     ptx = mean_nll(self.actor, sampled.texts[update])
                     texts.append(ptx.item())
                     loss = loss + options["ptx_coef"] * ptx
-                norms["policy"].append(self.of_actor.step(loss, self.actor_rate(), options["max_grad_norm"]))
-                self.actor_updates += 1
+                rate = self.rate("actor", step, update)
+                norms["policy"].append(self.of_actor.step(loss, rate, options["max_grad_norm"]))
                 policy.append(per_token)
             if self.has_critic:
                 loss, per_token = self.value_loss(part, [returns[number] for number in numbers])
-                rate = options["critic_learning_rate"] * self.factor(self.critic_updates, 0)
+                rate = self.rate("critic", step, update)
                 norms["value"].append(self.of_critic.step(loss, rate, options["max_grad_norm"]))
-                self.critic_updates += 1
                 value.append(per_token)
+            if learns:
+                before = policy[-1][:, 3].sum().item() / len(part)  # KL of the earlier updates
+                is_end = (update + 1) % (self.of_iteration // options["ppo_epochs"]) == 0
+                if before > options["max_update_kl"] or is_end:
+                    line["policy/update_kl"] = self.moved(part)
+                is_far = max(before, line["policy/update_kl"]) > options["max_update_kl"]
+                is_last = is_far or update + 1 == self.of_iteration
+                assert is_last == (update + 1 == len(sampled.minibatches)), "--max_update_kl ends epochs"
         if policy:
             line["policy/ratio"] = policy[0][:, 1].mean().item()
             loss, _, clipped, k2, entropy = torch.cat(policy).mean(0).tolist()
@@ -245,9 +273,7 @@ class PPO:
         line |= {f"{name}/grad_norm": mean(every) for name, every in norms.items() if every}
         if texts:
             line["ptx/loss"] = mean(texts)
-        last = [rollout[number_of[row]] for row in sampled.minibatches[-1]]
-        line["policy/update_kl"] = self.moved(last) if learns else 0.0
-        line |= {"policy/updates": len(sampled.minibatches), "train/skipped_updates": 0, "step": step}
+        line |= {"policy/updates": len(sampled.minibatches), "train/skipped_updates": 0}
         if options.get("kl_controller") == "adaptive":
             error = max(-0.2, min(0.2, line["kl/mean"] / options["kl_target"] - 1))
             self.kl_coef *= 1 + error * len(rows) / options["kl_horizon"]
@@ -257,13 +283,13 @@ class PPO:
                 self.average[name] = decay * before + (1 - decay) * weight.clone()
         return line
 
-    def factor(self, updates: int, warmup: int) -> float:
-        total = (self.options["max_steps"] - warmup) * self.of_iteration
-        return rate_factor(self.options["lr_scheduler_type"], updates, total)
-
-    def actor_rate(self) -> float:
-        factor = self.factor(self.actor_updates, self.options.get("critic_warmup_steps", 0))
-        return self.options["actor_learning_rate"] * factor
+    def rate(self, model: str, step: int, update: int) -> float:
+        """Learning rate; the schedule counts all updates of earlier iterations, whether made or not."""
+        warmup = self.options.get("critic_warmup_steps", 0) if model == "actor" else 0
+        iterations, before = self.options["max_steps"] - warmup, max(step - 1 - warmup, 0)
+        done = before * self.of_iteration + update
+        factor = rate_factor(self.options["lr_scheduler_type"], done, iterations * self.of_iteration)
+        return self.options[f"{model}_learning_rate"] * factor
 
     def policy_loss(self, batch: Sequence[Scored], advantages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The mean over tokens; and per token loss, ratio, whether it is clipped, k2 and entropy."""
@@ -317,7 +343,7 @@ class PPO:
         self, rollout: Sequence[Scored], returns: Sequence[Tensor], computed: int
     ) -> dict[str, float]:
         """Metrics of a rollout."""
-        every, number = torch.tensor([one.score for one in rollout]), len(rollout)
+        every, number = torch.tensor([self.score(one) for one in rollout]), len(rollout)
         quantiles = torch.quantile(every, torch.tensor([0.1, 0.5, 0.9])).tolist()
         line = {
             "reward/mean": every.mean().item(), "reward/std": every.std(correction=0).item(),
@@ -326,6 +352,9 @@ class PPO:
             "policy/perplexity": torch.cat([one.logprobs for one in rollout]).mean().neg().exp().item(),
             "rollout/useful_share": (sum(len(one.row.ids) for one in rollout) - number) / computed,
         }  # fmt: skip
+        if self.scorer.reward_model and self.scorer.function:
+            line["reward/mean_1"] = mean([one.by_model for one in rollout])
+            line["reward/mean_early"] = mean([one.by_function for one in rollout])
         for quarter in range(4):
             part = [
                 kl
@@ -341,8 +370,8 @@ class PPO:
         return line | {f"response/{name}": x for name, x in describe([one.row for one in rollout]).items()}
 
     def evaluate(self, step: int, rows: Sequence[Sampled]) -> dict[str, float]:
-        rollout = [self.score(row) for row in rows]
-        every = torch.tensor([one.score for one in rollout])
+        rollout = [self.read(row) for row in rows]
+        every = torch.tensor([self.score(one) for one in rollout])
         return {
             "step": step, "eval/score": every.mean().item(), "eval/score_std": every.std(correction=0).item(),
             "eval/kl": mean([one.kl.sum().item() for one in rollout]),

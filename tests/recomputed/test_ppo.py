@@ -1,5 +1,7 @@
 """Step 3 against plain PyTorch, on the responses that the run has sampled."""
 
+import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,26 +10,32 @@ import pytest
 
 from tests.ranks import succeed
 from tests.recomputed.passes import Pass, passes, recorded, without_padding
-from tests.recomputed.plain_ppo import PPO, Iteration, Sampled
+from tests.recomputed.plain_ppo import PPO, Iteration, Sampled, Scorer
 from tests.recomputed.plain_sft import Text
-from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
+from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, text_of, words, write_records
 
 PROMPTS = ["abc ", "b", "hhhhhhhhhh ", "ad a ", "fab fig ", "cab ", "c ", "a big badge "]
-HELD_OUT = ["jab ", "jig a jig ", "j", "jjj "]
+MORE_PROMPTS = ["d", "dab ", "dig a d", "dd ", "didi ", "ice ", "ig", "iii "]
+HELD_OUT = ["jab ", "jig a jig ", "j"]
+FUNCTION = """
+def early(prompts, responses, records):
+    return [sum(letter in "abcde" for letter in response) / 4 for response in responses]
+"""
 DEMONSTRATIONS = [
     ("ebb ", "ice"), ("egg ", "a bad egg"), ("e", "j"), ("edge ", "badge"), ("eee ", "bi bi bi bi"),
-    ("ed a ", "fed"), ("efghi ", "j"), ("ece ", "c"),
+    ("ed a ", "fed"), ("efghi ", "j"), ("ece ", "c"), ("ea", "eb"),
+    ("ej ", "jjjj"), ("eh ", "h h h h"), ("eg", "gg"),
 ]  # fmt: skip
 LONGEST = 7
 OPTIONS = {
     "max_steps": 2, "rollout_batch_size": 8, "global_batch_size": 4, "ppo_epochs": 2,
     "max_response_length": LONGEST, "max_update_kl": 1000, "max_grad_norm": 0.3, "weight_decay": 0.1,
-    "actor_learning_rate": 0.02, "critic_learning_rate": 0.03, "adam_epsilon": 0.01, "warmup_ratio": 0,
+    "actor_learning_rate": 0.01, "critic_learning_rate": 0.02, "adam_epsilon": 0.01, "warmup_ratio": 0,
     "lr_scheduler_type": "linear", "kl_coef": 0.3, "clip_range": 0.1, "value_clip_range": 0.1,
     "score_clip": 0.8, "missing_eos_penalty": 0.4, "advantage_estimator": "gae", "whiten_advantages": "true",
     "gamma": 1.0, "gae_lambda": 0.95, "temperature": 1.0, "dual_clip": 3.0, "repetition_penalty": 0.0,
     "length_penalty": 0.0, "kl_penalty": "reward", "entropy_coef": 0.0,
-    "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "num_samples": 0,
+    "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
 GROUPS = {"samples_per_prompt": 4}
 CASES: dict[str, dict[str, Any]] = {
@@ -35,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gae_warmup": {
         "critic_warmup_steps": 1, "whiten_rewards": "true", "bootstrap_truncated": "true", "max_steps": 3,
         "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 20, "normalise_scores": "true",
-        "length_penalty": 0.05, "repetition_penalty": 0.5, "dual_clip": 1.2,
+        "length_penalty": 0.05, "repetition_penalty": 0.5, "dual_clip": 1.2, "ptx_coef": 0.3,
     },
     "rloo_ptx": {
         **GROUPS, "advantage_estimator": "rloo", "kl_penalty": "k2", "ptx_coef": 0.5, "ema_decay": 0.7,
@@ -46,11 +54,23 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dr_group": {
         **GROUPS, "advantage_estimator": "group", "group_std": "false", "lr_scheduler_type": "cosine",
+        "actor_learning_rate": 0.005,
     },
     "reinforce": {"advantage_estimator": "reinforce", "reinforce_baseline": "moving", "gamma": 0.9},
-    "reinforce_pp": {"advantage_estimator": "reinforce_pp", "gamma": 0.9, "temperature": 1.3},
+    "reinforce_pp": {
+        "advantage_estimator": "reinforce_pp", "gamma": 0.9, "temperature": 1.3, "function_weight": 0.5,
+    },
+    "function": {"function_weight": -2.0, "reward_model": False},
+    "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
+}  # fmt: skip
+RESUMED = {
+    "max_steps": 3, "lr_scheduler_type": "constant", "normalise_scores": "true", "ptx_coef": 0.5,
+    "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 20, "ema_decay": 0.7, "save_steps": 1,
+    "actor_learning_rate": 0.003, "critic_learning_rate": 0.005,
+    "micro_batch_size": 2,
 }  # fmt: skip
 SWITCHES = {"true": True, "false": False}
+OF_THE_TEST = ("reward_model", "function_weight")  # no options
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -58,45 +78,90 @@ SWITCHES = {"true": True, "false": False}
 def test_ppo(tiny: Path, tmp_path: Path, case: str, ranks: int) -> None:
     """Several updates an iteration, responses of uneven length, some of them cut."""
     options = {**OPTIONS, **CASES[case], "micro_batch_size": 2 // ranks}
+    with recorded(tmp_path):
+        succeed("step3_ppo.main", command(tiny, tmp_path, options, PROMPTS), tmp_path, ranks)
+    compare(tiny, tmp_path, options, ranks)
+
+
+def test_resumed_ppo(tiny: Path, tmp_path: Path) -> None:
+    """One iteration, then two more: data, demonstrations, coefficient, scale of scores and average go on."""
+    options = {**OPTIONS, **RESUMED}
+    prompts = PROMPTS + MORE_PROMPTS  # two iterations
+    with recorded(tmp_path):
+        for steps in (1, 3):
+            words = command(tiny, tmp_path, {**options, "max_steps": steps}, prompts)
+            succeed("step3_ppo.main", words, tmp_path)
+    parts = compare(tiny, tmp_path, options, 1)
+    first, second, third = (part for part in parts if isinstance(part, Iteration))
+    prompts_read = [row.prompt for row in first.rows + second.rows]
+    assert sorted(prompts_read) == sorted(tuple(ids_of(prompt)) for prompt in prompts)
+    texts = [str(text) for part in (first, second, third) for batch in part.texts for text in batch]
+    for start in range(0, len(texts), len(DEMONSTRATIONS)):
+        assert len({*texts[start : start + len(DEMONSTRATIONS)]}) == len(DEMONSTRATIONS)
+
+
+def command(tiny: Path, folder: Path, options: dict[str, Any], prompts: list[str]) -> list[str]:
+    """The command line of a run."""
     paths = {
-        "prompt_data": write_records(tmp_path / "prompts.jsonl", [{"prompt": p} for p in PROMPTS]),
-        "eval_data": write_records(tmp_path / "held_out.jsonl", [{"prompt": p} for p in HELD_OUT]),
-        "actor_model_name_or_path": tiny / "model", "reward_model_name_or_path": tiny / "reward",
-        "output_dir": tmp_path / "out",
+        "prompt_data": write_records(folder / "prompts.jsonl", [{"prompt": p} for p in prompts]),
+        "eval_data": write_records(folder / "held_out.jsonl", [{"prompt": p} for p in HELD_OUT]),
+        "actor_model_name_or_path": tiny / "model", "output_dir": folder / "out",
     }  # fmt: skip
+    if options.get("reward_model", True):
+        paths["reward_model_name_or_path"] = tiny / "reward"
+    if "function_weight" in options:
+        (folder / "functions.py").write_text(FUNCTION)
+        paths["reward_function"] = f"{folder / 'functions.py'}:early:{options['function_weight']}"
     if "ptx_coef" in options:
         records = [{"prompt": prompt, "completion": completion} for prompt, completion in DEMONSTRATIONS]
-        paths["ptx_data"] = write_records(tmp_path / "demonstrations.jsonl", records)
-    with recorded(tmp_path):
-        succeed("step3_ppo.main", words({**options, **paths}), tmp_path, ranks)
+        paths["ptx_data"] = write_records(folder / "demonstrations.jsonl", records)
+    return words({name: value for name, value in options.items() if name not in OF_THE_TEST} | paths)
 
-    plain = PPO(
-        tiny / "model", tiny / "reward", (0.3, 0.7), {k: SWITCHES.get(v, v) for k, v in options.items()}
-    )
-    first, *iterations, last = split([passes(tmp_path, rank) for rank in range(ranks)], options)
-    lines = [plain.evaluate(0, first)]
-    lines += [plain.iterate(step, sampled) for step, sampled in enumerate(iterations, start=1)]
-    compare_metrics(tmp_path / "out", [*lines, plain.evaluate(options["max_steps"], last)])
-    compare_weights(tmp_path / "out/final", plain.actor)
+
+def compare(tiny: Path, folder: Path, options: dict[str, Any], ranks: int) -> list[Any]:
+    """Recompute a run from its passes; returns its iterations and evaluations."""
+    scorer = Scorer(tiny / "reward", (0.3, 0.7)) if options.get("reward_model", True) else Scorer()
+    if "function_weight" in options:
+        scorer = scorer._replace(function=early, weight=options["function_weight"])
+    plain = PPO(tiny / "model", scorer, {name: SWITCHES.get(x, x) for name, x in options.items()})
+    lines, step, parts = [], 0, split([passes(folder, rank) for rank in range(ranks)], options)
+    samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
+    for number, part in enumerate(parts):
+        if isinstance(part, Iteration):
+            step += 1
+            lines.append(plain.iterate(step, part))
+        else:
+            of_step, samples = samples[: len(HELD_OUT)], samples[len(HELD_OUT) :]
+            parts[number] = as_logged(part, of_step)
+            lines.append(plain.evaluate(step, parts[number]))
+            expected = [plain.score(plain.read(row)) for row in parts[number]]
+            assert [sample["score"] for sample in of_step] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    compare_metrics(folder / "out", lines)
+    compare_weights(folder / "out/final", plain.actor)
     if plain.has_critic:
-        compare_weights(tmp_path / "out/final_critic", plain.critic)
+        compare_weights(folder / "out/final_critic", plain.critic)
     if plain.average:
         plain.actor.load_state_dict(plain.average)
-        compare_weights(tmp_path / "out/final_ema", plain.actor)
+        compare_weights(folder / "out/final_ema", plain.actor)
+    return parts
+
+
+def early(text: str) -> float:
+    return sum(letter in "abcde" for letter in text) / 4
 
 
 def split(of_ranks: list[list[Pass]], options: dict[str, Any]) -> list[Any]:
-    """The first evaluation, every iteration and the last evaluation, from the passes of all ranks."""
+    """Iterations, and rows of evaluations, in order. Each starts with sampling."""
     parts: list[list[list[Pass]]] = [[] for _ in of_ranks]
     for rank, every in enumerate(of_ranks):
         for number, one in enumerate(every):
             if one.is_sampling and not (number and every[number - 1].is_sampling):
                 parts[rank].append([])
-            if parts[rank]:
-                parts[rank][-1].append(one)
-    assert {len(part) for part in parts} == {options["max_steps"] + 2}
-    first, *iterations, last = ([*part] for part in zip(*parts, strict=True))
-    return [held_out(first), *(iteration(part, options) for part in iterations), held_out(last)]
+            parts[rank][-1].append(one)
+    return [
+        iteration([*part], options) if any(one.has_gradient for one in part[0]) else held_out([*part])
+        for part in zip(*parts, strict=True)
+    ]
 
 
 def rows_of(part: list[Pass], prompts: list[str]) -> list[Sampled]:
@@ -110,40 +175,63 @@ def rows_of(part: list[Pass], prompts: list[str]) -> list[Sampled]:
     return rows
 
 
+def read_by_reference(of_rank: list[Pass]) -> list[Pass]:
+    """The reference reads every response once, before the first update."""
+    passes = itertools.takewhile(lambda one: not one.has_gradient, of_rank)
+    return [one for one in passes if one.is_policy and not one.is_sampling]
+
+
 def held_out(part: list[list[Pass]]) -> list[Sampled]:
-    """The responses to held-out prompts, as the reference has read them."""
-    read = [one for of_rank in part for one in of_rank if one.is_policy and not one.is_sampling]
-    rows = rows_of(read, HELD_OUT)
-    assert sorted(row.prompt for row in rows) == sorted(tuple(ids_of(prompt)) for prompt in HELD_OUT)
-    return rows
+    return rows_of([one for of_rank in part for one in read_by_reference(of_rank)], HELD_OUT)
+
+
+def as_logged(rows: list[Sampled], samples: list[dict[str, Any]]) -> list[Sampled]:
+    """The rows in samples.jsonl; ranks may have sampled a prompt twice, so that each had as many rows."""
+    logged = []
+    for prompt, sample in zip(HELD_OUT, samples, strict=True):
+        assert sample["prompt"] == prompt
+        same = (sample["response"], sample["length"], sample["ended"])
+        logged += [
+            row
+            for row in dict.fromkeys(rows)
+            if row.prompt == tuple(ids_of(prompt))
+            and (text_of(row.response), len(row.response), row.ended) == same
+        ]
+    assert len(logged) == len(HELD_OUT)
+    return logged
 
 
 def iteration(part: list[list[Pass]], options: dict[str, Any]) -> Iteration:
-    """An iteration from the passes of all ranks: the critic's, or else the actor's, with gradients."""
+    """Minibatches are those of the critic, or else of the actor; before each there may be demonstrations."""
     rounds = options["global_batch_size"] // options["micro_batch_size"] // len(part)
-    has_critic, has_texts = options["advantage_estimator"] == "gae", "ptx_coef" in options
-    batches, texts = [], []
-    trained = [
-        [one for one in of_rank if one.has_gradient and one.is_policy != has_critic] for of_rank in part
-    ]
-    updates = len(trained[0]) // rounds
-    for update in range(updates):
-        own = [one for of_rank in trained for one in of_rank[update * rounds : (update + 1) * rounds]]
-        if has_texts and update % 2 == 0:
-            texts.append(demonstrations(own))
-        else:
-            batches.append(rows_of(own, PROMPTS))
+    has_critic = options["advantage_estimator"] == "gae"
+    actor, critic = (updates(part, rounds, is_policy=is_policy) for is_policy in (True, False))
+    texts = []
+    if "ptx_coef" in options:
+        texts, actor = [demonstrations(batch) for batch in actor[::2]], actor[1::2]
+    batches = [rows_of(batch, PROMPTS + MORE_PROMPTS) for batch in (critic if has_critic else actor)]
+    rows = rows_of([one for of_rank in part for one in read_by_reference(of_rank)], PROMPTS + MORE_PROMPTS)
+    assert len(rows) == options["rollout_batch_size"]
+    assert {*Counter(row.prompt for row in rows).values()} == {options.get("samples_per_prompt", 1)}
     epoch = options["rollout_batch_size"] // options["global_batch_size"]
-    assert len(batches) == options["ppo_epochs"] * epoch
-    rollouts = [
-        Counter(row for batch in batches[start : start + epoch] for row in batch)
-        for start in range(0, len(batches), epoch)
-    ]
-    assert all(rollout == rollouts[0] for rollout in rollouts), "every epoch trains on every response"
-    per_prompt = Counter(row.prompt for row in rollouts[0].elements())
-    assert {*per_prompt.values()} == {options.get("samples_per_prompt", 1)}
+    for start in range(0, len(batches) - epoch + 1, epoch):
+        trained = [row for batch in batches[start : start + epoch] for row in batch]
+        assert Counter(trained) == Counter(rows), "every epoch trains on every response"
+    if len(rows) == len({*rows}) and len(batches) > epoch:
+        assert {*batches[0]} != {*batches[epoch]}, "the epochs have other minibatches"
     computed = sum(one.positions for of_rank in part for one in of_rank if one.is_sampling)
-    return Iteration(batches, texts, computed)
+    return Iteration(rows, batches, texts, computed)
+
+
+def updates(part: list[list[Pass]], rounds: int, is_policy: bool) -> list[list[Pass]]:
+    """The passes with gradients of all ranks, by update."""
+    trained = [
+        [one for one in of_rank if one.has_gradient and one.is_policy == is_policy] for of_rank in part
+    ]
+    return [
+        [one for of_rank in trained for one in of_rank[start : start + rounds]]
+        for start in range(0, len(trained[0]), rounds)
+    ]
 
 
 def demonstrations(part: list[Pass]) -> list[Text]:

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch import nn
 
+from tests.conftest import assert_close
 from tests.ranks import succeed
-from tests.recomputed.plain_reward import Compared, train
+from tests.recomputed.plain_reward import Compared, merged, train
 from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
 
 PREFERENCES = [
@@ -28,7 +31,8 @@ OPTIONS = {
     "max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 0.02,
     "lr_scheduler_type": "linear", "warmup_ratio": 0, "weight_decay": 0.2, "adam_epsilon": 0.01,
     "max_grad_norm": 0.5, "label_smoothing": 0.1, "centre_coef": 0.05, "lm_loss_coef": 0.3,
-    "share_prompts": "yes", "seed": 3, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
+    "share_prompts": "yes", "seed": 3, "lora_rank": 0, "lora_alpha": 6,
+    "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
 
 
@@ -53,16 +57,30 @@ def tokens(record: dict) -> Compared:
 @pytest.mark.parametrize(("ranks", "share_prompts"), [(1, "yes"), (2, "no")])
 def test_reward_model(tiny: Path, tmp_path: Path, ranks: int, share_prompts: str) -> None:
     """Pairs with margins, ties and ranked responses; smoothing, centring and a language-model loss."""
-    files = {
-        "train_data": write_records(tmp_path / "train.jsonl", PREFERENCES),
-        "eval_data": write_records(tmp_path / "eval.jsonl", HELD_OUT),
-    }
-    options = {**OPTIONS, "share_prompts": share_prompts}
-    paths = {**files, "model_name_or_path": tiny / "model", "output_dir": tmp_path / "out"}
-    succeed("step2_reward.main", [*words({**options, **paths}), "--use_margin"], tmp_path, ranks)
-    records, held_out = ([*map(tokens, part)] for part in (PREFERENCES, HELD_OUT))
-    model, lines, centre = train(tiny / "model", records, held_out, options, OPTIONS["seed"])
-    compare_metrics(tmp_path / "out", lines)
+    model = compare(tiny, tmp_path, ranks, {**OPTIONS, "share_prompts": share_prompts})
     compare_weights(tmp_path / "out/final", model)
-    config = json.loads((tmp_path / "out/final/config.json").read_text())
+
+
+def test_adapted_reward_model(tiny: Path, tmp_path: Path) -> None:
+    """With LoRA, final/ is merged."""
+    options = {**OPTIONS, "lora_rank": 2}
+    model = compare(tiny, tmp_path, 1, options)
+    saved, weights = load_file(tmp_path / "out/final/model.safetensors"), merged(model, options)
+    assert {name.split(".")[-2] for name in weights} >= {"score", "q_proj", "o_proj", "up_proj", "down_proj"}
+    assert_close({name: saved[name] for name in weights}, weights)
+
+
+def compare(tiny: Path, folder: Path, ranks: int, options: dict) -> nn.Module:
+    """Run both, and compare all but the weights; returns the plain model."""
+    paths = {
+        "train_data": write_records(folder / "train.jsonl", PREFERENCES),
+        "eval_data": write_records(folder / "eval.jsonl", HELD_OUT),
+        "model_name_or_path": tiny / "model", "output_dir": folder / "out",
+    }  # fmt: skip
+    succeed("step2_reward.main", [*words({**options, **paths}), "--use_margin"], folder, ranks)
+    records, held_out = ([*map(tokens, part)] for part in (PREFERENCES, HELD_OUT))
+    model, lines, centre = train(tiny / "model", records, held_out, options, options["seed"])
+    compare_metrics(folder / "out", lines)
+    config = json.loads((folder / "out/final/config.json").read_text())
     assert (config["reward_mean"], config["reward_std"]) == pytest.approx(centre, rel=1e-5)
+    return model

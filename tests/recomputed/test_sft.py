@@ -1,10 +1,12 @@
 """Step 1 against plain PyTorch."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ranks import succeed
+from tests.recomputed.plain import rate_factor
 from tests.recomputed.plain_sft import Text, train
 from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
 
@@ -30,15 +32,38 @@ def tokens(records: list[tuple[str, str]]) -> list[Text]:
     return [Text(prompt + response, len(prompt)) for prompt, response in rows]
 
 
+def command(tiny: Path, folder: Path, **changes: Any) -> list[str]:
+    """The command line of a run."""
+    files = {
+        name: write_records(folder / f"{name}.jsonl", [{"prompt": p, "completion": c} for p, c in records])
+        for name, records in (("train_data", DEMONSTRATIONS), ("eval_data", HELD_OUT))
+    }
+    paths = {"model_name_or_path": tiny / "model", "output_dir": folder / "out"}
+    return words({**OPTIONS, **files, **paths, **changes})
+
+
+def compare(tiny: Path, output: Path, factors: list[float], evaluations: set[int]) -> None:
+    """Compare a run with shares of the peak learning rate, one per step."""
+    rates = [OPTIONS["learning_rate"] * factor for factor in factors]
+    texts = tokens(DEMONSTRATIONS), tokens(HELD_OUT)
+    model, lines = train(tiny / "model", *texts, OPTIONS, rates, evaluations)
+    compare_metrics(output, lines)
+    compare_weights(output / "final", model)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sft(tiny: Path, tmp_path: Path, ranks: int) -> None:
     """Every step is one epoch of demonstrations of uneven length, one of them too long."""
-    files = {
-        name: write_records(tmp_path / f"{name}.jsonl", [{"prompt": p, "completion": c} for p, c in records])
-        for name, records in (("train_data", DEMONSTRATIONS), ("eval_data", HELD_OUT))
-    }
-    options = {**OPTIONS, **files, "model_name_or_path": tiny / "model", "output_dir": tmp_path / "out"}
-    succeed("step1_sft.main", words(options), tmp_path, ranks)
-    model, lines = train(tiny / "model", tokens(DEMONSTRATIONS), tokens(HELD_OUT), OPTIONS, warmup=1)
-    compare_metrics(tmp_path / "out", lines)
-    compare_weights(tmp_path / "out/final", model)
+    succeed("step1_sft.main", command(tiny, tmp_path), tmp_path, ranks)
+    factors = [rate_factor("cosine", step, 3, warmup=1) for step in range(3)]
+    compare(tiny, tmp_path / "out", factors, {3})
+
+
+def test_resumed_sft(tiny: Path, tmp_path: Path) -> None:
+    """One step, then two more: moments of AdamW stay, and the schedule becomes that of three steps."""
+    schedule = {"lr_scheduler_type": "linear", "warmup_ratio": 0, "save_steps": 1}
+    for steps in (1, 3):
+        words = command(tiny, tmp_path, **schedule, max_steps=steps)
+        succeed("step1_sft.main", words, tmp_path)
+    factors = [1.0, rate_factor("linear", 1, 3), rate_factor("linear", 2, 3)]
+    compare(tiny, tmp_path / "out", factors, {1, 3})
