@@ -89,9 +89,8 @@ def write_data(output_dir: Path, seed: int) -> list[str]:
 
 def build_tokenizer(model_dir: Path, texts: list[str]) -> PreTrainedTokenizerFast:
     """Train SentencePiece on the texts. The chat template uses one token per turn."""
-    written = (
-        io.BytesIO()
-    )  # with a file, SentencePiece would store its name: bytes would depend on the folder
+    # With a file, SentencePiece would store its name: bytes would depend on the folder.
+    written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=written,

@@ -31,7 +31,6 @@ from launch.quickstart.world import gold_score
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 STAGES = ("step1_sft", "step2_reward", "step3_ppo")
 KINDS = (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForCausalLM)
@@ -40,6 +39,10 @@ MAX_RESPONSE_LENGTH = 64
 SHOWN_SAMPLES = 3
 WIDEST_TABLE = 110
 SEED = 0
+CURVES = (
+    ("reward/mean", "reward-model score", "tab:blue"),
+    ("kl/mean", "KL to the SFT model (nats)", "tab:orange"),
+)
 
 
 class SampledAnswer(NamedTuple):
@@ -163,27 +166,21 @@ def compare_checkpoints(folder: Path) -> tuple[dict, list[tuple[SampledAnswer, S
     log_ratio = response_logprobs(ppo, answers["ppo"]) - response_logprobs(sft, answers["ppo"])
     figures["kl"] = log_ratio.mean().item()
     figures["gold_win_rate"] = win_rate(golds["ppo"], golds["sft"])
-    figures["reward_accuracy"] = series(read_jsonl(folder / "step2_reward/metrics.jsonl"), "eval/accuracy")[
-        1
-    ][-1]
+    _, accuracies = series(read_jsonl(folder / "step2_reward/metrics.jsonl"), "eval/accuracy")
+    figures["reward_accuracy"] = accuracies[-1]
     return figures, list(zip(answers["sft"], answers["ppo"], strict=True))
-
-
-def plot_curve(axes: Axes, metrics: list[dict], name: str, label: str, colour: str) -> None:
-    """Plot a metric over PPO steps."""
-    axes.plot(*series(metrics, name), color=colour, linewidth=1.8)
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot(metrics: list[dict], path: Path) -> None:
     """Plot reward (above) and KL to the SFT model (below) over PPO steps."""
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     figure.suptitle("PPO: reward gained, and distance from the SFT model")
-    plot_curve(upper, metrics, "reward/mean", "reward-model score", "tab:blue")
-    plot_curve(lower, metrics, "kl/mean", "KL to the SFT model (nats)", "tab:orange")
-    lower.set_xlabel("PPO step")
+    for axes, (name, label, colour) in zip(panels, CURVES, strict=True):
+        axes.plot(*series(metrics, name), color=colour, linewidth=1.8)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("PPO step")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
