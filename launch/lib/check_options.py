@@ -9,8 +9,8 @@
 
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
@@ -55,10 +55,7 @@ def main() -> None:
 
 def check_command(command: str, words: list[str], check_required: bool = True) -> None:
     """Raise UserError for options that the command refuses. With --help, print the help and exit."""
-    module, _, name = COMMANDS[command].rpartition(".")
-    parse_options(
-        getattr(import_module(module), name), words, f"{example(command)} [options]", check_required
-    )
+    parse_options(resolve_name(COMMANDS[command]), words, f"{example(command)} [options]", check_required)
 
 
 def example(command: str) -> str:

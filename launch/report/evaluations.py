@@ -1,7 +1,7 @@
 """Reports of the evaluation commands as text and pictures."""
 
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from common.runtime.options import reason
@@ -42,10 +42,9 @@ class Evaluation(NamedTuple):
 
 def render_evaluation(evaluation: Evaluation) -> tuple[str, list[Finding], list[str]]:
     """The report as text, the findings of its command, and sentences about unreadable parts."""
-    figures = evaluation.figures
-    module, _, function = evaluation.kind.printer.rpartition(".")
+    figures, printer = evaluation.figures, evaluation.kind.printer
     try:
-        text = getattr(import_module(module), function)(figures) if module else _flat(figures)
+        text = resolve_name(printer)(figures) if printer else _flat(figures)
         return text, [Finding(one["found"], one["advice"]) for one in figures.get("verdicts", [])], []
     except Exception as error:  # noqa: BLE001 - a damaged report raises anything; the user needs the reason
         return "", [], [f"{evaluation.folder / 'report.json'}: cannot be shown: {reason(error)}."]

@@ -2,9 +2,21 @@
 
 import dataclasses
 from functools import cache
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 Known = dict[str, tuple[Any, str]]  # default and help of every option, by name
+# Name, title and options class of each command, and whether it trains.
+ALL = [
+    ("sft", "Step 1: supervised fine-tuning", "step1_sft.options.SFTOptions", True),
+    ("reward", "Step 2: reward model", "step2_reward.options.RewardOptions", True),
+    ("direct", "Step 2: direct preference optimisation", "step2_reward.direct.options.DirectOptions", True),
+    ("ppo", "Step 3: PPO", "step3_ppo.options.PPOOptions", True),
+    ("best_of_n", "Best of n", "step3_ppo.best_of_n.options.SampleOptions", False),
+    ("judge", "Judge", "step2_reward.judge.options.JudgeOptions", False),
+    ("critique", "critique", "step1_sft.options.CritiqueOptions", False),
+    ("sample_pairs", "sampled pairs", "step2_reward.annotate.options.SamplePairsOptions", False),
+]
 LEAST_KNOWN = 0.5  # share of the options in options.json that a command must have
 
 
@@ -26,24 +38,7 @@ def stage_of(options: dict[str, Any]) -> Stage | None:
 @cache
 def stages() -> list[Stage]:
     """All commands that write options.json."""
-    from step1_sft.options import CritiqueOptions, SFTOptions
-    from step2_reward.annotate.options import SamplePairsOptions
-    from step2_reward.direct.options import DirectOptions
-    from step2_reward.judge.options import JudgeOptions
-    from step2_reward.options import RewardOptions
-    from step3_ppo.best_of_n.options import SampleOptions
-    from step3_ppo.options import PPOOptions
-
-    return [
-        Stage("sft", "Step 1: supervised fine-tuning", _defaults(SFTOptions()), trains=True),
-        Stage("reward", "Step 2: reward model", _defaults(RewardOptions()), trains=True),
-        Stage("direct", "Step 2: direct preference optimisation", _defaults(DirectOptions()), trains=True),
-        Stage("ppo", "Step 3: PPO", _defaults(PPOOptions()), trains=True),
-        Stage("best_of_n", "Best of n", _defaults(SampleOptions()), trains=False),
-        Stage("judge", "Judge", _defaults(JudgeOptions()), trains=False),
-        Stage("critique", "critique", _defaults(CritiqueOptions()), trains=False),
-        Stage("sample_pairs", "sampled pairs", _defaults(SamplePairsOptions()), trains=False),
-    ]
+    return [Stage(name, title, _defaults(resolve_name(path)()), trains) for name, title, path, trains in ALL]
 
 
 def _defaults(options: Any) -> Known:
