@@ -25,7 +25,7 @@ from common.ai_feedback.constitution import (
 )
 from common.data.journal import to_lines, work_through
 from common.data.loading import load_examples
-from common.generation.generate import PolicyAnswer, check_generation, load_policy, sample_answers
+from common.generation.generate import PolicyAnswer, fit_prompt_length, load_policy, sample_answers
 from common.model.families import max_positions
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -57,7 +57,7 @@ def main() -> None:
         read_template("revision_template", options.revision_template, REVISION_FIELDS),
     )
     config = policy_config(options.model_name_or_path, "model_name_or_path")
-    check_generation(options, config)
+    options = fit_prompt_length(options, config)
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
     encoder = load_assistant(options)

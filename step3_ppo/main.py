@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from common.data.loading import load_examples
-from common.generation.generate import check_generation
+from common.generation.generate import fit_prompt_length
 from common.model.ema import update_ema_weights
 from common.model.families import check_scalar
 from common.model.loading import load_causal_lm
@@ -59,7 +59,7 @@ def main() -> None:
         options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
     )
     config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
-    check_generation(options, config)
+    options = fit_prompt_length(options, config)
     check_adapters(options.actor_model_name_or_path, options)
     check_folder(options)
     tokenizer = load_tokenizer(options.actor_model_name_or_path)

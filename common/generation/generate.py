@@ -1,7 +1,8 @@
 """Sample responses of a policy to prompts, distributed over the ranks."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ class PlainEngine(nn.Module):
         return 0
 
 
+Options = TypeVar("Options", bound=GenerationOptions)
 PolicyEngine = Engine | PlainEngine  # a policy in training, or from `load_policy`
 
 
@@ -52,8 +54,8 @@ def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> Pol
     return model if frozen else PlainEngine(model)
 
 
-def check_generation(options: GenerationOptions, config: PretrainedConfig) -> None:
-    """Reduce --max_prompt_length so that prompt and response fit into the model's context length.
+def fit_prompt_length(options: Options, config: PretrainedConfig) -> Options:
+    """A copy of the options whose --max_prompt_length leaves room for a response in the model's context.
 
     Raises UserError when no prompt fits, and when the model family does not support sampling.
     """
@@ -65,7 +67,7 @@ def check_generation(options: GenerationOptions, config: PretrainedConfig) -> No
             f"--max_response_length {options.max_response_length}: leaves no room for a prompt"
             f" in the model's context length of {positions} positions"
         )
-    options.max_prompt_length = min(options.max_prompt_length, room)
+    return dataclasses.replace(options, max_prompt_length=min(options.max_prompt_length, room))
 
 
 def prompts_of_rank(prompts: Sequence[list[int]]) -> list[int]:

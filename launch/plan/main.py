@@ -11,6 +11,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from common.generation.generate import fit_prompt_length
+from common.model.loading import load_config
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from launch.plan.memory import total
@@ -50,6 +52,7 @@ def main() -> None:
     try:
         options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
+        options = fit_prompt_length(options, load_config(options.model_name_or_path))
         phases = predict(options)
         print(f"{setting(options)}\n\n{table(phases, options.device)}")
         if options.device == "gpu":

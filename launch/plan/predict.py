@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from common.generation.generate import check_generation
+from common.generation.generate import fit_prompt_length
 from common.model.loading import fit_to_model, load_config
 from common.model.lora import check_targets
 from common.model.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config, offloads
@@ -32,7 +32,7 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
     path, rewards = options.model_name_or_path, options.reward_model_name_or_path
     config = load_config(path)
     options = fit_to_model(options, config)
-    check_generation(options, config)
+    options = fit_prompt_length(options, config)
     check_targets(path, options)
     hidden, targets = config.get_text_config().hidden_size, tuple(options.lora_target_modules)
     zero = _zero(options.zero_config, options, options.learning_rate, hidden)

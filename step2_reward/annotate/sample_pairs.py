@@ -13,7 +13,7 @@ from typing import Any
 
 from common.data.journal import to_lines, work_through
 from common.data.multi_encoder import load_shared_records
-from common.generation.generate import PolicyAnswer, check_generation, load_policy, sample_answers
+from common.generation.generate import PolicyAnswer, fit_prompt_length, load_policy, sample_answers
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import gather_objects, init_distributed, log, rank
@@ -43,7 +43,7 @@ def main() -> None:
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     for path in paths:
-        check_generation(options, policy_config(path, "model_name_or_path"))
+        options = fit_prompt_length(options, policy_config(path, "model_name_or_path"))
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     by_encoder = load_prompts(options, encoders)
     init_distributed()

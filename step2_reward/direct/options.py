@@ -80,6 +80,9 @@ class DirectOptions(TrainOptions):
         "", "Reference policy: a folder or hub name. Default: --model_name_or_path.", resume="model"
     )
 
+    def __post_init__(self) -> None:
+        self.beta = self.beta or self.kind.beta
+
     @property
     def kind(self) -> Kind:
         """Properties of --loss."""
@@ -91,7 +94,7 @@ class DirectOptions(TrainOptions):
         return self.loss != "kto"
 
     def check(self) -> None:
-        """Set the default beta of the loss. Raises UserError for options that contradict each other."""
+        """Raise UserError for options that contradict each other."""
         check_held_out(self)
         defaults = default_values(self)
         for name, losses in LOSSES_OF_OPTION.items():
@@ -100,4 +103,3 @@ class DirectOptions(TrainOptions):
                 raise UserError(
                     f"--{name} {value}: --loss {self.loss} does not take it; allowed: {', '.join(losses)}"
                 )
-        self.beta = self.beta or self.kind.beta

@@ -21,7 +21,7 @@ from common.data.batching import batch_order
 from common.data.examples import Examples
 from common.data.journal import stop_resumably, to_lines
 from common.data.loading import load_examples
-from common.generation.generate import PolicyEngine, check_generation, generate, load_policy, prompts_of_rank
+from common.generation.generate import PolicyEngine, fit_prompt_length, generate, load_policy, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -50,7 +50,7 @@ def main() -> None:
     options = parse_options(BestOfNOptions)
     training = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, training, training.actor_learning_rate)
-    check_generation(options, policy_config(options.model_name_or_path, "model_name_or_path"))
+    options = fit_prompt_length(options, policy_config(options.model_name_or_path, "model_name_or_path"))
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)

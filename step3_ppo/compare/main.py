@@ -16,7 +16,7 @@ from common.data.cache import Convert
 from common.data.columns import Row
 from common.data.loading import load_examples
 from common.data.summary import warn_of_few
-from common.generation.generate import check_generation
+from common.generation.generate import fit_prompt_length
 from common.model.loading import fit_to_model
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_encoders, same_tokenizer
@@ -46,7 +46,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, training, training.actor_learning_rate)
     for path in options.model_name_or_path:
         config = policy_config(path, "model_name_or_path")
-        check_generation(options, config)
+        options = fit_prompt_length(options, config)
         options = fit_to_model(options, config)
     encoder = load_encoder(options.model_name_or_path)
     judges = load_judges(options, encoder)
