@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts, and metrics of rollouts."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -101,12 +102,14 @@ def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
     return {f"kl/quarter_{q + 1}": masked_mean(kl, mask & (quarters == q)).item() for q in range(4)}
 
 
-def speed(rollout: Rollout, seconds: Sequence[float], passes: float) -> dict[str, Mean]:
+def speed(rollout: Rollout, times: Sequence[float], updates: float, options: PPOOptions) -> dict[str, Mean]:
     """Time and tokens per second of the phases: response tokens in the rollout, all tokens in the others.
     Also the useful share of the positions computed in the rollout, without padding and finished responses.
 
-    seconds: of sampling, scoring and training. passes: of training over the rollout.
+    times: before sampling, scoring and training, and at the end. updates: optimiser steps made.
     """
+    seconds = [end - start for start, end in pairwise(times)]
+    passes = options.ppo_epochs * updates / options.updates_per_step  # over the rollout
     tokens = int(rollout.lengths.sum())
     amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes
     useful = tokens - len(rollout.lengths)  # the last token of a response is sampled, but not an input

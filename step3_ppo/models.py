@@ -1,25 +1,31 @@
 """The models of PPO, with as few copies of weights as possible."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from common.generation.generate import fit_prompt_length
 from common.model.engine import make_engine, make_frozen
 from common.model.engine_protocol import Engine
+from common.model.families import check_scalar
 from common.model.loading import initialise_head, load_causal_lm, load_scalar_model
-from common.model.lora import add_adapters
+from common.model.lora import add_adapters, check_adapters
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import RewardModel, load_encoders, load_members, on_device
-from common.model.zero import frozen_config, unpartitioned
+from common.model.roles import check_scalar_model, policy_config
+from common.model.zero import frozen_config, load_zero_config, unpartitioned
 from common.runtime.distributed import log
-from common.text.tokenizer import SegmentEncoder
+from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.export import export_model
+from common.training.run_folder import check_folder
 from step3_ppo.options import PPOOptions
-from step3_ppo.reward_functions import RewardFunction
+from step3_ppo.reward_functions import RewardFunction, load_functions
 
 
 @dataclass
@@ -61,33 +67,78 @@ def without_adapter(engine: Engine) -> Iterator[nn.Module]:
         yield engine
 
 
-def build_models(
-    options: PPOOptions, encoder: SegmentEncoder, reward_encoders: list[SegmentEncoder],
-    functions: list[RewardFunction], gold_function: list[RewardFunction], actor_zero: dict[str, Any],
-    critic_zero: dict[str, Any], iterations: int,
-) -> Models:  # fmt: skip
+@dataclass(frozen=True)
+class ModelSources:
+    """What the models are built from, apart from their weights."""
+
+    functions: list[RewardFunction]
+    gold_function: list[RewardFunction]
+    actor_zero: dict[str, Any]
+    critic_zero: dict[str, Any]
+    encoder: SegmentEncoder  # of the actor
+    reward_encoders: list[SegmentEncoder]  # of each reward model
+
+    @property
+    def same_tokenizer(self) -> bool:
+        """Whether the first reward model has the actor's tokenizer, so that the critic can start from it."""
+        return self.reward_encoders[:1] == [self.encoder]
+
+    @property
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerFast]:
+        """All tokenizers by their names in messages."""
+        names = (f"tokenizer of reward model {number}" for number in range(1, len(self.reward_encoders) + 1))
+        rewards = dict(zip(names, (encoder.tokenizer for encoder in self.reward_encoders), strict=True))
+        return {"tokenizer": self.encoder.tokenizer} | rewards
+
+
+def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
+    """Check functions, ZeRO configurations, models and output directory before any weights are loaded.
+
+    Returns the options with a --max_prompt_length that fits. Raises UserError.
+    """
+    functions = load_functions(options.reward_function, "reward_function")
+    gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
+    if options.gold_reward_model:
+        check_scalar_model(options.gold_reward_model, "gold_reward_model")
+    actor_zero, critic_zero = (
+        load_zero_config(path or options.zero_config, options, learning_rate)
+        for path, learning_rate in (
+            (options.actor_zero_config, options.actor_learning_rate),
+            (options.critic_zero_config, options.critic_learning_rate),
+        )
+    )
+    config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
+    options = fit_prompt_length(options, config)
+    check_adapters(options.actor_model_name_or_path, options)
+    check_folder(options)
+    encoder = SegmentEncoder(load_tokenizer(options.actor_model_name_or_path))
+    reward_encoders = load_encoders(options, encoder)
+    sources = ModelSources(functions, gold_function, actor_zero, critic_zero, encoder, reward_encoders)
+    if options.has_critic and not sources.same_tokenizer:
+        check_scalar(config)  # the critic starts from the actor's model
+    return options, sources
+
+
+def build_models(options: PPOOptions, sources: ModelSources, iterations: int) -> Models:
     """Load all models. iterations: length of the learning-rate schedules; that of the actor starts after the
     critic's warm-up.
     """
-    tokenizer = encoder.tokenizer
+    encoder, actor_zero, critic_zero = sources.encoder, sources.actor_zero, sources.critic_zero
     has_adapters = options.lora_rank > 0
-    shares_reward = has_adapters and options.has_critic and reward_encoders == [encoder]
+    shares_reward = has_adapters and options.has_critic and sources.reward_encoders == [encoder]
 
     reference, rewards = None, []
     if not has_adapters:
         zero = frozen_config(actor_zero, options.offload_frozen)
-        base = load_causal_lm(options.actor_model_name_or_path, tokenizer, zero or unpartitioned(actor_zero))
+        base = load_actor(options, sources, zero)
         reference = make_frozen(base, zero, options.offload_frozen)
     if not shares_reward:
-        rewards = load_members(options, reward_encoders, critic_zero, options.offload_frozen)
+        rewards = load_members(options, sources.reward_encoders, critic_zero, options.offload_frozen)
 
-    actor = load_causal_lm(options.actor_model_name_or_path, tokenizer, actor_zero)
-    actor = add_adapters(actor, options, options.seed)
+    actor = add_adapters(load_actor(options, sources, actor_zero), options, options.seed)
     critic = None
     if options.has_critic:
-        same_tokenizer = reward_encoders[:1] == [encoder]
-        critic = load_critic(options, tokenizer, critic_zero, same_tokenizer)
-        critic = add_adapters(critic, options, options.seed)
+        critic = add_adapters(load_critic(options, sources, critic_zero), options, options.seed)
     actor_iterations = max(iterations - options.critic_warmup_steps, 1)
     actor = make_trained(
         actor, actor_zero, options, options.actor_gradient_checkpointing, options.actor_learning_rate,
@@ -101,11 +152,13 @@ def build_models(
     if shares_reward:
         rewards = [RewardModel(encoder, partial(without_adapter, critic))]
     gold = None
-    if options.gold_reward_model or gold_function:
+    if options.gold_reward_model or sources.gold_function:
         single = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
-        encoders = load_encoders(single, encoder, *reward_encoders)
-        gold = Scorer(load_members(single, encoders, critic_zero, offload=True), gold_function, single)
-    return Models(actor, critic, reference, Scorer(rewards, functions, options), gold, encoder)
+        encoders = load_encoders(single, encoder, *sources.reward_encoders)
+        members = load_members(single, encoders, critic_zero, offload=True)
+        gold = Scorer(members, sources.gold_function, single)
+    scorer = Scorer(rewards, sources.functions, options)
+    return Models(actor, critic, reference, scorer, gold, encoder)
 
 
 def make_trained(
@@ -117,13 +170,22 @@ def make_trained(
     return make_engine(model, zero, own, learning_rate, iterations * options.updates_per_step)
 
 
+def load_actor(
+    options: PPOOptions, sources: ModelSources, zero: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The initial actor, partitioned if the DeepSpeed configuration is at stage 3; None: a full copy."""
+    zero = zero or unpartitioned(sources.actor_zero)
+    return load_causal_lm(options.actor_model_name_or_path, sources.encoder.tokenizer, zero)
+
+
 def load_critic(
-    options: PPOOptions, tokenizer: PreTrainedTokenizerFast, zero: dict[str, Any], same_tokenizer: bool
+    options: PPOOptions, sources: ModelSources, zero: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The initial critic: the first reward model, if it has the actor's tokenizer; else the SFT model with a
     zero head.
     """
-    if same_tokenizer:
+    zero, tokenizer = zero or unpartitioned(sources.critic_zero), sources.encoder.tokenizer
+    if sources.same_tokenizer:
         log("critic: starts from the reward model")
         return load_scalar_model(options.reward_model_name_or_path[0], tokenizer, zero)
     has_model = bool(options.reward_model_name_or_path)
@@ -132,3 +194,16 @@ def load_critic(
     critic = load_scalar_model(options.actor_model_name_or_path, tokenizer, zero)
     initialise_head(critic, std=0.0)
     return critic
+
+
+def export_models(
+    models: Models, options: PPOOptions, sources: ModelSources, folder: Path, average: Mapping[str, Tensor]
+) -> None:
+    """Write final/, with --ema_decay final_ema/, and with a critic final_critic/. average: EMA weights."""
+    tokenizer, load_base = sources.encoder.tokenizer, partial(load_actor, options, sources)
+    export_model(models.actor, tokenizer, folder / "final", load_base)
+    if options.ema_decay:
+        export_model(models.actor, tokenizer, folder / "final_ema", load_base, average)
+    if models.critic:
+        load_base = partial(load_critic, options, sources)
+        export_model(models.critic, tokenizer, folder / "final_critic", load_base)

@@ -18,6 +18,7 @@ from common.runtime.options import world_size
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import MaskedText, fit_demonstration
 from step3_ppo.options import PPOOptions
+from step3_ppo.state import PPOState
 
 
 def load_texts(options: PPOOptions, encoder: SegmentEncoder) -> Examples[MaskedText] | None:
@@ -31,12 +32,12 @@ def load_texts(options: PPOOptions, encoder: SegmentEncoder) -> Examples[MaskedT
 
 
 class PretrainingMix:
-    """One batch of demonstrations per actor update, in endless shuffled order, starting at batch `start`."""
+    """One batch of demonstrations per actor update, in endless shuffled order; the state counts them."""
 
-    def __init__(self, texts: Sequence[MaskedText], options: PPOOptions, start: int) -> None:
-        lengths = [len(text.ids) for text in texts]
-        self._texts, self._options, self.taken = texts, options, start
-        self._order = batch_order(lengths, options.global_batch_size, options.seed, start, grouped=True)
+    def __init__(self, texts: Sequence[MaskedText], options: PPOOptions, state: PPOState) -> None:
+        self._texts, self._options, self._state = texts, options, state
+        lengths, size = [text.length for text in texts], options.global_batch_size
+        self._order = batch_order(lengths, size, options.seed, state.ptx_batches, grouped=True)
 
     def add_gradients(self, actor: Engine) -> Tensor:
         """Accumulate the gradients of the next batch; returns this rank's share of its loss.
@@ -44,7 +45,7 @@ class PretrainingMix:
         The loss is the mean over the response tokens of the batch. Source: Ouyang et al. 2022, eq. 2.
         """
         options, rows = self._options, [self._texts[i] for i in next(self._order)]
-        self.taken += 1
+        self._state.ptx_batches += 1
         tokens = sum(sum(row.is_response[1:]) for row in rows)
         lengths = [len(row.ids) for row in rows]
         total = torch.zeros((), device=device())

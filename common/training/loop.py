@@ -127,6 +127,7 @@ class TrainingLoop:
 
     def log_evaluation(self, metrics: dict[str, float], shown: list[str]) -> bool:
         """Write the metrics of an evaluation; true if --best_metric is the best so far."""
+        self.state.unevaluated = False
         self.writer.log(self.state.step, metrics, shown)
         return self.state.is_best(self._options.best_metric, metrics)
 
