@@ -6,8 +6,6 @@ Trains the SFT model with a scalar head to score preferred responses higher.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -20,11 +18,7 @@ from common.model.loading import fit_to_model, load_scalar_model
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import backbone_config
 from common.model.zero import load_zero_config, unpartitioned
-from common.runtime.distributed import (
-    log,
-    rank,
-    sum_over_ranks,
-)
+from common.runtime.distributed import rank, sum_over_ranks
 from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import Stopped, run_main, stop_anywhere, stop_between_steps
@@ -34,17 +28,10 @@ from common.training.loop import TrainingLoop
 from common.training.means import Mean
 from common.training.metrics import peak_memory_gib
 from common.training.run_folder import check_folder
-from step2_reward.data import (
-    Layout,
-    Preference,
-    Response,
-    check_margins,
-    collate,
-    tokenize_preference,
-    tokenize_response,
-)
+from step2_reward.centring import centre, load_centre_rows, set_centre
+from step2_reward.data import Layout, Preference, check_margins, collate, tokenize_preference
 from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
-from step2_reward.evaluation.scores import evaluate, score_pairs, score_statistics
+from step2_reward.evaluation.scores import evaluate, score_pairs
 from step2_reward.lm_regulariser import best_response_logits, check_language_model, load_language_head
 from step2_reward.loss import centring_loss, language_loss, pairwise_loss
 from step2_reward.options import RewardOptions
@@ -167,38 +154,6 @@ def train_step(
         "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
     }
-
-
-def centre(engine: Engine, rows: list[list[int]], options: RewardOptions) -> bool:
-    """Normalise the scores so that these rows have mean 0 and standard deviation 1.
-
-    Returns False when a stop was requested first.
-    """
-    statistics = score_statistics(engine, rows, options.micro_batch_size, options.output_dir)
-    if statistics is None:
-        return False
-    mean, std = statistics
-    set_centre(engine.module, mean, std)
-    log(f"scores of {len(rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
-    return True
-
-
-def set_centre(model: nn.Module, mean: float, std: float) -> None:
-    model.config.reward_mean, model.config.reward_std = mean, std
-
-
-def load_centre_rows(
-    options: RewardOptions, encoder: SegmentEncoder, train: Sequence[Preference]
-) -> list[list[int]]:
-    """Load the token ids of the responses whose mean score becomes 0."""
-    if not options.demonstration_data:
-        return [train[i].chosen_ids for i in range(min(len(train), options.max_centre_samples))]
-    convert = partial(
-        tokenize_response, encoder=encoder, max_length=options.max_length, overlong=options.overlong
-    )
-    unsplit = replace(options, eval_data=[], eval_fraction=0.0, data_split="")
-    rows, _ = load_examples(options.demonstration_data, unsplit, Response, convert)
-    return [row.ids for row in rows.take(slice(options.max_centre_samples))]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 import json
 
+from step2_reward.centring import load_centre_rows
 from step2_reward.data import Preference
-from step2_reward.main import load_centre_rows
 from step2_reward.options import RewardOptions
 from tests.word_encoder import EOS, WordEncoder
 
