@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.runtime.options import InferenceOptions, option
+from common.runtime.options import InferenceOptions, RankOptions, option
 
 SHIPPED = Path(__file__).parent / "templates"
 
 
 @dataclass
-class ConstitutionOptions(InferenceOptions):
+class ConstitutionOptions(InferenceOptions, RankOptions):
     """Model and principles."""
 
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
@@ -28,10 +28,3 @@ class ConstitutionOptions(InferenceOptions):
     )
     seed: int = option(0, "Seed for principles and sampling.", at_least=0)
     skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")
-    timeout_minutes: float = option(
-        30.0,
-        "Minutes that a rank waits for the slowest one before it fails.",
-        above=0,
-        at_most=525_600,
-        resume="free",
-    )

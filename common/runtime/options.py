@@ -56,7 +56,20 @@ BEST_METRIC = "Save the model with the best value of this metric in best/, and k
 
 
 @dataclass
-class RunOptions:
+class RankOptions:
+    """Ranks."""
+
+    timeout_minutes: float = option(
+        30.0,
+        "Timeout of collectives: how long a rank waits for the slowest one.",
+        above=0,
+        at_most=525_600,
+        resume="free",
+    )
+
+
+@dataclass
+class RunOptions(RankOptions):
     """Run length, outputs and intervals."""
 
     output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.", resume="free")
@@ -100,13 +113,6 @@ class RunOptions:
         20,
         "Stop after this many consecutive steps skipped for non-finite gradients.",
         at_least=1,
-        resume="free",
-    )
-    timeout_minutes: float = option(
-        30.0,
-        "Timeout of collectives: how long a rank waits for the slowest one.",
-        above=0,
-        at_most=525_600,
         resume="free",
     )
 

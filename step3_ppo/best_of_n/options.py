@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 from common.generation.options import GenerationOptions, PromptDataOptions
 from common.model.options import EnsembleOptions
-from common.runtime.options import InferenceOptions, UserError, option
+from common.runtime.options import InferenceOptions, RankOptions, UserError, option
 
 
 @dataclass
-class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, InferenceOptions):
+class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, InferenceOptions, RankOptions):
     """Sampling. These options determine samples.jsonl; a folder sampled with others is refused."""
 
     stage: ClassVar[int] = 3
@@ -34,13 +34,6 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, Infer
     )
     output_dir: str = option("output/best_of_n", "Folder for samples.jsonl and the selection.", resume="free")
     seed: int = option(0, "Seed of sampling and of random pairs.", at_least=0)
-    timeout_minutes: float = option(
-        30.0,
-        "Minutes that a rank waits for the slowest one before it fails.",
-        above=0,
-        at_most=525_600,
-        resume="free",
-    )
 
 
 @dataclass
