@@ -1,16 +1,20 @@
 """Tokenised demonstrations with a mask of trained tokens."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 
 from common.data.batching import pad_rows
+from common.data.examples import Examples
+from common.data.loading import load_examples
 from common.runtime.distributed import device
 from common.text.record_formats import Record
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped, fit_demonstration
+from step1_sft.options import SFTOptions
 
 
 class Demonstration(NamedTuple):
@@ -36,6 +40,17 @@ class Batch(NamedTuple):
     positions: Tensor  # (B, T) bool
     labels: Tensor  # (N,) trained tokens, row by row
     position_ids: Tensor | None  # (B, T) restart at 0 with each demonstration; None without packed rows
+
+
+def load_demonstrations(
+    options: SFTOptions, encoder: SegmentEncoder
+) -> tuple[Examples[Demonstration], list[Demonstration]]:
+    """Load training and held-out demonstrations. Raises UserError."""
+    convert = partial(
+        tokenize_demonstration, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
+        loss_on=options.loss_on,
+    )  # fmt: skip
+    return load_examples(options.train_data, options, Demonstration, convert)
 
 
 def tokenize_demonstration(

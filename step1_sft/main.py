@@ -8,7 +8,6 @@ Trains a pretrained causal language model to maximise the likelihood of the resp
 import time
 from functools import partial
 
-from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
 from common.model.engine_protocol import Engine
 from common.model.forward import base_model, logits_and_balance, pad_token_id
@@ -27,7 +26,7 @@ from common.training.loop import TrainingLoop
 from common.training.means import Mean
 from common.training.metrics import peak_memory_gib, training_flops, utilisation
 from common.training.run_folder import check_folder
-from step1_sft.data import Demonstration, collate, tokenize_demonstration
+from step1_sft.data import Demonstration, collate, load_demonstrations
 from step1_sft.evaluate import answers_as_markdown, evaluate, greedy_answers
 from step1_sft.loss import sft_loss
 from step1_sft.options import SFTOptions
@@ -44,11 +43,7 @@ def main() -> None:
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
-    convert = partial(
-        tokenize_demonstration, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
-        loss_on=options.loss_on,
-    )  # fmt: skip
-    train, held_out = load_examples(options.train_data, options, Demonstration, convert)
+    train, held_out = load_demonstrations(options, encoder)
     loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
 
     # 2. Load the model and resume.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, chain, combinations
 from operator import itemgetter
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from common.data.batching import pad_rows
 from common.data.examples import Examples
+from common.data.loading import load_examples
 from common.runtime.distributed import device, log
 from common.runtime.options import UserError
 from common.text.conversation import Segment
@@ -105,6 +107,19 @@ class Batch(NamedTuple):
     weights: Tensor  # (P,) 1 / pairs of the record, so that all records weigh the same
     targets: Tensor  # (P,) probability that the label is right: 1, less for a soft label, 1/2 for a tie
     share_prompts: bool  # whether a row may hold several responses
+
+
+def load_preferences(
+    options: RewardOptions, encoder: SegmentEncoder
+) -> tuple[Examples[Preference], list[Preference]]:
+    """Load training and held-out preferences. Raises UserError."""
+    convert = partial(
+        tokenize_preference, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
+        use_margin=options.use_margin,
+    )  # fmt: skip
+    train, held_out = load_examples(options.train_data, options, Preference, convert)
+    check_margins(options, train, held_out)
+    return train, held_out
 
 
 def tokenize_preference(

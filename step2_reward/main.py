@@ -11,7 +11,6 @@ from functools import partial
 from torch import nn
 
 from common.data.batching import deal
-from common.data.loading import load_examples
 from common.model.engine import backward_and_step, make_engine
 from common.model.engine_protocol import Engine
 from common.model.loading import fit_to_model, load_scalar_model
@@ -29,7 +28,7 @@ from common.training.means import Mean
 from common.training.metrics import peak_memory_gib
 from common.training.run_folder import check_folder
 from step2_reward.centring import centre, load_centre_rows, set_centre
-from step2_reward.data import Layout, Preference, check_margins, collate, tokenize_preference
+from step2_reward.data import Layout, Preference, collate, load_preferences
 from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
 from step2_reward.evaluation.scores import evaluate, score_pairs
 from step2_reward.lm_regulariser import best_response_logits, check_language_model, load_language_head
@@ -49,12 +48,7 @@ def main() -> None:
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     encoder = SegmentEncoder(tokenizer)
-    convert = partial(
-        tokenize_preference, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
-        use_margin=options.use_margin,
-    )  # fmt: skip
-    train, held_out = load_examples(options.train_data, options, Preference, convert)
-    check_margins(options, train, held_out)
+    train, held_out = load_preferences(options, encoder)
     centre_rows = load_centre_rows(options, encoder, train)
     golden = None
     if options.golden_data:
