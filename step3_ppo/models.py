@@ -86,9 +86,10 @@ class ModelSources:
     @property
     def tokenizers(self) -> dict[str, PreTrainedTokenizerFast]:
         """All tokenizers by their names in messages."""
-        names = (f"tokenizer of reward model {number}" for number in range(1, len(self.reward_encoders) + 1))
-        rewards = dict(zip(names, (encoder.tokenizer for encoder in self.reward_encoders), strict=True))
-        return {"tokenizer": self.encoder.tokenizer} | rewards
+        rewards = {
+            f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(self.reward_encoders, 1)
+        }
+        return {"tokenizer": self.encoder.tokenizer, **rewards}
 
 
 def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
@@ -100,12 +101,11 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
     if options.gold_reward_model:
         check_scalar_model(options.gold_reward_model, "gold_reward_model")
-    actor_zero, critic_zero = (
-        load_zero_config(path or options.zero_config, options, learning_rate)
-        for path, learning_rate in (
-            (options.actor_zero_config, options.actor_learning_rate),
-            (options.critic_zero_config, options.critic_learning_rate),
-        )
+    actor_zero = load_zero_config(
+        options.actor_zero_config or options.zero_config, options, options.actor_learning_rate
+    )
+    critic_zero = load_zero_config(
+        options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
     )
     config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
     options = fit_prompt_length(options, config)
