@@ -42,8 +42,9 @@ def main() -> None:
     )
     train, held_out = load_examples(options.prompt_data, options, Prompt, convert)
     texts = load_texts(options, encoder)
+    prompts_per_step = options.rollout_batch_size // options.samples_per_prompt
     loop = TrainingLoop(
-        options, train, held_out, sources.tokenizers, options.prompts_per_step, by_length=False,
+        options, train, held_out, sources.tokenizers, prompts_per_step, by_length=False,
         patience=options.early_stopping,
     )  # fmt: skip
 

@@ -195,10 +195,6 @@ class PPOOptions(
         return self.advantage_estimator == "gae"
 
     @property
-    def prompts_per_step(self) -> int:
-        return self.rollout_batch_size // self.samples_per_prompt
-
-    @property
     def updates_per_step(self) -> int:
         """Optimiser steps of an iteration, unless --max_update_kl ends it earlier."""
         return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
