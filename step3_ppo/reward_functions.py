@@ -107,7 +107,7 @@ def _load(source: str, option: str) -> RewardFunction:
             call = getattr(_module(path.resolve()), name, None)
     except Stopped:
         raise
-    except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
+    except BaseException as error:  # the user's own code, which may even exit
         raise UserError(f"--{option} {path}: {_line(error)}") from error
     if not callable(call):
         raise UserError(f"--{option} {source}: {path} has no function {name}")
@@ -140,7 +140,7 @@ def _call(function: RewardFunction, inputs: Inputs) -> list[float]:
             return _call_and_check(function, inputs) if count else []
     except (UserError, Stopped):
         raise
-    except BaseException as error:  # noqa: BLE001 - the user's own code, which may even exit
+    except BaseException as error:  # the user's own code, which may even exit
         raise UserError(f"{function.title}: {_line(error)}; {_culprit(function, inputs, error)}") from error
     finally:
         is_done.set()

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401 - imported once, before the forks
+import deepspeed
 import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
 import peft  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 import transformers  # noqa: F401
 
 from common.runtime.process import run_main
@@ -107,7 +107,7 @@ def _rank(module: str, options: list[str], log: Path, rank: int, ranks: int, por
         run_main(importlib.import_module(module).main)
     except SystemExit as stop:
         code = stop.code or 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the end of the process
         import traceback
 
         traceback.print_exc()

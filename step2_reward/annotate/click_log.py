@@ -117,7 +117,7 @@ def open_log(output: Path) -> BinaryIO:
             f"--output {output}: exists, but its click log {path.name} is missing; choose another"
         )
     try:
-        file = path.open("a+b", buffering=0)  # noqa: SIM115 - open and locked until the process ends
+        file = path.open("a+b", buffering=0)  # open and locked until the process ends
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(

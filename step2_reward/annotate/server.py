@@ -56,27 +56,7 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
         facts = {"rater": rater, "done": len(answered), "total": len(order), "skipped": skipped}
         return {**facts, "notice": notice, "pair": pair and pair_view(pair, left_of(pair, rater))}
 
-    @app.before_request
-    def check() -> None:
-        if not is_own_host(request.host):
-            abort(403, f"{request.host} is not a name of this machine; open the page by its IP address")
-        if request.endpoint != "static":
-            sent = request.args.get("token", "") if request.method == "GET" else field("token")
-            if not hmac.compare_digest(sent.encode(errors="replace"), token.encode()):
-                abort(403, "The address has no valid token; open the address that was printed")
-
-    @app.after_request
-    def harden(response: Response) -> Response:
-        response.headers.update(HEADERS)
-        return response
-
-    @app.errorhandler(HTTPException)
-    def explain(error: HTTPException) -> Response:
-        return Response(error.description, error.code, mimetype="text/plain")
-
-    @app.errorhandler(OSError)
-    def report(error: OSError) -> Response:
-        return Response(f"{store.path}: {error.strerror}", 507, mimetype="text/plain")
+    _guard(app, store, token)
 
     @app.get("/")
     def page() -> Response:
@@ -110,6 +90,32 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
         return state(rater, f"Undone: {CHOICE_NAMES[side]}", by_id[undone.pair])
 
     return app
+
+
+def _guard(app: Flask, store: Store, token: str) -> None:
+    """Refuse requests without the token or by another host name; send errors as one line of text."""
+
+    @app.before_request
+    def check() -> None:
+        if not is_own_host(request.host):
+            abort(403, f"{request.host} is not a name of this machine; open the page by its IP address")
+        if request.endpoint != "static":
+            sent = request.args.get("token", "") if request.method == "GET" else field("token")
+            if not hmac.compare_digest(sent.encode(errors="replace"), token.encode()):
+                abort(403, "The address has no valid token; open the address that was printed")
+
+    @app.after_request
+    def harden(response: Response) -> Response:
+        response.headers.update(HEADERS)
+        return response
+
+    @app.errorhandler(HTTPException)
+    def explain(error: HTTPException) -> Response:
+        return Response(error.description, error.code, mimetype="text/plain")
+
+    @app.errorhandler(OSError)
+    def report(error: OSError) -> Response:
+        return Response(f"{store.path}: {error.strerror}", 507, mimetype="text/plain")
 
 
 def field(name: str) -> str:

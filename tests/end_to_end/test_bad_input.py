@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.ranks import run_stage
 from tests.stages import (
-    ZERO,  # noqa: F401 - run and world are fixtures
-    ppo,  # noqa: F401 - run and world are fixtures
-    reward,  # noqa: F401 - run and world are fixtures
-    sft,  # noqa: F401 - run and world are fixtures
+    ZERO,
+    ppo,
+    reward,
+    sft,
 )
 
 GOOD = {"prompt": "Hello!", "completion": "Of course!"}

@@ -18,9 +18,9 @@ from tests.end_to_end.test_failures import STOPPED
 from tests.end_to_end.test_launch import LAUNCH, bash
 from tests.ranks import run_stage, start_stage, succeed
 from tests.stages import (
-    ZERO,  # noqa: F401 - run and world are fixtures
-    reward,  # noqa: F401 - run and world are fixtures
-    sft,  # noqa: F401 - run and world are fixtures
+    ZERO,
+    reward,
+    sft,
 )
 
 MODULE = "step3_ppo.best_of_n.main"

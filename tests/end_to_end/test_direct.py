@@ -18,11 +18,11 @@ from tests.end_to_end.test_bad_input import check_refusal
 from tests.end_to_end.test_resume import STOPPED, assert_same_end, stop_after, zero_config
 from tests.ranks import run_stage, start_stage, succeed
 from tests.stages import (
-    CLOSE,  # noqa: F401 - two are fixtures
-    LORA,  # noqa: F401 - two are fixtures
-    ZERO,  # noqa: F401 - two are fixtures
-    metrics,  # noqa: F401 - two are fixtures
-    reward,  # noqa: F401 - two are fixtures
+    CLOSE,
+    LORA,
+    ZERO,
+    metrics,
+    reward,
 )
 
 MAIN = "step2_reward.direct.main"

@@ -13,10 +13,10 @@ import step3_ppo.main
 from common.text.segments import find_prompt
 from tests.ranks import run_stage, succeed
 from tests.stages import (
-    LORA,  # noqa: F401 - run and world are fixtures
-    ZERO,  # noqa: F401 - run and world are fixtures
-    metrics,  # noqa: F401 - run and world are fixtures
-    ppo,  # noqa: F401 - run and world are fixtures
+    LORA,
+    ZERO,
+    metrics,
+    ppo,
 )
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from tests.ranks import run_stage, succeed
 from tests.stages import (
-    LORA,  # noqa: F401 - fixtures
-    metrics,  # noqa: F401 - fixtures
-    ppo,  # noqa: F401 - fixtures
+    LORA,
+    metrics,
+    ppo,
 )
 
 FUNCTIONS = """

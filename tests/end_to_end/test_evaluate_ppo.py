@@ -13,8 +13,8 @@ from tests.end_to_end.test_bad_input import check_refusal
 from tests.end_to_end.test_launch import bash
 from tests.ranks import succeed
 from tests.stages import (
-    ZERO,  # noqa: F401 - run and world are fixtures
-    metrics,  # noqa: F401 - run and world are fixtures
+    ZERO,
+    metrics,
     ppo,  # noqa: F401 - run and world are fixtures
 )
 

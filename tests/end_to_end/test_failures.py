@@ -24,11 +24,11 @@ from tests.end_to_end.test_launch import LAUNCH
 from tests.end_to_end.test_resume import STOPPED, checkpoints, steps_of, zero_config
 from tests.ranks import run_stage, start_stage, succeed
 from tests.stages import (
-    metrics,  # noqa: F401 - run and world are fixtures
-    ppo,  # noqa: F401 - run and world are fixtures
-    reward,  # noqa: F401 - run and world are fixtures
-    sft,  # noqa: F401 - run and world are fixtures
-    timeless,  # noqa: F401 - run and world are fixtures
+    metrics,
+    ppo,
+    reward,
+    sft,
+    timeless,
 )
 
 OVERFLOW = 1e39  # a number in JSON, infinite in fp32

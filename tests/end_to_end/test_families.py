@@ -39,11 +39,11 @@ from common.model.families import check_policy, check_sampling, check_scalar
 from common.runtime.options import UserError
 from tests.ranks import run_stage, succeed
 from tests.stages import (
-    LORA,  # noqa: F401 - world is a fixture
-    metrics,  # noqa: F401 - world is a fixture
-    ppo,  # noqa: F401 - world is a fixture
-    reward,  # noqa: F401 - world is a fixture
-    sft,  # noqa: F401 - world is a fixture
+    LORA,
+    metrics,
+    ppo,
+    reward,
+    sft,
 )
 
 SHAPE = {

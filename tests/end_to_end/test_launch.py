@@ -13,8 +13,8 @@ from launch.lib.supervise import Log, ending
 from tests.conftest import REPOSITORY
 from tests.ranks import run_stage
 from tests.stages import (
-    metrics,  # noqa: F401 - world is a fixture
-    sft,  # noqa: F401 - world is a fixture
+    metrics,
+    sft,
 )
 
 LAUNCH = REPOSITORY / "launch"

@@ -15,14 +15,14 @@ from transformers import AutoTokenizer
 from common.training.train_state import TrainState
 from tests.ranks import Result, run_stage, start_stage, succeed
 from tests.stages import (
-    CLOSE,  # noqa: F401
-    LORA,  # noqa: F401
-    ZERO,  # noqa: F401
-    metrics,  # noqa: F401
-    ppo,  # noqa: F401
-    reward,  # noqa: F401
-    sft,  # noqa: F401
-    timeless,  # noqa: F401
+    CLOSE,
+    LORA,
+    ZERO,
+    metrics,
+    ppo,
+    reward,
+    sft,
+    timeless,
 )
 
 STAGES = {"sft": "step1_sft.main", "reward": "step2_reward.main", "ppo": "step3_ppo.main"}

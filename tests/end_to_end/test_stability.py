@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ranks import run_stage, succeed
 from tests.stages import (
-    LORA,  # noqa: F401 - fixtures
-    ZERO,  # noqa: F401 - fixtures
-    metrics,  # noqa: F401 - fixtures
-    ppo,  # noqa: F401 - fixtures
+    LORA,
+    ZERO,
+    metrics,
+    ppo,
 )
 
 FUNCTIONS = """

@@ -16,7 +16,7 @@ from step1_sft.options import CritiqueOptions
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import start_stage, succeed
 from tests.stages import common as common_options
-from tests.stages import sft  # noqa: F401 - world is a fixture
+from tests.stages import sft
 
 
 class Script(Assistant):

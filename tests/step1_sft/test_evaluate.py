@@ -18,7 +18,7 @@ from step1_sft.evaluate import check_output, greedy_answers, response_bytes
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.end_to_end.test_launch import bash
 from tests.ranks import succeed
-from tests.stages import ZERO  # noqa: F401 - world is a fixture
+from tests.stages import ZERO
 
 TURNS = [
     {"role": "user", "content": "Hello!"},

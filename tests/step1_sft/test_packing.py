@@ -22,10 +22,10 @@ from tests.conftest import assert_close
 from tests.end_to_end.test_families import COMPLETE
 from tests.ranks import run_stage, succeed
 from tests.stages import (
-    LORA,  # noqa: F401 - world is a fixture
-    ZERO,  # noqa: F401 - world is a fixture
-    metrics,  # noqa: F401 - world is a fixture
-    sft,  # noqa: F401 - world is a fixture
+    LORA,
+    ZERO,
+    metrics,
+    sft,
 )
 from tests.word_encoder import EOS, PAD
 

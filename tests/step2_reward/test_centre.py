@@ -11,8 +11,8 @@ from step2_reward.evaluation import scores
 from tests.end_to_end.test_resume import STOPPED, assert_same_end, checkpoints
 from tests.ranks import run_stage, succeed
 from tests.stages import (
-    metrics,  # noqa: F401 - world is a fixture
-    reward,  # noqa: F401 - world is a fixture
+    metrics,
+    reward,
 )
 
 MAIN = "step2_reward.main"

@@ -12,7 +12,7 @@ from step2_reward.loss import language_loss
 from step2_reward.shared_prompt import pair_scores_and_states
 from tests.conftest import assert_close
 from tests.end_to_end.test_bad_input import check_refusal
-from tests.stages import reward  # noqa: F401 - run and world are fixtures
+from tests.stages import reward
 
 ROWS = [
     Preference([1, 7, 8], [20, 21, 2, 30, 2, 31, 32, 33, 2], [3, 2, 4], [0.0, 1.0, 1.0]),

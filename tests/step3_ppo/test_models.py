@@ -11,10 +11,10 @@ from common.model import reward_ensemble as ensemble
 from step3_ppo.models import build_models
 from tests.ranks import succeed
 from tests.stages import (
-    CLOSE,  # noqa: F401 - run and world are fixtures
-    ZERO,  # noqa: F401 - run and world are fixtures
-    metrics,  # noqa: F401 - run and world are fixtures
-    ppo,  # noqa: F401 - run and world are fixtures
+    CLOSE,
+    ZERO,
+    metrics,
+    ppo,
 )
 
 SHOWN = ["reward/mean", "kl/mean", "policy/loss", "value/loss", "eval/score"]

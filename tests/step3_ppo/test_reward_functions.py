@@ -13,7 +13,7 @@ from step3_ppo import reward_functions as module
 from step3_ppo.reward_functions import function_scores, load_functions
 from tests.end_to_end.test_resume import assert_same_end
 from tests.ranks import run_stage, succeed
-from tests.stages import ppo  # noqa: F401 - fixtures
+from tests.stages import ppo
 
 RECORDS = [{"prompt": str(row)} for row in range(4)]
 

@@ -61,7 +61,7 @@ def test_numbers_and_dates_keep_the_types_of_the_format(tmp_path):
     records = [{"a": 1, "b": 2.5, "c": True, "d": [1, "x"], "e": {"f": [None]}}]
     (tmp_path / "a.json").write_text(json.dumps(records))
     assert read(tmp_path / "a.json") == records
-    day = datetime.datetime(2024, 1, 2)  # noqa: DTZ001 - Parquet stores it without a zone
+    day = datetime.datetime(2024, 1, 2)
     assert read(write_parquet(tmp_path / "a.parquet", [{"n": 3, "day": day}])) == [{"n": 3, "day": day}]
 
 

@@ -15,8 +15,8 @@ from step2_reward.evaluation import main as evaluate
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.ranks import succeed
 from tests.stages import (
-    metrics,  # noqa: F401 - run and world are fixtures
-    reward,  # noqa: F401 - run and world are fixtures
+    metrics,
+    reward,
 )
 
 

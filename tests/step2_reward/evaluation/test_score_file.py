@@ -19,9 +19,9 @@ from step2_reward.options import ScoreOptions
 from tests.common.text.test_chat_templates import CHATML, make_encoder
 from tests.end_to_end.test_ensemble import keep_scores, make_other
 from tests.end_to_end.test_launch import bash
-from tests.end_to_end.test_stages import succeed  # noqa: F401 - run and world are fixtures
+from tests.end_to_end.test_stages import succeed
 from tests.ranks import Result, run_stage, start_stage
-from tests.stages import ppo  # noqa: F401 - run and world are fixtures
+from tests.stages import ppo
 from tests.word_encoder import EOS, WordEncoder
 
 
