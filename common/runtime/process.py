@@ -31,6 +31,7 @@ CLEAN_UP = 20.0  # seconds for an interrupted rank to remove temporary files
 PREPARING = "Stopped during preparation; nothing to save. Run the same command to start again."
 UNWRITTEN = "Stopped; no results were written. Run the same command to start again."
 
+_exit_now = os._exit  # a reward function runs with another one
 _requested = False  # a stop: by a signal, by STOP_FILE, or because the launcher is gone
 _finished = False
 _last_line: str | None = PREPARING  # printed by an immediate stop; None: a stop waits for `stop_requested`
@@ -60,7 +61,8 @@ def run_main(main: Callable[[], None]) -> None:
         stop_between_steps()
     except UserError as error:
         stop_between_steps()
-        _refuse(error)
+        _show_refusal(error)
+        sys.exit(REFUSED)
     except Interrupted as stop:
         _show_last("stopped", str(stop))
         _end(STOPPED)
@@ -69,8 +71,10 @@ def run_main(main: Callable[[], None]) -> None:
         _show_last("stopped", str(stop))
         _leave(STOPPED)
     except Exception as error:  # noqa: BLE001 - the end of the process
-        if isinstance(error, OSError) and error.filename:  # a full disk, a missing permission
-            _refuse(UserError(f"{error.filename}: {error.strerror}"))
+        is_missing = isinstance(error, FileNotFoundError)  # more likely an error of ours
+        if isinstance(error, OSError) and error.filename and not is_missing:  # a full disk, no permission
+            _show_refusal(UserError(f"{error.filename}: {error.strerror}"))
+            _end(REFUSED)
         _report(error)
         _end(1)
     else:
@@ -119,14 +123,13 @@ def on_refusal(undo: Callable[[], None]) -> None:
     _undo.append(undo)
 
 
-def _refuse(error: UserError) -> None:
+def _show_refusal(error: UserError) -> None:
     if rank() == 0:
         for undo in _undo:
             with contextlib.suppress(OSError):
                 undo()
     if not _note(f"refused_{rank()}", f"error: {error}") and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(REFUSED)
 
 
 def _listen() -> None:
@@ -240,4 +243,4 @@ def _end(code: int) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)
+    _exit_now(code)

@@ -1,6 +1,7 @@
 """End of a process: immediate stops, stops between steps, second signals, user errors."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -76,11 +77,15 @@ def test_a_stop_ends_a_long_call_at_once(tmp_path: Path, number: int) -> None:
     assert removed.exists()
 
 
-def test_stop_within_a_reward_function_is_not_its_error(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(
+def write_slow_function(folder: Path) -> None:
+    (folder / "slow.py").write_text(
         "import pathlib, time\ndef slow(prompts, responses, records):\n"
-        f"    pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n    time.sleep(60)\n"
+        f"    pathlib.Path({str(folder / 'begun')!r}).touch()\n    time.sleep(60)\n"
     )
+
+
+def test_stop_within_a_reward_function_is_not_its_error(tmp_path: Path) -> None:
+    write_slow_function(tmp_path)
 
     def main() -> None:
         functions = load_functions([f"{tmp_path}/slow.py:slow"], "reward_function")
@@ -89,6 +94,24 @@ def test_stop_within_a_reward_function_is_not_its_error(tmp_path: Path) -> None:
     child = Child(main, tmp_path)
     child.signal(signal.SIGTERM)
     assert child.end(10) == (STOPPED, [process.PREPARING])
+
+
+def test_a_second_signal_within_a_reward_function_ends_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "ONE_SIGNAL", 0.05)
+    write_slow_function(tmp_path)
+
+    def main() -> None:
+        stop_between_steps()
+        functions = load_functions([f"{tmp_path}/slow.py:slow"], "reward_function")
+        function_scores(functions, ["p"], ["r"], [{}])
+
+    child = Child(main, tmp_path)
+    child.signal(signal.SIGTERM)
+    time.sleep(0.5)
+    child.signal(signal.SIGTERM)
+    assert child.end(10)[0] == 128 + signal.SIGTERM
 
 
 def test_stop_in_training_waits_for_the_end_of_the_step(tmp_path: Path) -> None:
@@ -158,3 +181,25 @@ def test_user_error_is_one_line_and_undoes_earlier_steps(tmp_path: Path) -> None
 
     assert Child(main, tmp_path).end(30) == (REFUSED, ["error: --seed x: must be a number"])
     assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
+            REFUSED,
+            "error: metrics.jsonl: No",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "rows"), 1, "FileNotFoundError: "),
+    ],
+)
+def test_a_full_disk_is_one_line_and_a_missing_file_has_a_traceback(
+    tmp_path: Path, error: OSError, code: int, line: str
+) -> None:
+    def main() -> None:
+        raise error
+
+    end, lines = Child(main, tmp_path).end(30)
+    assert end == code and lines[-1].startswith(line)
+    assert (len(lines) > 1) == (code == 1)
