@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Generic, TypeVar, get_type_hints
 
@@ -24,9 +26,14 @@ class Table(Generic[Row]):
     def __init__(self, file: Path, row_class: type[Row]) -> None:
         self._row_class = row_class
         self._table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        self._batches = self._table.to_batches()
+        self._ends = [*accumulate(map(len, self._batches))]
 
     def __getitem__(self, row: int) -> Row:
-        return self._row_class(**self._table.slice(row, 1).to_pylist()[0])
+        # `Table.slice` would visit all batches: milliseconds per row in a large file.
+        number = bisect_right(self._ends, row)
+        batch = self._batches[number]
+        return self._row_class(**batch.slice(row - self._ends[number] + len(batch), 1).to_pylist()[0])
 
     def column(self, name: str) -> np.ndarray:
         """All values of a number field, (N,)."""

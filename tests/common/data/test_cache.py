@@ -72,6 +72,8 @@ def test_rows_round_trip(tmp_path):
     table = Table(tmp_path / "table", Everything)
     assert [table[i] for i in range(7)] == rows
     assert table.column("number").tolist() == list(range(7))
+    with pytest.raises(IndexError):
+        table[7]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
