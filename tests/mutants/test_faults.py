@@ -1,0 +1,21 @@
+"""The list of faults fits the source."""
+
+from collections import Counter
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.mutants.faults import Fault, read_faults
+
+FAULTS = read_faults()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_the_old_text_of_a_fault_stands_once_in_its_file(fault: Fault) -> None:
+    """A fault that no longer fits is a line of its .toml to renew, not to delete."""
+    assert not fault.problem(REPOSITORY)
+    assert fault.old != fault.new and fault.about and fault.tests
+
+
+def test_names_are_unique():
+    assert not [name for name, count in Counter(fault.name for fault in FAULTS).items() if count > 1]
