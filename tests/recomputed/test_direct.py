@@ -14,10 +14,10 @@ from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of,
 PREFERENCES = [
     {"prompt": "abc ", "chosen": "de", "rejected": "a a a a"},
     {"prompt": "b", "chosen": "aaaaaab", "rejected": "b"},
-    {"prompt": "hhhhhhhhhh ", "responses": ["ij", "ha ha", "jijijiji"], "ranks": [1, 2, 3]},
+    {"prompt": "hhhhhhhhhh ", "responses": ["ij", "ha ha", "jijijiji"], "ranks": [3, 1, 2]},
     {"prompt": "ad a ", "chosen": "bad bed", "rejected": "c"},
     {"prompt": "fab fig ", "response_a": "hi hide", "response_b": "hi", "preference": "tie"},
-    {"prompt": "cab ", "responses": ["ice", "c", "ababab"], "ranks": [1, 2, 2]},
+    {"prompt": "cab ", "responses": ["ice", "c", "ababab"], "ranks": [2, 1, 2]},
     {"prompt": "c ", "chosen": "jade gig did", "rejected": "j"},
     {"prompt": "a big badge ", "chosen": "cage", "rejected": "cafe"},
 ]
@@ -63,7 +63,8 @@ def answer(prompt: str, text: str) -> Answer:
 
 def compared(record: dict) -> Compared:
     if "responses" in record:
-        texts, ranks = record["responses"], record["ranks"]
+        by_rank = sorted(zip(record["ranks"], record["responses"], strict=True), key=lambda one: one[0])
+        ranks, texts = zip(*by_rank, strict=True)
     elif "chosen" in record:
         texts, ranks = [record["chosen"], record["rejected"]], [1, 2]
     else:

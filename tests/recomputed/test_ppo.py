@@ -56,7 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
         **GROUPS, "advantage_estimator": "group", "group_std": "false", "lr_scheduler_type": "cosine",
         "actor_learning_rate": 0.005,
     },
-    "reinforce": {"advantage_estimator": "reinforce", "reinforce_baseline": "moving", "gamma": 0.9},
+    "reinforce": {
+        "advantage_estimator": "reinforce", "reinforce_baseline": "moving", "gamma": 0.9, "max_steps": 3,
+    },
     "reinforce_pp": {
         "advantage_estimator": "reinforce_pp", "gamma": 0.9, "temperature": 1.3, "function_weight": 0.5,
     },
