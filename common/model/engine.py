@@ -70,7 +70,7 @@ def _initialize(**arguments: Any) -> Engine:
     try:
         return deepspeed.initialize(**arguments)[0]
     except Exception as error:
-        if is_lost_contact(error):
+        if is_lost_contact(error) or isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(f"--zero_config: DeepSpeed does not start with it: {reason(error)}") from error
 

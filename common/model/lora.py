@@ -76,7 +76,7 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.
     )
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=False)
-    except Exception as error:
+    except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {reason(error)}") from error
 
 

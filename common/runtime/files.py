@@ -76,11 +76,15 @@ def append_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Context manager: an OSError in its block gets the name of this file. A full disk gives none."""
+    """Context manager: an OSError in its block without the name of another file gets that of this one.
+
+    A full disk gives none.
+    """
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = str(path), None
+        if str(error.filename or path).startswith(str(path)):  # also of its temporary file
+            error.filename, error.filename2 = str(path), None
         raise
 
 

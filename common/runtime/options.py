@@ -129,7 +129,7 @@ class CacheOptions:
         0,
         "Number of tokenising processes; 0: one per core.",
         at_least=0,
-        at_most=len(os.sched_getaffinity(0)),
+        at_most=1024,
         resume="free",
     )
 

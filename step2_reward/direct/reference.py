@@ -23,7 +23,7 @@ from common.data.examples import Examples
 from common.model.engine import make_frozen
 from common.model.loading import load_causal_lm, load_config
 from common.model.zero import frozen_config, unpartitioned
-from common.runtime.distributed import device, gather_objects, log, rank, sum_tensor_over_ranks
+from common.runtime.distributed import device, log, on_first_rank, rank, sum_tensor_over_ranks
 from common.runtime.files import flush_folder, sha256
 from common.runtime.options import UserError, reason, world_size
 from common.runtime.process import Stopped, stop_anywhere, stop_requested
@@ -215,14 +215,20 @@ def _weights(path: str) -> list[str]:
 
 def _load(file: Path | None) -> Tensor | None:
     """Load rank 0's file and broadcast it to all ranks; None when it does not exist."""
-    try:
-        content = torch.from_numpy(np.load(file)) if file and file.exists() else None
-    except Exception as error:  # noqa: BLE001 - the file may hold anything
-        raise UserError(f"{file}: damaged: {reason(error)}; delete the file") from None
-    shape = gather_objects(content if content is None else content.shape)[0]
+    content: list[Tensor] = []
+    shape = on_first_rank(_read, file, content)
     if shape is None:
         return None
-    return sum_tensor_over_ranks((torch.zeros(shape) if content is None else content).to(device()))
+    return sum_tensor_over_ranks((content[0] if content else torch.zeros(shape)).to(device()))
+
+
+def _read(file: Path, content: list[Tensor]) -> torch.Size | None:
+    """Append the tensor in the file, if it exists, to `content`; returns its shape."""
+    try:
+        content += [torch.from_numpy(np.load(file))] if file.exists() else []
+    except Exception as error:  # noqa: BLE001 - the file may hold anything
+        raise UserError(f"{file}: damaged: {reason(error)}; delete the file") from None
+    return content[0].shape if content else None
 
 
 def _save(file: Path | None, logprobs: Tensor) -> None:

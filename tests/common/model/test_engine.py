@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import deepspeed
 import pytest
+import torch
 
 import step1_sft.main
-from common.model.engine import make_engine
+from common.model.engine import make_engine, make_frozen
+from common.runtime.options import UserError
 from tests.ranks import succeed
 from tests.stages import sft
 
@@ -26,3 +29,17 @@ def test_gradient_checkpointing_is_active_in_the_first_step(
     options = [*sft(world, tmp_path / "out", steps=1), "--micro_batch_size", "8", "--eval_fraction", "0"]
     succeed("step1_sft.main", [*options, *words], tmp_path)
     assert (tmp_path / "passes").read_text() == "." * passes
+
+
+@pytest.mark.parametrize(
+    ("problem", "shown"), [(ValueError, UserError), (torch.OutOfMemoryError, torch.OutOfMemoryError)]
+)
+def test_full_memory_is_not_blamed_on_the_zero_config(
+    monkeypatch: pytest.MonkeyPatch, problem: type[Exception], shown: type[Exception]
+) -> None:
+    def initialize(**_: object) -> None:
+        raise problem("reason")
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    with pytest.raises(shown):
+        make_frozen(torch.nn.Linear(1, 1), {})
