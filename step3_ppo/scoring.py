@@ -41,8 +41,9 @@ def score_rollout(
     rank_rows = sum(batches, [])
 
     def logprobs(model: nn.Module) -> Tensor:
-        passes = (policy_pass(model, rollout.rows(batch), options.temperature) for batch in batches)
-        return rollout.scatter(batches, [each.logprobs for each in passes])
+        # Without a name for each pass, its logits are freed before the next one.
+        parts = [policy_pass(model, rollout.rows(rows), options.temperature).logprobs for rows in batches]
+        return rollout.scatter(batches, parts)
 
     with models.reference_model() as reference:
         fields = {"ref_logprobs": logprobs(reference)}

@@ -1,6 +1,9 @@
-"""Values and scored token ids, compared with single rows."""
+"""Values and scored token ids, compared with single rows; memory of scoring."""
 
+import contextlib
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import tokenize_response
+from step3_ppo import scoring
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import Rollout
-from step3_ppo.scoring import _scored_ids, _value_pass, close
+from step3_ppo.rollout import PolicyPass, Rollout, Rows
+from step3_ppo.scoring import _scored_ids, _value_pass, close, score_rollout
 from tests.byte_encoder import byte_encoder
 
 PROMPTS = [3, 1, 4]
@@ -45,6 +49,33 @@ def test_values_before_each_token_and_after_truncated_responses(bootstrap):
     torch.testing.assert_close(values, torch.cat(before), rtol=0, atol=1e-6)
     after = [one[-1] * (bootstrap and not ENDED[row]) for row, one in zip(order, single, strict=True)]
     torch.testing.assert_close(last, torch.stack(after), rtol=0, atol=1e-6)
+
+
+def test_logits_of_one_batch_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, logits = torch.zeros(3, 5), []
+
+    def forward(_: object, batch: Rows, __: float) -> PolicyPass:
+        assert not any(earlier() is not None for earlier in logits)
+        result = PolicyPass(batch.labels.float(), torch.zeros(len(batch.labels), 32), torch.zeros(()))
+        logits.append(weakref.ref(result.logits))
+        return result
+
+    monkeypatch.setattr(scoring, "policy_pass", forward)
+    monkeypatch.setattr(scoring, "score_responses", lambda *_: (rows[:, 0], rows[:, :0]))
+    rollout = Rollout(
+        torch.ones(3, 7, dtype=torch.long), torch.tensor(PROMPTS), torch.tensor(RESPONSES),
+        torch.tensor(ENDED), logprobs=rows, ref_logprobs=rows, values=rows, last_values=rows[:, 0],
+        scores=rows[:, 0], score_parts=rows[:, :0], support=torch.zeros(3, 5, 0, dtype=torch.uint8),
+        computed=torch.zeros(3),
+    )  # fmt: skip
+    actor = torch.nn.Module()
+    actor.module = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    models = SimpleNamespace(
+        actor=actor, critic=None, scorer=None, encoder=None,
+        reference_model=lambda: contextlib.nullcontext(actor),
+    )  # fmt: skip
+    scored = score_rollout(models, [], rollout, PPOOptions(generation_batch_size=1))
+    assert len(logits) == 6 and scored.ref_logprobs.sum() == sum(RESPONSES)
 
 
 @pytest.fixture(scope="module")
