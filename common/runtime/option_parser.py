@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from common.runtime.options import UserError
 
 Options = TypeVar("Options")
-LARGEST = {int: 2**31 - 1, float: 1e30}  # what libraries can hold
+LARGEST = {int: 2**32 - 1, float: 1e30}  # seeds have up to 32 bits; libraries hold little more
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 TEXT_METAVARS = {
     "model_name_or_path": "MODEL", "_model": "MODEL", "_data": "FILE", "_config": "FILE", "_template": "FILE",

@@ -64,6 +64,12 @@ def test_an_infinite_learning_rate_is_refused():
         parse("--learning_rate", "inf")
 
 
+def test_a_seed_may_have_32_bits():
+    assert parse("--seed", str(2**32 - 1)).seed == 2**32 - 1
+    with pytest.raises(UserError, match="--seed 4294967296: must be at most 4294967295"):
+        parse("--seed", str(2**32))
+
+
 @pytest.mark.parametrize("missing", REQUIRED)
 def test_missing_option_is_named(missing):
     given = [["--model_name_or_path", "m"], ["--train_data", "f"]]
