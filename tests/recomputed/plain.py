@@ -5,10 +5,12 @@ Every row has its own forward pass, without padding.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 Rows = Sequence[Sequence[int]]
 
@@ -90,3 +92,25 @@ class Optimiser:
             group["lr"] = rate
         self._adamw.step()
         return norm
+
+
+def adapted(model: PreTrainedModel, rank: int, alpha: float, seed: int) -> Any:
+    """The model with new adapters on all linear layers, drawn with the seed; a scalar head is trained."""
+    torch.manual_seed(seed)
+    kinds: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if hasattr(model, "score"):
+        kinds = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", **kinds)
+    return get_peft_model(model, config).get_base_model()
+
+
+def merged(model: Any, rank: int, alpha: float) -> dict[str, Tensor]:
+    """Adapted weights and the scalar head: W + alpha / r B A (Hu et al. 2021)."""
+    weights = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
+            weights[f"{name}.weight"] = module.base_layer.weight.detach() + alpha / rank * up @ down
+    if hasattr(model, "score"):
+        weights["score.weight"] = model.score.modules_to_save["default"].weight.detach()
+    return weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from tests.recomputed.plain import Optimiser, all_logits, load, load_scorer, rate_factor, scores
+from tests.recomputed.plain import Optimiser, adapted, all_logits, load, load_scorer, rate_factor, scores
 from tests.recomputed.plain_sft import Text, mean_nll
 from tests.recomputed.tiny import EOS, text_of
 
@@ -80,6 +80,9 @@ class PPO:
         else:
             self.critic = load_scorer(policy, num_labels=1)
             torch.nn.init.zeros_(self.critic.score.weight)
+        if rank := options["lora_rank"]:
+            alpha, seed = options["lora_alpha"], options["seed"]
+            self.actor, self.critic = (adapted(m, rank, alpha, seed) for m in (self.actor, self.critic))
         self.options, self.kl_coef = options, options["kl_coef"]
         betas, eps = (0.9, 0.95), options["adam_epsilon"]
         self.of_actor = Optimiser(self.actor, betas, eps, options["weight_decay"])

@@ -10,11 +10,10 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
-from tests.recomputed.plain import Optimiser, load, load_scorer, rate_factor, scores, states
+from tests.recomputed.plain import Optimiser, adapted, load, load_scorer, rate_factor, scores, states
 
 
 class Compared(NamedTuple):
@@ -47,7 +46,7 @@ def train(
     draw = torch.randn(1, head.shape[1], generator=torch.Generator().manual_seed(seed))
     model.score.weight.data = draw / (head.shape[1] + 1) ** 0.5
     if options["lora_rank"]:
-        model = adapted(model, options, seed)
+        model = adapted(model, options["lora_rank"], options["lora_alpha"], seed)
     optimiser = Optimiser(model, (0.9, 0.95), options["adam_epsilon"], options["weight_decay"])
     lines = [evaluation(model, held_out, 0)]
     for step in range(steps):
@@ -63,26 +62,6 @@ def train(
     with torch.no_grad():
         best = torch.stack([score_of(model, record, 0) for record in records])
     return model, lines, (best.mean().item(), best.std(correction=0).item())
-
-
-def adapted(model: LlamaForSequenceClassification, options: Mapping[str, Any], seed: int) -> Any:
-    """The model with new adapters on all linear layers, which the seed determines; the head is trained."""
-    torch.manual_seed(seed)
-    kinds = {"target_modules": "all-linear", "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
-    config = LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_alpha"], **kinds)
-    return get_peft_model(model, config).get_base_model()
-
-
-def merged(model: Any, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights of the model with its adapters added: W + alpha / r B A (Hu et al. 2021)."""
-    weights = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
-            scale = options["lora_alpha"] / options["lora_rank"]
-            weights[f"{name}.weight"] = module.base_layer.weight.detach() + scale * up @ down
-    weights["score.weight"] = model.score.modules_to_save["default"].weight.detach()
-    return weights
 
 
 def score_of(model: LlamaForSequenceClassification, record: Compared, number: int) -> Tensor:

@@ -10,9 +10,19 @@ import pytest
 
 from tests.ranks import succeed
 from tests.recomputed.passes import Pass, passes, recorded, without_padding
+from tests.recomputed.plain import merged
 from tests.recomputed.plain_ppo import PPO, Iteration, Sampled, Scorer
 from tests.recomputed.plain_sft import Text
-from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, text_of, words, write_records
+from tests.recomputed.tiny import (
+    EOS,
+    compare_adapted,
+    compare_metrics,
+    compare_weights,
+    ids_of,
+    text_of,
+    words,
+    write_records,
+)
 
 PROMPTS = ["abc ", "b", "hhhhhhhhhh ", "ad a ", "fab fig ", "cab ", "c ", "a big badge "]
 MORE_PROMPTS = ["d", "dab ", "dig a d", "dd ", "didi ", "ice ", "ig", "iii "]
@@ -34,7 +44,7 @@ OPTIONS = {
     "lr_scheduler_type": "linear", "kl_coef": 0.3, "clip_range": 0.1, "value_clip_range": 0.1,
     "score_clip": 0.8, "missing_eos_penalty": 0.4, "advantage_estimator": "gae", "whiten_advantages": "true",
     "gamma": 1.0, "gae_lambda": 0.95, "temperature": 1.0, "dual_clip": 3.0, "repetition_penalty": 0.0,
-    "length_penalty": 0.0, "kl_penalty": "reward", "entropy_coef": 0.0,
+    "length_penalty": 0.0, "kl_penalty": "reward", "entropy_coef": 0.0, "lora_rank": 0, "lora_alpha": 6,
     "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
 GROUPS = {"samples_per_prompt": 4}
@@ -63,6 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
         "advantage_estimator": "reinforce_pp", "gamma": 0.9, "temperature": 1.3, "function_weight": 0.5,
     },
     "function": {"function_weight": -2.0, "reward_model": False},
+    "lora": {"lora_rank": 2},
     "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
 }  # fmt: skip
 RESUMED = {
@@ -139,9 +150,13 @@ def compare(tiny: Path, folder: Path, options: dict[str, Any], ranks: int) -> li
             expected = [plain.score(plain.read(row)) for row in parts[number]]
             assert [sample["score"] for sample in of_step] == pytest.approx(expected, rel=1e-5, abs=1e-6)
     compare_metrics(folder / "out", lines)
-    compare_weights(folder / "out/final", plain.actor)
-    if plain.has_critic:
-        compare_weights(folder / "out/final_critic", plain.critic)
+    models = {"final": plain.actor} | ({"final_critic": plain.critic} if plain.has_critic else {})
+    for name, model in models.items():
+        if options["lora_rank"]:
+            weights = merged(model, options["lora_rank"], options["lora_alpha"])
+            compare_adapted(folder / "out" / name, weights)
+        else:
+            compare_weights(folder / "out" / name, model)
     if plain.average:
         plain.actor.load_state_dict(plain.average)
         compare_weights(folder / "out/final_ema", plain.actor)

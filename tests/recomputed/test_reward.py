@@ -4,13 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 from torch import nn
 
-from tests.conftest import assert_close
 from tests.ranks import succeed
-from tests.recomputed.plain_reward import Compared, merged, train
-from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
+from tests.recomputed.plain import merged
+from tests.recomputed.plain_reward import Compared, train
+from tests.recomputed.tiny import (
+    EOS,
+    compare_adapted,
+    compare_metrics,
+    compare_weights,
+    ids_of,
+    words,
+    write_records,
+)
 
 PREFERENCES = [
     {"prompt": "abc ", "chosen": "de", "rejected": "a a a a", "margin": 0.5},
@@ -65,9 +72,7 @@ def test_adapted_reward_model(tiny: Path, tmp_path: Path) -> None:
     """With LoRA, final/ is merged."""
     options = {**OPTIONS, "lora_rank": 2}
     model = compare(tiny, tmp_path, 1, options)
-    saved, weights = load_file(tmp_path / "out/final/model.safetensors"), merged(model, options)
-    assert {name.split(".")[-2] for name in weights} >= {"score", "q_proj", "o_proj", "up_proj", "down_proj"}
-    assert_close({name: saved[name] for name in weights}, weights)
+    compare_adapted(tmp_path / "out/final", merged(model, options["lora_rank"], options["lora_alpha"]))
 
 
 def compare(tiny: Path, folder: Path, ranks: int, options: dict) -> nn.Module:

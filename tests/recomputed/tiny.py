@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -107,3 +107,11 @@ def compare_weights(folder: Path, model: nn.Module) -> None:
     weights = {name: weight for name, weight in model.state_dict().items() if name in saved}
     assert {*dict(model.named_parameters())} <= {*saved}
     assert_close(saved, weights)
+
+
+def compare_adapted(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """The weights of all linear layers of the tiny model, and maybe a head, are these."""
+    layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[-2] for name in weights} - {"score"} == layers
+    saved = load_file(folder / "model.safetensors")
+    assert_close({name: saved[name] for name in weights}, dict(weights))
