@@ -27,7 +27,7 @@ from common.model.roles import policy_config
 from common.model.vocabulary import spare_ids
 from common.model.zero import frozen_config, load_zero_config
 from common.runtime.distributed import init_distributed, log, rank, sum_over_ranks
-from common.runtime.files import is_folder, write_json
+from common.runtime.files import exists, is_file, is_folder, write_json
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
 from common.runtime.process import UNWRITTEN, run_main, stop_anywhere, stop_between_steps
@@ -179,6 +179,8 @@ def check_output(path: str) -> None:
         raise UserError(f"--output {path}: there is no such folder")
     if path and is_folder(path):
         raise UserError(f"--output {path}: is a folder; name a file in it")
+    if exists(path) and not is_file(path):
+        raise UserError(f"--output {path}: is a device; name a file")
     if path and not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: no permission to write in this folder")
 

@@ -39,6 +39,23 @@ class RewardFunction(NamedTuple):
     title: str  # in messages: option and name
 
 
+@contextlib.contextmanager
+def _without_exit() -> Iterator[None]:
+    """Inside, `os._exit` in this process is an error: the run would end without a reason."""
+    process, exit_now = os.getpid(), os._exit
+
+    def refuse(code: int) -> None:
+        if os.getpid() != process:  # a child of the function
+            exit_now(code)
+        raise SystemExit(code)
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = exit_now
+
+
 def load_functions(sources: Sequence[str], option: str) -> list[RewardFunction]:
     """Load functions given as FILE.py:NAME or FILE.py:NAME:WEIGHT.
 
@@ -103,8 +120,7 @@ def _load(source: str, option: str) -> RewardFunction:
     if not is_file(path):
         raise UserError(f"--{option} {source}: there is no file {path}")
     try:
-        with _without_exit():
-            call = getattr(_module(path.resolve()), name, None)
+        call = getattr(_module(path.resolve()), name, None)
     except Stopped:
         raise
     except BaseException as error:  # the user's own code, which may even exit
@@ -114,6 +130,7 @@ def _load(source: str, option: str) -> RewardFunction:
     return RewardFunction(name, call, float(weight), f"--{option} {name}")
 
 
+@_without_exit()
 def _module(path: Path) -> Any:
     """Import the file once. Modules beside it can be imported, but do not shadow others."""
     name = str(path)  # unique, unlike its stem
@@ -136,8 +153,7 @@ def _call(function: RewardFunction, inputs: Inputs) -> list[float]:
     title = f"{function.title} on rank {rank()}, given {count} responses"
     threading.Thread(target=_watch, args=(title, is_done), daemon=True).start()
     try:
-        with _without_exit():
-            return _call_and_check(function, inputs) if count else []
+        return _call_and_check(function, inputs) if count else []
     except (UserError, Stopped):
         raise
     except BaseException as error:  # the user's own code, which may even exit
@@ -146,6 +162,7 @@ def _call(function: RewardFunction, inputs: Inputs) -> list[float]:
         is_done.set()
 
 
+@_without_exit()
 def _call_and_check(function: RewardFunction, inputs: Inputs) -> list[float]:
     """Raises the function's own errors, and UserError unless it returns one finite number per record."""
     result = function.call(**{name: list(values) for name, values in inputs.items()})
@@ -177,23 +194,6 @@ def _culprit(function: RewardFunction, inputs: Inputs, failure: BaseException) -
     return f"no single record of the {len(inputs['records'])} causes it"
 
 
-@contextlib.contextmanager
-def _without_exit() -> Iterator[None]:
-    """Inside, `os._exit` in this process is an error: the run would end without a reason."""
-    process, exit_now = os.getpid(), os._exit
-
-    def refuse(code: int) -> None:
-        if os.getpid() != process:  # a child of the function
-            exit_now(code)
-        raise SystemExit(code)
-
-    os._exit = refuse
-    try:
-        yield
-    finally:
-        os._exit = exit_now
-
-
 def _watch(title: str, is_done: threading.Event) -> None:
     """Report, on this rank, a function that has not returned after PATIENCE seconds, and each time it
     doubles.
@@ -216,7 +216,7 @@ def _number(value: Any) -> float:
 def _line(error: BaseException) -> str:
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - the user's own class
+    except BaseException:  # noqa: BLE001 - the user's own class
         text = ""
     return " ".join(f"{type(error).__name__}: {text}".split()).removesuffix(":")
 

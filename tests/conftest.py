@@ -40,7 +40,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = [one for same in item._fixtureinfo.name2fixturedefs.values() for one in same]
         functions = [item.function, *(fixture.func for fixture in fixtures)]
-        if "end_to_end" in item.path.parts or any(STARTS & {*f.__code__.co_names} for f in functions):
+        if {"end_to_end", "bad_input"} & {*item.path.parts} or any(
+            STARTS & {*f.__code__.co_names} for f in functions
+        ):
             item.add_marker(pytest.mark.end_to_end)
 
 

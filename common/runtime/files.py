@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from common.runtime.distributed import log
 from common.runtime.options import UserError, reason
+from common.runtime.process import on_refusal
 
 CHUNK = 1 << 22  # bytes read at once
 UMASK = os.umask(0o077)  # of this process; reading it requires setting it
@@ -53,6 +54,8 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[TextIO]:
     """Write to a temporary file that replaces `path` at the end of the `with` block."""
     temporary = path.with_name(path.name + ".tmp")
+    if exists(path) and not is_file(path):  # root could replace /dev/null by a file
+        raise OSError(errno.EEXIST, "is there, and not a file", str(path))
     try:
         with naming(path):
             with temporary.open("w") as file:
@@ -116,7 +119,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def make_folder(option: str, path: str) -> Path:
-    """Create the folder of an option if it is missing. Raises UserError if it is not writable."""
+    """Create the folder of an option if it is missing; a refused run removes it again.
+
+    Raises UserError if it is not writable.
+    """
+    missing = [folder for folder in (Path(path), *Path(path).parents) if not exists(folder)]
+    on_refusal(lambda: [folder.rmdir() for folder in missing])  # fails for a folder with files
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -181,7 +189,8 @@ def lock_folder(folder: Path) -> TextIO:
         ) from None
     except OSError as error:
         log(f"--output_dir {folder}: cannot be locked ({error}); make sure that only one run uses it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk, which the next file names
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file

@@ -25,6 +25,10 @@ MARK = "\ufdd0"  # a Unicode noncharacter: splits control tokens in message cont
 SECONDS = 10.0  # of processor time for one conversation
 
 
+class EndlessTemplate(UserError):
+    """A template that does not end in time."""
+
+
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
     """Raise TimeoutError after SECONDS; only the main thread can be interrupted."""
@@ -36,7 +40,7 @@ def _time_limit() -> Iterator[None]:
         raise TimeoutError(f"not done after {SECONDS:g} s")
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, SECONDS)  # jinja ignores errors in constants
     try:
         yield
     finally:
@@ -89,10 +93,10 @@ class ChatTemplate:
     def render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         """Render a conversation; MARK splits the control tokens in its content.
 
-        Raises ValueError when the template rejects the conversation or fails.
+        Raises UserError when the template rejects the conversation, fails or does not end.
         """
         if role := next((m["role"] for m in messages if m["role"] in self._ignored), None):
-            raise ValueError(f"the chat template of {self._name} ignores {role} messages")
+            raise UserError(f"the chat template of {self._name} ignores {role} messages")
         escaped = [{**message, "content": self._escape(message["content"])} for message in messages]
         try:
             with _time_limit():
@@ -101,11 +105,11 @@ class ChatTemplate:
                     strftime_now=TODAY.strftime, **self._variables,
                 )  # fmt: skip
         except TimeoutError:
-            raise UserError(
+            raise EndlessTemplate(
                 f"the chat template of {self._name} does not end: no text after {SECONDS:g} s"
             ) from None
         except Exception as error:  # noqa: BLE001 - templates are programs and raise anything
-            raise ValueError(
+            raise UserError(
                 f"the chat template of {self._name} rejects the conversation: {reason(error)}"
             ) from None
 
@@ -119,7 +123,7 @@ class ChatTemplate:
             messages = [{"role": role, "content": f"content{number}"} for number, role in enumerate(roles)]
             try:
                 text = self.render(messages, roles[-1] == "user")
-            except UserError:
+            except EndlessTemplate:
                 raise
             except ValueError:
                 continue
@@ -133,7 +137,7 @@ class ChatTemplate:
         for messages in (turns[:1], turns[:2], turns, [{"role": "system", "content": "a"}, turns[0]]):
             try:
                 written += self.render(messages, len(messages) % 2 == 1)
-            except UserError:
+            except EndlessTemplate:
                 raise
             except ValueError:
                 continue

@@ -1,0 +1,79 @@
+"""Bad records, over all commands that read data; tests/end_to_end/test_malformed_data.py has more kinds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bad_input.commands import DATA, RECORDS, check_refusal
+
+HALF = "a\ud83d"  # half of a character: a lone surrogate
+
+
+def change(**fields: Any) -> Any:
+    return lambda record: json.dumps(record | fields).encode()
+
+
+def add(field: bytes) -> Any:
+    return lambda record: json.dumps(record).encode()[:-1] + b', "x": ' + field + b"}"
+
+
+# A line of the file, from a good record, and a part of the message.
+LINES = {
+    "half a character in a text": (change(prompt=HALF), "'prompt' has half a character"),
+    "half a character in a message": (
+        change(prompt=[{"role": "user", "content": HALF}]),
+        "'prompt' has half a character",
+    ),
+    "half a character elsewhere": (change(x={"y": [HALF]}), "'x' has half a character"),
+    "nested too deep": (add(b"[" * 100_000 + b"]" * 100_000), "nested too deep"),
+    "number too long": (add(b"1" * 5000), "Exceeds the limit"),
+    "not text": (lambda _: bytes(range(128, 256)), "not UTF-8 text"),
+    "UTF-16": (lambda record: json.dumps(record).encode("utf-16"), "not UTF-8 text"),
+    "NaN": (change(prompt=float("nan")), "'prompt' is float"),
+    "zeros": (lambda _: b"\0" * 99, "not valid JSON"),
+    "role": (change(prompt=[{"role": "bot", "content": "a"}]), "role 'bot'"),
+}
+EVERY = list(DATA)
+CASES = [(command, name) for number, command in enumerate(EVERY) for name in list(LINES)[number % 3 :: 3]]
+MARGINS = [
+    b"NaN", b"-Infinity", b"1e999", b"-1", b"-1e-9", b"1e39", b"1" + b"0" * 400, b'"nan"', b'"x"', b"true",
+    b"[1]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "name"), CASES)
+def test_record_is_refused(models: Path, tmp_path: Path, command: str, name: str) -> None:
+    make, part = LINES[name]
+    words, files = [f"--{DATA[command]}", "DIR/bad.jsonl"], {"bad.jsonl": make(RECORDS[command]) + b"\n"}
+    check_refusal(command, words, ["DIR/bad.jsonl:1: ", part], models, tmp_path, files)
+
+
+@pytest.mark.parametrize("command", EVERY)
+def test_file_of_bad_records_alone_is_refused(models: Path, tmp_path: Path, command: str) -> None:
+    """Also with --skip_bad_records."""
+    words = [f"--{DATA[command]}", "DIR/bad.jsonl", "--skip_bad_records"]
+    files = {"bad.jsonl": b"[" * 100_000}
+    check_refusal(command, words, ["no rows left", "nested too deep"], models, tmp_path, files)
+
+
+@pytest.mark.parametrize("margin", MARGINS, ids=lambda margin: margin[:12].decode())
+def test_margin_is_refused(models: Path, tmp_path: Path, margin: bytes) -> None:
+    record = json.dumps(RECORDS["step2_reward"]).encode()[:-1] + b', "margin": ' + margin + b"}"
+    words = ["--train_data", "DIR/bad.jsonl", "--use_margin"]
+    check_refusal(
+        "step2_reward",
+        words,
+        ["DIR/bad.jsonl:1: field 'margin' is "],
+        models,
+        tmp_path,
+        {"bad.jsonl": record},
+    )
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "1e999", "101", "0.1:0.2", "", "x"])
+def test_weight_of_a_source_is_refused(models: Path, tmp_path: Path, weight: str) -> None:
+    command = EVERY[len(weight) % len(EVERY)]
+    words = [f"--{DATA[command]}", f"DIR/good.jsonl:{weight}"]
+    check_refusal(command, words, f"DIR/good.jsonl:{weight}: ", models, tmp_path)
