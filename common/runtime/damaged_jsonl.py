@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
+LARGEST = 1e100  # no run logs a larger number
 
 
 class Lines(NamedTuple):
@@ -69,8 +70,7 @@ def is_step(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether the value is a number in the range of a float."""
-    try:
-        return not isinstance(value, bool) and isinstance(value, int | float) and float(value) is not None
-    except OverflowError:
+    """Whether the value is a number, and if it is finite, one that sums and squares do not make infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    return abs(value) <= LARGEST or abs(value) == math.inf or value != value

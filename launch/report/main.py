@@ -8,6 +8,7 @@ OUT is the output folder of a command, or a folder of such folders. Pictures are
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from common.runtime.options import UserError
 from launch.report.curves import draw_all
@@ -44,11 +45,16 @@ def _chapter(run: Run, root: Path) -> Chapter:
     return Chapter(run._replace(problems=[*run.problems, *undrawn]), state_of(run), judgement, pictures)
 
 
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"{message}; usage: bash launch/report.sh OUT")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(usage="bash launch/report.sh OUT", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "folder", metavar="OUT", type=Path, help="output folder of a command or of a pipeline"
     )
+    parser.error = _refuse
     try:
         print(f"report: {write_report(parser.parse_args().folder)}")
     except UserError as error:
