@@ -57,6 +57,8 @@ def test_margin_is_used_only_with_use_margin():
     assert convert(record, use_margin=True).margin == 1.5
     for bad, message in (
         (PAIR | {"margin": "much"}, "'margin' is 'much'"),
+        (PAIR | {"margin": -1}, "'margin' is -1; it must be from 0 to 1e"),
+        (PAIR | {"margin": 1e7}, "'margin' is 1e"),
         (RANKING | {"margin": 1}, "pair"),
     ):
         convert(bad)
