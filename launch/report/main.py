@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from common.runtime.files import exists, is_file, naming
 from common.runtime.options import UserError
 from launch.report.curves import draw_all
 from launch.report.findings import check_run
@@ -26,6 +27,9 @@ def write_report(root: Path) -> Path:
 
     Raises UserError when there is nothing to report, and when the page cannot be written.
     """
+    file = root / "report.html"
+    if exists(file) and not is_file(file):
+        raise UserError(f"{file}: is there, and not a file")
     seen = scan(root)
     try:
         chapters = {run.folder: [_chapter(run, root)] for run in seen.runs}
@@ -33,10 +37,11 @@ def write_report(root: Path) -> Path:
             chapters.setdefault(evaluation.folder, []).append(evaluation)
         in_order = [one for folder in seen.folders for one in chapters.get(folder, [])]
         text = page(root, in_order, seen.others, seen.problems)
-        (root / "report.html").write_bytes(text.encode(errors="replace"))  # lone surrogates
+        with naming(file):
+            file.write_bytes(text.encode(errors="replace"))  # lone surrogates
     except OSError as error:
         raise UserError(f"{error.filename or root}: {error.strerror or error}") from None
-    return root / "report.html"
+    return file
 
 
 def _chapter(run: Run, root: Path) -> Chapter:
