@@ -97,3 +97,12 @@ def test_remaining_time_excludes_the_first_step(tmp_path, clock, capsys) -> None
 def test_remaining_time_is_unknown_before_the_second_step(tmp_path, capsys) -> None:
     MetricWriter(str(tmp_path), 0, 9, 1).log(0, {"eval/loss": 1.0}, ["eval/loss"])
     assert capsys.readouterr().out == "step 0/9 | eval/loss 1 | ETA ?\n"
+
+
+def test_lines_of_repeated_steps_are_replaced(tmp_path) -> None:
+    """A run resumed from step 2 writes step 3 again; another process has written up to step 4."""
+    for start, end in ((0, 4), (2, 3)):
+        writer = MetricWriter(str(tmp_path), start, 9, logging_steps=1)
+        for step in range(start + 1, end + 1):
+            writer.log(step, {"train/loss": float(start + step)}, [])
+    assert losses(tmp_path) == [{"step": n, "loss": loss} for n, loss in ((1, 1.0), (2, 2.0), (3, 5.0))]
