@@ -58,7 +58,7 @@ def choose_layout(engine: Engine, rows: Sequence[Preference], options: RewardOpt
     elif wants_shared:
         how = "for each response, because this model cannot share prompts"
     tokens, separate_tokens = tokens_per_pair(sample, layout)
-    log(f"prompts are encoded {how}: {tokens:.0f} tokens per pair (separate pairs: {separate_tokens:.0f})")
+    log(f"each prompt is encoded {how}: {tokens:.0f} tokens per pair (separate pairs: {separate_tokens:.0f})")
     return layout
 
 

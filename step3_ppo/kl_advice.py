@@ -7,7 +7,7 @@ from common.runtime.distributed import log
 from common.training.train_state import TrainState
 from step3_ppo.options import KLOptions, PPOOptions
 
-REMEMBERED = 20  # iterations considered, and iterations before the same advice is repeated
+REMEMBERED = 20  # iterations considered, and iterations without a symptom before its advice is logged again
 JUMP = 5  # iterations within which KL must not rise by MOST_RISE nats
 MOST_RISE = 2.0
 FAR = 20.0  # nats per response
@@ -17,7 +17,7 @@ USUAL_TARGET = (6.0, 10.0)  # nats per response, of the adaptive controller
 
 
 def advise(state: TrainState, step: int, metrics: dict[str, float], options: PPOOptions) -> None:
-    """Store the metrics of an iteration, and log advice, unless it was logged recently."""
+    """Store the metrics of an iteration, and log advice once per symptom while it persists."""
     recent = state.recent
     if step > options.critic_warmup_steps:  # until then the actor does not change
         for name in ("kl/mean", "reward/mean"):

@@ -179,7 +179,7 @@ class PPOOptions(
     )
     eval_steps: int = option(
         20,
-        "Iterations between evaluations on held-out prompts; 0: only at the end.",
+        "Iterations between evaluations on held-out prompts; 0: only before the first step and at the end.",
         at_least=0,
         resume="free",
     )

@@ -184,8 +184,9 @@ def _finish(
             save_file(state.average, temporary / AVERAGE)
             flush_file(temporary / AVERAGE)
             manifest["files"][AVERAGE] = _size_and_checksum(temporary / AVERAGE)
-        write_json(temporary / "manifest.json", manifest)
         write_json(temporary / "state.json", state.plain())
+        manifest["files"]["state.json"] = _size_and_checksum(temporary / "state.json")
+        write_json(temporary / "manifest.json", manifest)
         for folder in [*filter(Path.is_dir, temporary.iterdir()), temporary]:
             flush_folder(folder)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one of a repeated step

@@ -161,10 +161,13 @@ def _compare_options(name: str, folder: Path, options: RunOptions) -> None:
     earlier = with_new_names(read_json(folder / "options.json"), options)
     current, free_options = resolved(options), free_to_change(options)
     if changes := changed_options(earlier, current, default_values(options), free_options):
-        free = " ".join(f"--{option}" for option in sorted(free_options))
+        inputs = {name for name, kind in resume_kinds(options).items() if kind in ("data", "model")}
+        free, paths = (
+            " ".join(f"--{option}" for option in sorted(names)) for names in (free_options - inputs, inputs)
+        )
         raise UserError(
             f"{name} {folder}: holds a different run ({', '.join(changes)}); choose another folder."
-            f" These may differ: {free}"
+            f" These may differ: {free}. Of these the path, not the content: {paths}"
         )
     if renewed := changed_defaults(earlier, current, free_options):
         raise UserError(
