@@ -84,14 +84,14 @@ def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Con
     ValueError for a bad record and Dropped for one that --overlong drops. Raises UserError with file and line
     of a bad record, unless --skip_bad_records.
     """
+    cache = cache_folder(options)
+    folder = cache / _key(name, options.skip_bad_records, row_class, convert)
     cores = len(os.sched_getaffinity(0))
-    if options.preprocessing_workers > cores:
+    if options.preprocessing_workers > cores and not folder.exists():
         raise UserError(
             f"--preprocessing_workers {options.preprocessing_workers}: more than the cores of this machine;"
             f" allowed: 0 to {cores}"
         )
-    cache = cache_folder(options)
-    folder = cache / _key(name, options.skip_bad_records, row_class, convert)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock"), name):
