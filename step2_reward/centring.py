@@ -39,7 +39,7 @@ def centre(engine: Engine, rows: list[list[int]], options: RewardOptions) -> boo
         return False
     mean, std = statistics
     set_centre(engine.module, mean, std)
-    log(f"scores of {len(rows)} demonstrations: mean {mean:.4f}, std {std:.4f}")
+    log(f"raw scores of {len(rows)} responses: mean {mean:.4f}, std {std:.4f}; they become 0 and 1")
     return True
 
 

@@ -115,7 +115,7 @@ class AlgorithmOptions:
     clip_range: float = option(0.2, "Clip the probability ratio to 1 -/+ this.", above=0)
     value_clip_range: float = option(0.2, "Clip the value to its old value -/+ this.", above=0)
     dual_clip: float = option(
-        3.0, "Upper bound on the loss of a token, times -advantage, if the advantage is negative; 0: none.",
+        3.0, "Cap on the loss of a token with negative advantage A: this times -A; 0: no cap.",
         at_least=0,
     )  # fmt: skip
     gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)

@@ -45,7 +45,7 @@ def test_resume_after_a_stop_behind_the_last_step(
     assert f"Stopped after the last step; checkpoint {checkpoint}" in stopped.output
     assert not (tmp_path / "out/final").exists()
     result = run_stage(MAIN, [*options, "--max_centre_samples", "8"], tmp_path)
-    assert result.codes == [0] and "scores of 8 demonstrations" in result.output, result.output
+    assert result.codes == [0] and "raw scores of 8 responses" in result.output, result.output
     assert len(metrics(tmp_path / "out", "train/loss")) == 2, "nothing was trained again"
 
 
