@@ -16,7 +16,9 @@ from common.runtime.options import UserError
 Options = TypeVar("Options")
 LARGEST = {int: 2**32 - 1, float: 1e30}  # seeds have up to 32 bits; libraries hold little more
 METAVARS = {int: "N", float: "X", str: "TEXT"}
+VARIABLES = "Variables such as NUM_GPUS, ZERO_CONFIG and HOSTFILE are described in launch/README.md."
 TEXT_METAVARS = {
+    "from_checkpoint": "latest|none|PATH",
     "model_name_or_path": "MODEL", "_model": "MODEL", "_data": "FILE", "_config": "FILE", "_template": "FILE",
     "_function": "FILE.py:NAME", "_dir": "DIR", "input": "FILE", "output": "FILE",
 }  # fmt: skip
@@ -74,8 +76,8 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
     fields = {field.name: field for field in dataclasses.fields(options_class)}
     required = [field for field in fields.values() if field.metadata["required"]]
     parser = _Parser(
-        usage=usage or "[options]", description=options_class.__doc__, allow_abbrev=False, add_help=False,
-        argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
+        usage=usage or "[options]", description=options_class.__doc__, epilog=VARIABLES, allow_abbrev=False,
+        add_help=False, argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
     )  # fmt: skip
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     groups: dict[str, list[dataclasses.Field]] = {"Required": required}
