@@ -11,4 +11,4 @@ ruff format --check .
 case "${1:-}" in
 --fast) set -- -m "not end_to_end" "${@:2}" ;;
 esac
-OMP_NUM_THREADS=1 python -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal "$@"

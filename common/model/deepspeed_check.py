@@ -45,7 +45,9 @@ def _check_types(given: dict[str, Any], defaults: dict[str, Any], source: Path, 
             allowed = "" if isinstance(value, bool) else "true or false"
         elif isinstance(default, int | float):
             is_number = type(value) in (int, float) and math.isfinite(value)
-            allowed = "" if is_number and (value > 0 or default <= 0) else "a number above 0"
+            is_clipping_off = name == "gradient_clipping" and value == 0
+            is_allowed = is_number and (value > 0 or default <= 0 or is_clipping_off)
+            allowed = "" if is_allowed else "a number above 0"
         if allowed:
             raise UserError(f"{source}: {section}{name} is {shown(value)}; it must be {allowed}")
 

@@ -58,7 +58,12 @@ def replacing(path: Path) -> Iterator[TextIO]:
         raise OSError(errno.EEXIST, "is there, and not a file", str(path))
     try:
         with naming(path):
-            with temporary.open("w") as file:
+            try:
+                file = temporary.open("w")
+            except FileNotFoundError:
+                # A wrong folder of the user. Elsewhere a missing file is an error of the suite.
+                raise PermissionError(errno.EACCES, f"no file can be written in {path.parent}") from None
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Pat
         assert result.codes == [2], result.output
         (error,) = [line for line in result.output.splitlines() if line.startswith("error:")]
         assert all(part in error for part in parts), error
-        assert not list((tmp_path / "out").iterdir())
+        assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The annotation page without a browser: no click is lost, and step 2 reads the result."""
 
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -109,7 +110,7 @@ class Rater:
                     return json.load(reply)
             except urllib.error.HTTPError as error:
                 raise AssertionError(error.read()) from None
-            except OSError:  # the server is down
+            except (OSError, http.client.HTTPException):  # the server is down
                 time.sleep(0.05)
 
     def work(self, wanted: str) -> None:
