@@ -69,7 +69,7 @@ def start_stage(
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{module}.{time.monotonic_ns()}.log"
     log.touch()
-    port = free_port()
+    port = _own_port()
     children = [
         FORK.Process(target=_rank, args=(module, options, log, rank, ranks, port), daemon=True)
         for rank in range(ranks)
@@ -77,6 +77,14 @@ def start_stage(
     for child in children:
         child.start()
     return Running(children, log, timeout)
+
+
+def _own_port() -> int:
+    """Find a free port; those of two processes of pytest, which run at the same time, differ in parity."""
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while (port := free_port()) % 2 != process % 2:
+        pass
+    return port
 
 
 def run_stage(module: str, options: list[str], folder: Path, ranks: int = 1, timeout: float = 180) -> Result:
