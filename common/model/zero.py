@@ -12,7 +12,7 @@ from typing import Any
 
 from common.model.deepspeed_check import check_config
 from common.runtime.distributed import on_cpu
-from common.runtime.files import read_json
+from common.runtime.files import parse_json
 from common.runtime.options import OptimiserOptions, UserError, accumulation_steps, world_size
 from common.text.fields import shown
 
@@ -92,12 +92,12 @@ def fill_bucket_sizes(config: dict[str, Any], hidden_size: int) -> None:
 
 def _read(source: Path) -> dict[str, Any]:
     try:
-        source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{source}: not UTF-8 text") from None
     except (OSError, ValueError) as error:
         raise UserError(f"--zero_config {source}: {getattr(error, 'strerror', error)}") from None
-    config = read_json(source, unique=True)
+    config = parse_json(text, source, unique=True)
     for key, value in config.items():
         if key in SECTIONS:
             _check_object(source, key, value)

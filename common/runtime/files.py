@@ -96,19 +96,29 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def read_json(file: Path, unique: bool = False) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError. unique: also for a key that an object has twice."""
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a model folder or a run. Raises UserError."""
     try:
-        values = json.loads(
-            file.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats if unique else None
-        )
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file.parent}: not a model folder: {file.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable: {reason(error)}") from None
+    return parse_json(text, file)
+
+
+def parse_json(text: str, file: Path, unique: bool = False) -> dict[str, Any]:
+    """Parse the text of a file that holds one JSON object. Raises UserError.
+
+    unique: also for a key that an object has twice.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_without_repeats if unique else None)
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{file}: objects or lists are nested too deep") from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{file}: not readable: {reason(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: must hold one JSON object")
