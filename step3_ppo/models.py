@@ -121,7 +121,7 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
 
 def build_models(options: PPOOptions, sources: ModelSources, iterations: int) -> Models:
     """Load all models. iterations: length of the learning-rate schedules; that of the actor starts after the
-    critic's warm-up.
+    critic's warmup.
     """
     encoder, actor_zero, critic_zero = sources.encoder, sources.actor_zero, sources.critic_zero
     has_adapters = options.lora_rank > 0

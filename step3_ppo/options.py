@@ -143,6 +143,7 @@ class PPOOptions(
     """PPO of a policy against a reward model."""
 
     stage: ClassVar[int] = 3
+    one_of: ClassVar[tuple[str, ...]] = ("reward_model_name_or_path", "reward_function")
 
     output_dir: str = option(
         "output/step3_ppo", "Folder for logs, checkpoints and the final models.", resume="free"
@@ -169,7 +170,7 @@ class PPOOptions(
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "Learning-rate schedule."
     )
-    warmup_ratio: float = option(0.0, "Share of the steps used for warm-up.", at_least=0, at_most=1)
+    warmup_ratio: float = option(0.0, "Share of the steps used for warmup.", at_least=0, at_most=1)
     adam_epsilon: float = option(1e-5, "AdamW epsilon.", above=0)
     early_stopping: int = option(
         0,
@@ -200,11 +201,9 @@ class PPOOptions(
         return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
 
     def check(self) -> None:
-        """Raise UserError without a scorer, if the estimator lacks an option, and if a rollout cannot be
+        """Raise UserError if the estimator lacks an option, and if a rollout cannot be
         divided into groups, ranks and optimiser steps.
         """
-        if not self.reward_model_name_or_path and not self.reward_function:
-            raise UserError("--reward_model_name_or_path or --reward_function is required")
         check_held_out(self)
         rows, ranks = self.rollout_batch_size, world_size()
         estimator = self.advantage_estimator

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from common.data.examples import Examples
 
 FEW_PROMPTS = 32
-COLUMNS = ("data", "rows", "tokens 5 %", "median", "95 %", "longest", "truncated", "duplicates")
+COLUMNS = ("data", "rows", "tokens: p5", "median", "p95", "longest", "truncated", "duplicates")
 
 
 def log_data_summary(sources: Sequence[Prepared], train: "Examples", held_out: "Examples") -> None:

@@ -60,6 +60,9 @@ def parse_options(
         _check_limits(field.name, getattr(options, field.name), field.metadata["limits"])
         if check_required and field.metadata["required"] and not getattr(options, field.name):
             raise UserError(f"--{field.name} is required")
+    one_of = getattr(options, "one_of", ())
+    if check_required and one_of and not any(getattr(options, name) for name in one_of):
+        raise UserError(f"{_either(one_of)} is required")
     if hasattr(options, "check"):
         options.check()
     _given = frozenset(vars(parsed))
@@ -72,9 +75,14 @@ def given_options() -> frozenset[str]:
 
 
 def _make_parser(options_class: type, usage: str) -> _Parser:
-    """Build the parser: required options first, then a group for each class that declares options."""
+    """Build the parser: required options first, then a group for each class that declares options.
+
+    Groups that all commands share come last.
+    """
     fields = {field.name: field for field in dataclasses.fields(options_class)}
+    one_of = getattr(options_class, "one_of", ())
     required = [field for field in fields.values() if field.metadata["required"]]
+    required += [fields[name] for name in one_of]
     parser = _Parser(
         usage=usage or "[options]", description=options_class.__doc__, epilog=VARIABLES, allow_abbrev=False,
         add_help=False, argument_default=argparse.SUPPRESS, formatter_class=_HelpFormatter,
@@ -82,8 +90,10 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     groups: dict[str, list[dataclasses.Field]] = {"Required": required}
     title_of = {field.name: "Required" for field in required}
+    shared = []
     for owner in options_class.__mro__:
         summary = (owner.__doc__ or "").partition(".")[0]
+        shared += [summary] * (owner.__module__ == UserError.__module__)
         title = "Options of this command" if owner is options_class else summary
         groups.setdefault(title, [])
         for name in owner.__dict__.get("__annotations__", {}):
@@ -95,11 +105,16 @@ def _make_parser(options_class: type, usage: str) -> _Parser:
         kind = fields[names[0]].type
         settings = {"action": _OldName, "const": names, "type": kind, "help": argparse.SUPPRESS}
         _add_names(parser, old_name, settings)
-    for title, members in groups.items():
-        group = parser.add_argument_group(title)
-        for field in members:
+    for title in sorted(groups, key=shared.__contains__):
+        note = f"{_either(one_of)} is required." if one_of and title == "Required" else None
+        group = parser.add_argument_group(title, note)
+        for field in groups[title]:
             _add(group, field)
     return parser
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return " or ".join(f"--{name}" for name in names)
 
 
 def _old_names(options_class: type) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, Infer
     """Sampling. These options determine samples.jsonl; a folder sampled with others is refused."""
 
     stage: ClassVar[int] = 3
+    one_of: ClassVar[tuple[str, ...]] = ("reward_model_name_or_path", "reward_function")
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
 
     model_name_or_path: str = option("", "The policy: a folder or hub name.", required=True, resume="model")
@@ -74,9 +75,7 @@ class BestOfNOptions(SampleOptions, SelectOptions):
         return SelectOptions(**{field.name: getattr(self, field.name) for field in fields(SelectOptions)})
 
     def check(self) -> None:
-        """Raise UserError without a scorer, and for a limit that the chosen --keep does not use."""
-        if not self.reward_model_name_or_path and not self.reward_function:
-            raise UserError("--reward_model_name_or_path or --reward_function is required")
+        """Raise UserError for a limit that the chosen --keep does not use."""
         defaults = SelectOptions()
         for name in ("threshold", "quantile"):
             value = getattr(self, name)

@@ -43,7 +43,7 @@ class StepClock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
     def seconds(self, warmup: int) -> list[float]:
-        """Durations of the steps after the warm-up."""
+        """Durations of the steps after the warmup."""
         return [end - start for start, end in pairwise(self.ends[warmup - 1 :])]
 
 

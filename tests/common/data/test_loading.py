@@ -423,7 +423,7 @@ def test_data_summary(tmp_path, capsys):
     held_out = write(tmp_path / "eval.jsonl", [*records[:3], {"prompt": "new", "completion": "c"}])
     load([f"{data}:2"], DataOptions(eval_data=[held_out]))
     head, train, ours, left_out, leak, few = capsys.readouterr().out.splitlines()
-    assert "".join(head.split()) == "datarowstokens5%median95%longesttruncatedduplicates"
+    assert "".join(head.split()) == "datarowstokens:p5medianp95longesttruncatedduplicates"
     assert train.split() == ["training", "214", "3", "47", "95", "100", "0.0%", "7"]
     assert ours.split() == ["held", "out", "4", "1", "1", "2", "3", "0.0%", "0"]
     assert left_out == "111 records read, 0 left out"
