@@ -11,6 +11,7 @@ from common.runtime.options import UserError, reason
 from common.text.fields import shown
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # and the packages they need
+UNSET = {"number_checkpoints": 1, "output_file": ""}  # values of the type of keys whose default is null
 
 
 def check_config(config: dict[str, Any], source: Path) -> None:
@@ -25,7 +26,9 @@ def check_config(config: dict[str, Any], source: Path) -> None:
         raise UserError(f"{source}: DeepSpeed refuses it: {_reason(error)}") from None
     _check_types(config, {**defaults, "steps_per_print": 1}, source)
     for name in ("flops_profiler", "activation_checkpointing"):
-        _check_types(config.get(name, {}), vars(defaults[f"{name}_config"]), source, f"{name}.")
+        keys = vars(defaults[f"{name}_config"])
+        given = {k: v for k, v in config.get(name, {}).items() if v is not None or keys.get(k, v) is not None}
+        _check_types(given, {k: UNSET.get(k, v) for k, v in keys.items()}, source, f"{name}.")
     _check_types(config.get("aio") or {}, defaults["aio_config"], source, "aio.")
     for name, package in MONITORS.items():
         if config.get(name, {}).get("enabled") and not find_spec(package):
@@ -48,6 +51,8 @@ def _check_types(given: dict[str, Any], defaults: dict[str, Any], source: Path, 
             is_clipping_off = name == "gradient_clipping" and value == 0
             is_allowed = is_number and (value > 0 or default <= 0 or is_clipping_off)
             allowed = "" if is_allowed else "a number above 0"
+        elif isinstance(default, str):
+            allowed = "" if isinstance(value, str) else "text"
         if allowed:
             raise UserError(f"{source}: {section}{name} is {shown(value)}; it must be {allowed}")
 

@@ -31,6 +31,7 @@ KNOWN_KEYS = [
 ]  # fmt: skip
 DEEPEST = 10  # levels of objects
 LARGEST = 1e18  # what fits in 64 bits
+SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest")
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
@@ -197,6 +198,10 @@ def _take_optimizer(
     for key, value in optimizer.get("params", {}).items():
         if key in owned and value not in ("auto", owned[key]):
             raise UserError(f"{source}: optimizer.params.{key} is {value} but the options give {owned[key]}")
+    if scheduler and scheduler.get("type") not in SCHEDULERS:
+        raise UserError(
+            f"{source}: scheduler.type is {scheduler.get('type')!r}; allowed: {', '.join(SCHEDULERS)}"
+        )
     if any(value != "auto" for value in scheduler.get("params", {}).values()):
         raise UserError(f"{source}: scheduler is set by --lr_scheduler_type and --warmup_ratio; remove it")
 
