@@ -14,8 +14,8 @@ from common.generation.generate import PolicyEngine, generate, prompts_of_rank
 from common.generation.options import GenerationOptions
 from common.model.forward import base_model, logits_and_balance
 from common.numeric.tensor_ops import label_logprobs
-from common.numeric.top_k_top_p import restrict
-from common.runtime.distributed import device, gather_rows, sum_tensor_over_ranks
+from common.numeric.top_k_top_p import Support, restrict
+from common.runtime.distributed import device, gather_lists, gather_rows, sum_tensor_over_ranks
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
 
@@ -27,7 +27,7 @@ class Rows:
     input_ids: Tensor  # (b, T) padded on the right
     positions: Tensor  # (b, T) bool: states before the N response tokens
     labels: Tensor  # (N,) the response tokens
-    support: Tensor  # (N, V / 8) packed mask of top-k and top-p, or (N, 0)
+    support: Support  # of top-k and top-p, at the N states
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Rollout:
     last_values: Tensor  # (B,) of the critic after the last token of a truncated response; else 0
     scores: Tensor  # (B,) by all reward models and functions
     score_parts: Tensor  # (B, M + F) by each reward model, then by each function
-    support: Tensor  # (B, R, V / 8) uint8: packed mask of top-k and top-p; (B, R, 0) without them
+    support_sizes: Tensor  # (B, R) number of tokens left by top-k and top-p; 0 without them
+    support_ids: Sequence[Tensor]  # B lists of those tokens, (S,) each
     computed: Tensor  # (B,) positions computed to sample it, including padding and idle steps
 
     @property
@@ -81,7 +82,8 @@ class Rollout:
         width = int((prompts + responses).max())
         input_ids = self.input_ids[index, :width]
         positions = response_positions(prompts, responses, width)
-        support = self.support[index][self.response_mask[index]]
+        sizes = self.support_sizes[index][self.response_mask[index]]
+        support = Support(sizes, torch.cat([self.support_ids[row] for row in batch]))
         return Rows(input_ids, positions, input_ids[positions.roll(1, dims=1)], support)
 
     def scatter(self, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
@@ -142,10 +144,11 @@ def assemble(
     prompts: Sequence[Prompt], rank_rows: Sequence[int], responses: Responses, encoder: SegmentEncoder
 ) -> Rollout:
     """Gather the responses of all ranks into one rollout, the same on every rank."""
-    fields = responses._replace(ended=responses.ended.long())
-    gathered = (gather_rows(field, rank_rows, len(prompts)) for field in fields)
-    ids, lengths, ended, logprobs, support, computed = gathered
-    logprobs, support = (part[:, : int(lengths.max())] for part in (logprobs, support))
+    of_rows = responses.ids, responses.lengths, responses.ended.long(), responses.logprobs
+    of_rows += responses.support_sizes, responses.computed
+    gathered = (gather_rows(field, rank_rows, len(prompts)) for field in of_rows)
+    ids, lengths, ended, logprobs, support_sizes, computed = gathered
+    logprobs, support_sizes = (part[:, : int(lengths.max())] for part in (logprobs, support_sizes))
     rows = [p.ids + row[:n] for p, row, n in zip(prompts, ids.tolist(), lengths.tolist(), strict=True)]
     return Rollout(
         input_ids=pad_rows(rows, encoder.pad_token_id).to(device()),
@@ -158,7 +161,8 @@ def assemble(
         last_values=torch.zeros_like(logprobs[:, 0]),
         scores=torch.zeros_like(logprobs[:, 0]),
         score_parts=torch.zeros_like(logprobs[:, :0]),
-        support=support,
+        support_sizes=support_sizes,
+        support_ids=gather_lists(responses.support_ids, rank_rows, support_sizes.sum(1)),
         computed=computed,
     )
 

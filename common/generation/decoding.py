@@ -13,7 +13,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from common.numeric.tensor_ops import scaled
-from common.numeric.top_k_top_p import pack, restrict, support
+from common.numeric.top_k_top_p import Support, by_row, restrict, support
 from common.runtime.distributed import sum_tensor_over_ranks
 from common.text.transformers_internals import next_inputs
 
@@ -32,7 +32,8 @@ class Responses(NamedTuple):
     lengths: Tensor  # (B,) including EOS
     ended: Tensor  # (B,) bool: ended by EOS, not by the length limit
     logprobs: Tensor  # (B, R) of softmax(logits / temperature) over the support, 0 after the end
-    support: Tensor  # (B, R, V / 8) uint8: tokens left by top-k and top-p, as bits; (B, R, 0): all
+    support_sizes: Tensor  # (B, R) int32: number of tokens left by top-k and top-p; 0: all, or after the end
+    support_ids: Tensor  # (S,) int32: those tokens, row after row
     computed: Tensor  # (B,) positions computed per row, including padding and idle steps
 
 
@@ -44,22 +45,20 @@ def uniforms_for(seed: int, step: int, rows: Sequence[int], length: int) -> Tens
 
 def draw(
     logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Support]:
     """Sample one token per row of logits (B, V), by inverse transform sampling with uniforms (B,).
 
     The token is the first one whose cumulative probability exceeds the row's uniform number. So it depends on
-    its row alone, not on a shared random stream. Returns tokens (B,), their logprobs (B,), and the support:
-    bits (B, V / 8), or (B, 0) if all tokens could be drawn.
+    its row alone, not on a shared random stream. Returns tokens (B,), their logprobs (B,), and which tokens
+    could be drawn.
     """
     logits = scaled(logits, temperature)
-    packed = torch.empty(len(logits), 0, dtype=torch.uint8, device=logits.device)
-    if top_p < 1.0 or top_k:
-        packed = pack(support(logits.softmax(-1), top_k, top_p))
-    logprobs = restrict(logits, packed).log_softmax(-1)
+    allowed = support(logits, top_k, top_p)
+    logprobs = restrict(logits, allowed).log_softmax(-1)
     cumulative = logprobs.exp().cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
-    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1), packed
+    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1), allowed
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ def sample_responses(
 
 def _decode(
     model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, uniforms: Tensor,
-    choose: Callable[..., tuple[Tensor, Tensor, Tensor]], synced_gpus: bool, num_tokens: int | None,
+    choose: Callable[..., tuple[Tensor, Tensor, Support]], synced_gpus: bool, num_tokens: int | None,
     **inputs: Any,
 ) -> Responses:  # fmt: skip
     """Decoding loop for `generate`; finished rows are removed from the batch, where they would cost time."""
@@ -115,15 +114,17 @@ def _decode(
         inputs["output_router_logits"] = False  # no load-balancing loss in sampling
     logits, computed = _read_prompts(model, input_ids, inputs, cache, synced_gpus)  # (b, V), (B,)
     steps: list[tuple[Tensor, ...]] = []
+    supports: list[tuple[Tensor, Support]] = []  # of the rows of each step
     for step in range(limit):
-        drawn = choose(logits[:, :num_tokens], uniforms[rows, step])
-        steps.append(tuple(_scatter_rows(part, rows, count) for part in drawn))
-        is_open &= ~torch.isin(drawn[0], ends)
+        tokens, logprobs, allowed = choose(logits[:, :num_tokens], uniforms[rows, step])
+        steps.append(tuple(_scatter_rows(part, rows, count) for part in (tokens, logprobs, allowed.sizes)))
+        supports.append((rows, allowed))
+        is_open &= ~torch.isin(tokens, ends)
         num_open = int(is_open.sum())
         any_open = sum_tensor_over_ranks(is_open.any().long()) if synced_gpus else num_open
         if not any_open or step == limit - 1:
             break
-        input_ids = torch.cat([input_ids, drawn[0][:, None]], dim=1)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
         if 0 < num_open <= (1 - IDLE_SHARE) * len(rows):
             open_rows = is_open.nonzero().squeeze(-1)
             rows, input_ids, is_open = rows[open_rows], input_ids[open_rows], is_open[open_rows]
@@ -134,8 +135,8 @@ def _decode(
         outputs = model(**fed, return_dict=True)
         inputs = next_inputs(model, outputs, inputs)
         logits = outputs.logits[:, -1]
-    ids, logprobs, supports = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
-    return _cut(ids, logprobs, supports, computed, limit, ends, generation_config.pad_token_id)
+    ids, logprobs, sizes = (torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+    return _cut(ids, logprobs, sizes, supports, computed, limit, ends, generation_config.pad_token_id)
 
 
 def _read_prompts(
@@ -206,8 +207,8 @@ def _scatter_rows(part: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _cut(
-    sampled: Tensor, logprobs: Tensor, supports: Tensor, computed: Tensor, limit: int, ends: Tensor,
-    pad_token_id: int,
+    sampled: Tensor, logprobs: Tensor, sizes: Tensor, supports: list[tuple[Tensor, Support]],
+    computed: Tensor, limit: int, ends: Tensor, pad_token_id: int,
 ) -> Responses:  # fmt: skip
     """End each row at its first end token, one of `ends` (E,), and pad everything to `limit`."""
     steps = sampled.shape[1]
@@ -218,5 +219,5 @@ def _cut(
     widen = (0, limit - steps)
     ids = pad(sampled, widen, value=pad_token_id).masked_fill(~mask, pad_token_id)
     logprobs = pad(logprobs, widen).masked_fill(~mask, 0.0)
-    supports = pad(supports, (0, 0, *widen)).masked_fill(~mask[..., None], 0)
-    return Responses(ids, lengths, ended, logprobs, supports, computed)
+    sizes = pad(sizes, widen).masked_fill(~mask, 0)
+    return Responses(ids, lengths, ended, logprobs, sizes, by_row(supports, lengths), computed)

@@ -1,16 +1,39 @@
-"""Top-k and top-p sampling: masks of the allowed tokens, packed into bits for the rollout. Pure."""
+"""Top-k and top-p sampling: sets of allowed tokens, as lists of their ids. Pure."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 OUTSIDE = -1e30  # logit of an excluded token; finite, so that 0 x log-probability is 0
 
 
-def support(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Mask of the allowed tokens: the top_k likeliest (0: all), and the likeliest of these that reach top_p.
+class Support(NamedTuple):
+    """The tokens that could be drawn at each of N states. Without ids, all could."""
 
-    probabilities (..., V) -> (..., V) bool. Source: Holtzman et al. 2020, section 3.1; Fan et al. 2018.
+    sizes: Tensor  # (N,) int32: how many
+    ids: Tensor  # (S,) int32: those of the first state, then those of the second, ...
+
+    @property
+    def states(self) -> Tensor:
+        """(S,) the state of each id."""
+        rows = torch.arange(len(self.sizes), device=self.ids.device)
+        return rows.repeat_interleave(self.sizes, output_size=len(self.ids))
+
+
+def support(logits: Tensor, top_k: int, top_p: float) -> Support:
+    """The top_k likeliest tokens (0: all), and the likeliest of these that reach top_p: logits (N, V)."""
+    if not top_k and top_p == 1.0:
+        nothing = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+        return Support(nothing, nothing[:0])
+    flags = is_allowed(logits.softmax(-1), top_k, top_p)
+    return Support(flags.sum(-1, dtype=torch.int32), flags.nonzero()[:, 1].int())
+
+
+def is_allowed(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Flags of the tokens in `support`: (..., V) -> (..., V) bool.
+
+    Source: Holtzman et al. 2020, section 3.1; Fan et al. 2018.
     """
     ordered, order = probabilities.sort(-1, descending=True)
     if top_k:
@@ -21,23 +44,24 @@ def support(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities, dtype=torch.bool).scatter(-1, order, is_within)
 
 
-def restrict(logits: Tensor, packed: Tensor) -> Tensor:
-    """Mask excluded tokens, so that the softmax is the sampling distribution: (N, V) -> (N, V) fp32.
-
-    packed: `pack` of the support, (N, V / 8); (N, 0) if all tokens are allowed.
-    """
-    if not packed.shape[-1]:
+def restrict(logits: Tensor, allowed: Support) -> Tensor:
+    """Mask excluded tokens, so that the softmax is the sampling distribution: (N, V) -> (N, V) fp32."""
+    if not len(allowed.ids):
         return logits
-    return logits.float().masked_fill(~unpack(packed, logits.shape[-1]), OUTSIDE)
+    is_excluded = torch.ones_like(logits, dtype=torch.bool)
+    is_excluded[allowed.states, allowed.ids] = False
+    return logits.float().masked_fill(is_excluded, OUTSIDE)
 
 
-def pack(flags: Tensor) -> Tensor:
-    """Pack eight flags per byte: (..., V) bool -> (..., V / 8, rounded up) uint8."""
-    bits = pad(flags.to(torch.uint8), (0, -flags.shape[-1] % 8)).unflatten(-1, (-1, 8))  # (..., V / 8, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(-1, dtype=torch.uint8)
+def by_row(steps: list[tuple[Tensor, Support]], lengths: Tensor) -> Tensor:
+    """Sort the ids of all steps by row, then by step: (S,). Leaves out those after the end of a row.
 
-
-def unpack(packed: Tensor, size: int) -> Tensor:
-    """Inverse of `pack`: (..., size / 8) uint8 -> (..., size) bool."""
-    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (bits & 1).bool().flatten(-2)[..., :size]
+    steps: for each step, its rows (b,) and their support. lengths: (B,) steps of each row.
+    """
+    rows, ids = [], []
+    for step, (drawn, allowed) in enumerate(steps):
+        row = drawn[allowed.states]
+        is_inside = step < lengths[row]
+        rows.append(row[is_inside])
+        ids.append(allowed.ids[is_inside])
+    return torch.cat(ids)[torch.cat(rows).argsort(stable=True)]

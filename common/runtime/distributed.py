@@ -128,7 +128,20 @@ def gather_rows(part: Tensor, rows: Sequence[int], count: int) -> Tensor:
     rows: indices of this rank's rows in the result. At most one rank may have a row; rows of no rank are 0.
     """
     result = torch.zeros(count, *part.shape[1:], dtype=part.dtype, device=part.device)
-    return sum_tensor_over_ranks(result.index_copy(0, torch.tensor(rows, device=part.device), part))
+    return sum_tensor_over_ranks(result.index_copy_(0, torch.tensor(rows, device=part.device), part))
+
+
+def gather_lists(part: Tensor, rows: Sequence[int], lengths: Tensor) -> list[Tensor]:
+    """Gather the lists of all ranks, on all ranks, in one tensor that the result has views of.
+
+    part: this rank's lists one after another. rows: their indices in the result. lengths: (count,) of all.
+    """
+    result = torch.zeros(int(lengths.sum()), dtype=part.dtype, device=part.device)
+    lists = [*result.split(lengths.tolist())]
+    for row, values in zip(rows, part.split(lengths[rows].tolist()), strict=True):
+        lists[row].copy_(values)
+    sum_tensor_over_ranks(result)
+    return lists
 
 
 def gather_objects(local: Any) -> list[Any]:

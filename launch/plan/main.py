@@ -30,7 +30,7 @@ PARTS = {
     "activations": "activations",
     "logits": "logits",
     "KV cache": "KV cache",
-    "token masks": "token masks",
+    "token lists": "token lists",
     "buffers": "buffers",
     "fixed": "CUDA context",
 }

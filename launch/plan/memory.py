@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 Parts = Counter[str]  # bytes by part; "host" is offloaded to host memory
 
-FP32 = 4
+FP32 = INT32 = 4
 MOMENTS = 2 * FP32  # of AdamW
 ALLREDUCE_BUCKET = 500_000_000  # elements per reduction at stage 0, and DeepSpeed's default
+NUCLEUS = 256  # tokens that top-p leaves on average: an assumption, high for a trained model
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,11 @@ def logits_in_sampling(model: Model, rows: int) -> float:
     return rows * model.shape.vocabulary * (model.zero.size + 6 * FP32)
 
 
-def token_masks(model: Model, positions: int) -> float:
-    """Masks of the tokens allowed by top-k and top-p at each position of a rollout, one bit per token."""
-    return positions * -(-model.shape.vocabulary // 8)
+def allowed_tokens(top_k: int, top_p: float, positions: int) -> float:
+    """Lists of the tokens allowed by top-k and top-p at each position of a rollout, with their lengths."""
+    if not top_k and top_p == 1.0:
+        return 0.0
+    return positions * INT32 * ((top_k or NUCLEUS) + 1)
 
 
 def kv_cache(model: Model, rows: int, width: int) -> float:

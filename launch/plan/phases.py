@@ -8,6 +8,7 @@ from launch.plan.memory import (
     Model,
     Parts,
     activations,
+    allowed_tokens,
     buffers_of_reduction,
     copies_in_step,
     gathered,
@@ -20,7 +21,6 @@ from launch.plan.memory import (
     logits_in_scoring,
     optimiser,
     passing,
-    token_masks,
     total,
     weights,
 )
@@ -46,7 +46,9 @@ class Sizes:
     prompt: int
     response: int
     generated: int  # rows that step 3 generates or scores at once
-    masked: int  # rows of a rollout with token masks of top-k and top-p
+    rollout: int  # rows that step 3 samples in an iteration, on all ranks
+    top_k: int
+    top_p: float
     gathers: bool  # --gather_for_generation
 
 
@@ -89,7 +91,7 @@ def step3(
     held = sum((optimiser(model) for model in trained), held)
     if reference:
         held += weights(reference)
-    held["token masks"] += token_masks(actor, sizes.masked * sizes.response)
+    held["token lists"] += allowed_tokens(sizes.top_k, sizes.top_p, sizes.rollout * sizes.response)
     idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
 
     rows, width = sizes.generated, sizes.prompt + sizes.response

@@ -101,7 +101,9 @@ def _sizes(options: PlanOptions) -> Sizes:
         prompt=options.max_prompt_length,
         response=options.max_response_length,
         generated=min(options.generation_batch_size, share),
-        masked=options.rollout_batch_size if options.top_k or options.top_p < 1 else 0,
+        rollout=options.rollout_batch_size,
+        top_k=options.top_k,
+        top_p=options.top_p,
         gathers=options.gather_for_generation,
     )
 

@@ -20,7 +20,7 @@ from transformers import (
 from common.model.loading import load_config
 from common.model.lora import add_adapters
 from common.model.zero import CONFIG_FOLDER
-from common.numeric.top_k_top_p import pack
+from common.numeric.top_k_top_p import support
 from common.runtime.option_parser import parse_options
 from common.runtime.options import LoraOptions
 from launch.plan import memory
@@ -49,7 +49,8 @@ LLAMA_2_7B = LlamaConfig(
 )  # fmt: skip
 SIZES = Sizes(
     micro_batch=2, accumulates=False, checkpointing=False, actor_checkpointing=False,
-    critic_checkpointing=False, length=0, prompt=8, response=16, generated=4, masked=0, gathers=True,
+    critic_checkpointing=False, length=0, prompt=8, response=16, generated=4, gathers=True,
+    rollout=8, top_k=0, top_p=1.0,
 )  # fmt: skip
 PARAMETERS_OF_LLAMA_2_7B = 6_738_415_616  # of the published checkpoint
 
@@ -228,11 +229,16 @@ def test_options_match_the_stages():
         assert ours.metadata["help"] == theirs.metadata["help"]
 
 
-def test_token_masks_of_the_rollout_are_counted(big: PlanOptions):
-    """Every rank has the masks of all responses, packed as in sampling."""
+def test_allowed_tokens_of_the_rollout_are_counted(big: PlanOptions):
+    """Every rank has the lists of all responses, as in sampling. With top-p alone their length is assumed."""
     options = replace(big, rollout_batch_size=64, max_response_length=16)
-    without, masked = (predict(replace(options, top_p=top_p))["step 3"].parts for top_p in (1.0, 0.9))
-    assert total(masked) - total(without) == pack(torch.ones(64, 16, 32000, dtype=torch.bool)).nbytes
+    free, top_k, top_p = (
+        total(predict(replace(options, **cut))["step 3"].parts)
+        for cut in ({}, {"top_k": 20, "top_p": 0.9}, {"top_p": 0.9})
+    )
+    lists = support(torch.randn(64 * 16, 500), 20, 1.0)
+    assert top_k - free == lists.ids.nbytes + lists.sizes.nbytes
+    assert top_p - free == 64 * 16 * 4 * (memory.NUCLEUS + 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 8, "advantage_estimator": "rloo"}], ids=str)
@@ -319,7 +325,7 @@ def test_command_prints_a_table_and_verdicts(big: PlanOptions):
     )
     assert "rows of 1024 tokens; step 3: prompts of 256 and responses of 128 tokens" in head
     cells = {line[:16].strip(): line[16:].split() for line in printed.splitlines()}
-    assert cells["token masks"] == ["0.00"] * 3 and cells["CUDA context"] == ["1.00"] * 3
+    assert cells["token lists"] == ["0.00"] * 3 and cells["CUDA context"] == ["1.00"] * 3
     assert " ".join(cells["peak phase"]) == "optimiser step recomputation optimiser step"
     assert cells["total"] == [f"{total(phase.parts) / GIB:.2f}" for phase in phases.values()]
     assert cells["optimiser"][0] == f"{12 * PARAMETERS_OF_LLAMA_2_7B / 8 / GIB:.2f}"

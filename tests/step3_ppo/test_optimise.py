@@ -11,6 +11,7 @@ from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, policy_pass
+from tests.step3_ppo.rollouts import rollout_of
 
 ROWS, PROMPT, WIDTH = 4, 3, 5
 LENGTHS = [5, 2, 4, 3]
@@ -41,13 +42,8 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def sampled(actor: LlamaForCausalLM) -> Rollout:
-    rows, lengths = torch.zeros(ROWS, WIDTH), torch.tensor(LENGTHS)
-    rollout = Rollout(
-        torch.randint(1, 32, (ROWS, PROMPT + WIDTH)), torch.full((ROWS,), PROMPT), lengths,
-        torch.ones(ROWS).bool(), logprobs=rows, ref_logprobs=rows, values=rows, last_values=rows[:, 0],
-        scores=rows[:, 0], score_parts=rows[:, :0], support=torch.zeros(ROWS, WIDTH, 0, dtype=torch.uint8),
-        computed=torch.zeros(ROWS),
-    )  # fmt: skip
+    input_ids, prompts = torch.randint(1, 32, (ROWS, PROMPT + WIDTH)), torch.full((ROWS,), PROMPT)
+    rollout = rollout_of(input_ids, prompts, torch.tensor(LENGTHS), torch.ones(ROWS).bool())
     rollout.logprobs[rollout.response_mask] = logprobs(actor, rollout)
     return rollout
 

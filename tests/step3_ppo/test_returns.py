@@ -10,6 +10,7 @@ from step3_ppo.rewards import RunningScale
 from step3_ppo.rollout import Rollout
 from step3_ppo.state import PPOState
 from tests.conftest import assert_close
+from tests.step3_ppo.rollouts import rollout_of
 
 # Two responses to prompts of one token: four tokens with a repeated trigram, truncated; two tokens, ended.
 PLAIN = {"score_clip": 0.0, "missing_eos_penalty": 0.0, "kl_coef": 0.0}
@@ -20,12 +21,10 @@ LOGPROBS, REF_LOGPROBS = (
 
 
 def rollout(scores: list[float]) -> Rollout:
-    rows = torch.zeros(2, 4)
-    return Rollout(
+    return rollout_of(
         torch.tensor([[1, 5, 5, 5, 5], [1, 6, 2, 0, 0]]), torch.tensor([1, 1]), torch.tensor([4, 2]),
         torch.tensor([False, True]), logprobs=torch.tensor(LOGPROBS), ref_logprobs=torch.tensor(REF_LOGPROBS),
-        values=rows, last_values=rows[:, 0], scores=torch.tensor(scores), score_parts=rows[:, :0],
-        support=torch.zeros(2, 4, 0, dtype=torch.uint8), computed=torch.zeros(2),
+        scores=torch.tensor(scores),
     )  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import tokenize_response
 from step3_ppo import scoring
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import PolicyPass, Rollout, Rows
+from step3_ppo.rollout import PolicyPass, Rows
 from step3_ppo.scoring import _scored_ids, _value_pass, close, score_rollout
 from tests.byte_encoder import byte_encoder
+from tests.step3_ppo.rollouts import rollout_of
 
 PROMPTS = [3, 1, 4]
 RESPONSES = [2, 5, 3]
@@ -32,13 +33,7 @@ def test_values_before_each_token_and_after_truncated_responses(bootstrap):
     )  # fmt: skip
     critic = LlamaForSequenceClassification(config).eval()
     ids = torch.randint(1, 32, (3, 7))
-    rows = torch.zeros(3, 5)
-    rollout = Rollout(
-        ids, torch.tensor(PROMPTS), torch.tensor(RESPONSES), torch.tensor(ENDED), logprobs=rows,
-        ref_logprobs=rows, values=rows, last_values=rows[:, 0], scores=rows[:, 0], score_parts=rows[:, :0],
-        support=torch.zeros(3, 5, 0, dtype=torch.uint8),
-        computed=torch.zeros(3),
-    )  # fmt: skip
+    rollout = rollout_of(ids, torch.tensor(PROMPTS), torch.tensor(RESPONSES), torch.tensor(ENDED))
     order = [2, 0, 1]
     options = PPOOptions(bootstrap_truncated=bootstrap)
     with torch.no_grad():
@@ -62,12 +57,8 @@ def test_logits_of_one_batch_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(scoring, "policy_pass", forward)
     monkeypatch.setattr(scoring, "score_responses", lambda *_: (rows[:, 0], rows[:, :0]))
-    rollout = Rollout(
-        torch.ones(3, 7, dtype=torch.long), torch.tensor(PROMPTS), torch.tensor(RESPONSES),
-        torch.tensor(ENDED), logprobs=rows, ref_logprobs=rows, values=rows, last_values=rows[:, 0],
-        scores=rows[:, 0], score_parts=rows[:, :0], support=torch.zeros(3, 5, 0, dtype=torch.uint8),
-        computed=torch.zeros(3),
-    )  # fmt: skip
+    ids = torch.ones(3, 7, dtype=torch.long)
+    rollout = rollout_of(ids, torch.tensor(PROMPTS), torch.tensor(RESPONSES), torch.tensor(ENDED))
     actor = torch.nn.Module()
     actor.module = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
     models = SimpleNamespace(
@@ -104,12 +95,7 @@ def test_scored_ids_equal_those_of_step_2(encoder, ending, is_conversation):
         endings["both"] = [eos]
     response = torch.tensor([row.ids + reply + endings[ending]])
     length = torch.tensor([response.shape[1] - len(row.ids)])
-    rows = torch.zeros(1, int(length))
-    rollout = Rollout(
-        response, torch.tensor([len(row.ids)]), length, torch.tensor([ending != "none"]), logprobs=rows,
-        ref_logprobs=rows, values=rows, last_values=rows[:, 0], scores=rows[:, 0], score_parts=rows[:, :0],
-        support=torch.zeros(1, 5, 0, dtype=torch.uint8), computed=torch.zeros(1),
-    )  # fmt: skip
+    rollout = rollout_of(response, torch.tensor([len(row.ids)]), length, torch.tensor([ending != "none"]))
     assert _scored_ids(encoder, encoder, Prompt(row.ids, json.dumps(record)), rollout, 0) == expected.ids
 
 

@@ -20,6 +20,7 @@ from common.generation import decoding as sampling
 from common.generation.decoding import Responses, sample_responses, uniforms_for
 from step3_ppo.rollout import Rollout, policy_pass
 from tests.conftest import assert_close
+from tests.step3_ppo.rollouts import rollout_of
 
 EOS, PAD, VOCABULARY = 0, 39, 40
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.0, 0.3, 0.15])
@@ -112,21 +113,12 @@ def as_rollout(responses: Responses) -> Rollout:
     lengths = responses.lengths.tolist()
     rows = [p + ids[:n].tolist() for p, ids, n in zip(PROMPTS, responses.ids, lengths, strict=True)]
     width = max(map(len, rows))
-    empty = torch.zeros_like(responses.logprobs)
-    return Rollout(
-        input_ids=torch.tensor([row + [PAD] * (width - len(row)) for row in rows]),
-        prompt_lengths=torch.tensor([len(p) for p in PROMPTS]),
-        response_lengths=responses.lengths,
-        ended=responses.ended,
-        logprobs=responses.logprobs,
-        ref_logprobs=empty,
-        values=empty,
-        last_values=empty[:, 0],
-        scores=empty[:, 0],
-        score_parts=empty[:, :0],
-        support=responses.support,
-        computed=responses.computed,
-    )
+    return rollout_of(
+        torch.tensor([row + [PAD] * (width - len(row)) for row in rows]),
+        torch.tensor([len(p) for p in PROMPTS]), responses.lengths, responses.ended,
+        logprobs=responses.logprobs, support_sizes=responses.support_sizes,
+        support_ids=responses.support_ids.split(responses.support_sizes.sum(1).tolist()),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 0), (0.7, 0), (1.0, 3), (0.7, 9)])
