@@ -28,7 +28,7 @@ LINES = {
     ),
     "half a character elsewhere": (change(x={"y": [HALF]}), "'x' has half a character"),
     "nested too deep": (add(b"[" * 100_000 + b"]" * 100_000), "nested too deep"),
-    "number too long": (add(b"1" * 5000), "Exceeds the limit"),
+    "number too long": (add(b"1" * 5000), "thousands of digits"),
     "not text": (lambda _: bytes(range(128, 256)), "not UTF-8 text"),
     "UTF-16": (lambda record: json.dumps(record).encode("utf-16"), "not UTF-8 text"),
     "NaN": (change(prompt=float("nan")), "'prompt' is float"),
