@@ -135,5 +135,5 @@ def _parse_line(line: bytes) -> Any:
         raise ValueError(f"not UTF-8 text: {error.reason}") from None
     except RecursionError:
         raise ValueError("not usable JSON: objects or lists are nested too deep") from None
-    except ValueError:  # of int(), which has a limit
-        raise ValueError("not usable JSON: a number has thousands of digits") from None
+    except ValueError as error:
+        raise ValueError(f"not usable JSON: {reason(error)}") from None

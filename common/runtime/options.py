@@ -27,6 +27,8 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines[:2] = [" ".join(lines[:2])]
+    if lines and lines[0].startswith("Exceeds the limit ("):  # its own advice is a call of Python
+        return "a number has thousands of digits"
     is_bare = not lines or isinstance(error, KeyError)  # its message is only the key
     return ": ".join([type(error).__name__] * is_bare + lines[:1])
 

@@ -40,7 +40,7 @@ MALFORMED = [
     (1, b'{"prompt": "a", "completion": "b", "id": {"x": ["\\udc00"]}}', "'id' has half a character"),
     (3, b'{"prompt": [{"role": "user", "content": "\\udfff\\ud83d"}]}', "'prompt' has half a character"),
     (1, b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
-    (1, b'{"prompt": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
+    (1, b'{"prompt": ' + b"1" * 5000 + b"}", "thousands of digits"),
     (1, {"prompt": "", "completion": "b"}, "'prompt' is empty"),
     (1, {"prompt": "a", "completion": " \n"}, "'completion' is empty"),
     (1, {"prompt": None, "completion": "b"}, "'prompt' is missing"),
