@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 
 from common.data.batching import batch_order
 from common.data.examples import Examples
@@ -129,7 +130,9 @@ def sample_and_score(
     responses = generate(
         policy, encoder, RowIds(prompts, size), [numbers[i] for i in rank_rows], options, options.round
     )
-    responses = responses._replace(support=responses.support[..., :0])  # large, and only used by updates
+    # What could be drawn is large, and only used by updates.
+    sizes = torch.zeros_like(responses.support_sizes)
+    responses = responses._replace(support_sizes=sizes, support_ids=responses.support_ids[:0])
     rollout = assemble(row_prompts, rank_rows, responses, encoder)
     scores, parts = score_responses(
         scorer, encoder, row_prompts, rollout, rank_rows, options.generation_batch_size
