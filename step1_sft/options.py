@@ -11,6 +11,7 @@ from common.runtime.options import (
     CacheOptions,
     InferenceOptions,
     TrainOptions,
+    UserError,
     option,
 )
 
@@ -46,6 +47,11 @@ class SFTOptions(TrainOptions, SampleAnswerOptions):
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
+        if self.packing and 0 < self.micro_batch_tokens < self.max_length:
+            raise UserError(
+                f"--micro_batch_tokens {self.micro_batch_tokens}: must be at least --max_length"
+                f" {self.max_length} with --packing, which fills rows up to that"
+            )
 
 
 @dataclass

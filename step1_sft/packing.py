@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from common.data.batching import batches_of_rank, with_dummies
+from common.data.batching import Tokens, batches_of_rank, micro_batch, with_dummies
 from common.model.forward import base_model, response_logits
 from common.runtime.distributed import rank
 from common.runtime.options import UserError, world_size
@@ -27,8 +27,10 @@ def micro_batches(lengths: Sequence[int], options: SFTOptions) -> list[tuple[lis
 
     Without --packing every row is one example.
     """
-    size = options.micro_batch_size
+    size = micro_batch(options)
     if options.packing:
+        if isinstance(size, Tokens):
+            size = size // options.max_length
         batch = range(len(lengths))
         packed = deal_packed(batch, lengths, size, options.max_length, rank(), world_size())
         return with_dummies(packed, dummy=[[0]])

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import nn
 
+from common.data.batching import micro_batch
 from common.data.loading import load_examples
 from common.model.engine_protocol import Engine
 from common.runtime.distributed import log
@@ -34,7 +35,7 @@ def centre(engine: Engine, rows: list[list[int]], options: RewardOptions) -> boo
 
     Returns False when a stop was requested first.
     """
-    statistics = score_statistics(engine, rows, options.micro_batch_size, options.output_dir)
+    statistics = score_statistics(engine, rows, micro_batch(options), options.output_dir)
     if statistics is None:
         return False
     mean, std = statistics

@@ -92,6 +92,10 @@ class Layout(NamedTuple):
         separate = [len(row.prompt_ids) + length for length in row.response_lengths]
         return [row.length] if self.share_prompts else separate
 
+    def shapes(self, records: Sequence[Preference]) -> list[tuple[int, int]]:
+        """Number of rows of each record, and tokens of the longest, as `deal` takes them."""
+        return [(len(lengths), max(lengths)) for lengths in map(self.row_lengths, records)]
+
 
 class Batch(NamedTuple):
     """One micro-batch: B records with N responses and P pairs of them, in order, on R rows of tokens."""

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from common.data.batching import deal
+from common.data.batching import deal, micro_batch
 from common.model.engine import backward_and_step, make_engine
 from common.model.engine_protocol import Engine
 from common.model.loading import fit_to_model, load_scalar_model
@@ -66,7 +66,7 @@ def main() -> None:
     load_base = partial(load_scalar_model, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        metrics = evaluate(engine, held_out, options.micro_batch_size, layout)
+        metrics = evaluate(engine, held_out, micro_batch(options), layout)
         is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/accuracy", "eval/margin"])
         if is_best:
             write_best()
@@ -102,7 +102,7 @@ def main() -> None:
             " Run the same command to write it."
         )
         rows = golden.rows[encoder]
-        judged = collect_pairs(golden, rows, *score_pairs(engine, rows, options.micro_batch_size, layout))
+        judged = collect_pairs(golden, rows, *score_pairs(engine, rows, micro_batch(options), layout))
         std = engine.module.config.reward_std
         stop_between_steps()  # rank 0 writes, the others wait for it
         write_report(judged, std, loop.folder / "metrics.jsonl", loop.folder / "golden")
@@ -114,8 +114,10 @@ def train_step(
 ) -> dict[str, Mean | float]:  # fmt: skip
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
-    lengths = [max(layout.row_lengths(row)) for row in records]
-    batches = deal(range(len(records)), lengths, options.micro_batch_size, rank(), world_size())
+    shapes = layout.shapes(records)
+    size = micro_batch(options)
+    lengths, size = [width for _, width in shapes], micro_batch(options)
+    batches = deal(range(len(records)), lengths, size, rank(), world_size(), shapes)
     num_tokens = sum(row.language_length for row in records)
     total = right = decided = encoded = padded = lm_total = 0.0
     for number, batch_indices in enumerate(batches, start=1):

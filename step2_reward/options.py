@@ -5,7 +5,14 @@ from typing import ClassVar, Literal
 
 from common.model.options import EnsembleOptions
 from common.runtime.option_checks import check_held_out
-from common.runtime.options import BEST_METRIC, CacheOptions, InferenceOptions, TrainOptions, option
+from common.runtime.options import (
+    BEST_METRIC,
+    MICRO_BATCH_TOKENS,
+    CacheOptions,
+    InferenceOptions,
+    TrainOptions,
+    option,
+)
 
 
 @dataclass
@@ -65,6 +72,7 @@ class EvaluateRewardOptions(CacheOptions, EnsembleOptions, InferenceOptions):
     )
     max_length: int = option(1024, "Maximum record length in tokens; longer records are dropped.", at_least=8)
     micro_batch_size: int = option(16, "Records per rank and forward pass.", at_least=1, resume="free")
+    micro_batch_tokens: int = option(0, MICRO_BATCH_TOKENS, at_least=0, resume="free")
 
 
 @dataclass
@@ -80,6 +88,7 @@ class ScoreOptions(EnsembleOptions):
     )  # fmt: skip
     output: str = option("", "JSONL file: the input records in order, with `score`.", required=True)
     micro_batch_size: int = option(32, "Records per forward pass.", at_least=1, resume="free")
+    micro_batch_tokens: int = option(0, MICRO_BATCH_TOKENS, at_least=0, resume="free")
     max_length: int = option(
         1024, "Maximum sequence length in tokens; overlong prompts lose their beginning.", at_least=8
     )

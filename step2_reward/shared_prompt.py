@@ -77,8 +77,8 @@ def work(rows: Sequence[Preference], layout: Layout, width: int) -> int:
     attention. Kernels skip half of a causal mask, but nothing of other masks. The rows of a record are padded
     to the longest.
     """
-    sizes = [(len(lengths), max(lengths)) for lengths in map(layout.row_lengths, rows)]
-    return sum(k * (12 * width * n + (2 if layout.share_prompts else 1) * n**2) for k, n in sizes)
+    per_token = 2 if layout.share_prompts else 1
+    return sum(k * (12 * width * n + per_token * n**2) for k, n in layout.shapes(rows))
 
 
 @torch.no_grad()

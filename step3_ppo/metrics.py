@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.data.batching import micro_batch
 from common.numeric.tensor_ops import masked_mean, masked_var
 from common.runtime.distributed import rank
 from common.runtime.options import world_size
@@ -34,7 +35,8 @@ def evaluate(
     rollout = score_rollout(models, padded, rollout, options, with_values=False, title=f"scores of {title}")
     gold = None
     if models.gold:
-        rank_rows, size = range(rank(), len(padded), world_size()), options.generation_batch_size
+        rank_rows = range(rank(), len(padded), world_size())
+        size = micro_batch(options, options.generation_batch_size)
         gold, _ = score_responses(
             models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
         )

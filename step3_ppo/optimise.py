@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.data.batching import deal
+from common.data.batching import deal, micro_batch
 from common.model.engine import backward_and_step
 from common.model.engine_protocol import Engine
 from common.model.forward import base_model, token_scores
@@ -105,7 +105,7 @@ def _distance(actor: Engine, rollout: Rollout, batch: list[int], options: PPOOpt
     """KL from the rollout policy on some rows: k2, in nats per response."""
     actor.eval()
     total = 0.0
-    for chunk in deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size()):
+    for chunk in deal(batch, rollout.lengths.tolist(), micro_batch(options), rank(), world_size()):
         logprobs = policy_pass(actor, rollout.rows(chunk), options.temperature).logprobs
         total += _squares(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
     actor.train()
@@ -122,7 +122,7 @@ def _micro_batches(
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a minibatch. batch: the rows of the minibatch."""
     tokens, tokens_read = int(rollout.response_lengths[batch].sum()), int(rollout.lengths[batch].sum())
-    chunks = deal(batch, rollout.lengths.tolist(), options.micro_batch_size, rank(), world_size())
+    chunks = deal(batch, rollout.lengths.tolist(), micro_batch(options), rank(), world_size())
     for number, chunk in enumerate(chunks, start=1):
         mask = rollout.response_mask[chunk]  # (b, R)
         yield MicroBatch(

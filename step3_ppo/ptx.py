@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from common.data.batching import batch_order, deal, pad_rows
+from common.data.batching import batch_order, deal, micro_batch, pad_rows
 from common.data.examples import Examples
 from common.data.loading import load_examples
 from common.model.engine import backward_and_step
@@ -49,7 +49,7 @@ class PretrainingMix:
         tokens = sum(sum(row.is_response[1:]) for row in rows)
         lengths = [len(row.ids) for row in rows]
         total = torch.zeros((), device=device())
-        for chunk in deal(range(len(rows)), lengths, options.micro_batch_size, rank(), world_size()):
+        for chunk in deal(range(len(rows)), lengths, micro_batch(options), rank(), world_size()):
             losses = -demonstration_logprobs(actor, [rows[i] for i in chunk])
             backward_and_step(actor, options.ptx_coef * losses.sum() / tokens, world_size(), is_last=False)
             total += losses.detach().sum() / tokens

@@ -9,6 +9,7 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
+from common.data.batching import Tokens, batches_of_own, micro_batch
 from common.model.engine_protocol import Engine
 from common.model.forward import last_positions, token_scores
 from common.model.reward_ensemble import combine, member_scores
@@ -37,7 +38,8 @@ def score_rollout(
     models.actor.eval()
     if models.critic:
         models.critic.eval()
-    batches = _rank_batches(rollout, options.generation_batch_size)
+    size = micro_batch(options, options.generation_batch_size)
+    batches = _rank_batches(rollout, size)
     rank_rows = sum(batches, [])
 
     def logprobs(model: nn.Module) -> Tensor:
@@ -48,7 +50,7 @@ def score_rollout(
     with models.reference_model() as reference:
         fields = {"ref_logprobs": logprobs(reference)}
     fields["scores"], fields["score_parts"] = score_responses(
-        models.scorer, models.encoder, prompts, rollout, rank_rows, options.generation_batch_size, title
+        models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
     )
     if next(models.actor.module.parameters()).dtype != torch.float32:
         # In 16 bits, generation with a KV cache rounds differently from the update's forward pass. Recompute
@@ -64,14 +66,14 @@ def score_rollout(
 @torch.no_grad()
 def score_responses(
     scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
-    rank_rows: Sequence[int], batch_size: int, title: str = "",
+    rank_rows: Sequence[int], size: int | Tokens, title: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The score of each response (B,), and its parts by each reward model, then each function (B, M + F).
 
     encoder: of the policy. rank_rows: the rows that this rank scores. title: of progress lines; none when
     empty.
     """
-    rank_parts = [*_member_scores(scorer, encoder, prompts, rollout, rank_rows, batch_size, title)]
+    rank_parts = [*_member_scores(scorer, encoder, prompts, rollout, rank_rows, size, title)]
     rank_parts += [*_function_scores(scorer, encoder, prompts, rollout, rank_rows)]
     parts = gather_rows(torch.stack(rank_parts, 1), rank_rows, len(prompts))  # (B, M + F)
     of_members, of_functions = parts[:, : len(scorer.rewards)], parts[:, len(scorer.rewards) :]
@@ -96,11 +98,13 @@ def _value_pass(
     return values[~is_after], last
 
 
-def _rank_batches(rollout: Rollout, size: int) -> list[list[int]]:
+def _rank_batches(rollout: Rollout, size: int | Tokens) -> list[list[int]]:
     """This rank's rows, in batches of similar length."""
-    by_length = sorted(range(len(rollout.scores)), key=rollout.lengths.tolist().__getitem__)
+    lengths = rollout.lengths.tolist()
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
     rank_rows = by_length[rank() :: world_size()]
-    return [rank_rows[start : start + size] for start in range(0, len(rank_rows), size)]
+    parts = batches_of_own([lengths[row] for row in rank_rows], size)
+    return [[rank_rows[i] for i in part] for part in parts]
 
 
 def _function_scores(
@@ -118,14 +122,14 @@ def _function_scores(
 
 def _member_scores(
     scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
-    rank_rows: Sequence[int], batch_size: int, title: str,
+    rank_rows: Sequence[int], size: int | Tokens, title: str,
 ) -> Tensor:  # fmt: skip
     """Scores (M, b) of this rank's b rows by M reward models."""
     inputs = {
         e: [_scored_ids(e, encoder, prompts[row], rollout, row) for row in rank_rows]
         for e in {member.encoder for member in scorer.rewards}
     }
-    return member_scores(scorer.rewards, inputs, batch_size, title)
+    return member_scores(scorer.rewards, inputs, size, title)
 
 
 def _scored_ids(

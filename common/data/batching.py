@@ -1,5 +1,6 @@
 """Global batches: order over epochs, micro-batches per rank, padding."""
 
+import bisect
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.runtime.distributed import rank
+from common.runtime.distributed import gather_objects, rank
 from common.runtime.options import TrainOptions, world_size
 
 # Batches per window that is sorted by length: more batches mean less padding, fewer are closer to a plain
 # shuffle.
 BATCHES_PER_WINDOW = 16
+
+Shape = tuple[int, int]  # rows of an example, and tokens of the longest
 
 
 def batch_order(
@@ -52,23 +55,85 @@ def examples_of_steps(lengths: Sequence[int], batch_size: int, seed: int, steps:
     return sorted(chain(*islice(batch_order(lengths, batch_size, seed, 0, grouped=True), steps)))
 
 
-def deal(
-    batch: Sequence[int], lengths: Sequence[int], micro_batch: int, rank: int, ranks: int
-) -> list[list[int]]:
-    """This rank's micro-batches of a global batch, with rows of similar length.
+class Tokens(int):
+    """Size of micro-batches in tokens, padding included; a plain int is a size in rows."""
 
-    All ranks have the same number of micro-batches; some are empty if the rows do not fill the last round, as
-    in evaluation.
+
+def micro_batch(options: Any, rows: int = 0) -> int | Tokens:
+    """Size of micro-batches: --micro_batch_tokens if given, else `rows` or else --micro_batch_size."""
+    return Tokens(options.micro_batch_tokens) or rows or options.micro_batch_size
+
+
+def deal(
+    batch: Sequence[int], lengths: Sequence[int], size: int | Tokens, rank: int, ranks: int,
+    shapes: Sequence[Shape] = (),
+) -> list[list[int]]:  # fmt: skip
+    """This rank's micro-batches of a global batch, with examples of similar length.
+
+    All ranks have the same number of micro-batches; some are empty if the examples do not fill the last
+    round, as in evaluation. shapes: of the examples, by index; default: one row of its length each.
     """
     ordered = sorted(batch, key=lambda i: lengths[i])
-    rounds = math.ceil(len(ordered) / (micro_batch * ranks))
-    starts = [(j * ranks + rank) * micro_batch for j in range(rounds)]
-    return [ordered[s : s + micro_batch] for s in starts]
+    if isinstance(size, Tokens):
+        shapes = shapes or [(1, length) for length in lengths]
+        parts = len(fill(ordered, shapes, size))
+        return fill_evenly(ordered, shapes, size, math.ceil(parts / ranks) * ranks)[rank::ranks]
+    rounds = math.ceil(len(ordered) / (size * ranks))
+    starts = [(j * ranks + rank) * size for j in range(rounds)]
+    return [ordered[s : s + size] for s in starts]
 
 
-def batches_of_rank(lengths: Sequence[int], micro_batch: int) -> list[tuple[list[int], bool]]:
-    """This rank's micro-batches of rows of these lengths, as many on every rank, and whether each is real."""
-    return with_dummies(deal(range(len(lengths)), lengths, micro_batch, rank(), world_size()), dummy=[0])
+def fill(ordered: Sequence[int], shapes: Sequence[Shape], tokens: int) -> list[list[int]]:
+    """Divide examples, in order, into the fewest micro-batches of up to `tokens` tokens, padding included.
+
+    An example that is larger by itself is a micro-batch of its own.
+    """
+    parts: list[list[int]] = []
+    rows = width = 0
+    for i in ordered:
+        rows, width = rows + shapes[i][0], max(width, shapes[i][1])
+        if not parts or rows * width > tokens:
+            parts.append([])
+            rows, width = shapes[i]
+        parts[-1].append(i)
+    return parts
+
+
+def fill_evenly(ordered: Sequence[int], shapes: Sequence[Shape], tokens: int, count: int) -> list[list[int]]:
+    """Like `fill`, but `count` micro-batches, the largest as small as possible.
+
+    count: at least as many as `fill` makes. Some are empty if there are fewer examples.
+    """
+    smallest = bisect.bisect_left(range(tokens), True, key=lambda n: len(fill(ordered, shapes, n)) <= count)
+    parts = fill(ordered, shapes, smallest)
+    while len(parts) < min(count, len(ordered)):
+        longest = parts.index(max(parts, key=len))
+        middle = len(parts[longest]) // 2
+        parts[longest : longest + 1] = [parts[longest][:middle], parts[longest][middle:]]
+    return parts + [[]] * (count - len(parts))
+
+
+def batches_of_rank(
+    lengths: Sequence[int], size: int | Tokens, shapes: Sequence[Shape] = ()
+) -> list[tuple[list[int], bool]]:
+    """This rank's micro-batches of examples of these lengths, and whether each is real.
+
+    size, shapes: as in `deal`.
+    """
+    batches = deal(range(len(lengths)), lengths, size, rank(), world_size(), shapes)
+    return with_dummies(batches, dummy=[0])
+
+
+def batches_of_own(lengths: Sequence[int], size: int | Tokens) -> list[list[int]]:
+    """Micro-batches of rows that this rank alone has, of these lengths. Every rank has as many rows.
+
+    Every rank must call it, because all make as many micro-batches.
+    """
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
+    if isinstance(size, Tokens):
+        shapes = [(1, length) for length in lengths]
+        return fill_evenly(ordered, shapes, size, max(gather_objects(len(fill(ordered, shapes, size)))))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def with_dummies(batches: Sequence[list[Any]], dummy: list[Any]) -> list[tuple[list[Any], bool]]:
@@ -93,9 +158,7 @@ def padding_share(lengths: Sequence[int], options: TrainOptions, most_batches: i
     ):
         batch_lengths = [int(lengths[i]) for i in batch]
         for number in range(world_size()):
-            for rows in deal(
-                range(len(batch)), batch_lengths, options.micro_batch_size, number, world_size()
-            ):
+            for rows in deal(range(len(batch)), batch_lengths, micro_batch(options), number, world_size()):
                 real += sum(batch_lengths[i] for i in rows)
                 padded += len(rows) * max((batch_lengths[i] for i in rows), default=0)
     return 1 - real / padded

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from common.data.batching import pad_rows
+from common.data.batching import Tokens, batches_of_own, pad_rows
 from common.model.deepspeed_internals import is_partitioned
 from common.model.engine import make_frozen
 from common.model.families import max_positions
@@ -127,8 +127,8 @@ def on_device(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def member_scores(
-    members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]], batch_size: int,
-    title: str = "",
+    members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]],
+    size: int | Tokens, title: str = "",
 ) -> Tensor:  # fmt: skip
     """Scores of M members for the same B texts: (M, B) fp32, one member after the other.
 
@@ -138,20 +138,19 @@ def member_scores(
     scores = []
     for member in members:
         with member.ready() as model:
-            scores.append(score_rows(model, inputs[member.encoder], batch_size, title))
+            scores.append(score_rows(model, inputs[member.encoder], size, title))
     return torch.stack(scores) if scores else torch.zeros(0)
 
 
-def score_rows(model: nn.Module, rows: Sequence[list[int]], batch_size: int, title: str = "") -> Tensor:
+def score_rows(model: nn.Module, rows: Sequence[list[int]], size: int | Tokens, title: str = "") -> Tensor:
     """Scores (B,) fp32 at the last token of each row, in batches of similar length.
 
     Rows longer than the model's context length are truncated at their beginning.
     """
     room = max_positions(base_model(model).config)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = torch.zeros(len(rows), device=device())
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for chunk in track(title, chunks, len(order) * world_size()):
+    chunks = batches_of_own([*map(len, rows)], size)
+    for chunk in track(title, chunks, len(rows) * world_size()):
         ids = [rows[row][-room:] for row in chunk]
         input_ids = pad_rows(ids, pad_token_id(model)).to(device())  # (b, T)
         lengths = torch.tensor([len(row) for row in ids], device=device())

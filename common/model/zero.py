@@ -13,7 +13,7 @@ from typing import Any
 from common.model.deepspeed_check import check_config
 from common.runtime.distributed import on_cpu
 from common.runtime.files import parse_json
-from common.runtime.options import OptimiserOptions, UserError, accumulation_steps, world_size
+from common.runtime.options import OptimiserOptions, UserError, world_size
 from common.text.fields import shown
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "zero_configs"
@@ -161,12 +161,32 @@ def _has_bf16() -> bool:
     return get_accelerator().is_bf16_supported()
 
 
+def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
+    """Micro-batches per rank and optimiser step. Raises UserError for sizes that do not divide."""
+    steps, rest = divmod(global_batch, micro_batch * ranks)
+    if rest or not steps:
+        raise UserError(
+            f"--global_batch_size {global_batch} is not a multiple of"
+            f" --micro_batch_size {micro_batch} x {ranks} rank{'s' * (ranks != 1)}"
+        )
+    return steps
+
+
 def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions) -> None:
-    steps = accumulation_steps(options.global_batch_size, options.micro_batch_size, world_size())
+    ranks, name, size = world_size(), "--micro_batch_size", options.micro_batch_size
+    if options.micro_batch_tokens:
+        name, size, steps = "the size with --micro_batch_tokens", "auto", "auto"
+        if options.global_batch_size % ranks:
+            raise UserError(
+                f"--global_batch_size {options.global_batch_size} is not a multiple of the {ranks} ranks, as"
+                " --micro_batch_tokens needs it"
+            )
+    else:
+        steps = accumulation_steps(options.global_batch_size, size, ranks)
     owned = {
         "train_batch_size": ("--global_batch_size", options.global_batch_size),
-        "train_micro_batch_size_per_gpu": ("--micro_batch_size", options.micro_batch_size),
-        "gradient_accumulation_steps": ("--global_batch_size / --micro_batch_size / ranks", steps),
+        "train_micro_batch_size_per_gpu": (name, size),
+        "gradient_accumulation_steps": (f"--global_batch_size / {name} / ranks", steps),
         "gradient_clipping": ("--max_grad_norm", options.max_grad_norm),
     }
     for key, (name, value) in owned.items():
@@ -177,7 +197,9 @@ def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions)
         config[key] = value
     # Triptych sets the accumulation boundary, so that token means over uneven micro-batches are exact.
     config["gradient_accumulation_steps"] = 1
-    config["train_batch_size"] = options.micro_batch_size * world_size()
+    if options.micro_batch_tokens:
+        config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed needs a number, and does not use it
+    config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * ranks
 
 
 def _take_optimizer(

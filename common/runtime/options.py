@@ -53,6 +53,10 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+MICRO_BATCH_TOKENS = (
+    "Instead of --micro_batch_size, fill micro-batches up to this many tokens, padding included; a longer"
+    " record is one of its own. 0: do not."
+)
 Overlong = Literal["truncate_prompt", "truncate_response", "drop", "error"]
 BEST_METRIC = "Save the model with the best value of this metric in best/, and keep its checkpoint."
 
@@ -189,6 +193,7 @@ class OptimiserOptions:
         32, "Sequences in one optimiser step, over all ranks.", at_least=1, at_most=10**6
     )
     micro_batch_size: int = option(4, "Sequences per rank in one forward pass.", at_least=1, resume="free")
+    micro_batch_tokens: int = option(0, MICRO_BATCH_TOKENS, at_least=0, resume="free")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "cosine", "Learning rate schedule."
     )
@@ -228,17 +233,6 @@ class TrainOptions(RunOptions, DataOptions, OptimiserOptions, LoraOptions):
     )
     max_length: int = option(1024, "Maximum tokens of prompt and response together.", at_least=8)
     learning_rate: float = option(1e-5, "Peak learning rate.", above=0)
-
-
-def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per rank and optimiser step. Raises UserError for sizes that do not divide."""
-    steps, rest = divmod(global_batch, micro_batch * ranks)
-    if rest or not steps:
-        raise UserError(
-            f"--global_batch_size {global_batch} is not a multiple of"
-            f" --micro_batch_size {micro_batch} x {ranks} rank{'s' * (ranks != 1)}"
-        )
-    return steps
 
 
 def world_size() -> int:

@@ -50,6 +50,15 @@ class Sizes:
     top_k: int
     top_p: float
     gathers: bool  # --gather_for_generation
+    tokens: int = 0  # of a micro-batch, in place of `micro_batch` and of scoring in batches of `generated`
+
+    def rows(self, width: int, per_record: int = 1) -> int:
+        """Rows of this width in a micro-batch."""
+        return self.filled(width, per_record) or per_record * self.micro_batch
+
+    def filled(self, width: int, per_record: int = 1) -> int:
+        """Rows of this width that fill `tokens`, at least one record; 0 without a number of tokens."""
+        return max(self.tokens // (per_record * width), 1) * per_record if self.tokens else 0
 
 
 class Forward(NamedTuple):
@@ -67,14 +76,16 @@ def peak(phases: Iterator[Phase]) -> Phase:
 
 def step1(policy: Model, sizes: Sizes, fixed: Parts) -> Iterator[Phase]:
     """All rows have the maximum length, and all tokens are trained."""
-    rows, width = sizes.micro_batch, sizes.length
+    width = sizes.length
+    rows = sizes.rows(width)
     forward = passed(policy, rows, width, sizes.checkpointing, rows * width)
     yield from training(policy, fixed + weights(policy) + optimiser(policy), forward, sizes.accumulates)
 
 
 def step2(reward: Model, sizes: Sizes, fixed: Parts) -> Iterator[Phase]:
     """Chosen and rejected responses are separate rows of maximum length."""
-    rows, width = 2 * sizes.micro_batch, sizes.length
+    width = sizes.length
+    rows = sizes.rows(width, per_record=2)
     forward = passed(reward, rows, width, sizes.checkpointing)
     yield from training(reward, fixed + weights(reward) + optimiser(reward), forward, sizes.accumulates)
 
@@ -101,6 +112,7 @@ def step3(
     sampling += Parts(activations=passing(actor, rows, sizes.prompt), logits=logits_in_sampling(actor, rows))
     yield Phase("rollout", idle + sampling)
     scorers = [reference or actor, *rewards, *([critic] if critic else [])]
+    rows = sizes.filled(width) or rows
     for number, model in enumerate(scorers):
         scoring = Parts(activations=passing(model, rows, width), buffers=gathered(model))
         scoring["logits"] = 0 if number else logits_in_scoring(model, rows * sizes.response)
@@ -116,7 +128,8 @@ def updates(
     The critic's first forward pass is made during scoring and saved while the actor trains on its first
     micro-batch; there are no gradients then. Later the models alternate.
     """
-    rows, width = sizes.micro_batch, sizes.prompt + sizes.response
+    width = sizes.prompt + sizes.response
+    rows = sizes.rows(width)
     policy = passed(actor, rows, width, sizes.actor_checkpointing, rows * sizes.response)
     values = passed(critic, rows, width, sizes.critic_checkpointing) if critic else Forward(Parts())
 

@@ -75,13 +75,15 @@ def setting(options: PlanOptions) -> str:
         for path in options.reward_model_name_or_path or [options.model_name_or_path]
     ]
     trained = f" ({policy.trained / 1e6:.1f} M trained)" if options.lora_rank else ""
+    tokens = options.micro_batch_tokens
+    size = f"of {tokens} tokens" if tokens else options.micro_batch_size
     device = "GPU" if options.device == "gpu" else "CPU rank"
     estimator = options.advantage_estimator
     return "\n".join(
         [
             f"policy {policy.parameters / 1e9:.2f} B parameters{trained}, reward model {', '.join(rewards)};"
             f" ZeRO-{zero.stage}, {'16' if zero.size == 2 else '32'}-bit weights, {options.num_gpus}"
-            f" {device}{'s' * (options.num_gpus > 1)}; micro-batch {options.micro_batch_size}",
+            f" {device}{'s' * (options.num_gpus > 1)}; micro-batch {size}",
             f"steps 1 and 2: rows of {options.max_length} tokens; step 3: prompts of"
             f" {options.max_prompt_length} and responses of {options.max_response_length} tokens,"
             f" {_sizes(options).generated} per rank generated at once, --advantage_estimator {estimator}",
@@ -93,7 +95,9 @@ def _sizes(options: PlanOptions) -> Sizes:
     share = -(-options.rollout_batch_size // world_size())
     return Sizes(
         micro_batch=options.micro_batch_size,
-        accumulates=options.global_batch_size > options.micro_batch_size * world_size(),
+        tokens=options.micro_batch_tokens,
+        accumulates=bool(options.micro_batch_tokens)
+        or options.global_batch_size > options.micro_batch_size * world_size(),
         checkpointing=options.gradient_checkpointing,
         actor_checkpointing=options.gradient_checkpointing or options.actor_gradient_checkpointing,
         critic_checkpointing=options.gradient_checkpointing or options.critic_gradient_checkpointing,

@@ -50,8 +50,9 @@ FULL_OFFLOAD = _zero("zero3_offload", 2.0)  # the ZeRO configuration with the le
 def remedies(options: PlanOptions) -> list[Remedy]:
     """All remedies. Options that are on already change nothing, so `ways` never returns them."""
     rollout = min(options.generation_batch_size, -(-options.rollout_batch_size // options.num_gpus))
+    size = "micro_batch_tokens" if options.micro_batch_tokens else "micro_batch_size"
     return [
-        Remedy(_levels("micro_batch_size", _halves(options.micro_batch_size)), 0.05),
+        Remedy(_levels(size, _halves(getattr(options, size))), 0.05),
         Remedy(_levels("generation_batch_size", _halves(rollout)), 0.06, steps="step 3"),
         Remedy([{"offload_frozen": True}], 0.07, steps="step 3"),
         _zero("zero2", 0.08),

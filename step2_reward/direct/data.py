@@ -81,6 +81,25 @@ class Choice(NamedTuple):
         return [(chosen, rejected) for chosen, rejected in weights]
 
 
+class Example(NamedTuple):
+    """A record with its reference log-probabilities; 0 where the loss needs none."""
+
+    row: Choice
+    logprobs: list[float]  # (N,)
+    unrelated: Dialogue | None  # kto: the prompt with a response to another prompt
+    unrelated_logprob: float
+
+    @property
+    def dialogues(self) -> list[Dialogue]:
+        """The responses, then the unrelated one."""
+        return self.row.dialogues + ([self.unrelated] if self.unrelated else [])
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest dialogue."""
+        return max(len(dialogue.ids) for dialogue in self.dialogues)
+
+
 def tokenize_paired(
     record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
 ) -> tuple[Choice, bool]:

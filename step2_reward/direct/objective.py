@@ -7,7 +7,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor
 
-from common.data.batching import batches_of_rank
+from common.data.batching import batches_of_rank, micro_batch
 from common.model.engine import backward_and_step
 from common.model.engine_protocol import Engine
 from common.model.forward import base_model
@@ -16,7 +16,7 @@ from common.runtime.distributed import device, sum_over_ranks
 from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.training.means import Mean
-from step2_reward.direct.data import Choice
+from step2_reward.direct.data import Choice, Example
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.loss import (
     dpo_loss,
@@ -28,7 +28,6 @@ from step2_reward.direct.loss import (
     simpo_loss,
 )
 from step2_reward.direct.options import DirectOptions
-from step2_reward.direct.reference import Example
 
 # The total of `global_totals` that each metric is divided by.
 DIVISORS = {
@@ -204,7 +203,8 @@ def global_totals(examples: Sequence[Example], options: DirectOptions) -> dict[s
 def micro_batches(examples: Sequence[Example], options: DirectOptions) -> list[tuple[list[int], bool]]:
     """Divide records into micro-batches; see `batches_of_rank`."""
     lengths = [max(example.row.lengths) for example in examples]
-    return batches_of_rank(lengths, options.micro_batch_size)
+    shapes = [(len(example.row.ranks), example.width) for example in examples]
+    return batches_of_rank(lengths, micro_batch(options), shapes)
 
 
 def _pairs(micro: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

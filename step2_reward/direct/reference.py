@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from common.data.batching import batches_of_rank
+from common.data.batching import batches_of_rank, micro_batch
 from common.data.cache import cache_folder
 from common.data.examples import Examples
 from common.model.engine import make_frozen
@@ -29,20 +29,11 @@ from common.runtime.options import UserError, reason, world_size
 from common.runtime.process import Stopped, stop_anywhere, stop_requested
 from common.runtime.progress import Progress
 from common.text.tokenizer import load_tokenizer
-from step2_reward.direct.data import Choice, Dialogue
+from step2_reward.direct.data import Choice, Dialogue, Example
 from step2_reward.direct.logprobs import response_logprobs
 from step2_reward.direct.options import DirectOptions
 
 ROUNDS = 20  # micro-batches between exchanges of results and stop requests among the ranks
-
-
-class Example(NamedTuple):
-    """A record with its reference log-probabilities; 0 where the loss needs none."""
-
-    row: Choice
-    logprobs: list[float]  # (N,)
-    unrelated: Dialogue | None  # kto: the prompt with a response to another prompt
-    unrelated_logprob: float
 
 
 class ReferencedExamples(Sequence[Example]):
@@ -177,17 +168,14 @@ def _part_logprobs(model: nn.Module, part: Sequence[Example], width: int, option
     """Compute log-probabilities (records, width). Each rank computes its share, and returns all."""
     result = torch.zeros(len(part), width, device=device())
     lengths = [max(example.row.lengths) for example in part]
-    for batch_indices, is_real in batches_of_rank(lengths, options.micro_batch_size):
-        dialogues = [_dialogues(part[i]) for i in batch_indices]
+    shapes = [(len(example.dialogues), example.width) for example in part]
+    for batch_indices, is_real in batches_of_rank(lengths, micro_batch(options), shapes):
+        dialogues = [part[i].dialogues for i in batch_indices]
         sums, *_ = response_logprobs(model, sum(dialogues, []))
         for i, logprobs in zip(batch_indices, sums.split([*map(len, dialogues)]), strict=True):
             if is_real:
                 result[i, : len(logprobs)] = logprobs
     return sum_tensor_over_ranks(result)
-
-
-def _dialogues(example: Example) -> list[Dialogue]:
-    return example.row.dialogues + ([example.unrelated] if example.unrelated else [])
 
 
 def _key(rows: Sequence[Choice], options: DirectOptions, zero: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from common.data.batching import micro_batch
 from common.model.forward import base_model
 from common.model.loading import fit_to_model, load_config
 from common.model.reward_ensemble import combine, load_encoders, load_members
@@ -42,7 +43,7 @@ def main() -> None:
     for member in load_members(options, encoders, zero):
         rows, layout = data.rows[member.encoder], Layout(member.encoder.pad_token_id)
         with member.ready() as model:
-            sides.append(torch.stack(score_pairs(model, rows, options.micro_batch_size, layout)))  # (2, P)
+            sides.append(torch.stack(score_pairs(model, rows, micro_batch(options), layout)))  # (2, P)
             reward_std = getattr(base_model(model).config, "reward_std", 1.0)
     members = torch.stack(sides)  # (M, 2, P)
     better, worse = (combine(members[:, side], options) for side in (0, 1))  # (P,) each

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from common.data.batching import micro_batch
 from common.data.journal import stop_resumably
 from common.data.readers import read_source
 from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, parse_record, warn_of_left_out
@@ -171,7 +172,7 @@ def score_window(
 ) -> list[bytes]:
     """Return an output line for each record. title: of the progress lines."""
     inputs = {encoder: [ids[encoder] for _, ids in window] for encoder, _ in members}
-    scores = member_scores(members, inputs, options.micro_batch_size, title)  # (M, B)
+    scores = member_scores(members, inputs, micro_batch(options), title)  # (M, B)
     lines = []
     columns = combine(scores, options).tolist(), *scores.tolist()
     for (record, _), *row in zip(window, *columns, strict=True):

@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from common.data.batching import batches_of_rank, pad_rows
+from common.data.batching import Tokens, batches_of_rank, pad_rows
 from common.model.engine_protocol import Engine
 from common.model.forward import last_positions, pad_token_id, token_scores
 from common.runtime.distributed import device, sum_over_ranks, sum_tensor_over_ranks
@@ -19,7 +19,7 @@ from step2_reward.shared_prompt import pair_scores
 
 @torch.no_grad()
 def score_pairs(
-    model: nn.Module, rows: Sequence[Preference], micro_batch: int, layout: Layout
+    model: nn.Module, rows: Sequence[Preference], size: int | Tokens, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """Score the better and the worse response of every pair, row after row: (P,) each, fp64 on the CPU.
 
@@ -28,8 +28,9 @@ def score_pairs(
     model.eval()
     starts = list(accumulate((len(row.pairs) for row in rows), initial=0))
     scores = torch.zeros(starts[-1], 2, dtype=torch.float64)
-    lengths = [max(layout.row_lengths(row)) for row in rows]
-    for batch_indices, is_real in track("scoring records", batches_of_rank(lengths, micro_batch), len(rows)):
+    shapes = layout.shapes(rows)
+    batches = batches_of_rank([width for _, width in shapes], size, shapes)
+    for batch_indices, is_real in track("scoring records", batches, len(rows)):
         batch_scores = pair_scores(model, collate([rows[i] for i in batch_indices], layout))
         if is_real:
             pair_indices = [pair for i in batch_indices for pair in range(starts[i], starts[i + 1])]
@@ -39,14 +40,14 @@ def score_pairs(
 
 
 def evaluate(
-    engine: Engine, rows: Sequence[Preference], micro_batch: int, layout: Layout
+    engine: Engine, rows: Sequence[Preference], size: int | Tokens, layout: Layout
 ) -> dict[str, float]:
     """Compute loss, accuracy, mean margin, and mean and std of chosen and rejected scores.
 
     The loss is a mean over records, as in training; the others are means over pairs. Accuracy excludes ties;
     equal scores count half.
     """
-    better, worse = score_pairs(engine, rows, micro_batch, layout)
+    better, worse = score_pairs(engine, rows, size, layout)
     engine.train()
     facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 4)
     is_tie, margins, weights, targets = facts[:, 0].bool(), *facts[:, 1:].unbind(1)
@@ -66,7 +67,7 @@ def evaluate(
 
 @torch.no_grad()
 def score_statistics(
-    engine: Engine, rows: Sequence[list[int]], micro_batch: int, output_dir: str
+    engine: Engine, rows: Sequence[list[int]], size: int | Tokens, output_dir: str
 ) -> tuple[float, float] | None:
     """Compute mean and standard deviation of the raw scores of rows of token ids that end in EOS.
 
@@ -74,7 +75,7 @@ def score_statistics(
     """
     engine.eval()
     sums = torch.zeros(3, dtype=torch.float64)
-    batches = batches_of_rank([*map(len, rows)], micro_batch)
+    batches = batches_of_rank([*map(len, rows)], size)
     for batch_indices, is_real in track("scoring demonstrations", batches, len(rows)):
         if stop_requested(output_dir):
             engine.train()

@@ -281,6 +281,24 @@ def test_mildest_level_is_chosen(big: PlanOptions):
         assert first.options == f"--micro_batch_size {size}" and first.peak == peaks[size]
 
 
+def test_a_number_of_tokens_is_planned_as_the_rows_that_fill_it(big: PlanOptions):
+    """512 tokens are 2 rows of 256, a pair of which is one record; at least one record is planned."""
+    predictor = cached(replace(big, max_length=256, max_prompt_length=192, max_response_length=64))
+
+    def peaks(**changes: int) -> dict[str, float]:
+        return {step: total(phase.parts) for step, phase in predictor(changes).items()}
+
+    by_tokens = peaks(micro_batch_tokens=512)
+    by_rows = {size: peaks(micro_batch_size=size, generation_batch_size=2) for size in (1, 2)}
+    for step, size in (("step 1", 2), ("step 2", 1), ("step 3", 2)):
+        assert by_tokens[step] == by_rows[size][step]
+    assert peaks(micro_batch_tokens=8)["step 2"] == by_rows[1]["step 2"]
+    options = replace(big, micro_batch_tokens=4096)
+    assert any(
+        "--micro_batch_tokens" in way.options for way in ways(options, "step 1", 30.0, cached(options))
+    )
+
+
 def test_zero_config_of_the_actor_is_replaced(big: PlanOptions):
     options = replace(big, actor_zero_config=str(CONFIG_FOLDER / "zero1.json"))
     solutions = ways(options, "step 3", CARDS["80 GB"] * USABLE, cached(options))

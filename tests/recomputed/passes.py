@@ -3,7 +3,7 @@
 import contextlib
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,15 @@ def passes(folder: Path, rank: int) -> list[Pass]:
         while True:
             result.append(pickle.load(file))
     return result
+
+
+def check_budget(of_ranks: Sequence[Sequence[Pass]], tokens: int) -> None:
+    """Passes that do not sample stay within `tokens` positions; every rank makes as many, not all alike."""
+    of_ranks = [[one for one in of_rank if not one.is_sampling] for of_rank in of_ranks]
+    assert len({len(of_rank) for of_rank in of_ranks}) == 1
+    passes = [one for of_rank in of_ranks for one in of_rank]
+    assert all(len(one.input_ids) == 1 or one.positions <= tokens for one in passes)
+    assert len({len(one.input_ids) for one in passes}) > 1
 
 
 def without_padding(row: list[int], start: int, longest: int) -> list[int]:

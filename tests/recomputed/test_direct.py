@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import succeed
-from tests.recomputed.passes import passes, recorded, without_padding
+from tests.recomputed.passes import check_budget, passes, recorded, without_padding
 from tests.recomputed.plain_direct import WITHOUT_REFERENCE, Answer, Compared, Labelled, train, train_kto
 from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
 
@@ -102,13 +102,30 @@ def test_direct_loss(tiny: Path, tmp_path: Path, loss: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_kto(tiny: Path, tmp_path: Path, ranks: int) -> None:
-    """The reference point is over responses to other prompts, which the run chooses."""
+def test_direct_loss_by_tokens(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Micro-batches of up to 70 tokens of all responses of their records."""
+    options = {**OPTIONS, **LOSSES["dpo"], "reference_model_name_or_path": tiny / "reference"}
+    command = run(tiny, tmp_path, {**options, "micro_batch_tokens": 70}, PREFERENCES, HELD_OUT)
+    with recorded(tmp_path):
+        succeed("step2_reward.direct.main", command, tmp_path, ranks)
+    check_budget([passes(tmp_path, rank) for rank in range(ranks)], 70)
+    records = [[*map(compared, part)] for part in (PREFERENCES, HELD_OUT)]
+    model, lines = train((tiny / "model", tiny / "reference"), *records, {**options, "loss": "dpo"})
+    compare_metrics(tmp_path / "out", lines)
+    compare_weights(tmp_path / "out/final", model)
+
+
+@pytest.mark.parametrize(("ranks", "budget"), [(1, 0), (2, 0), (1, 45), (2, 45)])
+def test_kto(tiny: Path, tmp_path: Path, ranks: int, budget: int) -> None:
+    """The reference point is over responses to other prompts, which the run chooses. budget: in tokens."""
     options = {**OPTIONS, "loss": "kto", "beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.8}
+    options["micro_batch_tokens"] = budget
     options["reference_model_name_or_path"] = tiny / "reference"
     with recorded(tmp_path):
         command = run(tiny, tmp_path, options, LABELLED, LABELLED_HELD_OUT)
         succeed("step2_reward.direct.main", command, tmp_path, ranks)
+    if budget:
+        check_budget([passes(tmp_path, rank) for rank in range(ranks)], budget)
     parts = []
     for records in (LABELLED, LABELLED_HELD_OUT):
         chosen = dict(unrelated(tmp_path, ranks, records))

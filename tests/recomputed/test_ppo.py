@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import succeed
-from tests.recomputed.passes import Pass, passes, recorded, without_padding
+from tests.recomputed.passes import Pass, check_budget, passes, recorded, without_padding
 from tests.recomputed.plain import merged
 from tests.recomputed.plain_ppo import PPO, Iteration, Sampled, Scorer
 from tests.recomputed.plain_sft import Text
@@ -74,6 +74,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "function": {"function_weight": -2.0, "reward_model": False},
     "lora": {"lora_rank": 2},
+    "tokens": {"micro_batch_tokens": 45, "ptx_coef": 0.5, "max_steps": 3},
     "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
 }  # fmt: skip
 RESUMED = {
@@ -93,6 +94,8 @@ def test_ppo(tiny: Path, tmp_path: Path, case: str, ranks: int) -> None:
     options = {**OPTIONS, **CASES[case], "micro_batch_size": 2 // ranks}
     with recorded(tmp_path):
         succeed("step3_ppo.main", command(tiny, tmp_path, options, PROMPTS), tmp_path, ranks)
+    if "micro_batch_tokens" in options:
+        check_budget([passes(tmp_path, rank) for rank in range(ranks)], options["micro_batch_tokens"])
     compare(tiny, tmp_path, options, ranks)
 
 
@@ -220,9 +223,9 @@ def as_logged(rows: list[Sampled], samples: list[dict[str, Any]]) -> list[Sample
 
 def iteration(part: list[list[Pass]], options: dict[str, Any]) -> Iteration:
     """Minibatches are those of the critic, or else of the actor; before each there may be demonstrations."""
-    rounds = options["global_batch_size"] // options["micro_batch_size"] // len(part)
+    size = options["global_batch_size"]
     has_critic = options["advantage_estimator"] == "gae"
-    actor, critic = (updates(part, rounds, is_policy=is_policy) for is_policy in (True, False))
+    actor, critic = (updates(part, size, is_policy=is_policy) for is_policy in (True, False))
     texts = []
     if "ptx_coef" in options:
         texts, actor = [demonstrations(batch) for batch in actor[::2]], actor[1::2]
@@ -240,15 +243,18 @@ def iteration(part: list[list[Pass]], options: dict[str, Any]) -> Iteration:
     return Iteration(rows, batches, texts, computed)
 
 
-def updates(part: list[list[Pass]], rounds: int, is_policy: bool) -> list[list[Pass]]:
-    """The passes with gradients of all ranks, by update."""
+def updates(part: list[list[Pass]], size: int, is_policy: bool) -> list[list[Pass]]:
+    """The passes with gradients of all ranks, by update of `size` rows."""
     trained = [
         [one for one in of_rank if one.has_gradient and one.is_policy == is_policy] for of_rank in part
     ]
-    return [
-        [one for of_rank in trained for one in of_rank[start : start + rounds]]
-        for start in range(0, len(trained[0]), rounds)
-    ]
+    batches: list[list[Pass]] = []
+    for of_round in zip(*trained, strict=True):
+        if not batches or sum(len(one.input_ids) for one in batches[-1]) == size:
+            batches.append([])
+        batches[-1] += of_round
+    assert {sum(len(one.input_ids) for one in batch) for batch in batches} == {size}
+    return batches
 
 
 def demonstrations(part: list[Pass]) -> list[Text]:

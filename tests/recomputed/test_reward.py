@@ -7,10 +7,12 @@ import pytest
 from torch import nn
 
 from tests.ranks import succeed
+from tests.recomputed.passes import check_budget, passes, recorded
 from tests.recomputed.plain import merged
 from tests.recomputed.plain_reward import Compared, train
 from tests.recomputed.tiny import (
     EOS,
+    PAD,
     compare_adapted,
     compare_metrics,
     compare_weights,
@@ -68,6 +70,15 @@ def test_reward_model(tiny: Path, tmp_path: Path, ranks: int, share_prompts: str
     compare_weights(tmp_path / "out/final", model)
 
 
+@pytest.mark.parametrize(("ranks", "share_prompts"), [(1, "no"), (2, "yes")])
+def test_reward_model_by_tokens(tiny: Path, tmp_path: Path, ranks: int, share_prompts: str) -> None:
+    """Micro-batches of up to 80 tokens of all rows of their records."""
+    options = {**OPTIONS, "share_prompts": share_prompts}
+    with recorded(tmp_path):
+        model = compare(tiny, tmp_path, ranks, options, budget=80)
+    compare_weights(tmp_path / "out/final", model)
+
+
 def test_adapted_reward_model(tiny: Path, tmp_path: Path) -> None:
     """With LoRA, final/ is merged."""
     options = {**OPTIONS, "lora_rank": 2}
@@ -75,16 +86,28 @@ def test_adapted_reward_model(tiny: Path, tmp_path: Path) -> None:
     compare_adapted(tmp_path / "out/final", merged(model, options["lora_rank"], options["lora_alpha"]))
 
 
-def compare(tiny: Path, folder: Path, ranks: int, options: dict) -> nn.Module:
-    """Run both, and compare all but the weights; returns the plain model."""
+def compare(tiny: Path, folder: Path, ranks: int, options: dict, budget: int = 0) -> nn.Module:
+    """Run both, and compare all but the weights; returns the plain model. budget: tokens of a micro-batch."""
     paths = {
         "train_data": write_records(folder / "train.jsonl", PREFERENCES),
         "eval_data": write_records(folder / "eval.jsonl", HELD_OUT),
         "model_name_or_path": tiny / "model", "output_dir": folder / "out",
     }  # fmt: skip
-    succeed("step2_reward.main", [*words({**options, **paths}), "--use_margin"], folder, ranks)
+    succeed(
+        "step2_reward.main",
+        [*words({**options, **paths, "micro_batch_tokens": budget}), "--use_margin"],
+        folder,
+        ranks,
+    )
     records, held_out = ([*map(tokens, part)] for part in (PREFERENCES, HELD_OUT))
     model, lines, centre = train(tiny / "model", records, held_out, options, options["seed"])
+    if budget:
+        of_ranks = [[one for one in passes(folder, rank) if one.has_gradient] for rank in range(ranks)]
+        check_budget(of_ranks, budget)
+        read = [one for of_rank in of_ranks for one in of_rank]
+        padding = sum(row.count(PAD) for one in read for row in one.input_ids)
+        share = {"train/padding_share": padding / sum(one.positions for one in read)}
+        lines = [{**line, **share} if "train/loss" in line else line for line in lines]
     compare_metrics(folder / "out", lines)
     config = json.loads((folder / "out/final/config.json").read_text())
     assert (config["reward_mean"], config["reward_std"]) == pytest.approx(centre, rel=1e-5)

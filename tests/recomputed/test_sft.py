@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from tests.ranks import succeed
+from tests.recomputed.passes import check_budget, passes, recorded
 from tests.recomputed.plain import rate_factor
 from tests.recomputed.plain_sft import Text, train
 from tests.recomputed.tiny import EOS, compare_metrics, compare_weights, ids_of, words, write_records
@@ -57,6 +58,24 @@ def test_sft(tiny: Path, tmp_path: Path, ranks: int) -> None:
     succeed("step1_sft.main", command(tiny, tmp_path), tmp_path, ranks)
     factors = [rate_factor("cosine", step, 3, warmup=1) for step in range(3)]
     compare(tiny, tmp_path / "out", factors, {3})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sft_by_tokens(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Micro-batches of up to 60 tokens: an odd number of them, but as many on both ranks."""
+    with recorded(tmp_path):
+        words = command(tiny, tmp_path, micro_batch_tokens=60)
+        succeed("step1_sft.main", words, tmp_path, ranks)
+    of_ranks = [passes(tmp_path, rank) for rank in range(ranks)]
+    check_budget(of_ranks, 60)
+    positions = sum(one.positions for of_rank in of_ranks for one in of_rank if one.has_gradient)
+    texts = tokens(DEMONSTRATIONS)
+    padding = 1 - OPTIONS["max_steps"] * sum(len(text.ids) for text in texts) / positions
+    rates = [OPTIONS["learning_rate"] * rate_factor("cosine", step, 3, warmup=1) for step in range(3)]
+    model, lines = train(tiny / "model", texts, tokens(HELD_OUT), OPTIONS, rates, {3})
+    lines = [{**line, "train/padding_share": padding} if "train/loss" in line else line for line in lines]
+    compare_metrics(tmp_path / "out", lines)
+    compare_weights(tmp_path / "out/final", model)
 
 
 def test_resumed_sft(tiny: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed JSON: shipped files load, "auto" is filled in, and contradictions are errors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,9 @@ def load(folder: Path, content: dict, options: TrainOptions = OPTIONS) -> dict:
     return load_zero_config(str(path), options, learning_rate=1e-5)
 
 
-def refusal(folder: Path, content: dict) -> str:
+def refusal(folder: Path, content: dict, options: TrainOptions = OPTIONS) -> str:
     with pytest.raises(UserError) as error:
-        load(folder, content)
+        load(folder, content, options)
     message = str(error.value)
     assert "zero.json" in message and "\n" not in message
     return message
@@ -119,6 +120,20 @@ def test_values_equal_to_the_options_are_accepted(tmp_path):
         "optimizer": {"type": "AdamW", "params": params},
     }
     load(tmp_path, stage(1, **same))
+
+
+def test_a_number_of_tokens_leaves_the_number_of_sequences_open(tmp_path, monkeypatch):
+    options = replace(OPTIONS, micro_batch_tokens=512)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = load(tmp_path, stage(1, train_batch_size=32, train_micro_batch_size_per_gpu="auto"), options)
+    assert config["train_micro_batch_size_per_gpu"] * 4 == config["train_batch_size"]
+    assert config["gradient_accumulation_steps"] == 1
+    for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        message = refusal(tmp_path, stage(1, **{name: 4}), options)
+        assert f"{name} is 4" in message and "--micro_batch_tokens" in message
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="--global_batch_size 32 is not a multiple of the 5 ranks"):
+        load(tmp_path, stage(1), options)
 
 
 def adamw(**params) -> dict:

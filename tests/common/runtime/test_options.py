@@ -5,8 +5,9 @@ from importlib import import_module
 
 import pytest
 
+from common.model.zero import accumulation_steps
 from common.runtime.option_parser import _metavar, given_options, parse_options
-from common.runtime.options import TrainOptions, UserError, accumulation_steps, reason
+from common.runtime.options import TrainOptions, UserError, reason
 from launch.lib.check_options import COMMANDS
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
