@@ -21,7 +21,8 @@ from common.data.multi_encoder import load_shared_records
 from common.model.engine import gathered_weights, make_frozen
 from common.model.engine_protocol import Engine
 from common.model.families import max_positions
-from common.model.forward import base_model, pad_token_id, response_logits
+from common.model.forward import base_model, label_pass, pad_token_id
+from common.model.head import Targets
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.roles import policy_config
 from common.model.vocabulary import spare_ids
@@ -117,8 +118,9 @@ def negative_log_likelihood(
     batches = micro_batches([len(row.ids) for row in rows], options)
     for batch_rows, is_real in track("evaluating demonstrations", batches, len(rows)):
         batch = collate([[rows[i] for i in row] for row in batch_rows], pad_token_id(model))
-        logits = response_logits(model, batch.input_ids, batch.positions, batch.position_ids)
-        loss = sft_loss(logits, batch.labels, num_tokens=1)
+        targets = Targets(batch.labels)
+        logprobs = label_pass(model, batch.input_ids, batch.positions, targets, batch.position_ids).logprobs
+        loss = sft_loss(logprobs, num_tokens=1)
         if is_real:
             total, count = total + loss.item(), count + len(batch.labels)
     total, count = sum_over_ranks(total, count)

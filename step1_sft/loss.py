@@ -2,14 +2,12 @@
 
 from torch import Tensor
 
-from common.numeric.tensor_ops import label_logprobs
 
-
-def sft_loss(logits: Tensor, labels: Tensor, num_tokens: Tensor | int) -> Tensor:
+def sft_loss(logprobs: Tensor, num_tokens: Tensor | int) -> Tensor:
     """Negative log-likelihood of the trained tokens, as this micro-batch's share of the global token mean.
 
-    logits (N, V): at the N positions that predict a trained token; labels (N,): those tokens.
+    logprobs (N,): of the N trained tokens.
     num_tokens: trained tokens of the global batch, over all ranks and accumulation steps. The shares then sum
     to the mean over tokens, however the batch is split.
     """
-    return -label_logprobs(logits, labels).sum() / num_tokens
+    return -logprobs.sum() / num_tokens

@@ -10,7 +10,8 @@ from functools import partial
 
 from common.model.engine import backward_and_step, make_engine
 from common.model.engine_protocol import Engine
-from common.model.forward import base_model, logits_and_balance, pad_token_id
+from common.model.forward import base_model, label_pass, pad_token_id
+from common.model.head import Targets
 from common.model.load_balancing import has_balance_loss
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
@@ -84,9 +85,12 @@ def train_step(engine: Engine, batch: list[Demonstration], options: SFTOptions) 
     total = balance = padded = 0.0
     for number, (rows, is_real) in enumerate(batches, start=1):
         micro = collate([[batch[i] for i in row] for row in rows], pad_token_id(engine))
-        logits, balancing = logits_and_balance(engine, micro.input_ids, micro.positions, micro.position_ids)
+        targets = Targets(micro.labels)
+        logprobs, _, balancing = label_pass(
+            engine, micro.input_ids, micro.positions, targets, micro.position_ids
+        )
         balancing = balancing * is_real / sum(lengths)
-        loss = sft_loss(logits, micro.labels, num_tokens) * is_real + balancing
+        loss = sft_loss(logprobs, num_tokens) * is_real + balancing
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         total, balance = total + loss.detach(), balance + balancing.detach()
         padded += micro.input_ids.numel()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from common.model.head import Targets, in_chunks
 from common.model.loading import is_scalar, load_causal_lm, load_config
 from common.model.zero import unpartitioned
 from common.runtime.distributed import device
@@ -34,11 +35,9 @@ def check_language_model(options: RewardOptions) -> None:
         )
 
 
-def best_response_logits(head: nn.Module, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the logits (N, V) that predict the best responses' tokens, and return these tokens (N,).
-
-    states: (R, T, hidden size).
-    """
+def best_response_logprobs(head: nn.Module, states: Tensor, batch: Batch) -> Tensor:
+    """Log-probabilities (N,) of the best responses' tokens. states: (R, T, hidden size)."""
     before = torch.zeros_like(batch.is_best)
     before[:, :-1] = batch.is_best[:, 1:]
-    return head(states[before]), batch.input_ids[batch.is_best]
+    targets = Targets(batch.input_ids[batch.is_best])
+    return in_chunks(head, states[before], targets, len(head.weight))[0]

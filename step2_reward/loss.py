@@ -3,8 +3,6 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.numeric.tensor_ops import label_logprobs
-
 
 def pairwise_loss(
     chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | float = 0.0, target: Tensor | float = 1.0
@@ -28,10 +26,10 @@ def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     return (chosen_scores.float() + rejected_scores.float()) ** 2
 
 
-def language_loss(logits: Tensor, labels: Tensor, num_tokens: int) -> Tensor:
+def language_loss(logprobs: Tensor, num_tokens: int) -> Tensor:
     """Negative log-likelihood of the best responses, as this micro-batch's share of the global token mean.
 
-    logits (N, V): at the positions before the labels (N,); num_tokens: labels of the global batch. As a
-    regulariser of reward models: Yang et al. 2024 ("Regularizing Hidden States"), section 3.
+    logprobs (N,): of their tokens; num_tokens: those of the global batch. As a regulariser of reward models:
+    Yang et al. 2024 ("Regularizing Hidden States"), section 3.
     """
-    return -label_logprobs(logits, labels).sum() / num_tokens
+    return -logprobs.sum() / num_tokens

@@ -31,7 +31,7 @@ from step2_reward.centring import centre, load_centre_rows, set_centre
 from step2_reward.data import Layout, Preference, collate, load_preferences
 from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
 from step2_reward.evaluation.scores import evaluate, score_pairs
-from step2_reward.lm_regulariser import best_response_logits, check_language_model, load_language_head
+from step2_reward.lm_regulariser import best_response_logprobs, check_language_model, load_language_head
 from step2_reward.loss import centring_loss, language_loss, pairwise_loss
 from step2_reward.options import RewardOptions
 from step2_reward.shared_prompt import choose_layout, pair_scores_and_states
@@ -129,7 +129,7 @@ def train_step(
             losses = losses + options.centre_coef * centring_loss(better, worse)
         loss = (losses * micro.weights).sum() / len(records)
         if language_head:
-            language = language_loss(*best_response_logits(language_head, states, micro), num_tokens)
+            language = language_loss(best_response_logprobs(language_head, states, micro), num_tokens)
             loss, lm_total = loss + options.lm_loss_coef * language, lm_total + language.detach()
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         total, right = total + loss.detach(), right + ((better > worse) & ~micro.is_tie).sum()

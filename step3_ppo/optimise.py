@@ -13,7 +13,6 @@ from common.model.engine import backward_and_step
 from common.model.engine_protocol import Engine
 from common.model.forward import base_model, token_scores
 from common.model.load_balancing import has_balance_loss
-from common.numeric.tensor_ops import entropy
 from common.runtime.distributed import rank, sum_over_ranks
 from common.runtime.options import world_size
 from common.training.means import Mean
@@ -160,11 +159,12 @@ def _update_actor(
     actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
 ) -> float | None:
     """One micro-batch of the policy loss, with KL, entropy and load-balancing terms."""
-    logprobs, logits, balance = policy_pass(actor, batch.rows, options.temperature)
+    kind = "differentiable" if options.entropy_coef else "value"
+    logprobs, entropy, balance = policy_pass(actor, batch.rows, options.temperature, kind)
     result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
-        loss = loss - options.entropy_coef * entropy(logits, options.temperature)
+        loss = loss - options.entropy_coef * entropy
     loss = loss.sum() / batch.tokens + balance / batch.tokens_read
     norm = backward_and_step(actor, loss, world_size(), batch.is_last)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def _update_actor(
         sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()
         sums["policy/approx_kl"] += _squares(logprobs, batch.logprobs)
-        sums["policy/entropy"] += entropy(logits, options.temperature).sum()
+        sums["policy/entropy"] += entropy.sum()
     return norm
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +11,9 @@ from common.data.batching import pad_rows
 from common.generation.decoding import Responses
 from common.generation.generate import PolicyEngine, generate, prompts_of_rank
 from common.generation.options import GenerationOptions
-from common.model.forward import base_model, logits_and_balance
-from common.numeric.tensor_ops import label_logprobs
-from common.numeric.top_k_top_p import Support, restrict
+from common.model.forward import LabelPass, base_model, label_pass
+from common.model.head import Entropy, Targets
+from common.numeric.top_k_top_p import Support
 from common.runtime.distributed import device, gather_lists, gather_rows, sum_tensor_over_ranks
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
@@ -109,19 +108,12 @@ def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: 
     return (column >= first) & (column < first + response_lengths[:, None])
 
 
-class PolicyPass(NamedTuple):
-    """Result of a forward pass over the N response tokens of some rows."""
-
-    logprobs: Tensor  # (N,) after temperature, top-k and top-p
-    logits: Tensor  # (N, V) of the V tokens of the tokenizer
-    balance: Tensor  # () load-balancing loss of a mixture of experts, times the tokens of the rows; else 0
-
-
-def policy_pass(model: torch.nn.Module, rows: Rows, temperature: float) -> PolicyPass:
-    """Forward pass of the actor or the reference."""
-    logits, balance = logits_and_balance(model, rows.input_ids, rows.positions)
-    logits = restrict(logits[:, : base_model(model).num_tokens], rows.support)
-    return PolicyPass(label_logprobs(logits, rows.labels, temperature), logits, balance)
+def policy_pass(
+    model: torch.nn.Module, rows: Rows, temperature: float, entropy: Entropy = "none"
+) -> LabelPass:
+    """Forward pass of the actor or the reference, under the distribution that responses are sampled from."""
+    targets = Targets(rows.labels, temperature, base_model(model).num_tokens, rows.support, entropy)
+    return label_pass(model, rows.input_ids, rows.positions, targets)
 
 
 @torch.no_grad()

@@ -43,7 +43,6 @@ def score_rollout(
     rank_rows = sum(batches, [])
 
     def logprobs(model: nn.Module) -> Tensor:
-        # Without a name for each pass, its logits are freed before the next one.
         parts = [policy_pass(model, rollout.rows(rows), options.temperature).logprobs for rows in batches]
         return rollout.scatter(batches, parts)
 

@@ -6,7 +6,7 @@ Only the configuration is read; no weights are loaded.
 import sys
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -115,3 +115,21 @@ def max_positions(config: PretrainedConfig) -> int:
     text = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
     return next((limit for name in names if (limit := getattr(text, name, None))), sys.maxsize)
+
+
+def adjust_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
+    """What models do to the output of their head, (..., V): a factor, then a soft cap."""
+    text = config.get_text_config()
+    if factor := _number(text, "logit_scale", "lm_head_multiplier"):
+        logits = logits * factor
+    if divisor := _number(text, "logits_scaling"):
+        logits = logits / divisor
+    if cap := _number(text, "final_logit_softcapping", "logits_soft_cap"):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _number(config: PretrainedConfig, *names: str) -> float:
+    """The first of these attributes that is a number other than 0; without one, 0."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int | float) and value), 0.0)

@@ -1,53 +1,85 @@
-"""Forward passes that return logits or scores at selected positions only."""
+"""Forward passes that compute log-probabilities or scores at selected positions only."""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.model.head import ChunkedHead, Targets, logprobs_and_entropy
 from common.model.load_balancing import balance_loss, has_balance_loss
-from common.numeric.tensor_ops import label_logprobs
+from common.runtime.distributed import log
 
 
-def response_logits(
-    model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
-    """Logits at the selected positions: input_ids (B, T), positions (B, T) bool -> (N, V).
+class LabelPass(NamedTuple):
+    """Result of a forward pass that predicts N labels."""
+
+    logprobs: Tensor  # (N,) fp32
+    entropy: Tensor  # (N,) fp32, of the distribution at each position; 0 where it is not asked for
+    balance: Tensor  # () load-balancing loss of a mixture of experts in training, times tokens; else 0
+
+
+def label_pass(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, targets: Targets,
+    position_ids: Tensor | None = None,
+) -> LabelPass:  # fmt: skip
+    """Log-probabilities of labels: input_ids (B, T), positions (B, T) bool of the N states before them.
 
     position_ids (B, T): for packed rows; they restart at 0 with each document, and most models then restrict
     attention to the document.
 
     Rows are padded on the right. No attention mask is passed: with causal attention a real token never
     attends to padding, and attention is fastest without a mask. The output head receives only the N selected
-    hidden states, so that no logits are computed for prompts and padding.
+    hidden states, in chunks, so that no logits are computed for prompts and padding and few at once.
     """
+    base = base_model(model)
+    if getattr(base, "has_own_logits", False):
+        logits, balance = logits_and_balance(model, input_ids, positions, position_ids)
+        return LabelPass(*logprobs_and_entropy(logits, targets), balance)
+    with ChunkedHead(base, positions, targets) as head:
+        outputs = _forward(model, input_ids, position_ids)
+    if not hasattr(base, "has_own_logits"):  # once per model, as a GPU would have to wait for the answer
+        base.has_own_logits = not head.is_exact(outputs.logits)
+        if base.has_own_logits:
+            log(
+                f"model type {base.config.model_type!r} changes its logits in a way of its own: those of all"
+                " tokens of a micro-batch are in memory at once"
+            )
+            return label_pass(model, input_ids, positions, targets, position_ids)
+    return LabelPass(*head.result, _balance(base, outputs, positions))
+
+
+def response_logits(
+    model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
+    """Logits at few positions: input_ids (B, T), positions (B, T) bool -> (N, V); see `label_pass`."""
     return logits_and_balance(model, input_ids, positions, position_ids)[0]
 
 
 def logits_and_balance(
     model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`response_logits`, and the load-balancing loss of a mixture of experts in training, else 0."""
+    """`response_logits`, and the load-balancing loss as in `LabelPass`."""
     base = base_model(model)
     head = base.get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
-    packed = {} if position_ids is None else {"position_ids": position_ids}
     try:
-        outputs = model(input_ids=input_ids, use_cache=False, **packed)
+        outputs = _forward(model, input_ids, position_ids)
     finally:
         choose.remove()
-    if base.training and has_balance_loss(base):
-        return outputs.logits, balance_loss(base, outputs, positions)
-    return outputs.logits, torch.zeros((), device=input_ids.device)
+    return outputs.logits, _balance(base, outputs, positions)
 
 
 def token_logprobs(model: nn.Module, input_ids: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the labels: input_ids (B, T), is_label (B, T) bool -> (N,) fp32.
 
     The first token of a row cannot be a label, because no state predicts it. Also returns the load-balancing
-    loss, as `logits_and_balance` does.
+    loss, as `label_pass` does.
     """
-    logits, balance = logits_and_balance(model, input_ids, is_label.roll(-1, dims=1))
-    return label_logprobs(logits, input_ids[is_label]), balance
+    logprobs, _, balance = label_pass(
+        model, input_ids, is_label.roll(-1, dims=1), Targets(input_ids[is_label])
+    )
+    return logprobs, balance
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
@@ -94,3 +126,14 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a DeepSpeed engine or a peft wrapper."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Any:
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    return model(input_ids=input_ids, use_cache=False, **packed)
+
+
+def _balance(base: PreTrainedModel, outputs: Any, positions: Tensor) -> Tensor:
+    if base.training and has_balance_loss(base):
+        return balance_loss(base, outputs, positions)
+    return torch.zeros((), device=positions.device)

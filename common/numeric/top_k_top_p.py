@@ -20,6 +20,12 @@ class Support(NamedTuple):
         rows = torch.arange(len(self.sizes), device=self.ids.device)
         return rows.repeat_interleave(self.sizes, output_size=len(self.ids))
 
+    def split(self, states: int) -> list["Support"]:
+        """Parts of this many states each."""
+        sizes = self.sizes.split(states)
+        counts = torch.stack([part.sum() for part in sizes]).tolist()
+        return [Support(*part) for part in zip(sizes, self.ids.split(counts), strict=True)]
+
 
 def support(logits: Tensor, top_k: int, top_p: float) -> Support:
     """The top_k likeliest tokens (0: all), and the likeliest of these that reach top_p: logits (N, V)."""

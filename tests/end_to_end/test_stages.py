@@ -14,6 +14,8 @@ from transformers import (
     pipeline,
 )
 
+from common.model import head
+from common.model.loading import load_config
 from tests.ranks import run_stage, succeed
 from tests.stages import CLOSE, LORA, ZERO, metrics, ppo, reward, sft, timeless
 
@@ -118,6 +120,22 @@ def test_two_ranks_train_like_one(
     }.items():
         for name in names:
             result, wanted = metrics(tmp_path / output, name), metrics(expected / output, name)
+            assert result == pytest.approx(wanted, **CLOSE), f"{output} {name}"
+
+
+def test_head_in_chunks(world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 5 tokens under ZeRO-3, on two ranks with different numbers of chunks."""
+    start = run / "sft/final", run / "reward/final"
+    monkeypatch.setattr(head, "CHUNK", 5 * load_config(str(start[0])).vocab_size)
+    extra = ["--zero_config", str(ZERO / "zero3.json")]
+    succeed("step1_sft.main", [*sft(world, tmp_path / "sft"), *extra], tmp_path, ranks=2)
+    succeed("step3_ppo.main", [*ppo(world, *start, tmp_path / "ppo"), *extra], tmp_path, ranks=2)
+    for output, names in {
+        "sft": ["train/loss", "train/grad_norm", "eval/loss"],
+        "ppo": ["kl/mean", "policy/loss", "policy/entropy", "policy/grad_norm", "eval/score"],
+    }.items():
+        for name in names:
+            result, wanted = metrics(tmp_path / output, name), metrics(run / output, name)
             assert result == pytest.approx(wanted, **CLOSE), f"{output} {name}"
 
 

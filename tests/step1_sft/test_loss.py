@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.numeric.tensor_ops import label_logprobs
 from step1_sft.loss import sft_loss
 from tests.conftest import assert_close
 
@@ -15,7 +16,7 @@ def test_loss_and_gradient_match_the_reference(reference, name):
     assert not is_trained[:, 0].any()
     positions = is_trained.roll(-1, dims=1)  # the state before a trained token predicts it
     num_tokens = case.params.num_items_in_batch or int(is_trained.sum())
-    loss = sft_loss(logits[positions], case.inputs.labels[is_trained], num_tokens)
+    loss = sft_loss(label_logprobs(logits[positions], case.inputs.labels[is_trained]), num_tokens)
     loss.backward()
     assert_close(loss, case.outputs.loss)
     assert_close(logits.grad, case.outputs.grad_logits)
@@ -26,5 +27,5 @@ def test_shares_of_any_split_sum_to_the_mean_over_tokens(sizes):
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(12, 7, generator=generator), torch.randint(7, (12,), generator=generator)
     parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
-    total = sum(sft_loss(a, b, num_tokens=12) for a, b in parts)
+    total = sum(sft_loss(label_logprobs(a, b), num_tokens=12) for a, b in parts)
     assert_close(total, torch.nn.functional.cross_entropy(logits, labels))

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, PreTrai
 
 import step1_sft.main
 from common.data.batching import with_dummies
-from common.model.forward import response_logits
+from common.model.forward import label_pass
+from common.model.head import Targets
 from common.runtime.distributed import rank
 from common.runtime.options import UserError
 from step1_sft.data import Demonstration, collate
@@ -89,8 +90,9 @@ def documents() -> Iterator[Demonstration]:
 def loss_and_gradients(model: PreTrainedModel, rows: list[list[Demonstration]]) -> list[torch.Tensor]:
     model.zero_grad()
     batch = collate(rows, PAD)
-    logits = response_logits(model, batch.input_ids, batch.positions, batch.position_ids)
-    loss = sft_loss(logits, batch.labels, len(batch.labels))
+    targets = Targets(batch.labels)
+    logprobs = label_pass(model, batch.input_ids, batch.positions, targets, batch.position_ids).logprobs
+    loss = sft_loss(logprobs, len(batch.labels))
     loss.backward()
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from step2_reward.data import Layout, Preference, collate
-from step2_reward.lm_regulariser import best_response_logits
+from step2_reward.lm_regulariser import best_response_logprobs
 from step2_reward.loss import language_loss
 from step2_reward.shared_prompt import pair_scores_and_states
 from tests.conftest import assert_close
@@ -49,7 +49,7 @@ def test_loss_and_gradients_match_the_language_model(share_prompts: bool, ended:
 
     batch = collate(rows, Layout(0, share_prompts))
     _, _, states = pair_scores_and_states(scorer, batch)
-    loss = language_loss(*best_response_logits(plain.lm_head, states, batch), num_tokens=count)
+    loss = language_loss(best_response_logprobs(plain.lm_head, states, batch), num_tokens=count)
     loss.backward()
     assert_close(loss, expected, check_dtype=False)
     for p, gradient in zip(plain.model.parameters(), gradients, strict=True):

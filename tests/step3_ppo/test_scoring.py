@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from common.model import head
 from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import tokenize_response
 from step3_ppo import scoring
 from step3_ppo.options import PPOOptions
-from step3_ppo.rollout import PolicyPass, Rows
 from step3_ppo.scoring import _scored_ids, _value_pass, close, score_rollout
 from tests.byte_encoder import byte_encoder
 from tests.step3_ppo.rollouts import rollout_of
@@ -46,27 +46,35 @@ def test_values_before_each_token_and_after_truncated_responses(bootstrap):
     torch.testing.assert_close(last, torch.stack(after), rtol=0, atol=1e-6)
 
 
-def test_logits_of_one_batch_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, logits = torch.zeros(3, 5), []
+def test_logits_of_two_tokens_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, logits, sizes = torch.zeros(3, 5), [], []
 
-    def forward(_: object, batch: Rows, __: float) -> PolicyPass:
+    def compute(chunk: torch.Tensor, targets: head.Targets) -> torch.Tensor:
         assert not any(earlier() is not None for earlier in logits)
-        result = PolicyPass(batch.labels.float(), torch.zeros(len(batch.labels), 32), torch.zeros(()))
-        logits.append(weakref.ref(result.logits))
-        return result
+        logits.append(weakref.ref(chunk))
+        sizes.append(len(chunk))
+        return logprobs_and_entropy(chunk, targets)
 
-    monkeypatch.setattr(scoring, "policy_pass", forward)
+    logprobs_and_entropy = head.logprobs_and_entropy
+    monkeypatch.setattr(head, "logprobs_and_entropy", compute)
+    monkeypatch.setattr(head, "CHUNK", 2 * 32)
     monkeypatch.setattr(scoring, "score_responses", lambda *_: (rows[:, 0], rows[:, :0]))
     ids = torch.ones(3, 7, dtype=torch.long)
     rollout = rollout_of(ids, torch.tensor(PROMPTS), torch.tensor(RESPONSES), torch.tensor(ENDED))
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )  # fmt: skip
     actor = torch.nn.Module()
-    actor.module = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    actor.module = LlamaForCausalLM(config).bfloat16()
+    actor.module.num_tokens = 32
+    actor.forward = actor.module.forward
     models = SimpleNamespace(
         actor=actor, critic=None, scorer=None, encoder=None,
         reference_model=lambda: contextlib.nullcontext(actor),
     )  # fmt: skip
     scored = score_rollout(models, [], rollout, PPOOptions(generation_batch_size=1))
-    assert len(logits) == 6 and scored.ref_logprobs.sum() == sum(RESPONSES)
+    assert sizes == 2 * [2, 2, 2, 1, 2, 1] and (scored.ref_logprobs < 0).sum() == sum(RESPONSES)
+    assert torch.equal(scored.logprobs, scored.ref_logprobs)
 
 
 @pytest.fixture(scope="module")

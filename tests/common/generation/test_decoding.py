@@ -1,5 +1,7 @@
 """Sampling: correct distribution, correct logprobs, and rows independent of each other."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -196,8 +198,8 @@ def test_ids_without_a_token_are_never_drawn(model):
             rollout = as_rollout(responses)
             assert (responses.ids[rollout.response_mask] < count).all()
             with torch.no_grad():
-                trained, logits, _ = policy_pass(model, rollout.rows([0, 1, 2, 3]), TEMPERATURE)
-            assert logits.shape[1] == count
+                trained, entropy, _ = policy_pass(model, rollout.rows([0, 1, 2, 3]), TEMPERATURE, "value")
+            assert (entropy <= math.log(count)).all()
             drawn = responses.logprobs[rollout.response_mask]
             torch.testing.assert_close(trained, drawn, rtol=1e-5, atol=1e-5)
         unlimited = sample(model, [0, 1, 2, 3])

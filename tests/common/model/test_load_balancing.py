@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from common.model import families
-from common.model.forward import logits_and_balance
+from common.model.forward import label_pass
+from common.model.head import Targets
 from common.model.load_balancing import has_balance_loss
 from step1_sft.loss import sft_loss
 from step2_reward.direct.data import Choice
@@ -56,9 +57,9 @@ def test_loss_and_gradients_match_transformers(name, checkpointing):
     model.zero_grad(set_to_none=True)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    logits, balance = logits_and_balance(model, ids, LOSS_MASK.roll(-1, dims=1))
+    logprobs, _, balance = label_pass(model, ids, LOSS_MASK.roll(-1, dims=1), Targets(ids[LOSS_MASK]))
     assert_close(balance, 0.5 * expected.aux_loss * sum(LENGTHS))
-    loss = sft_loss(logits, ids[LOSS_MASK], int(LOSS_MASK.sum())) + balance / sum(LENGTHS)
+    loss = sft_loss(logprobs, int(LOSS_MASK.sum())) + balance / sum(LENGTHS)
     assert_close(loss, expected.loss)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -94,7 +95,7 @@ def test_models_without_the_loss_return_zero(config):
     model = build(config)
     assert not has_balance_loss(model)
     ids = torch.tensor([[1, 2, 3]])
-    assert logits_and_balance(model, ids, ids > 2)[1] == 0
+    assert label_pass(model, ids, ids == 2, Targets(ids[ids == 3])).balance == 0
 
 
 def test_router_jitter_and_dropout_are_turned_off():

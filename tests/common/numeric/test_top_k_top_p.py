@@ -31,6 +31,14 @@ def test_lists_hold_the_allowed_tokens_of_each_state():
     assert everything.sizes.tolist() == [0, 0] and not len(everything.ids)
 
 
+def test_parts_hold_the_lists_of_their_states():
+    allowed = Support(torch.tensor([2, 1, 3, 1]), torch.tensor([5, 6, 5, 1, 2, 3, 9]))
+    parts = [(part.sizes.tolist(), part.ids.tolist()) for part in allowed.split(3)]
+    assert parts == [([2, 1, 3], [5, 6, 5, 1, 2, 3]), ([1], [9])]
+    everything = Support(torch.zeros(3).int(), torch.zeros(0).int()).split(2)
+    assert [(len(part.sizes), len(part.ids)) for part in everything] == [(2, 0), (1, 0)]
+
+
 def test_lists_of_steps_are_sorted_by_row():
     """Row 1 has left the batch after step 0; row 0 ended at step 1 and was drawn once more."""
     steps = [

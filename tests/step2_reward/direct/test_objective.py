@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from step2_reward.direct.data import Choice, Dialogue
 from step2_reward.direct.logprobs import response_logprobs
@@ -22,7 +23,7 @@ class FixedLogits(nn.Module):
         super().__init__()
         self.states, self.head = logits, nn.Linear(logits.shape[-1], logits.shape[-1], bias=False)
         self.head.weight.data = torch.eye(logits.shape[-1])
-        self.config = SimpleNamespace(pad_token_id=0)
+        self.config = PretrainedConfig(pad_token_id=0)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head

@@ -1,0 +1,145 @@
+"""The output head in chunks, against all logits at once."""
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GraniteConfig, PretrainedConfig, PreTrainedModel
+
+from common.model import head
+from common.model.forward import label_pass
+from common.model.head import Entropy, Targets, in_chunks
+from common.numeric.top_k_top_p import Support
+from tests.conftest import assert_close
+from tests.end_to_end.test_families import COMPLETE, GROUPED, POLICIES
+
+TOKENS, HIDDEN, ROWS, COUNT = 11, 8, 40, 37  # the last three ids cannot be sampled
+TEMPERATURE = 0.7
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
+
+
+def plain(logits: Tensor, targets: Targets, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies in fp64, one softmax over all tokens that can be sampled."""
+    logits = logits.double()[:, : targets.num_tokens] / targets.temperature
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
+    terms = torch.where(probabilities > 0, probabilities * probabilities.clamp(min=1e-300).log(), 0.0)
+    return probabilities[range(len(logits)), targets.labels].log(), -terms.sum(1)
+
+
+@pytest.mark.parametrize("kind", ["none", "value", "differentiable"])
+@pytest.mark.parametrize("is_restricted", [False, True])
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+def test_values_and_gradients_are_those_of_all_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, is_restricted: bool, kind: Entropy
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", chunk * ROWS + ROWS // 2)
+    states, linear = random(TOKENS, HIDDEN).requires_grad_(), nn.Linear(HIDDEN, ROWS)
+    labels, allowed = torch.arange(TOKENS) % COUNT, random(TOKENS, COUNT) > 0
+    allowed[range(TOKENS), labels] = True
+    targets = Targets(
+        labels,
+        TEMPERATURE,
+        COUNT,
+        Support(allowed.sum(1), allowed.nonzero()[:, 1]) if is_restricted else None,
+        kind,
+    )
+    expected = plain(linear(states), targets, allowed if is_restricted else None)
+    sizes = []
+    watch = linear.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    result = in_chunks(linear, states, targets, ROWS)
+    watch.remove()
+    assert sum(sizes) == TOKENS and max(sizes) == min(chunk, TOKENS)
+    assert_close(result[0], expected[0].float())
+    assert_close(result[1], (expected[1] if kind != "none" else 0 * expected[1]).float())
+    weights = random(2, TOKENS)
+    inputs = states, linear.weight, linear.bias
+    loss = (weights * result).sum()
+    counted = weights * torch.tensor([[1.0], [kind == "differentiable"]])
+    expected_loss = (counted * torch.stack(expected)).sum()
+    for one, other in zip(
+        torch.autograd.grad(loss, inputs), torch.autograd.grad(expected_loss, inputs), strict=True
+    ):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_one_chunk_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each chunk, the graph keeps states and labels alone."""
+    monkeypatch.setattr(head, "CHUNK", 2 * ROWS)
+    linear, saved = nn.Linear(HIDDEN, ROWS), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        in_chunks(linear, random(TOKENS, HIDDEN), Targets(torch.arange(TOKENS)), ROWS)
+    assert not any(ROWS in shape[1:] for shape in saved)
+
+
+def test_no_labels() -> None:
+    states = random(0, HIDDEN).requires_grad_()
+    result = in_chunks(nn.Linear(HIDDEN, ROWS), states, Targets(torch.zeros(0).long()), ROWS)
+    assert result.shape == (2, 0)
+    result.sum().backward()
+
+
+FAMILIES: dict[str, PretrainedConfig] = COMPLETE | POLICIES | {
+    "granite": GraniteConfig(**GROUPED, logits_scaling=4.0)
+}  # fmt: skip
+IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+IS_LABEL = torch.arange(9) >= torch.tensor([[4], [1], [7]])
+POSITIONS = IS_LABEL.roll(-1, dims=1)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "CHUNK", 4 * 60)
+
+
+def build(name: str) -> PreTrainedModel:
+    config = FAMILIES[name]
+    text = config.get_text_config()
+    text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 60, 0, 1, 2
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def check(model: nn.Module, trained: PreTrainedModel) -> None:
+    """Values and gradients of `label_pass`, against transformers' own logits."""
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    targets = Targets(IDS[IS_LABEL], TEMPERATURE)
+    expected, _ = plain(model(input_ids=IDS, use_cache=False).logits[POSITIONS], targets, None)
+    gradients = torch.autograd.grad(expected.sum(), parameters, allow_unused=True)
+    for _ in range(2):  # the first pass also checks the head
+        logprobs = label_pass(model, IDS, POSITIONS, targets).logprobs
+        assert_close(logprobs, expected.float(), rtol=1e-5, atol=1e-5)
+        for one, other in zip(
+            torch.autograd.grad(logprobs.sum(), parameters, allow_unused=True), gradients, strict=True
+        ):
+            if other is not None:
+                assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    model = build(name)
+    check(model, model)
+    assert not model.has_own_logits
+
+
+def test_a_family_that_changes_logits_in_its_own_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(head, "adjust_logits", lambda _, logits: logits)
+    model = build("gemma2")
+    check(model, model)
+    assert model.has_own_logits
+    assert capsys.readouterr().out.count("model type 'gemma2' changes its logits") == 1
+
+
+def test_adapters_on_the_head() -> None:
+    model = peft.get_peft_model(
+        build("cohere"), peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    )
+    check(model, model.get_base_model())
+    assert not model.get_base_model().has_own_logits
