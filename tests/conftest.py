@@ -1,7 +1,8 @@
-"""What all tests share: one thread, the CPU where there is no GPU, the shared folder, reference values."""
+"""What all tests share: one thread, the CPU unless --gpu, the shared folder, reference values."""
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+if "--gpu" not in sys.argv:
+    # Ranks are forked, and two of them cannot share a GPU.
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ STARTS = {"run_stage", "start_stage", "succeed", "bash", "launch", "Popen"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="leave GPUs visible, for tests that need one")
     parser.addoption("--whole", action="store_true", help="the whole matrix of resumed runs, not a slice")
 
 

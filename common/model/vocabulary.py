@@ -13,7 +13,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     text = model.config.get_text_config()
     model.num_tokens = max(tokenizer.get_vocab().values()) + 1
     if model.num_tokens > text.vocab_size:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # each step seeds the GPUs anew
             torch.manual_seed(0)  # same new rows on all ranks, in actor and reference
             model.resize_token_embeddings(model.num_tokens, mean_resizing=False)
     for config in (model.config, text):

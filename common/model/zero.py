@@ -10,6 +10,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.model.deepspeed_check import check_config
 from common.runtime.distributed import on_cpu
 from common.runtime.files import parse_json
@@ -156,9 +158,8 @@ def _fill_precision(config: dict[str, Any], source: Path) -> None:
 
 
 def _has_bf16() -> bool:
-    from deepspeed.accelerator import get_accelerator
-
-    return get_accelerator().is_bf16_supported()
+    """Whether the GPU computes in bf16; older ones only emulate it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:

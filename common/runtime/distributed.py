@@ -39,6 +39,18 @@ def on_cpu() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
+def hardware() -> str:
+    """Device and ranks for the log: "NVIDIA A100-SXM4-80GB; 4 ranks"."""
+    cpu = f"CPU, {torch.get_num_threads()} threads per rank"
+    return f"{cpu if on_cpu() else torch.cuda.get_device_name()}; {ranks_in_words()}"
+
+
+def use_own_gpu() -> None:
+    """Select the GPU of this rank, before anything uses CUDA and takes memory of another one."""
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Join the launcher's process group. Without a launcher, create a group of one rank.
 
@@ -46,7 +58,6 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     """
     import deepspeed
     import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
 
     if dist.is_initialized():
         return
@@ -61,8 +72,6 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
     if on_cpu():
         # DeepSpeed would compile a shared-memory op for a minute or two; gloo does not need it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(minutes=timeout_minutes)
     # DeepSpeed creates further groups without a timeout argument, so change torch's default too.
     c10d = dist.distributed_c10d

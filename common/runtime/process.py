@@ -14,10 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
-import torch
 import torch.distributed as dist
 
-from common.runtime.distributed import barrier, is_lost_contact, on_cpu, rank, ranks_in_words, sum_over_ranks
+from common.runtime.distributed import barrier, hardware, is_lost_contact, rank, sum_over_ranks, use_own_gpu
 from common.runtime.options import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by users, Slurm and spot instances
@@ -56,6 +55,7 @@ def run_main(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     _listen()
+    use_own_gpu()
     try:
         main()
         stop_between_steps()
@@ -112,10 +112,7 @@ def stop_requested(output_dir: str) -> bool:
 def report_accepted() -> None:
     """Tell the launch script that options and data are accepted, so that it starts the log file."""
     if rank() == 0 and "TRIPTYCH_ENDINGS" in os.environ:
-        name = (
-            f"CPU, {torch.get_num_threads()} threads per rank" if on_cpu() else torch.cuda.get_device_name()
-        )
-        _note("accepted", f"{name}; {ranks_in_words()}")
+        _note("accepted", hardware())
 
 
 def on_refusal(undo: Callable[[], None]) -> None:

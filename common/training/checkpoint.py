@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -57,6 +58,8 @@ class _Writer(TorchCheckpointEngine):
             super().save(state_dict, path)
             flush_file(Path(path))
             self.files[str(Path(path).relative_to(self.root))] = _size_and_checksum(Path(path))
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError) as error:
             self.error = reason(error)
 

@@ -93,12 +93,17 @@ def _load_on_other_ranks(checkpoint: Checkpoint, name: str, engine: Any) -> None
             str(checkpoint.folder), tag=universal.name, load_module_strict=not is_partial(engine)
         )
     # DeepSpeed gives all groups the settings of the first, and at stage 3 all weights share one step counter,
-    # which every weight would then increment.
+    # which every weight would then increment. It leaves counters on the CPU, which fused AdamW refuses.
     for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
-    for moments in engine.optimizer.state.values():
+    own_step_counters(engine.optimizer)
+
+
+def own_step_counters(optimizer: torch.optim.Optimizer) -> None:
+    """Give each weight a step counter of its own, on its device."""
+    for weight, moments in optimizer.state.items():
         if torch.is_tensor(moments.get("step")):
-            moments["step"] = moments["step"].clone()
+            moments["step"] = moments["step"].to(weight.device, copy=True)
 
 
 def _convert(source: Path, universal: Path) -> str:

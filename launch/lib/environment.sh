@@ -21,7 +21,11 @@ trap stop_early TERM INT USR1
 # install FILE...: install requirements into a virtual environment, again only when they change.
 install() {
     local venv="$ROOT/.venv" file
-    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    if [ ! -x "$venv/bin/python" ]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "error: $(python3 --version) is too old; Triptych needs 3.11 or newer as python3" >&2 && exit 2; }
+        python3 -m venv "$venv"
+    fi
     export PATH="$venv/bin:$PATH"
     for file in "$@"; do
         cmp -s "$ROOT/$file" "$venv/${file//\//-}.installed" && continue
@@ -31,12 +35,35 @@ install() {
     done
 }
 
-# Without a GPU, ranks share the cores, and nothing is compiled at run time.
+has_gpu() {
+    [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1
+}
+
+# Choose GPUs for the ranks, or the CPU, where nothing is compiled at run time. Ranks share the cores. With a
+# HOSTFILE, DeepSpeed chooses on each machine.
 choose_device() {
-    nvidia-smi -L >/dev/null 2>&1 && return
-    NUM_GPUS="${NUM_GPUS:-1}"
-    export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1
+    GPUS=""
+    if [ "${DS_ACCELERATOR:-}" = cpu ] || ! has_gpu; then
+        NUM_GPUS="${NUM_GPUS:-1}"
+        export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=
+    elif [ -z "$HOSTFILE" ]; then
+        export NUM_GPUS
+        GPUS="$(python "$HERE/lib/gpus.py")" || exit 2
+        NUM_GPUS="$(tr , '\n' <<<"$GPUS" | wc -l)"
+        unset CUDA_VISIBLE_DEVICES
+    else
+        return 0
+    fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
+}
+
+# ranks_on: DeepSpeed's options for the ranks of each machine.
+ranks_on() {
+    if [ -n "$GPUS" ]; then
+        echo "--include localhost:$GPUS"
+    elif [ -n "$NUM_GPUS" ]; then
+        echo "--num_gpus $NUM_GPUS"
+    fi
 }
 
 # output_dir DEFAULT OPTIONS...: the value of --output_dir among the options.
@@ -70,7 +97,7 @@ run_stage() {
     choose_device
     choose_port
     exec python "$HERE/lib/supervise.py" "$(output_dir "${@:2}")" "$0" \
-        deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NUM_GPUS:+--num_gpus "$NUM_GPUS"} \
+        deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} $(ranks_on) \
         --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
 }
 

@@ -189,7 +189,10 @@ def ending(endings: Path, code: int, signals: int) -> tuple[int, str]:
     if code < 0 or notes["lost"] or notes["stopped"]:
         who = f"Rank {' or '.join(silent)}" if silent else "A rank"
         reason = f"signal {-code}" if code < 0 else "no error message"
-        return error_code, f"\n{who} was killed ({reason}): by another process, or out of memory.\n"
+        return (
+            error_code,
+            f"\n{who} was killed ({reason}): by another process, out of memory, or an NCCL timeout.\n",
+        )
     return (0 if code == 0 else error_code), ""
 
 

@@ -20,9 +20,11 @@ from tests.stages import (
 LAUNCH = REPOSITORY / "launch"
 
 
-def bash(script: str, words: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+def bash(script: str, words: list[str], cwd: Path, **variables: str | None) -> subprocess.CompletedProcess:
+    """Run a script; a variable that is None is removed."""
+    env = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
     return subprocess.run(
-        ["bash", str(LAUNCH / script), *words], cwd=cwd, env={**os.environ, **variables}, timeout=1200,
+        ["bash", str(LAUNCH / script), *words], cwd=cwd, env=env, timeout=1200,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -58,6 +60,7 @@ def test_ranks_of_other_machines_get_the_environment(tmp_path: Path, has_gpu: bo
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
     (tmp_path / ".deepspeed_env").write_text("\nUSER_VARIABLE=7\nTOKENIZERS_PARALLELISM=true\n")
     variables = {"HOSTFILE": str(tmp_path / "hosts"), "PATH": f"{tools}:{os.environ['PATH']}"}
+    variables |= {"DS_ACCELERATOR": None}
     words = ["--output_dir", "out", "--model_name_or_path", "x", "--train_data", "x"]
     done = bash("step1_sft.sh", words, tmp_path, **variables)
     assert done.returncode == 0, done.stdout

@@ -1,0 +1,72 @@
+"""Which GPUs the ranks of a machine use."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.lib.gpus import choose
+from tests.conftest import REPOSITORY
+
+UUIDS = ["GPU-aa11", "GPU-ab22", "GPU-cc33", "GPU-dd44"]
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "chosen"),
+    [
+        ("", None, [0, 1, 2, 3]),
+        ("2", None, [0, 1]),
+        ("", "2,3", [2, 3]),
+        ("1", "3,1", [3]),
+        ("", "GPU-cc33, GPU-aa", [2, 0]),
+    ],
+)
+def test_choice(number: str, visible: str | None, chosen: list[int]) -> None:
+    assert choose(number, visible, UUIDS) == chosen
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "message"),
+    [
+        ("5", None, "NUM_GPUS 5: must be from 1 to 4"),
+        ("3", "0,1", "NUM_GPUS 3: must be from 1 to 2"),
+        ("0", None, "NUM_GPUS 0"),
+        ("two", None, "NUM_GPUS two"),
+        ("", "7", "CUDA_VISIBLE_DEVICES 7: no such GPU"),
+        ("", "GPU-a", "CUDA_VISIBLE_DEVICES GPU-a: no such GPU"),
+        ("", "MIG-1", "CUDA_VISIBLE_DEVICES MIG-1: no such GPU"),
+        ("", "", "hides all GPUs"),
+    ],
+)
+def test_refusal(number: str, visible: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(number, visible, UUIDS)
+
+
+@pytest.mark.end_to_end
+def test_gpus_that_torch_cannot_use_are_an_error(tmp_path: Path) -> None:
+    """As with an old driver. Nothing is written, and DS_ACCELERATOR=cpu is the way out."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/bash\necho GPU 0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0"}
+    del environment["DS_ACCELERATOR"]
+    words = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--train_data",
+        "x",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    command = ["bash", str(REPOSITORY / "launch/step1_sft.sh"), *words]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 2 and not (tmp_path / "out").exists()
+    assert refused.stderr.startswith("error: this machine has GPUs, but torch cannot use them: torch ")
+    assert "DS_ACCELERATOR=cpu" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    environment["DS_ACCELERATOR"] = "cpu"
+    accepted = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (
+        accepted.stdout + accepted.stderr
+        == f"error: {tmp_path}: not a model folder: config.json is missing\n"
+    )
