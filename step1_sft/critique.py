@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from common.ai_feedback.constitution import (
     as_text,
     draw_principle,
@@ -25,7 +23,8 @@ from common.ai_feedback.constitution import (
 )
 from common.data.journal import to_lines, work_through
 from common.data.loading import load_examples
-from common.generation.generate import PolicyAnswer, fit_prompt_length, load_policy, sample_answers
+from common.generation.engine_checks import check_rollout_engine
+from common.generation.generate import PolicyAnswer, Sampler, fit_prompt_length, load_sampler, sample_answers
 from common.model.families import max_positions
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -58,6 +57,7 @@ def main() -> None:
     )
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options = fit_prompt_length(options, config)
+    check_rollout_engine(options, config)
     as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
     encoder = load_assistant(options)
@@ -66,8 +66,9 @@ def main() -> None:
     prepare_output(options, {"tokenizer": encoder.tokenizer})
 
     # 2. Process one generation batch per rank at a time; resume from the journal.
-    policy = load_policy(options.model_name_or_path, encoder, zero)
-    model = Assistant(policy, encoder, options, max_positions(config) - options.max_response_length - 1)
+    longest = max_positions(config) - 1
+    policy = load_sampler(options.model_name_or_path, encoder, zero, options, longest)
+    model = Assistant(policy, encoder, options, longest - options.max_response_length)
     work = partial(revise, model=model, principles=principles, templates=templates, options=options)
     size = options.generation_batch_size * world_size()
     records = work_through(rows, work, Path(options.output_dir) / "journal", size, "prompts")
@@ -92,7 +93,7 @@ class Assistant:
     """The model under revision. Sampling depends only on seed, record number and step."""
 
     def __init__(
-        self, policy: nn.Module, encoder: SegmentEncoder, options: CritiqueOptions, max_prompt_length: int
+        self, policy: Sampler, encoder: SegmentEncoder, options: CritiqueOptions, max_prompt_length: int
     ) -> None:
         self._sample = partial(sample_answers, policy, encoder, options=options)
         self._encode = partial(

@@ -78,7 +78,7 @@ def main() -> None:
         prompts = [train[i] for i in indices for _ in range(options.samples_per_prompt)]
 
         # 3. Sample and score responses.
-        rollout = sample_rollout(models.actor, encoder, prompts, options, step)
+        rollout = sample_rollout(models.sampler, encoder, prompts, options, step)
         times.append(time.perf_counter())
         with checkpoint_on_function_error(loop):
             rollout = score_rollout(models, prompts, rollout, options)

@@ -31,7 +31,7 @@ def evaluate(
     """Metrics on one response to each held-out prompt, and the first samples with their scores."""
     padded = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]  # every rank has as many
     title = "responses to held-out prompts"
-    rollout = sample_rollout(models.actor, models.encoder, padded, options, EVALUATION_STEP, title)
+    rollout = sample_rollout(models.sampler, models.encoder, padded, options, EVALUATION_STEP, title)
     rollout = score_rollout(models, padded, rollout, options, with_values=False, title=f"scores of {title}")
     gold = None
     if models.gold:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from common.generation.generate import fit_prompt_length
+from common.generation.engine_checks import check_rollout_engine
+from common.generation.generate import Sampler, fit_prompt_length, make_sampler
 from common.model.engine import make_engine, make_frozen
 from common.model.engine_protocol import Engine
 from common.model.families import check_scalar
@@ -47,6 +48,7 @@ class Models:
     """
 
     actor: Engine
+    sampler: Sampler  # of the actor's responses: the actor, or vLLM with its weights
     critic: Engine | None
     reference: nn.Module | None
     scorer: Scorer
@@ -109,6 +111,7 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     )
     config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
     options = fit_prompt_length(options, config)
+    check_rollout_engine(options, config)
     check_adapters(options.actor_model_name_or_path, options)
     check_folder(options)
     encoder = SegmentEncoder(load_tokenizer(options.actor_model_name_or_path))
@@ -158,7 +161,8 @@ def build_models(options: PPOOptions, sources: ModelSources, iterations: int) ->
         members = load_members(single, encoders, critic_zero, offload=True)
         gold = Scorer(members, sources.gold_function, single)
     scorer = Scorer(rewards, sources.functions, options)
-    return Models(actor, critic, reference, scorer, gold, encoder)
+    sampler = make_sampler(actor, options.actor_model_name_or_path, options)
+    return Models(actor, sampler, critic, reference, scorer, gold, encoder)
 
 
 def make_trained(

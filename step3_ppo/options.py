@@ -144,6 +144,7 @@ class PPOOptions(
 
     stage: ClassVar[int] = 3
     one_of: ClassVar[tuple[str, ...]] = ("reward_model_name_or_path", "reward_function")
+    needs_support: ClassVar[bool] = True
 
     output_dir: str = option(
         "output/step3_ppo", "Folder for logs, checkpoints and the final models.", resume="free"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.data.batching import pad_rows
 from common.generation.decoding import Responses
-from common.generation.generate import PolicyEngine, generate, prompts_of_rank
+from common.generation.generate import Sampler, generate, prompts_of_rank
 from common.generation.options import GenerationOptions
 from common.model.forward import LabelPass, base_model, label_pass
 from common.model.head import Entropy, Targets
@@ -118,7 +118,7 @@ def policy_pass(
 
 @torch.no_grad()
 def sample_rollout(
-    policy: PolicyEngine, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions,
+    policy: Sampler, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions,
     step: int, title: str = "",
 ) -> Rollout:  # fmt: skip
     """Sample a response to each prompt, each rank a part of them. Fills tokens and `logprobs`; the rest is 0.

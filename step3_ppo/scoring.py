@@ -51,7 +51,7 @@ def score_rollout(
     fields["scores"], fields["score_parts"] = score_responses(
         models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
     )
-    if next(models.actor.module.parameters()).dtype != torch.float32:
+    if next(models.actor.module.parameters()).dtype != torch.float32 or models.sampler is not models.actor:
         # In 16 bits, generation with a KV cache rounds differently from the update's forward pass. Recompute
         # the log-probabilities as the update does.
         fields["logprobs"] = logprobs(models.actor)

@@ -16,14 +16,14 @@ LORA = ["--lora_rank", "4", "--lora_alpha", "8"]
 CLOSE = {"rel": 1e-4, "abs": 2e-6}
 
 
-def make_world(folder: Path) -> Path:
-    """Write them to a folder."""
+def make_world(folder: Path, hidden_size: int = 32, tied: bool = True) -> Path:
+    """Write them to a folder. tied: the output head has the weights of the embedding."""
     (folder / "model").mkdir(parents=True)
     tokenizer = build_tokenizer(folder / "model", write_data(folder, seed=0))
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, initializer_range=0.2,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from common.generation import generate
+from common.generation.options import GenerationOptions
 from common.model.reward_ensemble import combine_scores
 from common.text.truncation import Dropped
 from common.training.train_state import TrainState
@@ -66,6 +68,11 @@ def share(value: str, patch: pytest.MonkeyPatch) -> None:
     shared_prompt.choose_layout(engine, rows, RewardOptions(share_prompts=value))
 
 
+def engine(value: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(generate, "VllmSampler", lambda *_: value)
+    assert generate.make_sampler("transformers", "", GenerationOptions(rollout_engine=value)) == value
+
+
 def estimate(**options: Any) -> None:
     scored = rollout([1.0, 2.0])
     rewards = torch.randn(2, 4) * scored.response_mask
@@ -97,6 +104,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "lr_scheduler_type": schedule,
     "best_metric": best_metric,
     "share_prompts": share,
+    "rollout_engine": engine,
     "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
     "kl_penalty": lambda v: shape_rewards(
@@ -117,7 +125,7 @@ def test_every_option_with_choices_is_looked_at():
 
 @pytest.mark.parametrize("name", DISPATCH)
 def test_a_choice_has_a_branch_and_nothing_else_has(name: str, monkeypatch: pytest.MonkeyPatch):
-    more = [monkeypatch] if name == "share_prompts" else []
+    more = [monkeypatch] if name in ("share_prompts", "rollout_engine") else []
     for value in sorted(choices()[name]):
         DISPATCH[name](value, *more)
     with pytest.raises((AssertionError, ValueError, KeyError), match="unheard-of"):

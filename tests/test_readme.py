@@ -20,7 +20,8 @@ PAGES = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 OPTION = r"--[a-z][a-z0-9_-]*"
-FOREIGN_OPTIONS = {"--help", "--ignore", "--requeue", "--signal"}  # of argparse, pytest, sbatch
+# Of argparse, pytest, pip and sbatch.
+FOREIGN_OPTIONS = {"--help", "--ignore", "--no-deps", "--requeue", "--signal"}
 EXTENSIONS = r"\.(?:py|sh|md|jsonl?|ya?ml|txt|log|html|css|js|png|svg|toml)"
 DATA_FILE = r"\.(?:jsonl|json|csv|parquet)$"
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, assert_never
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from common.generation.decoding import Responses, sample_responses, uniforms_for
 from common.generation.options import GenerationOptions
+from common.generation.vllm_sampler import VllmSampler
 from common.model.engine import gathered_weights, make_frozen
 from common.model.engine_protocol import Engine
 from common.model.families import check_sampling, max_positions
@@ -38,6 +39,7 @@ class PlainEngine(nn.Module):
 
 Options = TypeVar("Options", bound=GenerationOptions)
 PolicyEngine = Engine | PlainEngine  # a policy in training, or from `load_policy`
+Sampler = PolicyEngine | VllmSampler
 
 
 class PolicyAnswer(NamedTuple):
@@ -52,6 +54,32 @@ def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> Pol
     frozen = frozen_config(zero)
     model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
     return model if frozen else PlainEngine(model)
+
+
+def make_sampler(policy: PolicyEngine, path: str, options: GenerationOptions, longest: int = 0) -> Sampler:
+    """What samples from the current weights of a policy: the policy, or another engine.
+
+    path: model folder with its configuration. longest: most tokens of a prompt and its response; 0: by the
+    options.
+    """
+    match options.rollout_engine:
+        case "transformers":
+            return policy
+        case "vllm":
+            longest = longest or options.max_prompt_length + options.max_response_length
+            return VllmSampler(policy, path, options, longest)
+        case _:
+            assert_never(options.rollout_engine)
+
+
+def load_sampler(
+    path: str, encoder: SegmentEncoder, zero: dict[str, Any], options: GenerationOptions, longest: int = 0
+) -> Sampler:
+    """Load a frozen policy only to sample from it. longest: as in `make_sampler`."""
+    sampler = make_sampler(load_policy(path, encoder, zero), path, options, longest)
+    if isinstance(sampler, VllmSampler):
+        sampler.hold_weights()
+    return sampler
 
 
 def fit_prompt_length(options: Options, config: PretrainedConfig) -> Options:
@@ -77,7 +105,7 @@ def prompts_of_rank(prompts: Sequence[list[int]]) -> list[int]:
 
 
 def generate(
-    policy: PolicyEngine, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
+    policy: Sampler, encoder: SegmentEncoder, prompts: Sequence[list[int]] | Mapping[int, list[int]],
     rows: Sequence[int], options: GenerationOptions, step: int, title: str = "",
 ) -> Responses:  # fmt: skip
     """Sample a response for each of the rows (indices of prompts).
@@ -85,6 +113,8 @@ def generate(
     step: seeds sampling, with --seed and the row index. If a partitioned model is not gathered, all ranks
     must pass the same number of rows. title: of progress lines; empty: none.
     """
+    if isinstance(policy, VllmSampler):
+        return policy.sample(prompts, rows, options, step, encoder.pad_token_id)
     size = options.generation_batch_size
     parts: list[Responses] = []
     policy.eval()
@@ -110,7 +140,7 @@ def generate(
 
 
 def sample_answers(
-    policy: PolicyEngine, encoder: SegmentEncoder, prompts: Mapping[int, list[int]],
+    policy: Sampler, encoder: SegmentEncoder, prompts: Mapping[int, list[int]],
     options: GenerationOptions, step: int,
 ) -> dict[int, PolicyAnswer]:  # fmt: skip
     """Sample an answer to each prompt with `generate`; returns all answers by prompt number, on every rank.

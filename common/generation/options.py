@@ -1,6 +1,7 @@
 """Options for prompts and sampling."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from common.runtime.options import DataOptions, Overlong, option
 
@@ -20,6 +21,9 @@ class PromptDataOptions(DataOptions):
 class GenerationOptions:
     """Sampling."""
 
+    # Whether log-probabilities under the sampling distribution are computed again, over the same tokens.
+    needs_support: ClassVar[bool] = False
+
     generation_batch_size: int = option(
         64, "Rows that a rank generates or scores in one batch.", at_least=1, resume="free"
     )
@@ -37,4 +41,12 @@ class GenerationOptions:
         True,
         "At ZeRO-3, gather all weights for sampling; turn off if they do not fit on one GPU.",
         resume="free",
+    )
+    rollout_engine: Literal["transformers", "vllm"] = option(
+        "transformers",
+        "Engine that samples.\ntransformers: the decoding loop of this suite"
+        "\nvllm: vLLM, in the same processes; to install it see step3_ppo/README.md\n",
+    )
+    rollout_tensor_parallel: int = option(
+        1, "With vllm, ranks of a machine that share one copy of the weights for sampling.", at_least=1
     )

@@ -100,6 +100,12 @@ def attention_widths(config: PretrainedConfig) -> list[int]:
     return widths
 
 
+def head_size(config: PretrainedConfig) -> int:
+    """Width of an attention head."""
+    text = config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def active_share(config: PretrainedConfig) -> float:
     """Fraction of the experts that are active for a token; 1 for a dense model."""
     text = config.get_text_config()

@@ -24,6 +24,7 @@ from common.runtime.option_checks import (
 )
 from common.runtime.options import RunOptions, UserError
 from common.runtime.process import on_refusal, report_accepted
+from common.runtime.vllm_version import installed_version
 from common.training.checkpoint import Checkpoint, find_checkpoint
 
 ENDS = 1 << 20  # bytes at each end of a weights file that its fingerprint reads
@@ -87,7 +88,7 @@ def prepare_output(options: RunOptions, tokenizers: dict[str, PreTrainedTokenize
 
 
 def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFast]) -> dict[str, str]:
-    """Checksums of the run's inputs: data, models, functions, tokenizers and chat templates."""
+    """Checksums of the run's inputs: data, models, functions, tokenizers, chat templates; vLLM's version."""
     checksums = {}
     for name, kind in resume_kinds(options).items():
         value = getattr(options, name)
@@ -110,6 +111,8 @@ def fingerprint(options: RunOptions, tokenizers: dict[str, PreTrainedTokenizerFa
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         checksums[name] = _digest(tokenizer.backend_tokenizer.to_str() + special)
         checksums[f"chat template of the {name}"] = _digest(str(tokenizer.chat_template))
+    if getattr(options, "rollout_engine", "") == "vllm":
+        checksums["the version of vLLM"] = installed_version()
     return checksums
 
 

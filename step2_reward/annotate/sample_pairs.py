@@ -13,7 +13,8 @@ from typing import Any
 
 from common.data.journal import to_lines, work_through
 from common.data.multi_encoder import load_shared_records
-from common.generation.generate import PolicyAnswer, fit_prompt_length, load_policy, sample_answers
+from common.generation.engine_checks import check_rollout_engine
+from common.generation.generate import PolicyAnswer, fit_prompt_length, load_sampler, sample_answers
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
 from common.runtime.distributed import gather_objects, init_distributed, log, rank
@@ -43,7 +44,9 @@ def main() -> None:
     as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
     for path in paths:
-        options = fit_prompt_length(options, policy_config(path, "model_name_or_path"))
+        config = policy_config(path, "model_name_or_path")
+        options = fit_prompt_length(options, config)
+        check_rollout_engine(options, config)
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
     by_encoder = load_prompts(options, encoders)
     init_distributed()
@@ -54,7 +57,8 @@ def main() -> None:
     answers: dict[int, list[PolicyAnswer]] = {}
     for first, (path, encoder, rows) in enumerate(zip(paths, encoders, by_encoder, strict=True)):
         draws = range(first, len(names), len(paths))
-        answers |= responses_by_draw(partial(load_policy, path, encoder, zero), encoder, rows, draws, options)
+        load = partial(load_sampler, path, encoder, zero, options)
+        answers |= responses_by_draw(load, encoder, rows, draws, options)
 
     # 3. Write the pairs.
     prompts = [find_prompt(row.record) for row in by_encoder[0]] if rank() == 0 else []

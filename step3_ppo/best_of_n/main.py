@@ -22,7 +22,8 @@ from common.data.batching import batch_order
 from common.data.examples import Examples
 from common.data.journal import stop_resumably, to_lines
 from common.data.loading import load_examples
-from common.generation.generate import PolicyEngine, fit_prompt_length, generate, load_policy, prompts_of_rank
+from common.generation.engine_checks import check_rollout_engine
+from common.generation.generate import Sampler, fit_prompt_length, generate, load_sampler, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.model.zero import load_zero_config
@@ -51,7 +52,9 @@ def main() -> None:
     options = parse_options(BestOfNOptions)
     training = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
     zero = load_zero_config(options.zero_config, training, training.actor_learning_rate)
-    options = fit_prompt_length(options, policy_config(options.model_name_or_path, "model_name_or_path"))
+    config = policy_config(options.model_name_or_path, "model_name_or_path")
+    options = fit_prompt_length(options, config)
+    check_rollout_engine(options, config)
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)
@@ -70,7 +73,7 @@ def main() -> None:
     start = f"; resuming: {done} of {total} prompts done" if done else ""
     log(f"{total} prompts, {size} responses per prompt, on {ranks_in_words()}{start}")
     if done < total:
-        policy = load_policy(options.model_name_or_path, encoder, zero)
+        policy = load_sampler(options.model_name_or_path, encoder, zero, options)
         scorer = Scorer(load_members(options, reward_encoders, zero), functions, options)
     progress, start, tokens = Progress("prompts", total, done), time.perf_counter(), 0
     while done < total:
@@ -115,7 +118,7 @@ class RowIds(Sequence[list[int]]):
 
 
 def sample_and_score(
-    policy: PolicyEngine, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
+    policy: Sampler, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
     options: BestOfNOptions,
 ) -> list[Sample]:  # fmt: skip
     """Sample and score some rows of the round. Each rank draws a part; every rank gets all of them.

@@ -16,6 +16,7 @@ from common.data.cache import Convert
 from common.data.columns import Row
 from common.data.loading import load_examples
 from common.data.summary import warn_of_few
+from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import fit_prompt_length
 from common.model.loading import fit_to_model
 from common.model.options import EnsembleOptions
@@ -47,6 +48,7 @@ def main() -> None:
     for path in options.model_name_or_path:
         config = policy_config(path, "model_name_or_path")
         options = fit_prompt_length(options, config)
+        check_rollout_engine(options, config)
         options = fit_to_model(options, config)
     encoder = load_encoder(options.model_name_or_path)
     judges = load_judges(options, encoder)

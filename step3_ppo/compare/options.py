@@ -13,6 +13,7 @@ class ComparePoliciesOptions(PromptDataOptions, EnsembleOptions, GenerationOptio
     """Compare policies on the same held-out prompts."""
 
     stage: ClassVar[int] = 3
+    needs_support: ClassVar[bool] = True
 
     model_name_or_path: list[str] = option(
         [],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.data.batching import batches_of_rank
-from common.generation.generate import load_policy
+from common.generation.generate import load_policy, make_sampler
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_members
 from common.runtime.distributed import gather_rows, rank, sum_over_ranks
@@ -56,10 +56,10 @@ def sample_all(
     for number in reversed(range(len(options.model_name_or_path))):
         path = options.model_name_or_path[number]
         model = load_policy(path, encoder, zero)
-        rollouts = []
+        sampler, rollouts = make_sampler(model, path, options), []
         for draw in range(1 if number else max(1, options.best_of)):
             title = f"{path}: responses"
-            rollouts.append(sample_rollout(model, encoder, prompts, options, EVALUATION_STEP + draw, title))
+            rollouts.append(sample_rollout(sampler, encoder, prompts, options, EVALUATION_STEP + draw, title))
         logprobs = response_logprobs(model, rollouts[0], options)
         text_perplexity = perplexity(model, texts, options.micro_batch_size) if texts else None
         policies.insert(0, Policy(path, rollouts, logprobs, logprobs, text_perplexity))
@@ -68,7 +68,7 @@ def sample_all(
                 policy._replace(ref_logprobs=response_logprobs(model, policy.rollouts[0], options))
                 for policy in policies
             ]
-        del model
+        del model, sampler
         gc.collect()
         torch.cuda.empty_cache()
     return policies

@@ -8,6 +8,7 @@ from tests.bad_input.commands import check_refusal
 
 LORA = ["--lora_rank", "4"]
 HUGE = "1" + "0" * 40
+SAMPLING = ("step3_ppo", "best_of_n", "sample_pairs", "critique", "evaluate_ppo")
 REFUSED = [
     ("step1_sft", ["--seed", HUGE], "--seed"),
     ("step2_reward", ["--seed", str(2**63)], "--seed"),
@@ -42,6 +43,11 @@ REFUSED = [
     ("evaluate_sft", ["--sample_length", "-1"], "--sample_length"),
     ("score", ["--max_length", HUGE], "--max_length"),
     ("chat", ["--temperature", "nan"], "--temperature"),
+    ("step3_ppo", ["--rollout_tensor_parallel", "0"], "--rollout_tensor_parallel"),
+    ("best_of_n", ["--rollout_tensor_parallel", "2"], "--rollout_tensor_parallel 2: needs"),
+    ("sample_pairs", ["--rollout_engine", "sglang"], "--rollout_engine"),
+    # Without vLLM because it is absent, else because of the model's small attention heads.
+    *((command, ["--rollout_engine", "vllm"], "--rollout_engine vllm: ") for command in SAMPLING),
     ("plan", ["--num_gpus", HUGE], "--num_gpus"),
     ("plan", ["--micro_batch_size", "1" * 5000], "--micro_batch_size"),
     ("annotate", ["--port", "70000"], "--port"),

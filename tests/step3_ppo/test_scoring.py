@@ -86,6 +86,27 @@ def encoder() -> SegmentEncoder:
     )
 
 
+@pytest.mark.parametrize("is_other_engine", [False, True])
+def test_log_probabilities_of_another_engine_are_computed_again(monkeypatch, is_other_engine):
+    """In fp32 too: the update's ratio is to the trainer's own numbers."""
+    monkeypatch.setattr(scoring, "score_responses", lambda *_: (torch.zeros(3), torch.zeros(3, 0)))
+    monkeypatch.setattr(
+        scoring, "policy_pass", lambda _, rows, __: SimpleNamespace(logprobs=-torch.ones(len(rows.labels)))
+    )
+    rollout = rollout_of(
+        torch.ones(3, 7, dtype=torch.long), torch.tensor(PROMPTS), torch.tensor(RESPONSES),
+        torch.tensor(ENDED), logprobs=torch.full((3, 5), -2.0),
+    )  # fmt: skip
+    actor = torch.nn.Module()
+    actor.module = torch.nn.Linear(1, 1)
+    models = SimpleNamespace(
+        actor=actor, sampler=None if is_other_engine else actor, critic=None, scorer=None, encoder=None,
+        reference_model=lambda: contextlib.nullcontext(actor),
+    )  # fmt: skip
+    scored = score_rollout(models, [], rollout, PPOOptions())
+    assert scored.logprobs[0, 0] == (-1 if is_other_engine else -2)
+
+
 @pytest.mark.parametrize("ending", ["turn", "eos", "both", "none"])
 @pytest.mark.parametrize("is_conversation", [True, False])
 def test_scored_ids_equal_those_of_step_2(encoder, ending, is_conversation):

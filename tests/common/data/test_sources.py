@@ -10,7 +10,9 @@ from common.data.sources import Source, files_of, files_to_read, parse_source, r
 from common.model.model_files import read_config
 from common.runtime.options import TrainOptions, UserError
 from common.text.tokenizer import load_tokenizer
+from common.training import run_folder
 from common.training.run_folder import fingerprint
+from step3_ppo.options import PPOOptions
 
 
 @pytest.mark.parametrize(
@@ -196,6 +198,12 @@ def test_splits_of_a_hub_dataset(capsys):
         with pytest.raises(UserError, match=message) as error:
             files_of(parse_source(text), is_training)
         assert "\n" not in str(error.value)
+
+
+def test_fingerprint_holds_the_version_of_an_engine_in_use(monkeypatch):
+    monkeypatch.setattr(run_folder, "installed_version", lambda: "vllm 0.32.0")
+    assert fingerprint(PPOOptions(), {}) == {}
+    assert fingerprint(PPOOptions(rollout_engine="vllm"), {}) == {"the version of vLLM": "vllm 0.32.0"}
 
 
 def test_fingerprint_holds_the_files_in_use(tmp_path):
