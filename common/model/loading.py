@@ -71,7 +71,7 @@ def load_causal_lm(
     """
     config = load_config(path)
     check_policy(config)
-    return fit_to_tokenizer(_load(AutoModelForCausalLM, path, config, zero), tokenizer)
+    return _load(AutoModelForCausalLM, path, config, zero, tokenizer)
 
 
 def load_scalar_model(
@@ -86,11 +86,11 @@ def load_scalar_model(
     has_head = is_scalar(config)
     config.num_labels = 1
     check_scalar(config)
-    model = _load(AutoModelForSequenceClassification, path, config, zero, new_head=not has_head)
+    model = _load(AutoModelForSequenceClassification, path, config, zero, tokenizer, new_head=not has_head)
     model.score.__class__ = ScalarHead
     if not has_head:
         initialise_head(model, std=(model.score.in_features + 1) ** -0.5, seed=seed)
-    return fit_to_tokenizer(model, tokenizer)
+    return model
 
 
 def initialise_head(model: PreTrainedModel, std: float, seed: int = 0) -> None:
@@ -113,14 +113,15 @@ def is_scalar(config: PretrainedConfig) -> bool:
 
 
 def _load(
-    kind: Any, path: str, config: PretrainedConfig, zero: dict[str, Any] | None, new_head: bool = False
-) -> PreTrainedModel:
+    kind: Any, path: str, config: PretrainedConfig, zero: dict[str, Any] | None,
+    tokenizer: PreTrainedTokenizerFast, new_head: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """Load a model. Raises UserError for weights that are missing or not finite."""
     check_weights(kind, path, new_head)
     with _partitioned(zero, config):
         model = read_weights(kind, path, config, _dtype(zero))
-    check_values(model, path)
-    return model
+        check_values(model, path)
+        return fit_to_tokenizer(model, tokenizer)
 
 
 def _dtype(zero: dict[str, Any] | None) -> torch.dtype:
@@ -131,7 +132,7 @@ def _dtype(zero: dict[str, Any] | None) -> torch.dtype:
 
 @contextlib.contextmanager
 def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Iterator[None]:
-    """Context manager: transformers partitions the weights while it loads them, if the JSON sets stage 3."""
+    """Context manager: transformers loads and resizes partitioned weights, if the JSON sets stage 3."""
     if not zero or zero["zero_optimization"]["stage"] != 3:
         yield
         return

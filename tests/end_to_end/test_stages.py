@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -99,6 +100,25 @@ def test_ratio_is_one_and_kl_is_zero_at_the_start(run: Path, lora_run: Path) -> 
         assert metrics(folder / "ppo", "policy/ratio") == pytest.approx([1.0] * 5, abs=1e-5)
         assert metrics(folder / "ppo", "kl/mean")[0] == pytest.approx(0.0, abs=1e-5)
         assert abs(metrics(folder / "ppo", "kl/mean")[-1]) > 1e-3
+
+
+def test_tokenizer_that_is_larger_than_the_model(world: Path, tmp_path: Path) -> None:
+    """The vocabulary grows, also at ZeRO 3: same losses, and all new rows in the exported weights."""
+    shutil.copytree(world, tmp_path / "world")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new1|>", "<|new2|>"]})
+    tokenizer.save_pretrained(tmp_path / "world/model")
+    losses = []
+    for stage, ranks in ((0, 1), (3, 2)):
+        start = tmp_path / f"sft{stage}"
+        extra = ["--zero_config", str(ZERO / f"zero{stage}.json")]
+        succeed("step1_sft.main", [*sft(tmp_path / "world", start, 2), *extra], tmp_path, ranks)
+        output = tmp_path / f"reward{stage}"
+        succeed("step2_reward.main", [*reward(world, start / "final", output, 2), *extra], tmp_path, ranks)
+        weights = load_file(start / "final/model.safetensors")["model.embed_tokens.weight"]
+        assert len(weights) == len(tokenizer) and weights[-2:].any(1).all()
+        losses.append([*metrics(start, "train/loss"), *metrics(output, "train/loss")])
+    assert losses[1] == pytest.approx(losses[0], **CLOSE)
 
 
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
