@@ -106,7 +106,8 @@ def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
 
 def speed(rollout: Rollout, times: Sequence[float], updates: float, options: PPOOptions) -> dict[str, Mean]:
     """Time and tokens per second of the phases: response tokens in the rollout, all tokens in the others.
-    Also the useful share of the positions computed in the rollout, without padding and finished responses.
+    Also the useful share of the positions computed in the rollout, without padding and finished responses;
+    a prompt with several responses is needed once.
 
     times: before sampling, scoring and training, and at the end. updates: optimiser steps made.
     """
@@ -114,7 +115,9 @@ def speed(rollout: Rollout, times: Sequence[float], updates: float, options: PPO
     passes = options.ppo_epochs * updates / options.updates_per_step  # over the rollout
     tokens = int(rollout.lengths.sum())
     amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes
-    useful = tokens - len(rollout.lengths)  # the last token of a response is sampled, but not an input
+    prompts = {tuple(rollout.prompt(row)) for row in range(len(rollout.lengths))}
+    inputs = rollout.response_lengths - 1  # the last token of a response is sampled, but not an input
+    useful = sum(map(len, prompts)) + int(inputs.sum())
     share = Mean(useful, int(rollout.computed.sum()))
     metrics = {"time/step": Mean(sum(seconds)), "rollout/useful_share": share}
     for name, spent, amount in zip(("rollout", "score", "train"), seconds, amounts, strict=True):

@@ -64,6 +64,8 @@ def by_row(steps: list[tuple[Tensor, Support]], lengths: Tensor) -> Tensor:
 
     steps: for each step, its rows (b,) and their support. lengths: (B,) steps of each row.
     """
+    if not any(len(allowed.ids) for _, allowed in steps):
+        return steps[0][1].ids
     rows, ids = [], []
     for step, (drawn, allowed) in enumerate(steps):
         row = drawn[allowed.states]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import GenerationMixin, PretrainedConfig
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -39,3 +39,17 @@ def next_inputs(model: Any, outputs: Any, inputs: dict[str, Any]) -> dict[str, A
 def attention_implementation(config: PretrainedConfig) -> str:
     """Name of the attention kernels that a loaded model uses."""
     return config._attn_implementation
+
+
+def takes_prepared_mask(model: Any) -> bool:
+    """Whether the model takes a 4-D attention mask as it is, and no inputs beyond ids, mask and positions.
+
+    `generate` passes such a mask to models that it compiles. Position biases (ALiBi) need the 2-D mask.
+    """
+    own = any(
+        getattr(type(model), name, None) is not getattr(GenerationMixin, name, None)
+        for name in ("prepare_inputs_for_generation", "create_masks_for_generate")
+    )
+    has_bias = getattr(model.config.get_text_config(), "alibi", False)
+    kernels = attention_implementation(model.config)
+    return model._can_compile_fullgraph and not own and not has_bias and kernels in ("sdpa", "eager")

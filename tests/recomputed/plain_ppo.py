@@ -347,13 +347,15 @@ class PPO:
     ) -> dict[str, float]:
         """Metrics of a rollout."""
         every, number = torch.tensor([self.score(one) for one in rollout]), len(rollout)
+        read_once = {tuple(one.row.prompt) for one in rollout}
+        useful = sum(map(len, read_once)) + sum(len(one.row.response) for one in rollout) - number
         quantiles = torch.quantile(every, torch.tensor([0.1, 0.5, 0.9])).tolist()
         line = {
             "reward/mean": every.mean().item(), "reward/std": every.std(correction=0).item(),
             **dict(zip(("reward/p10", "reward/median", "reward/p90"), quantiles, strict=True)),
             "kl/mean": mean([one.kl.sum().item() for one in rollout]),
             "policy/perplexity": torch.cat([one.logprobs for one in rollout]).mean().neg().exp().item(),
-            "rollout/useful_share": (sum(len(one.row.ids) for one in rollout) - number) / computed,
+            "rollout/useful_share": useful / computed,
         }  # fmt: skip
         if self.scorer.reward_model and self.scorer.function:
             line["reward/mean_1"] = mean([one.by_model for one in rollout])

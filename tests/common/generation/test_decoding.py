@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from common.generation import decoding as sampling
+from common.generation import prefill
 from common.generation.decoding import Responses, sample_responses, uniforms_for
 from step3_ppo.rollout import Rollout, policy_pass
 from tests.conftest import assert_close
@@ -273,12 +274,6 @@ def test_finished_rows_leave_the_batch(model):
     assert together.computed.tolist() == [len(p) + n - 1 for p, n in zip(PROMPTS, lengths, strict=True)]
 
 
-def test_prompts_of_similar_length_share_a_forward_pass():
-    """At most 1/8 of a group is padding. Here 1 of 12 is; with the third prompt 3 of 21 would be."""
-    assert sampling.group_by_length([6, 5, 7, 10, 9]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
-    assert sampling.group_by_length([8]) == [slice(0, 1)]
-
-
 @pytest.mark.parametrize("window", [None, 6])
 def test_prefill_in_groups_matches_prefill_at_once(model, monkeypatch, window):
     """First in groups by length, then in one batch. The sliding window is shorter than some prompts."""
@@ -286,7 +281,7 @@ def test_prefill_in_groups_matches_prefill_at_once(model, monkeypatch, window):
     mistral = MistralForCausalLM(config).eval()
     mistral.load_state_dict(model.state_dict())
     apart = sample(mistral, [0, 1, 2, 3])
-    monkeypatch.setattr(sampling, "IDLE_SHARE", 1.0)
+    monkeypatch.setattr(prefill, "IDLE_SHARE", 1.0)
     together = sample(mistral, [0, 1, 2, 3])
     assert apart.computed.sum() < together.computed.sum()
     assert torch.equal(apart.ids, together.ids)
