@@ -226,7 +226,7 @@ def allowed_tokens(top_k: int, top_p: float, positions: int) -> float:
 
 
 def kv_cache(model: Model, rows: int, width: int) -> float:
-    """Keys and values of every layer and token, and a second copy of one layer while a token is appended."""
+    """Keys and values of every layer and token, and a second copy of one layer while rows move."""
     shape, zero = model
     return 2 * (shape.layers + 1) * rows * width * shape.keys * zero.size
 
