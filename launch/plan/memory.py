@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common.model.head import CHUNK
+
 Parts = Counter[str]  # bytes by part; "host" is offloaded to host memory
 
 FP32 = INT32 = 4
@@ -194,21 +196,26 @@ def passing(model: Model, rows: int, width: int) -> float:
 
 
 def logits(model: Model, positions: int) -> float:
-    """Logits at `positions` of a micro-batch, saved for the backward pass."""
-    return positions * model.shape.vocabulary * model.zero.size
+    """Logits at `positions` of a micro-batch, saved for the backward pass if they are a single chunk."""
+    size = positions * model.shape.vocabulary
+    return size * model.zero.size if size == _in_chunk(model, positions) else 0.0
 
 
 def gradient_of_logits(model: Model, positions: int) -> float:
     """Peak of the loss's backward pass: log-probabilities and their gradients before and after softmax, in
-    fp32.
+    fp32. With several chunks, the logits are computed again, and the gradient of a trained head is summed.
     """
-    return positions * model.shape.vocabulary * 3 * FP32
+    (shape, zero), size = model, _in_chunk(model, positions)
+    if size == positions * shape.vocabulary:
+        return size * 3 * FP32
+    of_head = zero.size * shape.vocabulary * shape.hidden * (shape.trained == shape.parameters)
+    return of_head + size * zero.size + max(size * 3 * FP32, of_head)
 
 
 def logits_in_scoring(model: Model, positions: int) -> float:
-    """Pass without gradients: logits, the same in fp32, and log-probabilities."""
+    """Pass without gradients: logits of a chunk, the same in fp32, and log-probabilities."""
     e = model.zero.size
-    return positions * model.shape.vocabulary * (e + FP32 * (e < FP32) + FP32)
+    return _in_chunk(model, positions) * (e + FP32 * (e < FP32) + FP32)
 
 
 def logits_in_sampling(model: Model, rows: int) -> float:
@@ -216,6 +223,12 @@ def logits_in_sampling(model: Model, rows: int) -> float:
     their sums, and the operand of the argmax.
     """
     return rows * model.shape.vocabulary * (model.zero.size + 6 * FP32)
+
+
+def _in_chunk(model: Model, positions: int) -> int:
+    """Logits in memory at once, of all positions or of a chunk of them."""
+    vocabulary = model.shape.vocabulary
+    return min(positions * vocabulary, max(CHUNK, vocabulary))
 
 
 def allowed_tokens(top_k: int, top_p: float, positions: int) -> float:

@@ -177,6 +177,19 @@ def test_logits_by_hand():
     assert memory.logits_in_scoring(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
 
 
+@pytest.mark.parametrize("hidden", [10, 1000])
+def test_logits_of_one_chunk_by_hand(monkeypatch: pytest.MonkeyPatch, hidden: int):
+    """Chunks of 7 tokens. The gradient of a trained head is a sum, and what a chunk adds to it."""
+    monkeypatch.setattr(memory, "CHUNK", 7 * 3000)
+    adapted = plain(9, trained=1, vocabulary=3000, hidden=hidden)
+    model = Model(replace(adapted, trained=9), Zero(2, 1, size=2))
+    assert memory.logits(model, 7) == 7 * 3000 * 2 and memory.logits(model, 8) == 0
+    of_head, more = 3000 * hidden * 2, {10: 7 * 3000 * 12, 1000: 3000 * 1000 * 2}[hidden]
+    assert memory.gradient_of_logits(model, 100) == of_head + 7 * 3000 * 2 + more
+    assert memory.gradient_of_logits(model._replace(shape=adapted), 100) == 7 * 3000 * (2 + 12)
+    assert memory.logits_in_scoring(model, 100) == 7 * 3000 * (2 + 4 + 4)
+
+
 def test_step_3_has_four_copies_of_weights_and_two_with_adapters(big: PlanOptions):
     one = 2 * PARAMETERS_OF_LLAMA_2_7B / GIB
     for options, copies in (
