@@ -13,6 +13,7 @@ from torch import Tensor
 from common.data.batching import pad_rows
 from common.data.examples import Examples
 from common.data.loading import load_examples
+from common.model.shared_prompt import pad_shared_rows, shared_row
 from common.runtime.distributed import device, log
 from common.runtime.options import UserError
 from common.text.conversation import Segment
@@ -186,7 +187,7 @@ def tokenize_response(
 
 def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
     """Lay out records as padded rows of a micro-batch."""
-    ids, position_ids, segments, is_best, pairs = [], [], [], [], []
+    shared_rows, is_best, pairs = [], [], []
     count = 0
     for row in rows:
         for (i, j), facts in zip(row.pairs, row.pair_facts, strict=True):
@@ -195,16 +196,9 @@ def collate(rows: Sequence[Preference], layout: Layout) -> Batch:
         start = len(row.prompt_ids)
         row_responses = row.responses
         for responses in [row_responses] if layout.share_prompts else [[r] for r in row_responses]:
-            ids.append([*row.prompt_ids, *chain(*responses)])
-            position_ids.append([*range(start), *chain(*(range(start, start + len(r)) for r in responses))])
-            segments.append([0] * start + [number for number, r in enumerate(responses, 1) for _ in r])
+            shared_rows.append(shared_row(row.prompt_ids, responses))
             best = range(start, start + row.language_length * (responses[0] is row_responses[0]))
-            is_best.append([position in best for position in range(len(ids[-1]))])
-    tokens = (  # (R, T) each
-        pad_rows(ids, layout.pad_token_id),
-        pad_rows(position_ids, 0),
-        pad_rows(segments, -1),
-        pad_rows(is_best, False),
-    )
+            is_best.append([position in best for position in range(len(shared_rows[-1].ids))])
+    tokens = (*pad_shared_rows(shared_rows, layout.pad_token_id), pad_rows(is_best, False))  # (R, T) each
     columns = (torch.tensor(column) for column in zip(*pairs, strict=True))  # (P,) each
     return Batch(*(part.to(device()) for part in (*tokens, *columns)), layout.share_prompts)

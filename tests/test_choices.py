@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -13,13 +12,12 @@ from transformers import get_scheduler
 from common.generation import generate
 from common.generation.options import GenerationOptions
 from common.model.reward_ensemble import combine_scores
+from common.model.shared_prompt import wants_sharing
 from common.text.truncation import Dropped
 from common.training.train_state import TrainState
 from launch.plan.options import PlanOptions
 from step1_sft.data import tokenize_demonstration
 from step1_sft.options import SFTOptions
-from step2_reward import shared_prompt
-from step2_reward.data import Preference
 from step2_reward.direct.objective import pair_losses
 from step2_reward.direct.options import DirectOptions
 from step2_reward.options import RewardOptions
@@ -58,16 +56,6 @@ def too_long(value: str) -> None:
         assert value in ("drop", "error", "truncate_response")
 
 
-def share(value: str, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(shared_prompt, "can_share_prompts", lambda *_: True)
-    patch.setattr(shared_prompt, "base_model", lambda engine: engine)
-    engine = SimpleNamespace(
-        config=SimpleNamespace(pad_token_id=0, get_text_config=lambda: SimpleNamespace(hidden_size=8))
-    )
-    rows = [Preference([5, 6], [7, 8], [1, 1], [0.0, 1.0])]
-    shared_prompt.choose_layout(engine, rows, RewardOptions(share_prompts=value))
-
-
 def engine(value: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(generate, "VllmSampler", lambda *_: value)
     assert generate.make_sampler("transformers", "", GenerationOptions(rollout_engine=value)) == value
@@ -103,7 +91,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "overlong": too_long,
     "lr_scheduler_type": schedule,
     "best_metric": best_metric,
-    "share_prompts": share,
+    "share_prompts": lambda v: wants_sharing(v, 2, 1),
     "rollout_engine": engine,
     "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
@@ -125,7 +113,7 @@ def test_every_option_with_choices_is_looked_at():
 
 @pytest.mark.parametrize("name", DISPATCH)
 def test_a_choice_has_a_branch_and_nothing_else_has(name: str, monkeypatch: pytest.MonkeyPatch):
-    more = [monkeypatch] if name in ("share_prompts", "rollout_engine") else []
+    more = [monkeypatch] if name == "rollout_engine" else []
     for value in sorted(choices()[name]):
         DISPATCH[name](value, *more)
     with pytest.raises((AssertionError, ValueError, KeyError), match="unheard-of"):

@@ -64,6 +64,11 @@ def micro_batch(options: Any, rows: int = 0) -> int | Tokens:
     return Tokens(options.micro_batch_tokens) or rows or options.micro_batch_size
 
 
+def rows_of(size: int | Tokens, responses: int) -> int | Tokens:
+    """Size of micro-batches of rows with so many responses each. size: of those with one response."""
+    return size if isinstance(size, Tokens) else max(1, size // responses)
+
+
 def deal(
     batch: Sequence[int], lengths: Sequence[int], size: int | Tokens, rank: int, ranks: int,
     shapes: Sequence[Shape] = (),

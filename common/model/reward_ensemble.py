@@ -11,14 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from common.data.batching import Tokens, batches_of_own, pad_rows
+from common.data.batching import Tokens, batches_of_own, rows_of
 from common.model.deepspeed_internals import is_partitioned
 from common.model.engine import make_frozen
 from common.model.families import max_positions
-from common.model.forward import base_model, last_positions, pad_token_id, token_scores
+from common.model.forward import base_model, pad_token_id, token_scores
 from common.model.loading import load_scalar_model
 from common.model.options import EnsembleOptions
 from common.model.roles import check_scalar_model
+from common.model.shared_prompt import (
+    SEPARATE,
+    Sharing,
+    last_of_segments,
+    layout_inputs,
+    pad_shared_rows,
+    responses_per_row,
+    with_common_prompt,
+)
 from common.model.zero import frozen_config, unpartitioned
 from common.runtime.distributed import device
 from common.runtime.options import UserError, world_size
@@ -128,32 +137,38 @@ def on_device(model: nn.Module) -> Iterator[nn.Module]:
 @torch.no_grad()
 def member_scores(
     members: Sequence[RewardModel], inputs: Mapping[SegmentEncoder, Sequence[list[int]]],
-    size: int | Tokens, title: str = "",
+    size: int | Tokens, title: str = "", sharing: Sharing = SEPARATE,
 ) -> Tensor:  # fmt: skip
     """Scores of M members for the same B texts: (M, B) fp32, one member after the other.
 
     inputs: by encoder, the B texts as token ids that end in EOS, where the score is read. title: of progress
-    lines; empty: none.
+    lines; empty: none. sharing: of the prompts that neighbouring texts begin with.
     """
     scores = []
     for member in members:
         with member.ready() as model:
-            scores.append(score_rows(model, inputs[member.encoder], size, title))
+            scores.append(score_rows(model, inputs[member.encoder], size, title, sharing))
     return torch.stack(scores) if scores else torch.zeros(0)
 
 
-def score_rows(model: nn.Module, rows: Sequence[list[int]], size: int | Tokens, title: str = "") -> Tensor:
+def score_rows(
+    model: nn.Module, rows: Sequence[list[int]], size: int | Tokens, title: str = "",
+    sharing: Sharing = SEPARATE,
+) -> Tensor:  # fmt: skip
     """Scores (B,) fp32 at the last token of each row, in batches of similar length.
 
-    Rows longer than the model's context length are truncated at their beginning.
+    Rows longer than the model's context length are truncated at their beginning. sharing: of the prompts that
+    neighbouring rows begin with.
     """
-    room = max_positions(base_model(model).config)
-    scores = torch.zeros(len(rows), device=device())
-    chunks = batches_of_own([*map(len, rows)], size)
-    for chunk in track(title, chunks, len(rows) * world_size()):
-        ids = [rows[row][-room:] for row in chunk]
-        input_ids = pad_rows(ids, pad_token_id(model)).to(device())  # (b, T)
-        lengths = torch.tensor([len(row) for row in ids], device=device())
-        positions = last_positions(lengths, input_ids.shape[1])
-        scores[torch.tensor(chunk, device=device())] = token_scores(model, input_ids, positions)
-    return scores
+    room, count = max_positions(base_model(model).config), responses_per_row(model, sharing)
+    rows = [row[-room:] for row in rows]
+    units = [with_common_prompt(rows[start : start + count]) for start in range(0, len(rows), count)]
+    scores = torch.zeros(len(units), count, device=device())
+    chunks = batches_of_own([len(unit.ids) for unit in units], rows_of(size, count))
+    for chunk in track(title, chunks, len(units) * world_size()):
+        padded = pad_shared_rows([units[unit] for unit in chunk], pad_token_id(model))
+        input_ids, position_ids, segments = (part.to(device()) for part in padded)  # (b, T) each
+        layout = layout_inputs(model, position_ids, segments) if count > 1 else {}
+        unit_scores = token_scores(model, input_ids, last_of_segments(segments), **layout)
+        scores[torch.tensor(chunk, device=device())] = unit_scores.view(-1, count)
+    return scores.flatten()
