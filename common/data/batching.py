@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from common.runtime.distributed import gather_objects, rank
-from common.runtime.options import TrainOptions, world_size
+from common.runtime.option_checks import rows_per_micro_batch
+from common.runtime.options import OptimiserOptions, TrainOptions, world_size
 
 # Batches per window that is sorted by length: more batches mean less padding, fewer are closer to a plain
 # shuffle.
@@ -61,6 +62,8 @@ class Tokens(int):
 
 def micro_batch(options: Any, rows: int = 0) -> int | Tokens:
     """Size of micro-batches: --micro_batch_tokens if given, else `rows` or else --micro_batch_size."""
+    if isinstance(options, OptimiserOptions):
+        rows = rows or rows_per_micro_batch(options)
     return Tokens(options.micro_batch_tokens) or rows or options.micro_batch_size
 
 

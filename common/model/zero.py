@@ -15,6 +15,7 @@ import torch
 from common.model.deepspeed_check import check_config
 from common.runtime.distributed import on_cpu
 from common.runtime.files import parse_json
+from common.runtime.option_checks import rows_per_micro_batch
 from common.runtime.options import OptimiserOptions, UserError, world_size
 from common.text.fields import shown
 
@@ -162,28 +163,18 @@ def _has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def accumulation_steps(global_batch: int, micro_batch: int, ranks: int) -> int:
-    """Micro-batches per rank and optimiser step. Raises UserError for sizes that do not divide."""
-    steps, rest = divmod(global_batch, micro_batch * ranks)
-    if rest or not steps:
-        raise UserError(
-            f"--global_batch_size {global_batch} is not a multiple of"
-            f" --micro_batch_size {micro_batch} x {ranks} rank{'s' * (ranks != 1)}"
-        )
-    return steps
-
-
 def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions) -> None:
-    ranks, name, size = world_size(), "--micro_batch_size", options.micro_batch_size
+    ranks, name, size = world_size(), "--micro_batch_size", "auto"
+    if options.global_batch_size % ranks:
+        raise UserError(
+            f"--global_batch_size {options.global_batch_size} is not a multiple of the {ranks} ranks; change"
+            " one of the two"
+        )
     if options.micro_batch_tokens:
-        name, size, steps = "the size with --micro_batch_tokens", "auto", "auto"
-        if options.global_batch_size % ranks:
-            raise UserError(
-                f"--global_batch_size {options.global_batch_size} is not a multiple of the {ranks} ranks, as"
-                " --micro_batch_tokens needs it"
-            )
+        name, steps = "the size with --micro_batch_tokens", "auto"
     else:
-        steps = accumulation_steps(options.global_batch_size, size, ranks)
+        size = rows_per_micro_batch(options)
+        steps = options.global_batch_size // (size * ranks)
     owned = {
         "train_batch_size": ("--global_batch_size", options.global_batch_size),
         "train_micro_batch_size_per_gpu": (name, size),

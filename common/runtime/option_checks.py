@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from common.runtime.option_parser import given_options
-from common.runtime.options import Resume, UserError
+from common.runtime.options import OptimiserOptions, Resume, UserError, world_size
 
 
 def check_held_out(options: Any) -> None:
@@ -88,3 +88,10 @@ def _in_words(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "(none)"
     return "(empty)" if value == "" else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def rows_per_micro_batch(options: OptimiserOptions) -> int:
+    """The largest number up to --micro_batch_size that divides a rank's part of a global batch."""
+    share = options.global_batch_size // world_size()
+    largest = min(options.micro_batch_size, share)
+    return next(size for size in range(largest, 0, -1) if share % size == 0)

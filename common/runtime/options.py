@@ -192,7 +192,13 @@ class OptimiserOptions:
     global_batch_size: int = option(
         32, "Sequences in one optimiser step, over all ranks.", at_least=1, at_most=10**6
     )
-    micro_batch_size: int = option(4, "Sequences per rank in one forward pass.", at_least=1, resume="free")
+    micro_batch_size: int = option(
+        4,
+        "Sequences per rank in one forward pass, at most: the largest number that divides a rank's part of a"
+        " global batch.",
+        at_least=1,
+        resume="free",
+    )
     micro_batch_tokens: int = option(0, MICRO_BATCH_TOKENS, at_least=0, resume="free")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "cosine", "Learning rate schedule."

@@ -8,6 +8,7 @@ from common.generation.generate import fit_prompt_length
 from common.model.loading import fit_to_model, load_config
 from common.model.lora import check_targets
 from common.model.zero import CONFIG_FOLDER, fill_bucket_sizes, load_zero_config, offloads
+from common.runtime.option_checks import rows_per_micro_batch
 from common.runtime.options import world_size
 from launch.plan.memory import ALLREDUCE_BUCKET, FP32, Model, Parts, Zero
 from launch.plan.options import PlanOptions
@@ -76,7 +77,7 @@ def setting(options: PlanOptions) -> str:
     ]
     trained = f" ({policy.trained / 1e6:.1f} M trained)" if options.lora_rank else ""
     tokens = options.micro_batch_tokens
-    size = f"of {tokens} tokens" if tokens else options.micro_batch_size
+    size = f"of {tokens} tokens" if tokens else rows_per_micro_batch(options)
     device = "GPU" if options.device == "gpu" else "CPU rank"
     estimator = options.advantage_estimator
     return "\n".join(
@@ -94,10 +95,10 @@ def setting(options: PlanOptions) -> str:
 def _sizes(options: PlanOptions) -> Sizes:
     share = -(-options.rollout_batch_size // world_size())
     return Sizes(
-        micro_batch=options.micro_batch_size,
+        micro_batch=rows_per_micro_batch(options),
         tokens=options.micro_batch_tokens,
         accumulates=bool(options.micro_batch_tokens)
-        or options.global_batch_size > options.micro_batch_size * world_size(),
+        or options.global_batch_size > rows_per_micro_batch(options) * world_size(),
         checkpointing=options.gradient_checkpointing,
         actor_checkpointing=options.gradient_checkpointing or options.actor_gradient_checkpointing,
         critic_checkpointing=options.gradient_checkpointing or options.critic_gradient_checkpointing,

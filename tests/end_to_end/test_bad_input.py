@@ -62,7 +62,6 @@ SFT_MISTAKES = {
     "no assistant": (record(messages=[{"role": "user", "content": "a"}]), ["bad.jsonl:2", "no assistant"]),
     "unknown role": (record(messages=[{"role": "bot", "content": "a"}]), ["bad.jsonl:2", "'bot'", "allowed"]),
     "no rows": (data("\n"), ["bad.jsonl", "no rows left"]),
-    "batch arithmetic": (options("--global_batch_size", "9"), ["size 9", "--micro_batch_size 2"]),
     "contradiction": (
         zero(train_batch_size=64, zero_optimization={"stage": 1}),
         ["zero.json", "train_batch_size is 64", "--global_batch_size is 8"],

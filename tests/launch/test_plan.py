@@ -369,7 +369,7 @@ def test_command_prints_a_table_and_verdicts(big: PlanOptions):
     [
         ([], "options are required: bash launch/plan.sh --model_name_or_path"),
         (["--model_name_or_path=DIR", "--num_gpu", "2"], "did you mean --num_gpus?"),
-        (["--model_name_or_path=DIR", "--num_gpus", "3"], "not a multiple of --micro_batch_size 4 x 3 ranks"),
+        (["--model_name_or_path=DIR", "--num_gpus", "3"], "not a multiple of the 3 ranks"),
         (["--model_name_or_path=DIR", "--zero_config", "absent.json"], "--zero_config absent.json: No such"),
         (["--model_name_or_path=DIR"], "MixtralForCausalLM has no dense layers"),
     ],

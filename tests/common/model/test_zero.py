@@ -131,6 +131,11 @@ def test_a_number_of_tokens_leaves_the_number_of_sequences_open(tmp_path, monkey
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         message = refusal(tmp_path, stage(1, **{name: 4}), options)
         assert f"{name} is 4" in message and "--micro_batch_tokens" in message
+
+
+@pytest.mark.parametrize("tokens", [0, 512])
+def test_a_global_batch_is_a_multiple_of_the_ranks(tmp_path, monkeypatch, tokens):
+    options = replace(OPTIONS, micro_batch_tokens=tokens)
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(UserError, match="--global_batch_size 32 is not a multiple of the 5 ranks"):
         load(tmp_path, stage(1), options)

@@ -5,9 +5,9 @@ from importlib import import_module
 
 import pytest
 
-from common.model.zero import accumulation_steps
+from common.runtime.option_checks import rows_per_micro_batch
 from common.runtime.option_parser import _metavar, given_options, parse_options
-from common.runtime.options import TrainOptions, UserError, reason
+from common.runtime.options import OptimiserOptions, TrainOptions, UserError, reason
 from launch.lib.check_options import COMMANDS
 from step1_sft.options import SFTOptions
 from step2_reward.options import RewardOptions
@@ -79,21 +79,25 @@ def test_missing_option_is_named(missing):
         parse(given=remaining)
 
 
-def test_global_batch_is_micro_batch_times_steps_times_ranks():
-    assert accumulation_steps(32, 4, 1) == 8
-    assert accumulation_steps(32, 4, 8) == 1
-    assert accumulation_steps(96, 4, 8) == 3
-
-
-@pytest.mark.parametrize("numbers", [(30, 4, 8), (32, 5, 1), (4, 8, 1), (32, 4, 16)])
-def test_batch_sizes_that_do_not_divide_are_named(numbers):
-    with pytest.raises(UserError) as error:
-        accumulation_steps(*numbers)
-    global_batch, micro_batch, ranks = numbers
-    message = str(error.value)
-    assert f"--global_batch_size {global_batch} " in message
-    assert f"--micro_batch_size {micro_batch} " in message
-    assert f"{ranks} rank" in message and "\n" not in message
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "ranks", "rows"),
+    [
+        (32, 4, 1, 4),
+        (32, 4, 8, 4),
+        (32, 4, 16, 2),
+        (32, 32, 8, 4),
+        (96, 5, 8, 4),
+        (30, 4, 3, 2),
+        (7, 4, 1, 1),
+    ],
+)
+def test_micro_batch_divides_the_part_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch, global_batch: int, micro_batch: int, ranks: int, rows: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    options = OptimiserOptions(global_batch_size=global_batch, micro_batch_size=micro_batch)
+    assert rows_per_micro_batch(options) == rows
+    assert global_batch % (rows * ranks) == 0
 
 
 @pytest.mark.parametrize(
