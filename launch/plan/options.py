@@ -4,11 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from common.generation.options import GenerationOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import LoraOptions, OptimiserOptions, TrainOptions, option
 from step3_ppo.options import AlgorithmOptions, PPOOptions
 
 ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]
+ENGINE = GenerationOptions.__annotations__["rollout_engine"]
 
 
 def same_as(stage: type, name: str) -> Any:
@@ -43,3 +45,5 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     top_k: int = same_as(PPOOptions, "top_k")
     top_p: float = same_as(PPOOptions, "top_p")
     gather_for_generation: bool = same_as(PPOOptions, "gather_for_generation")
+    rollout_engine: ENGINE = same_as(PPOOptions, "rollout_engine")
+    rollout_tensor_parallel: int = same_as(PPOOptions, "rollout_tensor_parallel")

@@ -50,6 +50,7 @@ class Sizes:
     top_k: int
     top_p: float
     gathers: bool  # --gather_for_generation
+    engine_ranks: int = 0  # that share a copy of vLLM's weights; 0: the policy samples
     tokens: int = 0  # of a micro-batch, in place of `micro_batch` and of scoring in batches of `generated`
 
     def rows(self, width: int, per_record: int = 1) -> int:
@@ -103,14 +104,12 @@ def step3(
     if reference:
         held += weights(reference)
     held["token lists"] += allowed_tokens(sizes.top_k, sizes.top_p, sizes.rollout * sizes.response)
-    idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
-
     rows, width = sizes.generated, sizes.prompt + sizes.response
-    fetched = actor.zero.size * actor.shape.parameters if sizes.gathers else gathered(actor)
-    sampling = Parts({"KV cache": kv_cache(actor, rows, width)})
-    sampling["buffers"] = fetched if gathered(actor) else 0
-    sampling += Parts(activations=passing(actor, rows, sizes.prompt), logits=logits_in_sampling(actor, rows))
-    yield Phase("rollout", idle + sampling)
+    in_rollout = engine(actor, sizes) if sizes.engine_ranks else sampling(actor, sizes)
+    if sizes.engine_ranks and actor.zero.on_cpu:  # where vLLM keeps them during training
+        held, in_rollout = held + in_rollout, Parts()
+    idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
+    yield Phase("rollout", idle + in_rollout)
     scorers = [reference or actor, *rewards, *([critic] if critic else [])]
     rows = sizes.filled(width) or rows
     for number, model in enumerate(scorers):
@@ -118,6 +117,24 @@ def step3(
         scoring["logits"] = 0 if number else logits_in_scoring(model, rows * sizes.response)
         yield Phase("scoring", idle + scoring)
     yield from updates(actor, critic, held, sizes, has_adapters=reference is None)
+
+
+def sampling(actor: Model, sizes: Sizes) -> Parts:
+    """Memory of the decoding loop."""
+    rows, width = sizes.generated, sizes.prompt + sizes.response
+    fetched = actor.zero.size * actor.shape.parameters if sizes.gathers else gathered(actor)
+    parts = Parts({"KV cache": kv_cache(actor, rows, width)})
+    parts["buffers"] = fetched if gathered(actor) else 0
+    return parts + Parts(
+        activations=passing(actor, rows, sizes.prompt), logits=logits_in_sampling(actor, rows)
+    )
+
+
+def engine(actor: Model, sizes: Sizes) -> Parts:
+    """vLLM's weights and cache, a part on each of the ranks that share them."""
+    copy, width = actor.zero.size * actor.shape.parameters, sizes.prompt + sizes.response
+    cache = kv_cache(actor, sizes.generated, width)
+    return Parts({"weights": copy / sizes.engine_ranks, "KV cache": cache / sizes.engine_ranks})
 
 
 def updates(

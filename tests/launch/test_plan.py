@@ -202,6 +202,23 @@ def test_step_3_has_four_copies_of_weights_and_two_with_adapters(big: PlanOption
         assert weights / GIB == pytest.approx(copies * one, rel=0.02)
 
 
+def test_vllm_has_its_own_weights_and_cache_during_a_rollout(big: PlanOptions):
+    """On a GPU; on a CPU it has them all the time."""
+    actor = Model(read_shape(big.model_name_or_path, False, 0, ()), Zero(3, 8))
+    phases = {
+        (device, ranks): [*step3(model, None, model, [], replace(SIZES, engine_ranks=ranks), Parts())]
+        for device, model in (("gpu", actor), ("cpu", actor._replace(zero=Zero(3, 8, on_cpu=True))))
+        for ranks in (0, 2)
+    }
+    copy = 2 * PARAMETERS_OF_LLAMA_2_7B
+    rollout, plain = phases["gpu", 2][0].parts, phases["gpu", 0][0].parts
+    assert rollout["weights"] - plain["weights"] == copy / 2
+    assert rollout["KV cache"] == memory.kv_cache(actor, 4, 24) / 2 and not rollout["buffers"]
+    assert phases["gpu", 2][1:] == phases["gpu", 0][1:]
+    for one, other in zip(phases["cpu", 2], phases["cpu", 0], strict=True):
+        assert one.parts["weights"] - other.parts["weights"] == copy / 2, one.name
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_models_are_on_the_gpu_one_at_a_time(stage: int):
     trained = Model(plain(1000), Zero(stage, 4))
