@@ -253,7 +253,7 @@ def updates(part: list[list[Pass]], size: int, is_policy: bool) -> list[list[Pas
         if not batches or sum(len(one.input_ids) for one in batches[-1]) == size:
             batches.append([])
         batches[-1] += of_round
-    assert {sum(len(one.input_ids) for one in batch) for batch in batches} == {size}
+    assert {sum(len(one.input_ids) for one in batch) for batch in batches} <= {size}  # none without a critic
     return batches
 
 
