@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.model.deepspeed_internals import full_shape, is_partitioned, without_stage3_hooks
 from common.model.engine_protocol import Engine
+from common.model.extensions import single_compilation
 from common.model.zero import fill_bucket_sizes, offloads
 from common.runtime.distributed import device, is_lost_contact, on_cpu
 from common.runtime.options import OptimiserOptions, UserError, reason, world_size
@@ -169,7 +170,8 @@ def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, le
     if offloads(zero, "offload_optimizer") and not on_cpu():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **settings)
+        with single_compilation():
+            return DeepSpeedCPUAdam(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
