@@ -5,7 +5,8 @@ from statistics import fmean, pstdev
 
 from common.runtime.distributed import log
 from common.training.train_state import TrainState
-from step3_ppo.options import KLOptions, PPOOptions
+from step3_ppo.option_groups import KLOptions
+from step3_ppo.options import PPOOptions
 
 REMEMBERED = 20  # iterations considered, and iterations without a symptom before its advice is logged again
 JUMP = 5  # iterations within which KL must not rise by MOST_RISE nats

@@ -35,6 +35,15 @@ def policy_loss(
     return PolicyLoss(loss, ratio.detach(), (bounded > unclipped).detach())
 
 
+def rollout_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights of sampled tokens, min(pi / behaviour, cap), each (B, T); cap 0: 1.
+
+    logprobs: of the trainer. behaviour_logprobs: with which the tokens were drawn. Source: Ionides 2008.
+    """
+    ratio = (logprobs - behaviour_logprobs).exp()
+    return ratio.clamp(max=cap) if cap else torch.ones_like(ratio)
+
+
 def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, estimate: str) -> Tensor:
     """KL to the reference as a loss term, for each token: (B, T), (B, T) -> (B, T).
 

@@ -17,6 +17,7 @@ from common.training.export import export_best
 from common.training.loop import TrainingLoop
 from common.training.means import step_values
 from common.training.metrics import peak_memory_gib
+from step3_ppo.errors import checkpoint_on_error
 from step3_ppo.kl_advice import advise, warn_of_penalty
 from step3_ppo.metrics import as_markdown, evaluate, rollout_metrics, speed
 from step3_ppo.models import build_models, check_inputs, export_models, load_actor
@@ -24,7 +25,6 @@ from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix, load_texts
 from step3_ppo.returns import estimate_advantages, shape_rewards
-from step3_ppo.reward_functions import checkpoint_on_function_error
 from step3_ppo.rollout import sample_rollout
 from step3_ppo.scoring import score_rollout
 from step3_ppo.state import PPOState
@@ -58,7 +58,7 @@ def main() -> None:
     def evaluate_and_log() -> bool:
         seed_everything(options.seed, loop.state.step)
         loop.state.unevaluated = True  # until the functions have succeeded
-        with checkpoint_on_function_error(loop):
+        with checkpoint_on_error(loop):
             metrics, samples = evaluate(models, held_out, options)
         is_best = loop.log_evaluation(metrics, SHOWN_OF_EVALUATION)
         loop.writer.samples(loop.state.step, samples)
@@ -80,7 +80,7 @@ def main() -> None:
         # 3. Sample and score responses.
         rollout = sample_rollout(models.sampler, encoder, prompts, options, step)
         times.append(time.perf_counter())
-        with checkpoint_on_function_error(loop):
+        with checkpoint_on_error(loop):
             rollout = score_rollout(models, prompts, rollout, options)
         # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)
@@ -88,7 +88,8 @@ def main() -> None:
         advantages, returns = estimate_advantages(rollout, rewards, options, state)
         # 6. Update with clipped policy and value losses, over several epochs.
         times.append(time.perf_counter())
-        stats = optimise(models, rollout, advantages, returns, options, state.kl, pretraining, step)
+        with checkpoint_on_error(loop):
+            stats = optimise(models, rollout, advantages, returns, options, state.kl, pretraining, step)
         if options.ema_decay:
             update_ema_weights(loop.state.average, models.actor, options.ema_decay)
         times.append(time.perf_counter())

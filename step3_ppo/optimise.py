@@ -16,8 +16,9 @@ from common.model.load_balancing import has_balance_loss
 from common.runtime.distributed import rank, sum_over_ranks
 from common.runtime.options import world_size
 from common.training.means import Mean
+from step3_ppo.gap import SamplerGap, is_rescored, largest_gap
 from step3_ppo.kl_penalty import KLPenalty
-from step3_ppo.losses import policy_loss, value_loss
+from step3_ppo.losses import policy_loss, rollout_weights, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
@@ -30,6 +31,7 @@ class MicroBatch(NamedTuple):
     """A part of a minibatch: rows, and values of the rollout at their N response tokens, row by row."""
 
     rows: Rows
+    numbers: list[int]  # of the rows in the rollout
     logprobs: Tensor  # (N,)
     ref_logprobs: Tensor  # (N,)
     advantages: Tensor  # (N,)
@@ -51,8 +53,8 @@ def optimise(
 
     Every loss is a mean over the tokens of the minibatch, independent of its split over ranks and
     micro-batches. Returns means over the tokens of all updates, mean gradient norms, and the number of
-    updates skipped because of non-finite numbers. `policy/ratio` is that of the first minibatch, where it
-    must be 1.
+    updates skipped because of non-finite numbers. `policy/ratio` is that of the first minibatch, where it is
+    1 by construction. Raises SamplerError before the first update when sampler and trainer disagree.
 
     `policy/update_kl` is the KL from the rollout policy after the last update (k2), in nats per response. It
     is measured on the last minibatch with one more forward pass at the end of each epoch, at a third of the
@@ -67,13 +69,17 @@ def optimise(
     norms: dict[str, list[float]] = {"policy/grad_norm": [], "value/grad_norm": []}
     updates, update_kl, ptx_losses = 0, 0.0, []
     size, actor_learns = options.global_batch_size, step > options.critic_warmup_steps
-    for batch in minibatches(len(rollout.scores), size, options.ppo_epochs, options.seed, step):
+    batches = [*minibatches(len(rollout.scores), size, options.ppo_epochs, options.seed, step)]
+    gap = SamplerGap(rollout, batches[0], is_rescored(models), largest_gap(models, options))
+    weights = rollout_weights(rollout.logprobs, rollout.behaviour_logprobs, options.rollout_ratio_cap)
+    weighted = advantages * weights  # the surrogate is proportional to the advantage
+    for batch in batches:
         before = float(sums["policy/approx_kl"])
         if pretraining and actor_learns:
             ptx_losses.append(pretraining.add_gradients(models.actor))
-        for micro in _micro_batches(rollout, batch, advantages, returns, options):
+        for micro in _micro_batches(rollout, batch, weighted, returns, options):
             if actor_learns:
-                norm = _update_actor(models.actor, micro, options, kl, sums)
+                norm = _update_actor(models.actor, micro, options, kl, sums, gap)
                 norms["policy/grad_norm"] += [norm] * micro.is_last
             if models.critic:
                 norm = _update_critic(models.critic, micro, options, sums)
@@ -96,6 +102,7 @@ def optimise(
     if ptx_losses:
         metrics["ptx/loss"] = Mean(sum_over_ranks(sum(ptx_losses))[0], len(ptx_losses))
     metrics |= {"policy/update_kl": Mean(update_kl), "policy/updates": Mean(updates)}
+    metrics |= {name: Mean(value) for name, value in gap.metrics.items()}
     return metrics | {"train/skipped_updates": skipped}
 
 
@@ -126,6 +133,7 @@ def _micro_batches(
         mask = rollout.response_mask[chunk]  # (b, R)
         yield MicroBatch(
             rollout.rows(chunk),
+            chunk,
             rollout.logprobs[chunk][mask],
             rollout.ref_logprobs[chunk][mask],
             advantages[chunk][mask],
@@ -156,11 +164,12 @@ def _mean_norm(norms: list[float]) -> Mean:
 
 
 def _update_actor(
-    actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums
+    actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums, gap: SamplerGap
 ) -> float | None:
     """One micro-batch of the policy loss, with KL, entropy and load-balancing terms."""
     kind = "differentiable" if options.entropy_coef else "value"
     logprobs, entropy, balance = policy_pass(actor, batch.rows, options.temperature, kind)
+    gap.add(batch.numbers, logprobs, batch.is_last)
     result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:

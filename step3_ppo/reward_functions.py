@@ -18,16 +18,12 @@ from common.runtime.distributed import gather_objects, rank
 from common.runtime.files import is_file
 from common.runtime.options import UserError
 from common.runtime.process import Stopped
-from common.training.loop import TrainingLoop
+from step3_ppo.errors import FunctionError
 
 PATIENCE = 30.0  # seconds after which a function that has not returned is reported; then at 2, 4, ... times
 LARGEST_SCORE = torch.finfo(torch.float32).max
 SHOWN = 200  # characters of a record or a value in messages
 Inputs = dict[str, Sequence[Any]]  # prompts, responses, records
-
-
-class FunctionError(UserError):
-    """A function failed on some rank; all ranks raise it together."""
 
 
 class RewardFunction(NamedTuple):
@@ -89,25 +85,6 @@ def function_scores(
     if problems := list(filter(None, gather_objects(problem))):
         raise FunctionError(problems[0])
     return scores
-
-
-@contextlib.contextmanager
-def checkpoint_on_function_error(loop: TrainingLoop) -> Iterator[None]:
-    """Save a checkpoint when a reward function fails.
-
-    Scoring changes neither the engines nor the state, so the run resumes exactly. Raises UserError on all
-    ranks, with the step from which the run resumes.
-    """
-    try:
-        yield
-    except FunctionError as error:
-        if loop.state.step == 0:
-            outcome = "starts again"
-        elif loop.save():
-            outcome = f"resumes after step {loop.state.step}"
-        else:
-            outcome = "resumes from an older checkpoint"
-        raise UserError(f"{error}; correct its file; then the same command {outcome}") from error
 
 
 def _load(source: str, option: str) -> RewardFunction:

@@ -33,14 +33,15 @@ class Rows:
 class Rollout:
     """B responses in the order of their prompts, the same on every rank.
 
-    Token t of a response is in column t of every (B, R) tensor; columns after its end are 0. `logprobs`,
-    `ref_logprobs` and `values` belong to the state before that token.
+    Token t of a response is in column t of every (B, R) tensor; columns after its end are 0. `values` and
+    log-probabilities belong to the state before that token.
     """
 
     input_ids: Tensor  # (B, P + R) prompt and response without a gap, padded on the right
     prompt_lengths: Tensor  # (B,)
     response_lengths: Tensor  # (B,) at least 1; EOS counts
     ended: Tensor  # (B,) bool: an end token is its last
+    behaviour_logprobs: Tensor  # (B, R) with which the tokens were drawn
     logprobs: Tensor  # (B, R) under the actor
     ref_logprobs: Tensor  # (B, R) under the reference
     values: Tensor  # (B, R) of the critic; 0 without one
@@ -121,7 +122,8 @@ def sample_rollout(
     policy: Sampler, encoder: SegmentEncoder, prompts: Sequence[Prompt], options: GenerationOptions,
     step: int, title: str = "",
 ) -> Rollout:  # fmt: skip
-    """Sample a response to each prompt, each rank a part of them. Fills tokens and `logprobs`; the rest is 0.
+    """Sample a response to each prompt, each rank a part of them. Fills tokens and the actor's
+    log-probabilities; the rest is 0.
 
     step: with the seed and the row number, it determines the random numbers. The number of prompts must be a
     multiple of the number of ranks. title: of progress lines; none when empty.
@@ -147,6 +149,7 @@ def assemble(
         prompt_lengths=torch.tensor([len(prompt.ids) for prompt in prompts], device=device()),
         response_lengths=lengths,
         ended=ended.bool(),
+        behaviour_logprobs=logprobs,
         logprobs=logprobs,
         ref_logprobs=torch.zeros_like(logprobs),
         values=torch.zeros_like(logprobs),

@@ -19,6 +19,7 @@ from common.text.conversation import PROBE, Segment
 from common.text.prompts import Prompt
 from common.text.segments import dialogue_segments, find_prompt
 from common.text.tokenizer import SegmentEncoder
+from step3_ppo.gap import is_rescored
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.reward_functions import function_scores
@@ -51,9 +52,7 @@ def score_rollout(
     fields["scores"], fields["score_parts"] = score_responses(
         models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
     )
-    if next(models.actor.module.parameters()).dtype != torch.float32 or models.sampler is not models.actor:
-        # In 16 bits, generation with a KV cache rounds differently from the update's forward pass. Recompute
-        # the log-probabilities as the update does.
+    if is_rescored(models):  # as the update computes them
         fields["logprobs"] = logprobs(models.actor)
     if with_values and models.critic:
         passes = [_value_pass(models.critic, rollout, batch, options) for batch in batches]

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from common.generation.options import GenerationOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import LoraOptions, OptimiserOptions, TrainOptions, option
-from step3_ppo.options import AlgorithmOptions, PPOOptions
+from step3_ppo.option_groups import AlgorithmOptions
+from step3_ppo.options import PPOOptions
 
 ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]
 ENGINE = GenerationOptions.__annotations__["rollout_engine"]

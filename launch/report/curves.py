@@ -57,6 +57,8 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "KL at the last update, nats per response": ("policy/update_kl",),
         "Perplexity of sampled responses": ("policy/perplexity",),
         "Ratio at the first minibatch": ("policy/ratio",),
+        "Gap of sampler and trainer, nats per token": ("rollout/gap_*",),
+        "Effective sample size of a rollout": ("rollout/ess",),
         "Policy loss": ("policy/loss",),
         "Value loss": ("value/loss",),
         "Explained variance of the critic": ("value/explained_var",),

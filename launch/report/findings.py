@@ -173,6 +173,11 @@ RULES = [
               "Updates too large: policy/approx_kl has a median of {0.median:.2g} nats per token.",
               "a lower --actor_learning_rate; fewer --ppo_epochs; a lower --max_update_kl, to end epochs"
               " early."), optional=True),
+    Rule("gap of sampler and trainer", "ppo", "rollout/gap_mean rollout/ess",
+         when(lambda gap, _: gap.end > 0.03,
+              "Sampler and trainer disagree: rollout/gap_mean is {end:.2g} nats per token at the end, and"
+              " rollout/ess {1.end:.0%}.",
+              "a run in fp32: a gap that remains is no rounding; a lower --max_rollout_gap."), optional=True),
     Rule("ratio at the first minibatch", "ppo", "policy/ratio", checks_ppo.wrong_ratio, optional=True),
     Rule("forgetting", "ppo", "ptx/loss",
          when(lambda loss: loss.end > loss.start + 0.05 * abs(loss.start),

@@ -201,6 +201,7 @@ def test_options_that_need_others(world, run, functions, tmp_path):
         ("--early_stopping", "3"): "needs a --best_metric",
         ("--early_stopping", "3", "--best_metric", "eval/score", "--eval_steps", "0"): "needs --eval_steps",
         ("--dual_clip", "0.5"): "--dual_clip 0.5 must be above 1, or 0 for none",
+        ("--rollout_ratio_cap", "0.5"): "--rollout_ratio_cap 0.5 must be at least 1, or 0 for none",
         ("--kl_controller", "adaptive", "--kl_coef", "0"): "--kl_coef 0",
         ("--kl_controller", "adaptive", "--kl_horizon", "3"): "--kl_horizon 3 must be at least",
         ("--gold_function", f"{functions}:nothing"): "--gold_function",

@@ -104,6 +104,9 @@ UNHEALTHY = {
     "Falling gold: eval/gold went": {"eval/gold": [0.9, 0.7, 0.4], "eval/score": [0.1, 0.2, 0.3],
                                      "eval/kl": [0.0, 1.0, 2.0]},
     "Sampling and training disagree": {"policy/ratio": [1.1] * STEPS},
+    "Sampler and trainer disagree: rollout/gap_mean is 0.05 nats per token at the end, and rollout/ess 40%": {
+        "rollout/gap_mean": [0.01] * 20 + [0.05] * 40, "rollout/ess": [0.4] * STEPS,
+    },
     "Forgetting: ptx/loss rose": {"ptx/loss": towards(2, 3, 0.01)},
     "Large gradients: policy/grad_norm went from 2": {"policy/grad_norm": [2.0] * 30 + [70.0] * 30},
     "Large gradients: value/grad_norm": {"value/grad_norm": [300.0] * STEPS},
@@ -151,6 +154,7 @@ def test_one_problem_one_finding(start):
         {"train/skipped_updates": [0.0] * STEPS},
         {"reward/penalty": [0.3] * STEPS, "reward/std": [0.8] * STEPS},
         {"policy/ratio": [1.001] * STEPS},
+        {"rollout/gap_mean": [0.012] * STEPS, "rollout/ess": [0.9] * STEPS},
         {"kl/mean": [*[0.35 * i for i in range(18)], *[4.2, 6.6, 5.0, 6.4] * 11]},  # swings at its level
         {"reward/mean": [random.Random(i).gauss(0, 0.1) for i in range(STEPS)]},  # flat, but KL is not small
     ],

@@ -267,6 +267,13 @@ class PPO:
                 is_last = is_far or update + 1 == self.of_iteration
                 assert is_last == (update + 1 == len(sampled.minibatches)), "--max_update_kl ends epochs"
         if policy:
+            # The sampler is the trainer, in fp32.
+            line |= {
+                "rollout/gap_mean": 0.0,
+                "rollout/gap_max": 0.0,
+                "rollout/gap_kl": 0.0,
+                "rollout/ess": 1.0,
+            }
             line["policy/ratio"] = policy[0][:, 1].mean().item()
             loss, _, clipped, k2, entropy = torch.cat(policy).mean(0).tolist()
             line |= {"policy/loss": loss, "policy/clip_fraction": clipped}

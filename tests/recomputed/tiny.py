@@ -85,7 +85,8 @@ def logged(output: Path) -> list[dict[str, float]]:
 
 def tolerance(name: str) -> float:
     """Absolute tolerance. KL is a difference of log-probabilities, which are of order 1."""
-    return 1e-5 if name.startswith("kl/") or name == "eval/kl" else 1e-6
+    is_difference = name.startswith(("kl/", "rollout/gap_")) or name == "eval/kl"
+    return 1e-5 if is_difference else 1e-6
 
 
 def compare_metrics(output: Path, expected: list[Mapping[str, float]]) -> None:

@@ -16,8 +16,9 @@ def rollout_of(
     empty = torch.zeros_like(logprobs)
     lists = [torch.zeros(0, dtype=torch.int32)] * rows
     rest = {
-        "ref_logprobs": empty, "values": empty, "last_values": empty[:, 0], "scores": empty[:, 0],
+        "behaviour_logprobs": logprobs.clone(), "logprobs": logprobs, "ref_logprobs": empty, "values": empty,
+        "last_values": empty[:, 0], "scores": empty[:, 0],
         "score_parts": empty[:, :0], "support_sizes": empty.int(), "support_ids": lists,
         "computed": torch.zeros(rows),
     }  # fmt: skip
-    return Rollout(input_ids, prompt_lengths, response_lengths, ended, logprobs, **{**rest, **fields})
+    return Rollout(input_ids, prompt_lengths, response_lengths, ended, **{**rest, **fields})

@@ -44,7 +44,8 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
 def sampled(actor: LlamaForCausalLM) -> Rollout:
     input_ids, prompts = torch.randint(1, 32, (ROWS, PROMPT + WIDTH)), torch.full((ROWS,), PROMPT)
     rollout = rollout_of(input_ids, prompts, torch.tensor(LENGTHS), torch.ones(ROWS).bool())
-    rollout.logprobs[rollout.response_mask] = logprobs(actor, rollout)
+    for field in (rollout.behaviour_logprobs, rollout.logprobs):
+        field[rollout.response_mask] = logprobs(actor, rollout)
     return rollout
 
 
@@ -55,7 +56,7 @@ def logprobs(actor: LlamaForCausalLM, rollout: Rollout) -> torch.Tensor:
 
 def update(actor: LlamaForCausalLM, rollout: Rollout, **more: object) -> dict[str, float]:
     options = PPOOptions(rollout_batch_size=ROWS, micro_batch_size=1, advantage_estimator="rloo", **more)
-    models = SimpleNamespace(actor=actor, critic=None)
+    models = SimpleNamespace(actor=actor, sampler=actor, critic=None)
     advantages = torch.randn(ROWS, WIDTH)
     metrics = optimise(models, rollout, advantages, None, options, KLPenalty(0.0), None, 1)
     return {name: mean.value for name, mean in metrics.items() if name.startswith("policy/")}

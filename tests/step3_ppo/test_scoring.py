@@ -75,6 +75,7 @@ def test_logits_of_two_tokens_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     scored = score_rollout(models, [], rollout, PPOOptions(generation_batch_size=1))
     assert sizes == 2 * [2, 2, 2, 1, 2, 1] and (scored.ref_logprobs < 0).sum() == sum(RESPONSES)
     assert torch.equal(scored.logprobs, scored.ref_logprobs)
+    assert not scored.behaviour_logprobs.any(), "those of the draw stay"
 
 
 @pytest.fixture(scope="module")
