@@ -107,7 +107,7 @@ class AlgorithmOptions:
     rollout_ratio_cap: float = option(
         2.0,
         "Weight each token by the ratio of its probabilities under trainer and sampler, at most this; 0: do"
-        " not. In fp32 the ratio is 1.",
+        " not. In fp32 without vLLM the ratio is 1.",
         at_least=0,
     )
     max_rollout_gap: float = option(
