@@ -25,7 +25,7 @@ from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
-from common.training.metrics import peak_memory_gib, training_flops, utilisation
+from common.training.metrics import peak_memory_gib, phase_memory, training_flops, utilisation
 from common.training.run_folder import check_folder
 from step1_sft.data import Demonstration, collate, load_demonstrations
 from step1_sft.evaluate import answers_as_markdown, evaluate, greedy_answers
@@ -107,6 +107,7 @@ def train_step(engine: Engine, batch: list[Demonstration], options: SFTOptions) 
         **utilisation(training_flops(engine.module, lengths), seconds),
         "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
+        **phase_memory(),
     }
 
 

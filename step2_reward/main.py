@@ -25,7 +25,7 @@ from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
-from common.training.metrics import peak_memory_gib
+from common.training.metrics import peak_memory_gib, phase_memory
 from common.training.run_folder import check_folder
 from step2_reward.centring import centre, load_centre_rows, set_centre
 from step2_reward.data import Layout, Preference, collate, load_preferences
@@ -149,6 +149,7 @@ def train_step(
         "train/padding_share": Mean(padded - encoded, padded),
         "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
+        **phase_memory(),
     }
 
 

@@ -4,11 +4,11 @@
         --prompt_data F.jsonl --output_dir OUT3
 """
 
-import time
 from functools import partial
 
 from common.data.loading import load_examples
 from common.model.ema import update_ema_weights
+from common.model.engine import states_away
 from common.runtime.distributed import seed_everything
 from common.runtime.option_parser import parse_options
 from common.runtime.process import run_main
@@ -16,7 +16,7 @@ from common.text.prompts import Prompt, tokenize_prompt
 from common.training.export import export_best
 from common.training.loop import TrainingLoop
 from common.training.means import step_values
-from common.training.metrics import peak_memory_gib
+from common.training.metrics import Phases, peak_memory_gib
 from step3_ppo.errors import checkpoint_on_error
 from step3_ppo.kl_advice import advise, warn_of_penalty
 from step3_ppo.metrics import as_markdown, evaluate, rollout_metrics, speed
@@ -52,13 +52,14 @@ def main() -> None:
     models = build_models(options, sources, loop.total_steps)
     engines = {"actor": models.actor} | ({"critic": models.critic} if models.critic else {})
     loop.resume(engines, "prompts", "iterations")
+    trained = [*engines.values()] * options.offload_states  # their states leave the device between updates
     state = PPOState.load(options, loop.state.controllers)
     pretraining = PretrainingMix(texts, options, state) if texts else None
 
     def evaluate_and_log() -> bool:
         seed_everything(options.seed, loop.state.step)
         loop.state.unevaluated = True  # until the functions have succeeded
-        with checkpoint_on_error(loop):
+        with checkpoint_on_error(loop), states_away(trained):
             metrics, samples = evaluate(models, held_out, options)
         is_best = loop.log_evaluation(metrics, SHOWN_OF_EVALUATION)
         loop.writer.samples(loop.state.step, samples)
@@ -73,32 +74,32 @@ def main() -> None:
         if loop.state.step:
             loop.save()
     for indices in loop.batches():
-        times, rate = [time.perf_counter()], models.actor.get_lr()[0]
+        phases, rate = Phases(), models.actor.get_lr()[0]
         step = loop.state.step + 1
         prompts = [train[i] for i in indices for _ in range(options.samples_per_prompt)]
 
         # 3. Sample and score responses.
-        rollout = sample_rollout(models.sampler, encoder, prompts, options, step)
-        times.append(time.perf_counter())
-        with checkpoint_on_error(loop):
+        with checkpoint_on_error(loop), states_away(trained):
+            rollout = sample_rollout(models.sampler, encoder, prompts, options, step)
+            phases.end("rollout")
             rollout = score_rollout(models, prompts, rollout, options)
         # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)
         # 5. Advantages.
         advantages, returns = estimate_advantages(rollout, rewards, options, state)
         # 6. Update with clipped policy and value losses, over several epochs.
-        times.append(time.perf_counter())
+        phases.end("score")
         with checkpoint_on_error(loop):
             stats = optimise(models, rollout, advantages, returns, options, state.kl, pretraining, step)
         if options.ema_decay:
             update_ema_weights(loop.state.average, models.actor, options.ema_decay)
-        times.append(time.perf_counter())
+        phases.end("train")
 
         # 7. Metrics, checkpoint, evaluation.
         skipped = stats.pop("train/skipped_updates")
         metrics = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": state.kl.coef}
-        metrics |= speed(rollout, times, stats["policy/updates"].value, options)
-        metrics |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib()}
+        metrics |= speed(rollout, phases.seconds, stats["policy/updates"].value, options)
+        metrics |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib(), **phases.memory}
         values = step_values(metrics)
         if step == 1:
             warn_of_penalty(values, options)

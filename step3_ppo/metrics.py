@@ -1,7 +1,6 @@
 """Evaluation on held-out prompts, and metrics of rollouts."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -104,14 +103,13 @@ def kl_by_quarter(rollout: Rollout) -> dict[str, float]:
     return {f"kl/quarter_{q + 1}": masked_mean(kl, mask & (quarters == q)).item() for q in range(4)}
 
 
-def speed(rollout: Rollout, times: Sequence[float], updates: float, options: PPOOptions) -> dict[str, Mean]:
+def speed(rollout: Rollout, seconds: Sequence[float], updates: float, options: PPOOptions) -> dict[str, Mean]:
     """Time and tokens per second of the phases: response tokens in the rollout, all tokens in the others.
     Also the useful share of the positions computed in the rollout, without padding and finished responses;
     a prompt with several responses is needed once.
 
-    times: before sampling, scoring and training, and at the end. updates: optimiser steps made.
+    seconds: of sampling, scoring and training. updates: optimiser steps made.
     """
-    seconds = [end - start for start, end in pairwise(times)]
     passes = options.ppo_epochs * updates / options.updates_per_step  # over the rollout
     tokens = int(rollout.lengths.sum())
     amounts = int(rollout.response_lengths.sum()), tokens, tokens * passes

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import Sampler, fit_prompt_length, make_sampler
-from common.model.engine import make_engine, make_frozen
+from common.model.engine import check_states_away, make_engine, make_frozen
 from common.model.engine_protocol import Engine
 from common.model.families import check_scalar
 from common.model.loading import initialise_head, load_causal_lm, load_scalar_model
@@ -109,6 +109,10 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     critic_zero = load_zero_config(
         options.critic_zero_config or options.zero_config, options, options.critic_learning_rate
     )
+    if options.offload_states:
+        check_states_away(actor_zero, "actor")
+        if options.has_critic:
+            check_states_away(critic_zero, "critic")
     config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
     options = fit_prompt_length(options, config)
     check_rollout_engine(options, config)

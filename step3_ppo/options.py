@@ -50,6 +50,12 @@ class PPOOptions(
         "Keep reference and reward models in host memory while they do not score.",
         resume="free",
     )
+    offload_states: bool = option(
+        False,
+        "Keep fp32 weights and AdamW's moments of actor and critic in host memory between updates; needs ZeRO"
+        " stage 1 or 2.",
+        resume="free",
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "Learning-rate schedule."
     )

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -151,6 +151,35 @@ def gathered_weights(engine: Engine, gather_weights: bool = True) -> Iterator[nn
         return
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())), without_stage3_hooks(engine):
         yield engine.module
+
+
+def check_states_away(zero: dict[str, Any], model: str) -> None:
+    """Raise UserError where DeepSpeed does not move the optimiser's states. model: the trained one.
+
+    At stage 3 it moves only those of its own Adam.
+    """
+    stage = zero["zero_optimization"]["stage"]
+    if stage not in (1, 2):
+        raise UserError(f"--offload_states: the {model} is at ZeRO stage {stage}; allowed: stage 1 or 2")
+    if offloads(zero, "offload_optimizer"):
+        raise UserError(
+            f"--offload_states: the {model}'s DeepSpeed JSON has offload_optimizer, which keeps the states in"
+            " host memory all the time; remove one of them"
+        )
+
+
+@contextlib.contextmanager
+def states_away(engines: Sequence[Engine]) -> Iterator[None]:
+    """Context manager: fp32 weights and moments of AdamW in pinned host memory (see `check_states_away`)."""
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as States
+
+    for engine in engines:
+        engine.offload_states(include=[States.hp_params, States.optim_states])
+    try:
+        yield
+    finally:
+        for engine in engines:
+            engine.reload_states()
 
 
 def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:

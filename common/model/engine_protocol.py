@@ -1,5 +1,6 @@
 """The type of a trained engine: the part of `deepspeed.DeepSpeedEngine` that the stages use."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ class Engine(Protocol):
 
     def empty_partition_cache(self) -> None:
         """At stage 3, release weights that were gathered ahead."""
+
+    def offload_states(self, include: Sequence[Any]) -> None:
+        """Move states of the optimiser to host memory."""
+
+    def reload_states(self) -> None: ...
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Choose whether the next `step` updates the weights."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from common.data.batching import batch_order, steps_in_epochs
@@ -27,7 +28,7 @@ from common.runtime.options import RunOptions
 from common.runtime.process import Stopped, stop_between_steps, stop_requested
 from common.training.checkpoint import checkpoint_folder, save_checkpoint
 from common.training.means import StepMetrics
-from common.training.metrics import MetricWriter
+from common.training.metrics import MetricWriter, phase_memory
 from common.training.resume import resume
 from common.training.run_folder import open_run
 from common.training.stability import check_numbers
@@ -128,7 +129,8 @@ class TrainingLoop:
     def log_evaluation(self, metrics: dict[str, float], shown: list[str]) -> bool:
         """Write the metrics of an evaluation; true if --best_metric is the best so far."""
         self.state.unevaluated = False
-        self.writer.log(self.state.step, metrics, shown)
+        self.writer.log(self.state.step, {**metrics, **phase_memory("eval")}, shown)
+        torch.cuda.empty_cache()
         return self.state.is_best(self._options.best_metric, metrics)
 
     @property

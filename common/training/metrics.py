@@ -28,6 +28,7 @@ PEAK_FLOPS = {
     "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12, "A40": 149.7e12,
     "A30": 165e12, "A10": 125e12,
 }  # fmt: skip
+_peak_bytes = 0  # of tensors on the GPU, before the last call of `phase_memory`
 
 
 class MetricWriter:
@@ -151,8 +152,43 @@ class _JsonLines:
 def peak_memory_gib() -> float:
     """Peak memory of this rank: on its GPU, or resident host memory without a GPU."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return max(_peak_bytes, torch.cuda.max_memory_allocated()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def phase_memory(phase: str = "") -> dict[str, float]:
+    """Peaks of this rank's GPU since the last call, by name; nothing without a GPU.
+
+    memory/allocated_gib: of tensors; memory/reserved_gib: with what the allocator keeps for new ones. phase:
+    the end of the names.
+    """
+    global _peak_bytes
+    if not torch.cuda.is_available():
+        return {}
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    _peak_bytes = max(_peak_bytes, peaks["allocated"])
+    torch.cuda.reset_peak_memory_stats()
+    return {
+        f"memory/{kind}_gib_{phase}" if phase else f"memory/{kind}_gib": peak / 2**30
+        for kind, peak in peaks.items()
+    }
+
+
+class Phases:
+    """Seconds and GPU memory of the phases of a step. Caches are emptied between them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.memory: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """End a phase; the next one begins."""
+        self.memory |= phase_memory(name)
+        torch.cuda.empty_cache()
+        now = time.perf_counter()
+        self.seconds.append(now - self._start)
+        self._start = now
 
 
 def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:

@@ -27,6 +27,7 @@ ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal signal
 ORPHAN_SECONDS = 600.0  # for the checkpoint of the ranks after `deepspeed` itself was killed
 EXPORTED = (
     "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "TORCHDYNAMO_DISABLE",
+    "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[2]
 # DeepSpeed's line about a rank that exited. It is hidden: our last line says this, with the reason.

@@ -36,6 +36,7 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     actor_gradient_checkpointing: bool = same_as(PPOOptions, "actor_gradient_checkpointing")
     critic_gradient_checkpointing: bool = same_as(PPOOptions, "critic_gradient_checkpointing")
     offload_frozen: bool = same_as(PPOOptions, "offload_frozen")
+    offload_states: bool = same_as(PPOOptions, "offload_states")
     actor_learning_rate: float = same_as(PPOOptions, "actor_learning_rate")
     critic_learning_rate: float = same_as(PPOOptions, "critic_learning_rate")
     advantage_estimator: ESTIMATOR = same_as(PPOOptions, "advantage_estimator")

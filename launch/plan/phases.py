@@ -51,6 +51,7 @@ class Sizes:
     top_p: float
     gathers: bool  # --gather_for_generation
     engine_ranks: int = 0  # that share a copy of vLLM's weights; 0: the policy samples
+    offloads_states: bool = False  # --offload_states
     tokens: int = 0  # of a micro-batch, in place of `micro_batch` and of scoring in batches of `generated`
 
     def rows(self, width: int, per_record: int = 1) -> int:
@@ -100,7 +101,6 @@ def step3(
     """
     trained = [actor, critic] if critic else [actor]
     held = sum((weights(model) for model in [*trained, *rewards]), fixed)
-    held = sum((optimiser(model) for model in trained), held)
     if reference:
         held += weights(reference)
     held["token lists"] += allowed_tokens(sizes.top_k, sizes.top_p, sizes.rollout * sizes.response)
@@ -108,7 +108,9 @@ def step3(
     in_rollout = engine(actor, sizes) if sizes.engine_ranks else sampling(actor, sizes)
     if sizes.engine_ranks and actor.zero.on_cpu:  # where vLLM keeps them during training
         held, in_rollout = held + in_rollout, Parts()
-    idle = sum((gradients(model) for model in trained if model.zero.stage == 3), held)
+    idle = sum((optimiser_between(model, sizes.offloads_states) for model in trained), held)
+    idle = sum((gradients(model) for model in trained if model.zero.stage == 3), idle)
+    held = sum((optimiser(model) for model in trained), held)
     yield Phase("rollout", idle + in_rollout)
     scorers = [reference or actor, *rewards, *([critic] if critic else [])]
     rows = sizes.filled(width) or rows
@@ -135,6 +137,13 @@ def engine(actor: Model, sizes: Sizes) -> Parts:
     copy, width = actor.zero.size * actor.shape.parameters, sizes.prompt + sizes.response
     cache = kv_cache(actor, sizes.generated, width)
     return Parts({"weights": copy / sizes.engine_ranks, "KV cache": cache / sizes.engine_ranks})
+
+
+def optimiser_between(model: Model, offloads_states: bool) -> Parts:
+    """The optimiser's states between updates: DeepSpeed can offload them at stages 1 and 2."""
+    states = optimiser(model)
+    moves = offloads_states and model.zero.stage in (1, 2) and not model.zero.on_cpu
+    return Parts(host=sum(states.values())) if moves else states
 
 
 def updates(

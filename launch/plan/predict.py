@@ -111,6 +111,7 @@ def _sizes(options: PlanOptions) -> Sizes:
         top_p=options.top_p,
         gathers=options.gather_for_generation,
         engine_ranks=options.rollout_tensor_parallel if options.rollout_engine == "vllm" else 0,
+        offloads_states=options.offload_states,
     )
 
 

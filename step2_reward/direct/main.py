@@ -23,7 +23,7 @@ from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
-from common.training.metrics import peak_memory_gib
+from common.training.metrics import peak_memory_gib, phase_memory
 from common.training.run_folder import check_folder
 from step2_reward.direct.data import Choice, tokenize_paired, tokenize_unpaired
 from step2_reward.direct.objective import batch_metrics, check_accuracy, evaluate
@@ -98,6 +98,7 @@ def train_step(engine: Engine, batch: Sequence[Example], options: DirectOptions)
         "train/tokens_per_second": Mean(sum(example.row.length for example in batch), seconds),
         "time/step": Mean(seconds),
         "memory/peak_gib": peak_memory_gib(),
+        **phase_memory(),
     }
 
 

@@ -116,3 +116,19 @@ def test_engine_is_refused(models: Path, tmp_path: Path, content: dict[str, Any]
 @pytest.mark.parametrize("path", ["/dev/null", "/", "DIR/no.json", "DIR/" + "x" * 300, "\0"])
 def test_path_is_refused(models: Path, tmp_path: Path, path: str) -> None:
     check_refusal("step2_reward", ["--zero_config", path], [], models, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (zero(stage=0), "the actor is at ZeRO stage 0; allowed: stage 1 or 2"),
+        (zero(stage=3), "the actor is at ZeRO stage 3; allowed: stage 1 or 2"),
+        (zero(offload_optimizer={"device": "cpu"}), "has offload_optimizer"),
+    ],
+)
+def test_states_that_cannot_move_are_refused(
+    models: Path, tmp_path: Path, content: dict[str, Any], part: str
+) -> None:
+    words = ["--zero_config", "DIR/zero.json", "--offload_states"]
+    files = {"zero.json": content}
+    check_refusal("step3_ppo", words, ["--offload_states:", part], models, tmp_path, files)

@@ -329,6 +329,16 @@ def test_a_number_of_tokens_is_planned_as_the_rows_that_fill_it(big: PlanOptions
     )
 
 
+def test_states_away_take_host_memory_in_rollouts():
+    """At stage 2 on two ranks 6 of 12 bytes per weight leave; at stage 3 none, and none during updates."""
+    for stage, gone in ((2, 6 * 1000), (3, 0)):
+        model, away = Model(plain(1000), Zero(stage, ranks=2)), replace(SIZES, offloads_states=True)
+        here, there = ([*step3(model, None, model, [], one, Parts())] for one in (SIZES, away))
+        for before, after in zip(here, there, strict=True):
+            moved = gone if before.name in ("rollout", "scoring") else 0
+            assert total(before.parts) - total(after.parts) == moved == after.parts["host"]
+
+
 def test_zero_config_of_the_actor_is_replaced(big: PlanOptions):
     options = replace(big, actor_zero_config=str(CONFIG_FOLDER / "zero1.json"))
     solutions = ways(options, "step 3", CARDS["80 GB"] * USABLE, cached(options))

@@ -1,4 +1,4 @@
-"""FLOPs, against a model counted by hand, and peak FLOP/s of GPUs."""
+"""FLOPs, against a model counted by hand, peak FLOP/s of GPUs, and memory of phases."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common.training.metrics import training_flops, utilisation
+from common.training import metrics
+from common.training.metrics import Phases, peak_memory_gib, phase_memory, training_flops, utilisation
 
 # Vocabulary, hidden size, intermediate size, layers, heads, key-value heads, head size.
 V, D, F, L, H, K, S = 50, 32, 64, 2, 4, 2, 16
@@ -43,6 +44,34 @@ def test_partitioned_parameters_count_in_full():
         config=SimpleNamespace(get_text_config=lambda: config), named_parameters=lambda: [("", parameter)]
     )
     assert training_flops(part, [5]) == 6 * 1000 * 5 + 12 * 6 * 5**2
+
+
+def test_peaks_are_those_of_a_phase(monkeypatch):
+    """Tensors take 3, 5 and 1 GiB at most, reserved blocks 4, 7 and 2; a call begins the next phase."""
+    gib, phases = 2**30, iter([(3, 4), (5, 7), (1, 2)])
+    now = {}
+
+    def begin() -> None:
+        now["allocated"], now["reserved"] = next(phases)
+
+    begin()
+    monkeypatch.setattr(metrics, "_peak_bytes", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: now["allocated"] * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: now["reserved"] * gib)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", begin)
+    assert phase_memory() == {"memory/allocated_gib": 3, "memory/reserved_gib": 4}
+    emptied, phases_of_a_step = [], Phases()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    phases_of_a_step.end("train")
+    assert phases_of_a_step.memory == {"memory/allocated_gib_train": 5, "memory/reserved_gib_train": 7}
+    assert len(phases_of_a_step.seconds) == len(emptied) == 1
+    assert peak_memory_gib() == 5, "of the run, not of the last phase"
+
+
+def test_a_cpu_has_no_phases_of_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert phase_memory("train") == {} and peak_memory_gib() > 0
 
 
 def test_only_active_experts_count():
