@@ -16,6 +16,7 @@ from common.model.engine_protocol import Engine
 from common.model.families import check_sampling, max_positions
 from common.model.forward import base_model
 from common.model.loading import load_causal_lm
+from common.model.lora import merged_adapters
 from common.model.zero import frozen_config, unpartitioned
 from common.runtime.distributed import device, gather_objects, rank
 from common.runtime.options import UserError, world_size
@@ -117,8 +118,12 @@ def generate(
         return policy.sample(prompts, rows, options, step, encoder.pad_token_id)
     size = options.generation_batch_size
     parts: list[Responses] = []
+    synced_gpus = policy.zero_optimization_stage() == 3 and not options.gather_for_generation
     policy.eval()
-    with gathered_weights(policy, options.gather_for_generation) as module:
+    with (
+        gathered_weights(policy, options.gather_for_generation) as module,
+        merged_adapters(module, enabled=not synced_gpus),
+    ):
         chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
         for chunk in track(title, chunks, len(rows) * world_size()):
             uniforms = uniforms_for(options.seed, step, chunk, options.max_response_length)
@@ -131,7 +136,7 @@ def generate(
                     options.top_p,
                     base_model(module).end_ids,
                     encoder.pad_token_id,
-                    synced_gpus=policy.zero_optimization_stage() == 3 and not options.gather_for_generation,
+                    synced_gpus=synced_gpus,
                     top_k=options.top_k,
                     num_tokens=base_model(module).num_tokens,
                 )

@@ -1,9 +1,11 @@
 """LoRA adapters, through `peft`."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.model.loading import load_config
@@ -83,6 +85,41 @@ def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.
 def is_adapted(module: nn.Module) -> bool:
     """Whether the model carries peft adapters."""
     return hasattr(module, "disable_adapter")
+
+
+@contextlib.contextmanager
+def merged_adapters(module: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Context manager: layers use copies of their weights that include the adapters, for fast sampling.
+
+    The weights themselves stay as they are. Merged in place and subtracted again, 16-bit weights would drift.
+    """
+    if not enabled or not is_adapted(module):
+        yield
+        return
+    from peft.tuners.lora import Linear
+
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+    originals = [layer.base_layer.weight for layer in layers]
+    try:
+        for layer in layers:  # not their data: a tied embedding has no adapter
+            layer.base_layer.weight = nn.Parameter(_merged_weight(layer), requires_grad=False)
+        with module.disable_adapter():
+            yield
+    finally:
+        for layer, original in zip(layers, originals, strict=True):
+            layer.base_layer.weight = original
+
+
+@torch.no_grad()
+def _merged_weight(layer: nn.Module) -> Tensor:
+    """W + alpha / rank B A, rounded once. Source: Hu et al. 2021, section 4.1."""
+    weight = layer.base_layer.weight
+    merged = weight.float()
+    for name in layer.active_adapters:
+        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+        update = layer.scaling[name] * b @ a
+        merged = merged + (update.T if layer.fan_in_fan_out else update)
+    return merged.to(weight.dtype)
 
 
 def _outside_text(model: PreTrainedModel) -> str | None:

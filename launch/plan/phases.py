@@ -127,6 +127,8 @@ def sampling(actor: Model, sizes: Sizes) -> Parts:
     fetched = actor.zero.size * actor.shape.parameters if sizes.gathers else gathered(actor)
     parts = Parts({"KV cache": kv_cache(actor, rows, width)})
     parts["buffers"] = fetched if gathered(actor) else 0
+    if sizes.gathers or not gathered(actor):  # copies of frozen weights, with the adapters merged
+        parts["buffers"] += actor.zero.size * (actor.shape.parameters - actor.shape.trained)
     return parts + Parts(
         activations=passing(actor, rows, sizes.prompt), logits=logits_in_sampling(actor, rows)
     )
