@@ -18,16 +18,16 @@ class InPlaceLayer(DynamicLayer):
     each token.
     """
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, size: tuple[int, int]) -> None:
         super().__init__()
-        self.rows, self.columns, self.length = rows, columns, 0
+        self.rows, self.size, self.length = rows, size, 0  # size: at least `rows` rows; columns
         self.prompts: tuple[slice, int, Tensor] | None = None  # rows, padding and owners of the prompts read
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the buffers. Padding is zeros: attention gives it weight 0, and 0 x NaN would be NaN."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
+            states.new_zeros(self.size[0], states.shape[1], self.size[1], states.shape[3])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -63,8 +63,8 @@ class InPlaceLayer(DynamicLayer):
 class InPlaceCache:
     """Reads groups of prompts into one cache of `InPlaceLayer`s."""
 
-    def __init__(self, empty: Cache, rows: int, columns: int) -> None:
-        empty.layers = [InPlaceLayer(rows, columns) for _ in empty.layers]
+    def __init__(self, empty: Cache, rows: int, size: tuple[int, int]) -> None:
+        empty.layers = [InPlaceLayer(rows, size) for _ in empty.layers]
         self.cache = empty
 
     def group(self, rows: slice, padding: int, owners: Tensor) -> Cache:

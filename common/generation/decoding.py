@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from common.generation.compiled import cache_size, compiled_if_equal
 from common.generation.prefill import IDLE_SHARE, read_prompts
-from common.generation.steps import make_steps
+from common.generation.steps import DirectSteps, make_steps
 from common.numeric.tensor_ops import scaled
 from common.numeric.top_k_top_p import Support, by_row, restrict, support
 from common.runtime.distributed import sum_tensor_over_ranks
@@ -60,13 +61,13 @@ def draw(
 def sample_responses(
     model: nn.Module, prompts: Sequence[list[int]], uniforms: Tensor, temperature: float, top_p: float,
     eos_token_id: int | Sequence[int], pad_token_id: int, synced_gpus: bool, top_k: int = 0,
-    num_tokens: int | None = None,
+    num_tokens: int | None = None, compiled: bool = False,
 ) -> Responses:  # fmt: skip
     """Sample responses of at most R tokens; uniforms (B, R).
 
     eos_token_id: one or several ids that end a response. synced_gpus: run forward passes until all ranks have
     finished, as ZeRO-3 needs. num_tokens: sample only ids below it, for models with more embedding rows than
-    the tokenizer has tokens.
+    the tokenizer has tokens. compiled: compile the decoding steps, for families with a cache in place.
     """
     device, longest = uniforms.device, max(map(len, prompts))
     input_ids = torch.tensor(
@@ -87,7 +88,12 @@ def sample_responses(
                 pad_token_id=pad_token_id,
             ),
             custom_generate=partial(
-                _decode, uniforms=uniforms, choose=choose, synced_gpus=synced_gpus, num_tokens=num_tokens
+                _decode,
+                uniforms=uniforms,
+                choose=choose,
+                synced_gpus=synced_gpus,
+                num_tokens=num_tokens,
+                compiled=compiled,
             ),
         )
     finally:
@@ -97,7 +103,7 @@ def sample_responses(
 def _decode(
     model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, uniforms: Tensor,
     choose: Callable[..., tuple[Tensor, Tensor, Support]], synced_gpus: bool, num_tokens: int | None,
-    **inputs: Any,
+    compiled: bool, **inputs: Any,
 ) -> Responses:  # fmt: skip
     """Decoding loop for `generate`; finished rows are removed from the batch, where they would cost time."""
     (count, limit), device = uniforms.shape, uniforms.device
@@ -106,8 +112,11 @@ def _decode(
     columns = input_ids.shape[1] + limit - 1  # the last token of a response is no input
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         inputs["output_router_logits"] = False  # no load-balancing loss in sampling
-    logits, inputs, computed = read_prompts(model, input_ids, inputs, cache_name, columns, synced_gpus)
-    steps = make_steps(model, input_ids, inputs, cache_name, columns)
+    size = cache_size(count, columns) if compiled else (count, columns)
+    logits, inputs, computed = read_prompts(model, input_ids, inputs, cache_name, size, synced_gpus)
+    steps = make_steps(model, input_ids, inputs, cache_name, size[1])
+    if compiled and isinstance(steps, DirectSteps):
+        steps = compiled_if_equal(steps, input_ids[:, -1])
     rows = torch.arange(count, device=device)  # (b,) rows still in the batch
     is_open = torch.ones_like(rows, dtype=torch.bool)  # (b,)
     ids = torch.zeros(count, limit, dtype=torch.long, device=device)

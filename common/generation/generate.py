@@ -119,6 +119,7 @@ def generate(
     size = options.generation_batch_size
     parts: list[Responses] = []
     synced_gpus = policy.zero_optimization_stage() == 3 and not options.gather_for_generation
+    compiled = not synced_gpus and use_compiler(options)
     policy.eval()
     with (
         gathered_weights(policy, options.gather_for_generation) as module,
@@ -139,9 +140,23 @@ def generate(
                     synced_gpus=synced_gpus,
                     top_k=options.top_k,
                     num_tokens=base_model(module).num_tokens,
+                    compiled=compiled,
                 )
             )
     return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def use_compiler(options: GenerationOptions) -> bool:
+    """Whether --compile_generation compiles the decoding steps on this device."""
+    match options.compile_generation:
+        case "auto":
+            return device().type == "cuda"
+        case "yes":
+            return True
+        case "no":
+            return False
+        case _:
+            assert_never(options.compile_generation)
 
 
 def sample_answers(

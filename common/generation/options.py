@@ -42,6 +42,12 @@ class GenerationOptions:
         "At ZeRO-3, gather all weights for sampling; turn off if they do not fit on one GPU.",
         resume="free",
     )
+    compile_generation: Literal["auto", "yes", "no"] = option(
+        "auto",
+        "Compile the decoding steps with torch.compile, once in a run; not with vllm, nor with ZeRO-3 weights"
+        " that are not gathered.\nauto: on a GPU\nyes: on the CPU too\nno: never\n",
+        resume="free",
+    )
     rollout_engine: Literal["transformers", "vllm"] = option(
         "transformers",
         "Engine that samples.\ntransformers: the decoding loop of this suite"

@@ -26,10 +26,10 @@ class Prefill(NamedTuple):
 
 
 def read_prompts(
-    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], cache_name: str, columns: int,
-    synced_gpus: bool,
+    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], cache_name: str,
+    size: tuple[int, int], synced_gpus: bool,
 ) -> Prefill:  # fmt: skip
-    """Read the prompts input_ids (B, P), padded on the left; columns: P and the longest response.
+    """Read the prompts input_ids (B, P), padded on the left. size: rows and columns of a cache in place.
 
     Neighbouring prompts of similar length share a forward pass, which saves padding. Afterwards the cache
     is the same as if all prompts had been padded to P. Caches with recurrent states cannot be concatenated;
@@ -44,7 +44,7 @@ def read_prompts(
         groups = [slice(0, len(firsts))]
     ends = [*firsts[1:], len(input_ids)]
     count = [end - row for row, end in zip(firsts, ends, strict=True)]
-    cache = InPlaceCache(empty, len(input_ids), columns) if is_in_place(empty) else JoinedCache(empty)
+    cache = InPlaceCache(empty, len(input_ids), size) if is_in_place(empty) else JoinedCache(empty)
     logits, computed = [], torch.zeros(len(input_ids), dtype=torch.long)
     for group in groups:
         prompts = firsts[group]

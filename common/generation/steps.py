@@ -72,6 +72,13 @@ class DirectSteps:
         self.is_padded = [self.is_padded[row] for row in order]
         self.mask, self.positions = self.mask[order], self.positions[order]
 
+    def step_back(self) -> None:
+        """Undo the last step; the next one writes to the same column."""
+        self.column -= 1
+        self.positions -= 1
+        for layer in self.cache.layers:
+            layer.length -= 1
+
 
 Steps = GrowingSteps | DirectSteps
 

@@ -46,6 +46,7 @@ REFUSED = [
     ("step3_ppo", ["--rollout_tensor_parallel", "0"], "--rollout_tensor_parallel"),
     ("best_of_n", ["--rollout_tensor_parallel", "2"], "--rollout_tensor_parallel 2: needs"),
     ("sample_pairs", ["--rollout_engine", "sglang"], "--rollout_engine"),
+    ("step3_ppo", ["--compile_generation", "maybe"], "--compile_generation"),
     # Without vLLM because it is absent, else because of the model's small attention heads.
     *((command, ["--rollout_engine", "vllm"], "--rollout_engine vllm: ") for command in SAMPLING),
     ("plan", ["--num_gpus", HUGE], "--num_gpus"),

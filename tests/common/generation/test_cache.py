@@ -17,7 +17,7 @@ def states(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_keys_and_values_are_those_of_a_growing_cache_and_stay_where_they_are():
     """Prompts of 4 and of 2 tokens, steps, rows that leave, and steps to the last column."""
     torch.manual_seed(0)
-    cache = InPlaceCache(DynamicCache(config=CONFIG), ROWS, COLUMNS)
+    cache = InPlaceCache(DynamicCache(config=CONFIG), ROWS, (ROWS + 1, COLUMNS))
     former = JoinedCache(DynamicCache(config=CONFIG))
     for rows, length, owners in ((slice(0, 3), 4, [0, 0, 1]), (slice(3, 5), 2, [0, 1])):
         groups = [one.group(rows, 4 - length, torch.tensor(owners)) for one in (cache, former)]
@@ -40,12 +40,12 @@ def test_keys_and_values_are_those_of_a_growing_cache_and_stay_where_they_are():
             ours.reorder_cache(torch.tensor(order))
             theirs.reorder_cache(torch.tensor(order))
     assert [layer.keys.data_ptr() for layer in ours.layers] == address
-    assert ours.layers[0].keys.shape == (ROWS, HEADS, COLUMNS, SIZE)
+    assert ours.layers[0].keys.shape == (ROWS + 1, HEADS, COLUMNS, SIZE)
 
 
 def test_padding_is_zeros():
     """Masked columns have weight 0, and 0 x NaN is NaN."""
-    cache = InPlaceCache(DynamicCache(config=CONFIG), 2, 6)
+    cache = InPlaceCache(DynamicCache(config=CONFIG), 2, (2, 6))
     cache.group(slice(1, 2), 3, torch.tensor([0])).update(*states(1, 2), 0)
     assert not cache.cache.layers[0].keys[0].any() and not cache.cache.layers[0].keys[1, :, :3].any()
 
@@ -63,7 +63,7 @@ def test_other_caches_are_not_in_place():
 
 @pytest.mark.parametrize("order", [[0, 1], [3, 1], [2, 4, 0]])
 def test_only_rows_that_move_are_written(order):
-    layer = InPlaceLayer(ROWS, COLUMNS)
+    layer = InPlaceLayer(ROWS, (ROWS, COLUMNS))
     layer.update(*states(ROWS, 2))
     before = layer.keys.clone()
     layer.reorder_cache(torch.tensor(order))
