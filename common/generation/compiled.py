@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from common.generation.steps import DirectSteps
 from common.runtime.distributed import log
 from common.runtime.options import reason
+from common.text.transformers_internals import mark_static
 
 COMPILE: dict[str, Any] = {"mode": "reduce-overhead"}  # CUDA graphs where there is CUDA
 COLUMN_STEP = 128  # a cache has a multiple of these columns, so that few shapes are compiled
@@ -27,7 +28,7 @@ class FixedLayer(DynamicLayer):
         self.keys, self.values, self.column = keys, values, column  # column (1,): of the next token
         self.is_initialized = True
         for tensor in (keys, values, column):
-            torch._dynamo.mark_static_address(tensor)
+            mark_static(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.keys[: len(key_states)], self.values[: len(key_states)]

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import GenerationMixin, PretrainedConfig
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -53,3 +55,8 @@ def takes_prepared_mask(model: Any) -> bool:
     has_bias = getattr(model.config.get_text_config(), "alibi", False)
     kernels = attention_implementation(model.config)
     return model._can_compile_fullgraph and not own and not has_bias and kernels in ("sdpa", "eager")
+
+
+def mark_static(tensor: Tensor) -> None:
+    """Let CUDA graphs write to a tensor in place, as the static caches of transformers do."""
+    torch._dynamo.mark_static_address(tensor)

@@ -7,9 +7,9 @@ All write as many tokens to the same prompts. The rounds of the ways alternate. 
 the processor, the least of all rounds, the median of their ratio to the former loop in the same round, and
 whether greedy tokens are those of `generate`.
 
---mean_length: an end token of probability 1 / mean_length is added to the vocabulary, so that lengths are
-unlike. --samples: responses per prompt. With `random:HIDDEN,LAYERS,HEADS,VOCABULARY` as model, a Llama with
-random weights and the tokenizer of --tokenizer.
+--mean_length: the end token has probability 1 / mean_length, so that lengths are unlike. --samples: responses
+per prompt. With `random:HIDDEN,LAYERS,HEADS,VOCABULARY` as model, a Llama with random weights and the
+tokenizer of --tokenizer.
 """
 
 import argparse
@@ -97,7 +97,8 @@ def main() -> None:
     prompts = [prompt for prompt in prompts for _ in range(options.samples)]
     end = model.config.vocab_size  # no response ends early
     if options.mean_length:
-        model.lm_head = EndingHead(model.lm_head, 1 / options.mean_length)
+        end = tokenizer.eos_token_id
+        model.lm_head = EndingHead(model.lm_head, end, 1 / options.mean_length)
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=place)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=place)  # (B, P)
@@ -140,15 +141,17 @@ def main() -> None:
 
 
 class EndingHead(nn.Module):
-    """An output head with one more token, of a fixed probability."""
+    """An output head that gives the end token a fixed probability."""
 
-    def __init__(self, head: nn.Module, probability: float) -> None:
+    def __init__(self, head: nn.Module, end: int, probability: float) -> None:
         super().__init__()
-        self.head, self.odds = head, math.log(probability / (1 - probability))
+        self.head, self.end, self.odds = head, end, math.log(probability / (1 - probability))
 
     def forward(self, states: Tensor) -> Tensor:
         logits = self.head(states)
-        return torch.cat([logits, logits.logsumexp(-1, keepdim=True) + self.odds], dim=-1)
+        logits[..., self.end] = -math.inf
+        logits[..., self.end] = logits.logsumexp(-1) + self.odds
+        return logits
 
 
 if __name__ == "__main__":
