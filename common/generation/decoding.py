@@ -122,6 +122,7 @@ def _decode(
     ids = torch.zeros(count, limit, dtype=torch.long, device=device)
     logprobs, sizes = torch.zeros_like(uniforms), torch.zeros_like(ids, dtype=torch.int32)
     supports: list[tuple[Tensor, Support]] = []  # of the rows of each step
+    check_every = CHECK_EVERY.get(device.type, CHECK_EVERY["cuda"])
     for step in range(limit):
         tokens, logprobs[rows, step], allowed = choose(logits[:, :num_tokens], uniforms[rows, step])
         ids[rows, step], sizes[rows, step] = tokens, allowed.sizes
@@ -129,7 +130,7 @@ def _decode(
         is_open &= ~torch.isin(tokens, ends)
         if step == limit - 1:
             break
-        if (step + 1) % CHECK_EVERY[device.type] == 0:
+        if (step + 1) % check_every == 0:
             order = open_rows(is_open.tolist())
             any_open = sum_tensor_over_ranks(is_open.any().long()) if synced_gpus else order
             if not any_open:
