@@ -5,7 +5,6 @@ Used by step 1, and as a command that compares models on the same texts:
     bash launch/evaluate_sft.sh --model_name_or_path DIR1 DIR2 --eval_data F.jsonl
 """
 
-import contextlib
 import gc
 import math
 import os
@@ -18,27 +17,26 @@ import torch
 from torch import nn
 
 from common.data.multi_encoder import load_shared_records
-from common.model.engine import gathered_weights, make_frozen
+from common.generation.generate import PolicyEngine, load_policy, sample_answers
 from common.model.engine_protocol import Engine
 from common.model.families import max_positions
 from common.model.forward import base_model, label_pass, pad_token_id
 from common.model.head import Targets
-from common.model.loading import fit_to_model, load_causal_lm
+from common.model.loading import fit_to_model
 from common.model.roles import policy_config
-from common.model.vocabulary import spare_ids
-from common.model.zero import frozen_config, load_zero_config
+from common.model.zero import load_zero_config
 from common.runtime.distributed import init_distributed, log, rank, sum_over_ranks
 from common.runtime.files import exists, is_file, is_folder, write_json
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError, world_size
 from common.runtime.process import UNWRITTEN, run_main, stop_anywhere, stop_between_steps
-from common.runtime.progress import Progress, track
+from common.runtime.progress import track
 from common.text.record_formats import Record
 from common.text.segments import plain_demonstration
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from step1_sft.data import Demonstration, collate, tokenize_demonstration
 from step1_sft.loss import sft_loss
-from step1_sft.options import EvaluateSFTOptions, SFTOptions
+from step1_sft.options import EvaluateSFTOptions, GreedyOptions, SampleAnswerOptions, SFTOptions
 from step1_sft.packing import micro_batches
 
 COLUMNS = ("model", "records", "response_tokens", "loss", "perplexity", "bits_per_byte")
@@ -128,34 +126,20 @@ def negative_log_likelihood(
     return total, count
 
 
-@torch.no_grad()
 def greedy_answers(
-    model: nn.Module, rows: Sequence[Demonstration], encoder: SegmentEncoder, max_new_tokens: int
+    policy: PolicyEngine, rows: Sequence[Demonstration], encoder: SegmentEncoder, options: SampleAnswerOptions
 ) -> list[SampleAnswer]:
     """Answer the prompts of the rows by greedy decoding, within the model's context length."""
-    model.eval()
-    answers = []
-    is_engine = hasattr(model, "module")
-    progress = Progress("sample answers", len(rows))
-    with gathered_weights(model) if is_engine else contextlib.nullcontext(model) as full_model:
-        limit = max_positions(full_model.config)
-        for number, row in enumerate(rows, start=1):
-            prompt = torch.tensor([row.prompt_ids], device=model.device)  # (1, P)
-            sequence = full_model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=min(max_new_tokens, limit - len(row.prompt_ids)),
-                do_sample=False,
-                suppress_tokens=spare_ids(base_model(full_model)) or None,
-                synced_gpus=False,
-            )
-            ids = sequence[0, prompt.shape[1] :].tolist()
-            has_ended = ids[-1] in base_model(full_model).end_ids
-            answer = encoder.decode_response(row.prompt_ids, ids[: -1 if has_ended else None])
-            answers.append(SampleAnswer(encoder.decode_prompt(row.prompt_ids), answer))
-            progress.update(number)
-    model.train()
-    return answers
+    if not rows:
+        return []
+    room = max_positions(base_model(policy).config) - max(len(row.prompt_ids) for row in rows)
+    longest = min(options.sample_length, room)
+    gathers = options.gather_for_generation
+    greedy = GreedyOptions(max_response_length=longest, gather_for_generation=gathers)
+    prompts = {number: row.prompt_ids for number, row in enumerate(rows)}
+    answers = sample_answers(policy, encoder, prompts, greedy, step=0)
+    policy.train()
+    return [SampleAnswer(encoder.decode_prompt(ids), answers[number].text) for number, ids in prompts.items()]
 
 
 def answers_as_markdown(answers: Sequence[SampleAnswer]) -> str:
@@ -193,9 +177,9 @@ def _evaluate_candidate(
     """Return COLUMNS and the sample answers of one model. Bits per byte count EOS as no byte."""
     path, encoder, rows = candidate
     zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
-    model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), frozen_config(zero))
+    model = load_policy(path, encoder, zero)
     nats, tokens = negative_log_likelihood(model, rows, as_trained)
-    answers = greedy_answers(model, rows[: options.num_samples], encoder, options.sample_length)
+    answers = greedy_answers(model, rows[: options.num_samples], encoder, options)
     last_only = encoder.chat_template.changes_replies(encoder.tokenizer.eos_token)
     num_bytes = sum(response_bytes(record, last_only) for record in records)
     metrics = (nats / tokens, _perplexity(nats / tokens), nats / math.log(2) / num_bytes)

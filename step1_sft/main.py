@@ -58,7 +58,7 @@ def main() -> None:
     def evaluate_and_log() -> bool:
         metrics = evaluate(engine, held_out, options)
         is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/perplexity"])
-        samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options.sample_length)
+        samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options)
         loop.writer.text(loop.state.step, "samples", answers_as_markdown(samples))
         if is_best:
             export_best(engine, tokenizer, loop.folder / "best", load_base)

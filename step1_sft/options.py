@@ -24,6 +24,19 @@ class SampleAnswerOptions:
         4, "Sample answers to held-out prompts at each evaluation.", at_least=0, resume="free"
     )
     sample_length: int = option(64, "Maximum length of a sample answer in tokens.", at_least=1, resume="free")
+    gather_for_generation: bool = option(
+        True,
+        "At ZeRO-3, gather all weights for sample answers; turn off if they do not fit on one GPU.",
+        resume="free",
+    )
+
+
+@dataclass
+class GreedyOptions(GenerationOptions):
+    """Greedy decoding: only the likeliest token can be drawn."""
+
+    top_k: int = option(1, "", at_least=1)
+    seed: int = option(0, "")
 
 
 @dataclass

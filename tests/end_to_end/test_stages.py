@@ -163,6 +163,7 @@ def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) ->
     """ZeRO-3 with its hooks, and with responses of different lengths on the ranks."""
     start = run / "sft/final", run / "reward/final"
     extra = ["--zero_config", str(ZERO / "zero3.json"), "--no_gather_for_generation"]
+    succeed("step1_sft.main", [*sft(world, tmp_path / "sft", 1), *extra], tmp_path, ranks=2)
     succeed("step3_ppo.main", [*ppo(world, *start, tmp_path / "ppo"), *extra], tmp_path, ranks=2)
     for name in ("reward/mean", "response/length", "policy/loss"):
         assert metrics(tmp_path / "ppo", name) == pytest.approx(metrics(run / "ppo", name), **CLOSE)

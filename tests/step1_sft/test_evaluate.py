@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from common.generation.generate import PlainEngine
+from common.model.loading import load_causal_lm
 from common.model.vocabulary import fit_to_tokenizer
-from common.runtime import progress
 from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder
 from step1_sft.data import Demonstration
 from step1_sft.evaluate import check_output, greedy_answers, response_bytes
+from step1_sft.options import SampleAnswerOptions
 from tests.end_to_end.test_bad_input import check_refusal
 from tests.end_to_end.test_launch import bash
 from tests.ranks import succeed
@@ -124,21 +126,26 @@ def test_response_bytes_counts_replies_only():
     assert response_bytes({"prompt": "Hello", "completion": " Größe"}) == 8
 
 
-def test_answers_end_at_the_context_length(
-    world: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_answers_end_at_the_context_length(world: Path) -> None:
     encoder = SegmentEncoder(AutoTokenizer.from_pretrained(world / "model"))
     config = GPT2Config(vocab_size=len(encoder.tokenizer), n_embd=8, n_layer=1, n_head=1, n_positions=20)
     model = fit_to_tokenizer(AutoModelForCausalLM.from_config(config), encoder.tokenizer)
-    row = Demonstration(list(range(5, 24)), [False] * 18 + [True])
-    assert len(greedy_answers(model, [row], encoder, max_new_tokens=64)) == 1
-    monkeypatch.setattr(progress, "FIRST_LINE", 0.0)
-    greedy_answers(model, [row] * 2, encoder, max_new_tokens=2)
-    assert [line[:24] for line in capsys.readouterr().out.splitlines()] == [
-        "sample answers: 1/2 (50%", "sample answers: 2/2 (100",
-    ]  # fmt: skip
+    rows = [Demonstration([*range(5, 5 + n)], [False] * (n - 1) + [True]) for n in (19, 10)]
+    answers = greedy_answers(PlainEngine(model), rows, encoder, SampleAnswerOptions(sample_length=64))
+    assert [len(encoder.tokenizer(answer.answer).input_ids) for answer in answers] <= [2, 2]
+    assert greedy_answers(PlainEngine(model), [], encoder, SampleAnswerOptions()) == []
+
+
+def test_answers_are_those_of_transformers(world: Path) -> None:
+    encoder = SegmentEncoder(AutoTokenizer.from_pretrained(world / "model"))
+    model = load_causal_lm(str(world / "model"), encoder.tokenizer, None)
+    ids = [encoder.tokenizer(text).input_ids for text in ("Hello!", "Where is it?", "Good")]
+    rows = [Demonstration([*row, 5], [False] * len(row) + [True]) for row in ids]
+    answers = greedy_answers(PlainEngine(model), rows, encoder, SampleAnswerOptions(sample_length=12))
+    for answer, row in zip(answers, ids, strict=True):
+        full = model.generate(torch.tensor([row]), max_new_tokens=12, do_sample=False)[0].tolist()
+        end = full.index(encoder.tokenizer.eos_token_id) if encoder.tokenizer.eos_token_id in full else None
+        assert answer.answer == encoder.decode_response(row, full[len(row) : end])
 
 
 @pytest.mark.parametrize(

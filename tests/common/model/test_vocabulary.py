@@ -14,6 +14,7 @@ from launch.chat.options import ChatOptions
 from launch.chat.session import Chat, Speaker
 from step1_sft import evaluate
 from step1_sft.data import Demonstration
+from step1_sft.options import SampleAnswerOptions
 from tests.byte_encoder import byte_encoder
 
 SPARE = 8  # embedding rows without a token
@@ -71,11 +72,12 @@ def test_rollouts_end_at_any_end_token(encoder, model):
 
 def test_greedy_answers_of_step_1_end_at_any_end_token(encoder, model):
     row = Demonstration(encoder.tokenizer("Say it").input_ids, [False] * 5 + [True])
-    (sample,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
+    options = SampleAnswerOptions(sample_length=20)
+    (sample,) = evaluate.greedy_answers(PlainEngine(model), [row], encoder, options)
     assert sample.answer == "", "the most likely token is the end token"
     with torch.no_grad():
         model.lm_head.bias[encoder.tokenizer("a").input_ids] = 20.0
-    (sample,) = evaluate.greedy_answers(model, [row], encoder, max_new_tokens=20)
+    (sample,) = evaluate.greedy_answers(PlainEngine(model), [row], encoder, options)
     assert sample.answer == "a" * 20, "spare rows are not sampled"
 
 
