@@ -13,6 +13,7 @@ from common.generation.vllm_internals import own_random_state, start_engine
 from common.model.deepspeed_internals import is_partitioned
 from common.model.families import head_size
 from common.model.forward import base_model
+from common.model.lora import merged_weight
 from common.runtime.distributed import device, gather_objects, on_cpu, rank
 from common.runtime.options import UserError, reason
 
@@ -166,9 +167,7 @@ def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
         parts = [parameter] if adapter is None else [*adapter.parameters()]
         with deepspeed.zero.GatheredParameters(parts, enabled=any(map(is_partitioned, parts))):
             # A copy: vLLM reads it when its layer is complete, and a gathered weight is gone by then.
-            weight = parameter.detach().clone()
-            if adapter is not None:
-                weight += adapter.get_delta_weight("default").to(weight.dtype)
+            weight = parameter.detach().clone() if adapter is None else merged_weight(adapter)
         if id(parameter) in by_token:
             weight = weight[: model.num_tokens]
         yield name.replace(".base_layer.", "."), weight

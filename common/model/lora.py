@@ -102,7 +102,7 @@ def merged_adapters(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     originals = [layer.base_layer.weight for layer in layers]
     try:
         for layer in layers:  # not their data: a tied embedding has no adapter
-            layer.base_layer.weight = nn.Parameter(_merged_weight(layer), requires_grad=False)
+            layer.base_layer.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
         with module.disable_adapter():
             yield
     finally:
@@ -111,7 +111,7 @@ def merged_adapters(module: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _merged_weight(layer: nn.Module) -> Tensor:
+def merged_weight(layer: nn.Module) -> Tensor:
     """W + alpha / rank B A, rounded once. Source: Hu et al. 2021, section 4.1."""
     weight = layer.base_layer.weight
     merged = weight.float()
