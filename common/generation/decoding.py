@@ -51,10 +51,17 @@ def draw(
     logits = scaled(logits, temperature)
     allowed = support(logits, top_k, top_p)
     logprobs = restrict(logits, allowed).log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1)
+    cumulative = cumulative_sums(logprobs.exp())
     target = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
     return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1), allowed
+
+
+def cumulative_sums(probabilities: Tensor) -> Tensor:
+    """Cumulative sums of rows (B, V). CUDA's kernel for one row alone gives other last digits every time."""
+    if len(probabilities) == 1:
+        return probabilities.expand(2, -1).cumsum(-1)[:1]
+    return probabilities.cumsum(-1)
 
 
 @torch.no_grad()

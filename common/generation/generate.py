@@ -18,7 +18,7 @@ from common.model.forward import base_model
 from common.model.loading import load_causal_lm
 from common.model.lora import merged_adapters
 from common.model.zero import frozen_config, unpartitioned
-from common.runtime.distributed import device, gather_objects, rank
+from common.runtime.distributed import any_kernels, device, gather_objects, rank
 from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.text.tokenizer import SegmentEncoder
@@ -122,6 +122,7 @@ def generate(
     compiled = not synced_gpus and use_compiler(options)
     policy.eval()
     with (
+        any_kernels(),
         gathered_weights(policy, options.gather_for_generation) as module,
         merged_adapters(module, enabled=not synced_gpus),
     ):

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -49,6 +49,24 @@ def use_own_gpu() -> None:
     """Select the GPU of this rank, before anything uses CUDA and takes memory of another one."""
     if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def use_deterministic_kernels() -> None:
+    """Use CUDA kernels that give the same bytes every time; raises RuntimeError where torch has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # is for debugging, and slow
+    torch.use_deterministic_algorithms(True)
+
+
+@contextlib.contextmanager
+def any_kernels() -> Iterator[None]:
+    """Undo `use_deterministic_kernels` for code that is reproducible, but that torch would refuse."""
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic)
 
 
 def init_distributed(timeout_minutes: float = 30.0) -> None:

@@ -80,6 +80,9 @@ class RunOptions(RankOptions):
 
     output_dir: str = option("output/run", "Folder for logs, checkpoints and the final model.", resume="free")
     seed: int = option(0, "Seed of data order, new weights and sampling.", at_least=0)
+    deterministic: bool = option(
+        False, "Reproduce a run to the byte on the same kind and number of GPUs; slower.", resume="free"
+    )
     max_steps: int = option(
         0, "Number of training steps; 0: computed from --num_train_epochs.", at_least=0, resume="free"
     )

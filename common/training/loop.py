@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerFast
 from common.data.batching import batch_order, steps_in_epochs
 from common.data.examples import Examples
 from common.model.engine_protocol import Engine
-from common.runtime.distributed import gather_objects, init_distributed, log, ranks_in_words, seed_everything
+from common.runtime.distributed import (
+    gather_objects,
+    init_distributed,
+    log,
+    ranks_in_words,
+    seed_everything,
+    use_deterministic_kernels,
+)
 from common.runtime.option_checks import same_command
 from common.runtime.options import RunOptions
 from common.runtime.process import Stopped, stop_between_steps, stop_requested
@@ -52,6 +59,8 @@ class TrainingLoop:
         """
         check_best_metric(options, held_out)
         init_distributed(options.timeout_minutes)
+        if options.deterministic:
+            use_deterministic_kernels()
         epochs = steps_in_epochs(len(train), batch_size, options.num_train_epochs)
         self.total_steps = options.max_steps or epochs
         self.checkpoint = open_run(options, tokenizers, self.total_steps)

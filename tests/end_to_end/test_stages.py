@@ -159,6 +159,13 @@ def test_head_in_chunks(world: Path, run: Path, tmp_path: Path, monkeypatch: pyt
             assert result == pytest.approx(wanted, **CLOSE), f"{output} {name}"
 
 
+def test_deterministic_run_is_the_same(world: Path, run: Path, tmp_path: Path) -> None:
+    """Kernels are the same on a CPU. torch refuses none that training uses."""
+    start = run / "sft/final", run / "reward/final"
+    succeed("step3_ppo.main", [*ppo(world, *start, tmp_path / "ppo"), "--deterministic"], tmp_path)
+    assert timeless(tmp_path / "ppo") == timeless(run / "ppo")
+
+
 def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) -> None:
     """ZeRO-3 with its hooks, and with responses of different lengths on the ranks."""
     start = run / "sft/final", run / "reward/final"
