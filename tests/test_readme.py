@@ -20,8 +20,11 @@ PAGES = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 OPTION = r"--[a-z][a-z0-9_-]*"
-# Of argparse, pytest, pip and sbatch.
-FOREIGN_OPTIONS = {"--help", "--ignore", "--no-deps", "--requeue", "--signal"}
+# Of argparse, pytest, pip, sbatch, srun and torchrun.
+FOREIGN_OPTIONS = {
+    "--help", "--ignore", "--no-deps", "--requeue", "--signal", "--ntasks-per-node",
+    "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
+}  # fmt: skip
 EXTENSIONS = r"\.(?:py|sh|md|jsonl?|ya?ml|txt|log|html|css|js|png|svg|toml)"
 DATA_FILE = r"\.(?:jsonl|json|csv|parquet)$"
 

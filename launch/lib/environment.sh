@@ -5,7 +5,7 @@ HERE="$ROOT/launch"
 NUM_GPUS="${NUM_GPUS:-}"        # ranks per machine; empty: all GPUs, or one rank on the CPU
 ZERO_CONFIG="${ZERO_CONFIG:-}"  # DeepSpeed JSON; empty: zero2 on GPUs, zero0 on the CPU
 HOSTFILE="${HOSTFILE:-}"        # DeepSpeed's list of machines; empty: this one
-MASTER_PORT="${MASTER_PORT:-}"  # where the ranks meet; empty: a free port, or 29500 with a HOSTFILE
+MASTER_PORT="${MASTER_PORT:-}"  # where the ranks meet; empty: a free port, or 29500 on several nodes
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # Spinning threads take cores from other jobs and other ranks.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
@@ -23,6 +23,7 @@ trap stop_early TERM INT USR1
 # install FILE...: install requirements into a virtual environment, again only when they change.
 install() {
     local venv="$ROOT/.venv" file
+    exec 9<"$ROOT" && flock 9 2>/dev/null || true # nodes with a shared folder start at the same time
     if [ ! -x "$venv/bin/python" ]; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: $(python3 --version) is too old; Triptych needs 3.11 or newer as python3" >&2 && exit 2; }
@@ -35,6 +36,7 @@ install() {
         heed pip install --quiet --disable-pip-version-check -r "$ROOT/$file"
         cp "$ROOT/$file" "$venv/${file//\//-}.installed"
     done
+    exec 9<&-
 }
 
 has_gpu() {
@@ -42,19 +44,19 @@ has_gpu() {
 }
 
 # Choose GPUs for the ranks, or the CPU, where nothing is compiled at run time. Ranks share the cores. With a
-# HOSTFILE, DeepSpeed chooses on each machine.
+# HOSTFILE, DeepSpeed chooses on each machine: this one may have no GPU.
 choose_device() {
     GPUS=""
-    if [ "${DS_ACCELERATOR:-}" = cpu ] || ! has_gpu; then
+    if [ -n "$HOSTFILE" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
+        return 0
+    elif [ "${DS_ACCELERATOR:-}" = cpu ] || ! has_gpu; then
         NUM_GPUS="${NUM_GPUS:-1}"
         export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=
-    elif [ -z "$HOSTFILE" ]; then
+    else
         export NUM_GPUS
         GPUS="$(python "$HERE/lib/gpus.py")" || exit 2
         NUM_GPUS="$(tr , '\n' <<<"$GPUS" | wc -l)"
         unset CUDA_VISIBLE_DEVICES
-    else
-        return 0
     fi
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
 }
@@ -79,6 +81,22 @@ output_dir() {
     printf %s "$folder"
 }
 
+# choose_nodes: set NNODES and, on several nodes without HOSTFILE, NODE_RANK, MASTER_ADDR and MASTER_PORT.
+choose_nodes() {
+    local assignments
+    assignments="$(python "$HERE/lib/nodes.py")" || exit 2
+    eval "export $assignments"
+}
+
+# choose_launcher: DeepSpeed's launcher, which starts the ranks of this node, or those of HOSTFILE by ssh.
+choose_launcher() {
+    LAUNCHER=(deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} $(ranks_on))
+    [ "$NNODES" = 1 ] && return
+    local gpus="${GPUS:-$(seq -s, 0 $((NUM_GPUS - 1)))}"
+    LAUNCHER=(python -u -m deepspeed.launcher.launch --quiet --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+        --world_info "$(python "$HERE/lib/nodes.py" "$NNODES" "$gpus")")
+}
+
 # On one machine, use any free port, so that two runs do not collide.
 choose_port() {
     [ -n "$MASTER_PORT$HOSTFILE" ] && return
@@ -96,10 +114,11 @@ run_stage() {
     set -- "$1" "$2" ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "${@:3}"
     install requirements.txt
     check_options "${@:3}"
+    choose_nodes
     choose_device
     choose_port
-    exec python "$HERE/lib/supervise.py" "$(output_dir "${@:2}")" "$0" \
-        deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} $(ranks_on) \
+    choose_launcher
+    exec python "$HERE/lib/supervise.py" "$(output_dir "${@:2}")" "$0" "${LAUNCHER[@]}" \
         --master_port "${MASTER_PORT:-29500}" --no_local_rank --module "$1" "${@:3}"
 }
 

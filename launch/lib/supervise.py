@@ -57,7 +57,8 @@ def main() -> int:
         code = child.wait()
         code, last = ending(endings, code if rank_code is None else rank_code, len(signals))
         if code not in (0, REFUSED, STOPPED):
-            log.open()
+            if os.environ.get("NODE_RANK", "0") == "0":
+                log.open()  # nodes share the folder
             last += f"Failed with exit code {code}{f'; log: {log.path}' if log.is_open else ''}\n"
         log.write(last.encode())
         log.close(is_refused=code == REFUSED)

@@ -1,0 +1,153 @@
+"""Several nodes: two network namespaces with their own addresses and host names, on this machine."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.ranks import succeed
+from tests.stages import ppo, reward, sft, timeless
+
+NAMES = ("triptych-node0", "triptych-node1")
+NETWORK = "10.213.7."
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare"))), reason="needs root, ip and unshare"
+)
+
+
+class Nodes:
+    """Two nodes; each starts the same script."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[int, subprocess.Popen] = {}
+
+    def start(self, node: int, script: str, words: list[str], **variables: str) -> None:
+        command = f'hostname host{node} && exec bash {REPOSITORY}/launch/{script} "$@"'
+        own = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": f"{NETWORK}1", "NUM_GPUS": "1"}
+        with self.log(node).open("w") as log:
+            self.processes[node] = subprocess.Popen(
+                ["ip", "netns", "exec", NAMES[node], "unshare", "-u", "bash", "-c", command, "bash", *words],
+                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0", **own, **variables},
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self, node: int) -> Path:
+        return self.folder / f"node{node}.log"
+
+    def text(self, node: int) -> str:
+        return self.log(node).read_text()
+
+    def pids(self, node: int) -> list[int]:
+        done = subprocess.run(
+            ["ip", "netns", "pids", NAMES[node]], capture_output=True, text=True, check=False
+        )
+        return [int(word) for word in done.stdout.split()]
+
+    def rank(self, node: int) -> int:
+        """The process of the rank on a node."""
+        for pid in self.pids(node):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if "-m" in words and words[words.index("-m") + 1].endswith(".main"):
+                    return pid
+        raise AssertionError(self.text(node))
+
+    def end(self, node: int, seconds: float = 240) -> int:
+        """Wait for the end of a node, which leaves no process."""
+        code = self.processes[node].wait(seconds)
+        _wait_for(lambda: not self.pids(node), 40)
+        return code
+
+    def kill(self) -> None:
+        for node in (0, 1):
+            for pid in self.pids(node):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _ip(*words: str, check: bool = True) -> None:
+    subprocess.run(["ip", *words], check=check, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[None]:
+    for name in NAMES:
+        _ip("netns", "del", name, check=False)
+    try:
+        for name in NAMES:
+            _ip("netns", "add", name)
+        _ip(
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            NAMES[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "eth0",
+            "netns",
+            NAMES[1],
+        )
+        for node, name in enumerate(NAMES):
+            _ip("-n", name, "address", "add", f"{NETWORK}{node + 1}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                _ip("-n", name, "link", "set", device, "up")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces are not allowed here: {error.stderr.decode().strip()}")
+    else:
+        yield
+    finally:
+        for name in NAMES:
+            _ip("netns", "del", name, check=False)
+
+
+@pytest.fixture
+def nodes(network: None, tmp_path: Path) -> Iterator[Nodes]:  # noqa: ARG001 - another fixture
+    _ip("-n", NAMES[1], "link", "set", "eth0", "up")
+    pair = Nodes(tmp_path)
+    yield pair
+    pair.kill()
+
+
+def _run(nodes: Nodes, script: str, words: list[str]) -> None:
+    for node in (0, 1):
+        nodes.start(node, script, words)
+    assert [nodes.end(node) for node in (0, 1)] == [0, 0], nodes.text(0) + nodes.text(1)
+
+
+def test_three_steps_are_those_of_one_node(nodes: Nodes, world: Path, tmp_path: Path) -> None:
+    """Two ranks on two nodes write the bytes of two ranks on one; only node 0 writes the log."""
+    for folder, is_two in (("two", True), ("one", False)):
+        start, model, policy = (tmp_path / folder / name for name in ("sft", "reward", "ppo"))
+        for stage, words in (
+            ("step1_sft", sft(world, start, 2)),
+            ("step2_reward", reward(world, start / "final", model, 2)),
+            ("step3_ppo", ppo(world, start / "final", model / "final", policy, 2)),
+        ):
+            if is_two:
+                _run(nodes, f"{stage}.sh", words)
+            else:
+                succeed(f"{stage}.main", words, tmp_path, ranks=2)
+    for step in ("sft", "reward", "ppo"):
+        two, one = tmp_path / "two" / step, tmp_path / "one" / step
+        assert timeless(two) == timeless(one)
+        weights = [*(one / "final").glob("*.safetensors")]
+        assert weights and all((two / "final" / w.name).read_bytes() == w.read_bytes() for w in weights)
+        assert (two / "train.log").read_text().count("=== ") == 1
