@@ -1,4 +1,4 @@
-"""The losses of PPO, per response token, (B, T) or any other shape. Pure."""
+"""The losses of PPO, per response token, (B, T) or any other shape, and how they are averaged. Pure."""
 
 from typing import NamedTuple, assert_never
 
@@ -17,22 +17,45 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, dual_clip: float = 0.0
-) -> PolicyLoss:
-    """Clipped surrogate, -min(ratio * A, clip(ratio, 1 - e, 1 + e) * A), for each token.
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, dual_clip: float = 0.0,
+    clip_range_high: float = 0.0,
+) -> PolicyLoss:  # fmt: skip
+    """Clipped surrogate, -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), for each token.
 
-    logprobs, old_logprobs, advantages (B, T). With `dual_clip` c > 1, the loss of a token with A < 0 is at
-    most -c * A, which bounds the effect of huge ratios; 0 turns it off. Source: Schulman et al. 2017 (PPO),
-    eq. 7; dual clip: Ye et al. 2020, eq. 5.
+    logprobs, old_logprobs, advantages (B, T). low: clip_range; high: clip_range_high, or clip_range with 0.
+    With `dual_clip` c > 1, the loss of a token with A < 0 is at most -c * A, which bounds the effect of huge
+    ratios; 0 turns it off. Source: Schulman et al. 2017 (PPO), eq. 7; dual clip: Ye et al. 2020, eq. 5; two
+    ranges (clip-higher): Yu et al. 2025 (DAPO), eq. 10.
     """
     log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + clip_range)
+    bounded = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + (clip_range_high or clip_range))
     loss = torch.maximum(unclipped, bounded)
     if dual_clip:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     return PolicyLoss(loss, ratio.detach(), (bounded > unclipped).detach())
+
+
+def token_weights(response_lengths: Tensor, is_counted: Tensor, aggregation: str, longest: int) -> Tensor:
+    """The weight of each response's tokens in a mean over all tokens: (B,), (B,) bool -> (B,).
+
+    The mean of weight times loss over all tokens is, over the counted responses: with `token` the mean over
+    tokens (Yu et al. 2025, DAPO, eq. 12), with `sequence` the mean over responses of the mean over their
+    tokens (Shao et al. 2024, GRPO, eq. 3), with `constant` the mean over responses of the sum over their
+    tokens, divided by `longest` (Liu et al. 2025, Dr. GRPO). All are 0 if no response counts.
+    """
+    tokens, counted = response_lengths.sum(), is_counted.sum().clamp(min=1)
+    match aggregation:
+        case "token":
+            divisors = (response_lengths * is_counted).sum().clamp(min=1)
+        case "sequence":
+            divisors = counted * response_lengths
+        case "constant":
+            divisors = counted * longest
+        case _:
+            assert_never(aggregation)
+    return is_counted * tokens / divisors
 
 
 def rollout_weights(logprobs: Tensor, behaviour_logprobs: Tensor, cap: float) -> Tensor:

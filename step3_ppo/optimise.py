@@ -18,7 +18,7 @@ from common.runtime.options import world_size
 from common.training.means import Mean
 from step3_ppo.gap import SamplerGap, is_rescored, largest_gap
 from step3_ppo.kl_penalty import KLPenalty
-from step3_ppo.losses import policy_loss, rollout_weights, value_loss
+from step3_ppo.losses import policy_loss, rollout_weights, token_weights, value_loss
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
@@ -37,6 +37,8 @@ class MicroBatch(NamedTuple):
     advantages: Tensor  # (N,)
     values: Tensor | None  # (N,) None without a critic
     returns: Tensor | None  # (N,) None without a critic
+    policy_weights: Tensor  # (N,) of tokens in the actor's loss
+    value_weights: Tensor  # (N,) of tokens in the critic's loss
     tokens: int  # response tokens of the minibatch, over all ranks
     tokens_read: int  # the same with prompts
     is_last: bool  # the last micro-batch of this rank in the minibatch
@@ -51,10 +53,11 @@ def optimise(
     Epochs end early when the KL to the rollout policy exceeds --max_update_kl; the learning rates then follow
     their schedules as if all updates had been made.
 
-    Every loss is a mean over the tokens of the minibatch, independent of its split over ranks and
-    micro-batches. Returns means over the tokens of all updates, mean gradient norms, and the number of
-    updates skipped because of non-finite numbers. `policy/ratio` is that of the first minibatch, where it is
-    1 by construction. Raises SamplerError before the first update when sampler and trainer disagree.
+    Every loss is a weighted mean over the tokens of the minibatch, by --loss_aggregation and
+    --mask_truncated, independent of its split over ranks and micro-batches. Returns means over the tokens of
+    all updates, mean gradient norms, and the number of updates skipped because of non-finite numbers.
+    `policy/ratio` is that of the first minibatch, where it is 1 by construction. Raises SamplerError before
+    the first update when sampler and trainer disagree.
 
     `policy/update_kl` is the KL from the rollout policy after the last update (k2), in nats per response. It
     is measured on the last minibatch with one more forward pass at the end of each epoch, at a third of the
@@ -129,6 +132,8 @@ def _micro_batches(
     """This rank's micro-batches of a minibatch. batch: the rows of the minibatch."""
     tokens, tokens_read = int(rollout.response_lengths[batch].sum()), int(rollout.lengths[batch].sum())
     chunks = deal(batch, rollout.lengths.tolist(), micro_batch(options), rank(), world_size())
+    policy_weights = _weights(rollout, batch, options.loss_aggregation, options)
+    value_weights = _weights(rollout, batch, "token", options)
     for number, chunk in enumerate(chunks, start=1):
         mask = rollout.response_mask[chunk]  # (b, R)
         yield MicroBatch(
@@ -139,10 +144,20 @@ def _micro_batches(
             advantages[chunk][mask],
             None if returns is None else rollout.values[chunk][mask],
             None if returns is None else returns[chunk][mask],
+            policy_weights[chunk][mask],
+            value_weights[chunk][mask],
             tokens,
             tokens_read,
             is_last=number == len(chunks),
         )
+
+
+def _weights(rollout: Rollout, batch: list[int], aggregation: str, options: PPOOptions) -> Tensor:
+    """Weights of the tokens of a minibatch in a loss: (B, R)."""
+    lengths, counted = rollout.response_lengths[batch], rollout.ended[batch] | (not options.mask_truncated)
+    weights = torch.zeros_like(rollout.logprobs)
+    weights[batch] = token_weights(lengths, counted, aggregation, options.max_response_length)[:, None]
+    return weights
 
 
 def _means(sums: Sums, first: dict[str, float]) -> dict[str, Mean]:
@@ -170,16 +185,19 @@ def _update_actor(
     kind = "differentiable" if options.entropy_coef else "value"
     logprobs, entropy, balance = policy_pass(actor, batch.rows, options.temperature, kind)
     gap.add(batch.numbers, logprobs, batch.is_last)
-    result = policy_loss(logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip)
+    result = policy_loss(
+        logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip,
+        options.clip_range_high,
+    )  # fmt: skip
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
         loss = loss - options.entropy_coef * entropy
-    loss = loss.sum() / batch.tokens + balance / batch.tokens_read
+    loss = (loss * batch.policy_weights).sum() / batch.tokens + balance / batch.tokens_read
     norm = backward_and_step(actor, loss, world_size(), batch.is_last)
     with torch.no_grad():
         if has_balance_loss(base_model(actor)):  # `_means` divides by the tokens of responses
             sums["train/aux_loss"] += balance * batch.tokens / batch.tokens_read
-        sums["policy/loss"] += result.loss.sum()
+        sums["policy/loss"] += (result.loss * batch.policy_weights).sum()
         sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()
         sums["policy/approx_kl"] += _squares(logprobs, batch.logprobs)
@@ -191,8 +209,9 @@ def _update_critic(critic: Engine, batch: MicroBatch, options: PPOOptions, sums:
     """One micro-batch of the value loss."""
     values = token_scores(critic, batch.rows.input_ids, batch.rows.positions)
     result = value_loss(values, batch.values, batch.returns, options.value_clip_range)
-    norm = backward_and_step(critic, result.loss.sum() / batch.tokens, world_size(), batch.is_last)
+    loss = (result.loss * batch.value_weights).sum()
+    norm = backward_and_step(critic, loss / batch.tokens, world_size(), batch.is_last)
     with torch.no_grad():
-        sums["value/loss"] += result.loss.sum()
+        sums["value/loss"] += loss
         sums["value/clip_fraction"] += result.clipped.sum()
     return norm

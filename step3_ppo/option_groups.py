@@ -47,6 +47,18 @@ class ScoringOptions(EnsembleOptions):
     repetition_penalty: float = option(
         0.0, "Subtracted from the score, times the share of repeated trigrams in the response.", at_least=0
     )
+    overlong_buffer: int = option(
+        0,
+        "Penalise the last this many tokens before --max_response_length, by --overlong_penalty; 0: do not.",
+        at_least=0,
+    )
+    overlong_penalty: float = option(
+        1.0,
+        "Subtracted from the score of a response of --max_response_length, and less of it linearly within"
+        " --overlong_buffer.",
+        above=0,
+    )
+    mask_truncated: bool = option(False, "Leave responses without EOS out of the losses of actor and critic.")
     whiten_rewards: bool = option(False, "Scale the rewards of a rollout to variance 1; keep the mean.")
 
 
@@ -104,6 +116,14 @@ class AlgorithmOptions:
     critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations, in which only the critic is trained.", at_least=0)
     clip_range: float = option(0.2, "Clip the probability ratio to 1 -/+ this.", above=0)
+    clip_range_high: float = option(
+        0.0, "Clip the probability ratio above at 1 + this (clip-higher); 0: --clip_range.", at_least=0
+    )
+    loss_aggregation: Literal["token", "sequence", "constant"] = option(
+        "token",
+        "The actor's loss is a mean over all tokens (token), over the means of responses (sequence), or over"
+        " their sums, divided by --max_response_length (constant: Dr. GRPO).",
+    )
     rollout_ratio_cap: float = option(
         2.0,
         "Weight each token by the ratio of its probabilities under trainer and sampler, at most this; 0: do"

@@ -118,6 +118,11 @@ class PPOOptions(
             raise UserError(f"--dual_clip {self.dual_clip} must be above 1, or 0 for none")
         if 0 < self.rollout_ratio_cap < 1:
             raise UserError(f"--rollout_ratio_cap {self.rollout_ratio_cap} must be at least 1, or 0 for none")
+        if self.overlong_buffer > self.max_response_length:
+            raise UserError(
+                f"--overlong_buffer {self.overlong_buffer} must be at most --max_response_length"
+                f" {self.max_response_length}"
+            )
         check_controller(self)
         for name, divisor in {
             "--global_batch_size": self.global_batch_size,

@@ -15,7 +15,7 @@ from step3_ppo.advantages import (
     whitened_returns,
 )
 from step3_ppo.options import PPOOptions
-from step3_ppo.rewards import clip_scores, repeated_share, token_kl, token_rewards
+from step3_ppo.rewards import clip_scores, overlong_shares, repeated_share, token_kl, token_rewards
 from step3_ppo.rollout import Rollout
 from step3_ppo.state import PPOState
 
@@ -27,8 +27,9 @@ def shape_rewards(rollout: Rollout, options: PPOOptions, state: PPOState) -> tup
     score less its penalties.
 
     Also metrics, averaged over responses: `reward/clipped`, the share of clipped scores; `reward/penalty`,
-    the penalties for a missing EOS, length and repetition; `reward/total`, the sum of rewards before they are
-    whitened, which the policy maximises. The scores of the rollout join `state.score_scale`.
+    the penalties for a missing EOS, length, an overlong response and repetition; `reward/total`, the sum of
+    rewards before they are whitened, which the policy maximises. The scores of the rollout join
+    `state.score_scale`.
     """
     scores = rollout.scores
     if options.normalise_scores:
@@ -38,6 +39,11 @@ def shape_rewards(rollout: Rollout, options: PPOOptions, state: PPOState) -> tup
     penalties = (
         options.missing_eos_penalty * ~rollout.ended + options.length_penalty * rollout.response_lengths
     )
+    if options.overlong_buffer:
+        shares = overlong_shares(
+            rollout.response_lengths, options.max_response_length, options.overlong_buffer
+        )
+        penalties = penalties + options.overlong_penalty * shares
     if options.repetition_penalty:
         repeated = [repeated_share(rollout.response(row)) for row in range(len(scores))]
         penalties = penalties + options.repetition_penalty * scores.new_tensor(repeated)

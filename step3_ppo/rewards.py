@@ -45,6 +45,14 @@ def clip_scores(scores: Tensor, limit: float) -> Tensor:
     return scores.clamp(-limit, limit) if limit else scores
 
 
+def overlong_shares(response_lengths: Tensor, longest: int, buffer: int) -> Tensor:
+    """How much of the buffer before the longest response each one uses, 0 to 1: (B,) -> (B,).
+
+    Source: Yu et al. 2025 (DAPO), eq. 13, with the opposite sign.
+    """
+    return (response_lengths - (longest - buffer)).clamp(min=0) / buffer
+
+
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """The k1 estimate log pi - log pi_ref of the KL divergence at each sampled token, (B, T), 0 outside the
     mask.

@@ -25,7 +25,7 @@ from step3_ppo.best_of_n import files as best_of_n_files
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.select import rejected
 from step3_ppo.kl_penalty import KLPenalty
-from step3_ppo.losses import kl_loss
+from step3_ppo.losses import kl_loss, token_weights
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rewards import RunningScale
@@ -102,6 +102,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "kl_controller": lambda v: make_kl_penalty(PPOOptions(kl_controller=v), 0.1),
     "advantage_estimator": lambda v: estimate(advantage_estimator=v),
     "reinforce_baseline": lambda v: estimate(advantage_estimator="reinforce", reinforce_baseline=v),
+    "loss_aggregation": lambda v: token_weights(TWO.long(), TWO > 1, v, 2),
     "keep": keep,
     "pairs": lambda v: rejected(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),
 }

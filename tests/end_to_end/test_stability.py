@@ -51,6 +51,10 @@ MIXES = {
         "--temperature",
         "0.7",
     ],
+    "dapo": [
+        *("--advantage_estimator", "group", "--samples_per_prompt", "4", "--clip_range_high", "0.28"),
+        *("--mask_truncated", "--overlong_buffer", "4", "--loss_aggregation", "sequence", *LORA),
+    ],
     "ptx": ["--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--zero_config", "{zero2}"],
     "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--max_update_kl", "1e-3"],
 }

@@ -2,7 +2,8 @@
 
 Schulman et al. 2016 (GAE) and 2017 (clipped surrogate), Ziegler et al. 2019 (KL in the reward, adaptive
 coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PPO-ptx), Ahmadian et al. 2024
-(RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3).
+(RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3), Yu et al. 2025 (DAPO:
+clip-higher, means over tokens, overlong penalty), Liu et al. 2025 (Dr. GRPO: sums over a constant).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -167,6 +168,10 @@ class PPO:
                 + options["length_penalty"] * len(one.row.response)
                 + options["repetition_penalty"] * repeated(one.row.response, 3)
             )
+            if buffer := options.get("overlong_buffer"):
+                free = options["max_response_length"] - buffer
+                used = len([token for token in range(len(one.row.response)) if token >= free])
+                penalties[-1] += options["overlong_penalty"] * used / buffer
             in_reward = self.kl_coef if options["kl_penalty"] == "reward" else 0.0
             rewards.append(-in_reward * one.kl)
             rewards[-1][-1] += max(-limit, min(limit, score)) - penalties[-1]
@@ -303,14 +308,14 @@ class PPO:
 
     def policy_loss(self, batch: Sequence[Scored], advantages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The mean over tokens; and per token loss, ratio, whether it is clipped, k2 and entropy."""
-        options, per_token, losses = self.options, [], []
+        options, per_token, losses, surrogates = self.options, [], [], []
         for one, advantage in zip(batch, advantages, strict=True):
             every = self.distribution(self.actor, one.row, one.allowed)
             logprobs = every[range(len(one.row.response)), list(one.row.response)]
             entropy = -(every.exp() * every.masked_fill(~one.allowed, 0.0)).sum(1)
             ratio = torch.exp(logprobs - one.logprobs)
-            low, high = 1 - options["clip_range"], 1 + options["clip_range"]
-            plain, bounded = ratio * advantage, ratio.clip(low, high) * advantage
+            low, high = options["clip_range"], options.get("clip_range_high", options["clip_range"])
+            plain, bounded = ratio * advantage, ratio.clip(1 - low, 1 + high) * advantage
             surrogate = torch.minimum(plain, bounded)
             if bound := options["dual_clip"]:
                 is_negative = advantage < 0
@@ -322,9 +327,32 @@ class PPO:
                 case "k3":
                     loss = loss + self.kl_coef * (torch.exp(-x) - 1 + x)
             losses.append(loss - options["entropy_coef"] * entropy)
+            surrogates.append(-surrogate)
             k2 = (logprobs - one.logprobs) ** 2 / 2
-            per_token.append(torch.stack([-surrogate, ratio, (bounded < plain).float(), k2, entropy], dim=1))
-        return torch.cat(losses).mean(), torch.cat(per_token).detach()
+            per_token.append(torch.stack([0 * ratio, ratio, (bounded < plain).float(), k2, entropy], dim=1))
+        every = torch.cat(per_token).detach()
+        every[:, 0] = self.over_responses(batch, surrogates).item()
+        return self.over_responses(batch, losses), every
+
+    def over_responses(self, batch: Sequence[Scored], losses: Sequence[Tensor]) -> Tensor:
+        """The loss of responses from those of their tokens; 0 where all are left out."""
+        counted = self.counted(batch, losses)
+        match self.options.get("loss_aggregation", "token") if counted else "none":
+            case "none":
+                return sum(part.sum() for part in losses) * 0.0
+            case "token":
+                return torch.cat(counted).mean()
+            case "sequence":
+                return torch.stack([part.mean() for part in counted]).mean()
+            case "constant":
+                longest = self.options["max_response_length"]
+                return torch.stack([part.sum() / longest for part in counted]).mean()
+        raise ValueError(self.options["loss_aggregation"])
+
+    def counted(self, batch: Sequence[Scored], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Those of the responses that are learnt from."""
+        is_masked = self.options.get("mask_truncated", False)
+        return [part for one, part in zip(batch, parts, strict=True) if one.row.ended or not is_masked]
 
     def value_loss(self, batch: Sequence[Scored], returns: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The mean over tokens; and per token loss and whether it is clipped."""
@@ -335,8 +363,11 @@ class PPO:
             error, near_error = (values - target) ** 2, (near - target) ** 2
             loss = torch.maximum(error, near_error) / 2
             per_token.append(torch.stack([loss, (near_error > error).float()], dim=1))
-        every = torch.cat(per_token)
-        return every[:, 0].mean(), every.detach()
+        every, counted = torch.cat(per_token), self.counted(batch, [part[:, 0] for part in per_token])
+        loss = torch.cat(counted).mean() if counted else every.sum() * 0.0
+        every = every.detach()
+        every[:, 0] = loss.item()
+        return loss, every
 
     @torch.no_grad()
     def moved(self, batch: Sequence[Scored]) -> float:

@@ -75,6 +75,16 @@ CASES: dict[str, dict[str, Any]] = {
     "function": {"function_weight": -2.0, "reward_model": False},
     "lora": {"lora_rank": 2},
     "tokens": {"micro_batch_tokens": 45, "ptx_coef": 0.5, "max_steps": 3},
+    "sequence": {
+        **GROUPS, "advantage_estimator": "group", "group_std": "true", "loss_aggregation": "sequence",
+        "clip_range_high": 0.14, "kl_penalty": "k2", "entropy_coef": 0.1, "mask_truncated": "true",
+    },
+    "constant": {
+        "advantage_estimator": "reinforce_pp", "loss_aggregation": "constant", "micro_batch_tokens": 45,
+    },
+    "masked": {
+        "mask_truncated": "true", "overlong_buffer": 4, "overlong_penalty": 0.6, "ptx_coef": 0.3,
+    },
     "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
 }  # fmt: skip
 RESUMED = {

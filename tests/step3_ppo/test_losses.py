@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.numeric.tensor_ops import masked_mean
-from step3_ppo.losses import LOG_RATIO_LIMIT, kl_loss, policy_loss, value_loss
+from step3_ppo.losses import LOG_RATIO_LIMIT, kl_loss, policy_loss, token_weights, value_loss
 from tests.conftest import assert_close
 
 
@@ -69,6 +69,48 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages(ratio, advantage, loss
 def test_without_dual_clip_the_loss_is_not_bounded():
     result = policy_loss(torch.tensor([math.log(5.0)]), torch.zeros(1), torch.tensor([-1.0]), 0.2)
     assert_close(result.loss, torch.tensor([5.0]))
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, gradient",
+    [
+        (1.25, 1.0, -1.25, -1.25),  # beyond 1 + low, within 1 + high
+        (1.5, 1.0, -1.3, 0.0),
+        (0.75, -1.0, 0.8, 0.0),  # below 1 - low
+        (0.75, 1.0, -0.75, -0.75),
+    ],
+)
+def test_clip_higher_moves_the_upper_bound_alone(ratio, advantage, loss, gradient):
+    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
+    result = policy_loss(
+        logprobs, torch.zeros(1), torch.tensor([advantage]), clip_range=0.2, clip_range_high=0.3
+    )
+    result.loss.backward()
+    assert_close(result.loss, torch.tensor([loss]))
+    assert_close(logprobs.grad, torch.tensor([gradient]))
+    assert result.clipped.item() is (gradient == 0.0)
+
+
+@pytest.mark.parametrize(
+    "aggregation, expected",
+    [
+        ("token", (1 + 2 + 3 + 10) / 4),
+        ("sequence", ((1 + 2 + 3) / 3 + 10) / 2),
+        ("constant", ((1 + 2 + 3) / 8 + 10 / 8) / 2),
+    ],
+)
+def test_aggregation_by_hand(aggregation, expected):
+    """Three tokens, two that are left out, one; at most eight."""
+    losses, lengths = torch.tensor([1.0, 2.0, 3.0, 50.0, 60.0, 10.0]), torch.tensor([3, 2, 1])
+    weights = token_weights(lengths, torch.tensor([True, False, True]), aggregation, 8)
+    assert_close((weights.repeat_interleave(lengths) * losses).mean(), torch.tensor(expected))
+
+
+def test_weights_without_and_with_all_responses():
+    lengths, none = torch.tensor([3, 2, 1]), torch.zeros(3, dtype=torch.bool)
+    for aggregation in ("token", "sequence", "constant"):
+        assert not token_weights(lengths, none, aggregation, 8).any()
+    assert torch.equal(token_weights(lengths, ~none, "token", 8), torch.ones(3))  # to the bit
 
 
 def test_extreme_ratio_stays_finite():

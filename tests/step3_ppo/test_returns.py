@@ -40,6 +40,13 @@ def state(kl_coef: float, kind: str = "reward") -> PPOState:
         ({"missing_eos_penalty": 2.0}, [1.0, -7.0], 0, 1.0),
         ({"length_penalty": 0.25}, [2.0, -7.5], 0, 0.75),
         ({"repetition_penalty": 4.0}, [1.0, -7.0], 0, 1.0),  # one of two trigrams is a repetition
+        # Of a buffer of 4, the lengths 4 and 2 of at most 5 use 3 / 4 and 1 / 4.
+        (
+            {"overlong_buffer": 4, "overlong_penalty": 2.0, "max_response_length": 5},
+            [1.5, -7.5],
+            0,
+            1.0,
+        ),
         ({"normalise_scores": True}, [1.0, -1.0], 0, 0),  # mean -2, standard deviation 5
         (
             {"score_clip": 5.0, "missing_eos_penalty": 4.0},

@@ -6,6 +6,7 @@ import torch
 from step3_ppo.rewards import (
     RunningScale,
     clip_scores,
+    overlong_shares,
     repeated_share,
     token_kl,
     token_rewards,
@@ -40,6 +41,13 @@ def test_clip_scores():
     scores = torch.tensor([-12.0, 3.0, 12.0])
     assert clip_scores(scores, 10.0).tolist() == [-10.0, 3.0, 10.0]
     assert clip_scores(scores, 0.0).tolist() == [-12.0, 3.0, 12.0]
+
+
+def test_overlong_shares_by_hand():
+    """DAPO, eq. 13: none up to 12 of 16 tokens, all at the limit."""
+    lengths = torch.tensor([1, 12, 13, 14, 16])
+    assert overlong_shares(lengths, 16, 4).tolist() == [0.0, 0.0, 0.25, 0.5, 1.0]
+    assert overlong_shares(torch.tensor([1, 16]), 16, 16).tolist() == [1 / 16, 1.0]
 
 
 def test_running_scale_equals_that_of_all_scores():
