@@ -1,7 +1,7 @@
 """Time, in plain PyTorch, the passes that a training step cannot avoid, and print one JSON line.
 
-Usage: ``bare.py sft|reward|ppo --config JSON``. Same model, data and batch as the trainers, batches in file
-order. The step is the sum of these: forward, backward and AdamW for SFT and Reward; for PPO `generate`, one
+Usage: ``bare.py STAGE --config JSON``. Same model, data and batch as the trainers, batches in file order.
+The step is the sum of these: forward, backward and AdamW for SFT, Reward and DPO; for PPO `generate`, one
 pass each of reference, reward model and critic without gradients, then per epoch forward, backward and AdamW
 of actor and critic. In bf16 the weights are bf16, without the fp32 master copy that a trainer keeps.
 """
@@ -35,7 +35,7 @@ def batches(config: Config, stage: str, tokenizer: PreTrainedTokenizerBase) -> I
     """The data in file order, padded to the longest of each batch, over and over."""
     records = [json.loads(line) for line in Path(config["data"]).read_text().splitlines()]
     tokenizer.padding_side = "left" if stage == "ppo" else "right"
-    fields = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[stage]
+    fields = {"sft": ["completion"], "ppo": []}.get(stage, ["chosen", "rejected"])
     size = config["batch_size"]
     collated = []
     for start in range(0, len(records) - size + 1, size):
@@ -67,6 +67,15 @@ def pair_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
 
+def preference_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """DPO, against a reference with log-probabilities 0; the first half of the batch is chosen."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logits = model(**batch).logits[:, :-1].float()
+    logprobs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    chosen, rejected = (logprobs * mask[:, 1:]).sum(1).chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
 def train_step(
     model: PreTrainedModel, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None
 ) -> None:
@@ -78,8 +87,8 @@ def train_step(
 
 
 def supervised(config: Config, stage: str, model: PreTrainedModel, feed: Iterator[Batch]) -> dict[str, float]:
-    """The passes of SFT or Reward."""
-    loss = {"sft": language_loss, "reward": pair_loss}[stage]
+    """The passes of SFT, Reward or DPO."""
+    loss = {"sft": language_loss, "reward": pair_loss, "direct": preference_loss}[stage]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["learning_rate"], fused=True)
 
     @torch.no_grad()
@@ -138,7 +147,7 @@ def ppo(
 def main() -> None:
     """Time the passes, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["sft", "reward", "ppo"])
+    parser.add_argument("stage", choices=["sft", "reward", "direct", "ppo"])
     parser.add_argument("--config", type=json.loads, required=True)
     options = parser.parse_args()
     config, stage = options.config, options.stage
@@ -151,7 +160,7 @@ def main() -> None:
     if stage == "ppo":
         times = ppo(config, policy, scorer, feed)
     else:
-        times = supervised(config, stage, policy if stage == "sft" else scorer, feed)
+        times = supervised(config, stage, scorer if stage == "reward" else policy, feed)
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": [times.pop("total")], "passes": times, "peak_gib": peak_kib / 2**20}))
 

@@ -1,10 +1,10 @@
 """Run Triptych, TRL and the bare passes side by side, in turn, and print a table per stage.
 
-    python tests/bench/compare.py [--stages sft reward ppo] [--sides trl triptych packed bare] [--json FILE]
+    python tests/bench/compare.py [--stages STAGE ...] [--sides trl triptych packed bare] [--json FILE]
 
 Start it with the Python that Triptych runs in. Everyone gets the same random model, data, batch, precision
 and number of threads, and a step is timed from the end of the step before to its own end. TRL runs in an
-environment of its own under `.venv-bench/`, made on the first run: SFT and Reward from TRL 1.16.0, PPO from
+environment of its own under `.venv-bench/`, made on the first run: all but PPO from TRL 1.16.0, PPO from
 1.12.0, the last release that has it. Run on an idle machine: two trainings that share cores slow each other
 far more than twofold.
 """
@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE.parents[1] / ".venv-bench"
 PYTHON = ENVIRONMENT / "env" / "bin" / "python"
 TRL_WITH_PPO = ENVIRONMENT / "trl112"
-STAGES = ["sft", "reward", "ppo"]
+STAGES = ["sft", "reward", "direct", "ppo"]
 SIDES = ["trl", "triptych", "packed", "bare"]  # packed: Triptych's step 1 with --packing
 Config = dict[str, Any]
 
@@ -169,7 +169,7 @@ def main() -> None:
         print(f"compare.py: load {load:.1f}: the machine is not idle, the figures are noise", file=sys.stderr)
     folder = Path(tempfile.mkdtemp(prefix="triptych_bench_"))
     records = options.batch_size * (options.warmup + options.steps)
-    wanted = {name: vars(options)[name] for name in ("seed", "lengths", "max_length")}
+    wanted = {name: vars(options)[name] for name in ("seed", "lengths", "max_length", "response_length")}
     wanted |= {"folder": str(folder / "made"), "records": records}
     made = run_child("fixture.py", [], wanted, options.threads)
     results: Config = {}

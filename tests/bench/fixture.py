@@ -1,6 +1,7 @@
 """Make the benchmark's model, tokenizer and data: random, seeded, and the same for every contender.
 
-Usage: ``fixture.py --config JSON`` with keys ``folder records seed lengths max_length``. Prints one JSON
+Usage: ``fixture.py --config JSON`` with keys ``folder records seed lengths max_length
+response_length``. Prints one JSON
 line: the paths, and the mean number of real (unpadded) tokens of one record per kind of data.
 """
 
@@ -22,6 +23,12 @@ from transformers import (
 VOCAB_SIZE = 4096
 PROMPT_TOKENS = (16, 32)  # inclusive ranges, drawn uniformly
 COMPLETION_TOKENS = (36, 66)
+FIELDS = {
+    "sft": ["completion"],
+    "reward": ["chosen", "rejected"],
+    "ppo": [],
+    "direct": ["chosen", "rejected"],
+}
 # Mean and standard deviation of log tokens in preferences of Open-Assistant, as a BPE of 49k sees them.
 PROMPT_LOG_TOKENS = (4.01, 1.36)
 COMPLETION_LOG_TOKENS = (4.69, 1.04)
@@ -75,11 +82,12 @@ def make_models(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
 
 
 def make_records(
-    kind: str, count: int, words: list[str], rng: random.Random, lengths: str, max_length: int
+    kind: str, count: int, words: list[str], rng: random.Random, lengths: str, max_length: int, response: int
 ) -> list[dict[str, str]]:
     """Records of one kind of data; all texts but prompts start with a space, so that strings concatenate.
 
-    lengths: `uniform`, `fixed`, or of `conversations`, none with more than `max_length` tokens.
+    lengths: `uniform`, `fixed`, or of `conversations`, none with more than `max_length` tokens. response: new
+    tokens after a prompt of PPO.
     """
 
     def draw(bounds: tuple[int, int], log_tokens: tuple[float, float]) -> int:
@@ -90,12 +98,12 @@ def make_records(
     def text(length: int) -> str:
         return "".join(" " + word for word in rng.choices(words, k=length))
 
-    fields = {"sft": ["completion"], "reward": ["chosen", "rejected"], "ppo": []}[kind]
+    fields = FIELDS[kind]
     records: list[dict[str, str]] = []
     while len(records) < count:
         prompt = draw(PROMPT_TOKENS, PROMPT_LOG_TOKENS)
         rest = [draw(COMPLETION_TOKENS, COMPLETION_LOG_TOKENS) for _ in fields]
-        if prompt + max([0, *rest]) < max_length:
+        if prompt + max(rest, default=response) < max_length:
             texts = {field: text(length) for field, length in zip(fields, rest, strict=True)}
             records.append({"prompt": text(prompt)[1:]} | texts)
     return records
@@ -118,8 +126,9 @@ def main() -> None:
     tokenizer, words = make_tokenizer(rng)
     policy, reward = make_models(folder, tokenizer, config["seed"])
     result = {"policy": str(policy), "reward_model": str(reward), "data": {}, "tokens_per_record": {}}
-    for kind in ("sft", "reward", "ppo"):
-        records = make_records(kind, config["records"], words, rng, config["lengths"], config["max_length"])
+    sizes = config["lengths"], config["max_length"], config["response_length"]
+    for kind in FIELDS:
+        records = make_records(kind, config["records"], words, rng, *sizes)
         path = folder / f"{kind}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         result["data"][kind] = str(path)

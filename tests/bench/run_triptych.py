@@ -1,6 +1,6 @@
 """Train one stage with Triptych's launch script and print one JSON line: step times, their parts, the memory.
 
-Usage: ``run_triptych.py sft|reward|ppo --config JSON``, in the environment that Triptych runs in. A step
+Usage: ``run_triptych.py STAGE --config JSON``, in the environment that Triptych runs in. A step
 lasts from one line of metrics to the next, as seen from outside, so that fetching the batch and logging
 count; the medians of the `time/...` metrics are reported beside it.
 """
@@ -17,7 +17,12 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"sft": "step1_sft.sh", "reward": "step2_reward.sh", "ppo": "step3_ppo.sh"}
+SCRIPTS = {
+    "sft": "step1_sft.sh",
+    "reward": "step2_reward.sh",
+    "direct": "step2_direct.sh",
+    "ppo": "step3_ppo.sh",
+}
 Config = dict[str, Any]
 
 

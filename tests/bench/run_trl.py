@@ -1,9 +1,8 @@
 """Train one stage with TRL and print one JSON line: seconds of each measured step and the peak memory.
 
-Usage: ``run_trl.py sft|reward|ppo --config JSON``, in the environment that ``compare.py`` makes: SFT and
-Reward with TRL 1.16, PPO with 1.12 on ``PYTHONPATH``. A step lasts from the end of the step before to its own
-end, so that fetching the batch and logging count. Gradient checkpointing, evaluation, saving and reporting
-are off.
+Usage: ``run_trl.py STAGE --config JSON``, in the environment that ``compare.py`` makes: TRL 1.16; 1.12 for
+PPO on ``PYTHONPATH``. A step lasts from the end of the step before to its own end, so that fetching the batch
+and logging count. Gradient checkpointing, evaluation, saving and reporting are off.
 """
 
 import argparse
@@ -107,6 +106,22 @@ def make_reward(
     )
 
 
+def make_direct(
+    config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: StepClock
+) -> Trainer:
+    """DPO. The reference is read before training, as Triptych does."""
+    arguments = trl.DPOConfig(
+        **common_arguments(config),
+        max_steps=config["total_steps"],
+        max_length=config["max_length"],
+        beta=0.1,
+        precompute_ref_log_probs=True,
+    )
+    return trl.DPOTrainer(
+        load_policy(config), args=arguments, train_dataset=data, processing_class=tokenizer, callbacks=[clock]
+    )
+
+
 def make_ppo(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, clock: StepClock) -> Trainer:
     """PPO with four models, one minibatch per epoch."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -142,7 +157,7 @@ def make_ppo(config: Config, data: Dataset, tokenizer: PreTrainedTokenizerBase, 
 def main() -> None:
     """Train, then report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["sft", "reward", "ppo"])
+    parser.add_argument("stage", choices=["sft", "reward", "direct", "ppo"])
     parser.add_argument("--config", type=json.loads, required=True)
     options = parser.parse_args()
     config = options.config
@@ -150,7 +165,7 @@ def main() -> None:
     lines = Path(config["data"]).read_text().splitlines()
     data = Dataset.from_list([json.loads(line) for line in lines])
     clock = StepClock()
-    make = {"sft": make_sft, "reward": make_reward, "ppo": make_ppo}[options.stage]
+    make = {"sft": make_sft, "reward": make_reward, "direct": make_direct, "ppo": make_ppo}[options.stage]
     make(config, data, AutoTokenizer.from_pretrained(config["policy"]), clock).train()
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"seconds": clock.seconds(config["warmup"]), "peak_gib": peak_kib / 2**20}))
