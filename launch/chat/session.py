@@ -153,7 +153,7 @@ class Chat:
         for encoder, _ in self._rewards:
             segments = dialogue_segments(self._prompt, answer, encoder.render, encoder.tokenizer.eos_token)
             inputs[encoder] = [encoder.encode(segments)[0]]
-        return combine(member_scores(self._rewards, inputs, batch_size=1), self._options).item()
+        return combine(member_scores(self._rewards, inputs, size=1), self._options).item()
 
     def _choose(self, name: str) -> None:
         if name not in self._answers:
