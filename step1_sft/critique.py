@@ -27,12 +27,12 @@ from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import PolicyAnswer, Sampler, fit_prompt_length, load_sampler, sample_answers
 from common.model.families import max_positions
 from common.model.roles import policy_config
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.numeric.intervals import format_share, share
 from common.runtime.distributed import init_distributed, log, rank
 from common.runtime.files import write_json, write_text
 from common.runtime.option_parser import parse_options
-from common.runtime.options import CacheOptions, DataOptions, OptimiserOptions, world_size
+from common.runtime.options import CacheOptions, DataOptions, world_size
 from common.runtime.process import run_main
 from common.text.conversation import Message
 from common.text.prompts import Prompt, tokenize_prompt
@@ -58,8 +58,7 @@ def main() -> None:
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options = fit_prompt_length(options, config)
     check_rollout_engine(options, config)
-    as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
+    zero = load_inference_config(options)
     encoder = load_assistant(options)
     rows = load_prompts(options, encoder)
     init_distributed(options.timeout_minutes)

@@ -24,7 +24,7 @@ from common.model.forward import base_model, label_pass, pad_token_id
 from common.model.head import Targets
 from common.model.loading import fit_to_model
 from common.model.roles import policy_config
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.runtime.distributed import init_distributed, log, rank, sum_over_ranks
 from common.runtime.files import exists, is_file, is_folder, write_json
 from common.runtime.option_parser import parse_options
@@ -65,7 +65,7 @@ def main() -> None:
         max_length=options.max_length, micro_batch_size=options.micro_batch_size,
         global_batch_size=options.micro_batch_size * world_size(),
     )  # fmt: skip
-    load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    load_inference_config(options)
     paths = options.model_name_or_path
     configs = [policy_config(path, "model_name_or_path") for path in paths]
     lengths = [fit_to_model(options, config).max_length for config in configs]
@@ -176,8 +176,7 @@ def _evaluate_candidate(
 ) -> dict[str, Any]:
     """Return COLUMNS and the sample answers of one model. Bits per byte count EOS as no byte."""
     path, encoder, rows = candidate
-    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
-    model = load_policy(path, encoder, zero)
+    model = load_policy(path, encoder, load_inference_config(options))
     nats, tokens = negative_log_likelihood(model, rows, as_trained)
     answers = greedy_answers(model, rows[: options.num_samples], encoder, options)
     last_only = encoder.chat_template.changes_replies(encoder.tokenizer.eos_token)

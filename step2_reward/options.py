@@ -6,8 +6,10 @@ from typing import ClassVar, Literal
 from common.model.options import EnsembleOptions
 from common.runtime.option_checks import check_held_out
 from common.runtime.options import (
+    ATTENTION,
     BEST_METRIC,
     MICRO_BATCH_TOKENS,
+    Attention,
     CacheOptions,
     InferenceOptions,
     TrainOptions,
@@ -93,4 +95,5 @@ class ScoreOptions(EnsembleOptions):
         1024, "Maximum sequence length in tokens; overlong prompts lose their beginning.", at_least=8
     )
     bf16: bool = option(True, "Compute in bf16 on a GPU.")
+    attn_implementation: Attention = option("auto", ATTENTION, resume="free")
     skip_bad_records: bool = option(False, "Count and skip malformed records instead of stopping.")

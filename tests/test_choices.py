@@ -106,7 +106,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "keep": keep,
     "pairs": lambda v: rejected(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),
 }
-ELSEWHERE = {"device"}  # of the plan: its tests predict for both
+ELSEWHERE = {"device", "attn_implementation"}  # of the plan, whose tests predict for both; of transformers
 
 
 def test_every_option_with_choices_is_looked_at():

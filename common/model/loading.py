@@ -66,8 +66,8 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model, and grow its vocabulary to the tokenizer's.
 
-    zero: DeepSpeed configuration of the engine for this model. It sets the precision and, at stage 3,
-    partitions the weights while they load. None: a plain module in fp32.
+    zero: DeepSpeed configuration of the engine for this model. It sets precision and attention kernels and,
+    at stage 3, partitions the weights while they load. None: a plain module in fp32.
     """
     config = load_config(path)
     check_policy(config)
@@ -119,7 +119,9 @@ def _load(
     """Load a model. Raises UserError for weights that are missing or not finite."""
     check_weights(kind, path, new_head)
     with _partitioned(zero, config):
-        model = read_weights(kind, path, config, _dtype(zero))
+        model = read_weights(
+            kind, path, config, _dtype(zero), (zero or {}).get("attn_implementation", "auto")
+        )
         check_values(model, path)
         return fit_to_tokenizer(model, tokenizer)
 

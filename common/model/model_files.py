@@ -60,12 +60,25 @@ def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
         )
 
 
-def read_weights(kind: Kind, path: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model with its weights; at ZeRO-3 each rank loads its partition."""
+def check_attention(kernels: str) -> None:
+    """Raise UserError for attention kernels that this machine lacks."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    has = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if kernels in has and not has[kernels]():
+        package = "flash-attn" if kernels == "flash_attention_2" else "flash_attn_3"
+        raise UserError(f"--attn_implementation {kernels}: needs a GPU, and pip install {package}")
+
+
+def read_weights(
+    kind: Kind, path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str = "auto"
+) -> PreTrainedModel:
+    """Load the model with its weights; at ZeRO-3 each rank loads its partition. attention: kernels."""
+    kernels = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         model = kind.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=False, weights_only=True,
-            generation_config=read_generation_config(path, config),
+            generation_config=read_generation_config(path, config), **kernels,
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - the files may hold anything
         raise UserError(f"{path}: {_read_error(error)}") from None

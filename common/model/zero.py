@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from common.model.deepspeed_check import check_config
+from common.model.model_files import check_attention
 from common.runtime.distributed import on_cpu
 from common.runtime.files import parse_json
 from common.runtime.option_checks import rows_per_micro_batch
-from common.runtime.options import OptimiserOptions, UserError, world_size
+from common.runtime.options import InferenceOptions, OptimiserOptions, UserError, world_size
 from common.text.fields import shown
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "zero_configs"
@@ -38,12 +39,20 @@ SCHEDULERS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRang
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
+def load_inference_config(options: InferenceOptions) -> dict[str, Any]:
+    """Load the DeepSpeed configuration of models that are not trained, checked as one for training."""
+    as_trained = OptimiserOptions(
+        global_batch_size=world_size(), micro_batch_size=1, attn_implementation=options.attn_implementation
+    )
+    return load_zero_config(options.zero_config, as_trained, learning_rate=1e-5)
+
+
 def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float) -> dict[str, Any]:
     """Load the DeepSpeed configuration of one trained model; only bucket sizes may stay "auto".
 
     path: a JSON file; empty for the shipped default. learning_rate: of this model, from the options.
-    Raises UserError, naming the file and the key, for an unreadable file, an unknown key, an unknown ZeRO
-    stage, 16-bit precision at stage 0, a value that contradicts an option, and all that DeepSpeed refuses.
+    The result also holds --attn_implementation. Raises UserError, naming the file and the key, for what is
+    unreadable, unknown, contradicts an option or is refused by DeepSpeed, and for 16 bits at stage 0.
     """
     source = Path(path) if path else CONFIG_FOLDER / ("zero0.json" if on_cpu() else "zero2.json")
     config = _read(source)
@@ -61,6 +70,9 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
     filled = {**config, "zero_optimization": {**config["zero_optimization"]}}
     fill_bucket_sizes(filled, hidden_size=1024)
     check_config(filled, source)
+    check_attention(options.attn_implementation)
+    if options.attn_implementation != "auto":
+        config["attn_implementation"] = options.attn_implementation
     return config
 
 

@@ -6,9 +6,7 @@ The options of a command are one dataclass, which inherits option groups; `parse
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
-
-Options = TypeVar("Options")
+from typing import Any, ClassVar, Literal
 
 
 class UserError(ValueError):
@@ -54,9 +52,10 @@ def option(
 
 
 MICRO_BATCH_TOKENS = (
-    "Instead of --micro_batch_size, fill micro-batches up to this many tokens, padding included; a longer"
-    " record is one of its own. 0: do not."
+    "Tokens per micro-batch, with padding, in place of --micro_batch_size; a longer record is alone. 0: none."
 )
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+ATTENTION = "Attention kernels of transformers; auto: as the model's class prefers."
 Overlong = Literal["truncate_prompt", "truncate_response", "drop", "error"]
 BEST_METRIC = "Save the model with the best value of this metric in best/, and keep its checkpoint."
 
@@ -152,6 +151,7 @@ class InferenceOptions:
         "DeepSpeed JSON for precision; at stage 3 it partitions the model. Default: as in training.",
         resume="free",
     )
+    attn_implementation: Attention = option("auto", ATTENTION, resume="free")
 
 
 @dataclass
@@ -192,6 +192,7 @@ class OptimiserOptions:
     zero_config: str = option(
         "", "DeepSpeed JSON of the trained models. Default: the shipped zero0 (CPU) or zero2.", resume="free"
     )
+    attn_implementation: Attention = option("auto", ATTENTION, resume="free")
     global_batch_size: int = option(
         32, "Sequences in one optimiser step, over all ranks.", at_least=1, at_most=10**6
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common.model.options import EnsembleOptions
-from common.runtime.options import option
+from common.runtime.options import ATTENTION, Attention, option
 
 
 @dataclass
@@ -17,4 +17,5 @@ class ChatOptions(EnsembleOptions):
     max_response_length: int = option(128, "Longest answer in tokens.", at_least=1)
     temperature: float = option(1.0, "Sampling temperature; 0: greedy decoding.", at_least=0)
     top_p: float = option(1.0, "Nucleus sampling: share of probability to sample from.", above=0, at_most=1)
+    attn_implementation: Attention = option("auto", ATTENTION)
     seed: int = option(0, "Seed of sampling.", at_least=0)

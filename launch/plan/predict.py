@@ -124,7 +124,7 @@ def _zero(path: str, options: PlanOptions, learning_rate: float, hidden: int) ->
     """ZeRO settings from a DeepSpeed JSON, or from the default one of the planned device."""
     on_cpu = options.device == "cpu"
     path = path or str(CONFIG_FOLDER / ("zero0.json" if on_cpu else "zero2.json"))
-    config = load_zero_config(path, options, learning_rate)
+    config = load_zero_config(path, replace(options, attn_implementation="auto"), learning_rate)
     fill_bucket_sizes(config, hidden)
     zero = config["zero_optimization"]
     is_16_bit = any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))

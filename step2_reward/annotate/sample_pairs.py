@@ -16,7 +16,7 @@ from common.data.multi_encoder import load_shared_records
 from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import PolicyAnswer, fit_prompt_length, load_sampler, sample_answers
 from common.model.roles import policy_config
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.runtime.distributed import gather_objects, init_distributed, log, rank
 from common.runtime.files import write_text
 from common.runtime.option_parser import parse_options
@@ -28,7 +28,6 @@ from common.text.segments import find_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.run_folder import prepare_output
 from step2_reward.annotate.options import SamplePairsOptions
-from step2_reward.options import RewardOptions
 
 
 def main() -> None:
@@ -41,8 +40,7 @@ def main() -> None:
         raise UserError(
             f"--output_dir {options.output_dir}: holds {file.name} already; choose another folder"
         )
-    as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    zero = load_inference_config(options)
     for path in paths:
         config = policy_config(path, "model_name_or_path")
         options = fit_prompt_length(options, config)

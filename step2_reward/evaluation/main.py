@@ -12,23 +12,21 @@ from common.data.batching import micro_batch
 from common.model.forward import base_model
 from common.model.loading import fit_to_model, load_config
 from common.model.reward_ensemble import combine, load_encoders, load_members
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.runtime.distributed import init_distributed
 from common.runtime.files import make_folder
 from common.runtime.option_parser import parse_options
-from common.runtime.options import world_size
 from common.runtime.process import UNWRITTEN, report_accepted, run_main, stop_anywhere, stop_between_steps
 from step2_reward.data import Layout
 from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
 from step2_reward.evaluation.scores import score_pairs
-from step2_reward.options import EvaluateRewardOptions, RewardOptions
+from step2_reward.options import EvaluateRewardOptions
 
 
 def main() -> None:
     # 1. Validate all inputs before loading a model.
     options = parse_options(EvaluateRewardOptions)
-    as_trained = RewardOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, as_trained, as_trained.learning_rate)
+    zero = load_inference_config(options)
     encoders = load_encoders(options)
     for path in options.reward_model_name_or_path:
         options = fit_to_model(options, load_config(path))

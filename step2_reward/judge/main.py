@@ -33,11 +33,11 @@ from common.generation.generate import load_policy
 from common.model.forward import pad_token_id, response_logits
 from common.model.loading import fit_to_model
 from common.model.roles import policy_config
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.runtime.distributed import device, init_distributed, log, rank, sum_tensor_over_ranks
 from common.runtime.files import write_json, write_text
 from common.runtime.option_parser import parse_options
-from common.runtime.options import OptimiserOptions, UserError, world_size
+from common.runtime.options import UserError
 from common.runtime.process import run_main
 from common.text.conversation import Message
 from common.text.prompts import tokenize_prompt
@@ -62,8 +62,7 @@ def main() -> None:
     template = read_template("judge_template", options.judge_template, FIELDS)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options = fit_to_model(options, config)
-    as_trained = OptimiserOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, as_trained, learning_rate=1.0)
+    zero = load_inference_config(options)
     encoder = load_assistant(options)
     letters = letter_ids(encoder, options.model_name_or_path)
     pairs = read_judge_pairs(options.preference_data, options.skip_bad_records)

@@ -26,7 +26,7 @@ from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import Sampler, fit_prompt_length, generate, load_sampler, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.runtime.distributed import init_distributed, log, on_first_rank, ranks_in_words
 from common.runtime.files import append_text, make_folder
 from common.runtime.option_parser import parse_options
@@ -41,7 +41,6 @@ from step3_ppo.best_of_n.files import Sample, select, truncate_to_chunks
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.report import describe_selection
 from step3_ppo.models import Scorer
-from step3_ppo.options import PPOOptions
 from step3_ppo.reward_functions import load_functions
 from step3_ppo.rollout import Rollout, assemble
 from step3_ppo.scoring import score_responses
@@ -50,8 +49,7 @@ from step3_ppo.scoring import score_responses
 def main() -> None:
     # 1. Check options and data before a model is loaded.
     options = parse_options(BestOfNOptions)
-    training = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, training, training.actor_learning_rate)
+    zero = load_inference_config(options)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options = fit_prompt_length(options, config)
     check_rollout_engine(options, config)

@@ -22,7 +22,7 @@ from common.model.loading import fit_to_model
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_encoders, same_tokenizer
 from common.model.roles import check_scalar_model, policy_config
-from common.model.zero import load_zero_config
+from common.model.zero import load_inference_config
 from common.runtime.distributed import init_distributed, log, rank, ranks_in_words
 from common.runtime.files import make_folder, naming, write_json
 from common.runtime.option_parser import parse_options
@@ -36,15 +36,13 @@ from step3_ppo.compare.options import ComparePoliciesOptions
 from step3_ppo.compare.report import plot_scores, table
 from step3_ppo.compare.responses import Judge, Policy, sample_all, score
 from step3_ppo.metrics import describe_responses
-from step3_ppo.options import PPOOptions
 from step3_ppo.reward_functions import load_functions
 
 
 def main() -> None:
     # 1. Check options and data before a model is loaded.
     options = parse_options(ComparePoliciesOptions)
-    training = PPOOptions(global_batch_size=world_size(), micro_batch_size=1)
-    zero = load_zero_config(options.zero_config, training, training.actor_learning_rate)
+    zero = load_inference_config(options)
     for path in options.model_name_or_path:
         config = policy_config(path, "model_name_or_path")
         options = fit_prompt_length(options, config)

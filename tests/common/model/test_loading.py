@@ -22,8 +22,11 @@ from transformers import (
 
 from common.model.loading import load_causal_lm, load_scalar_model
 from common.model.roles import backbone_config, check_scalar_model, policy_config
+from common.model.zero import load_zero_config
 from common.runtime.distributed import log_once
-from common.runtime.options import UserError
+from common.runtime.options import OptimiserOptions, UserError
+from common.text.transformers_internals import attention_implementation
+from tests.conftest import assert_close
 
 SIZE = {
     "vocab_size": 10, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -395,3 +398,15 @@ def test_a_valid_generation_config_is_unchanged(
     generation = load_causal_lm(str(policy), tokenizer, None).generation_config
     assert (generation.do_sample, generation.top_p, generation.eos_token_id) == (True, 0.9, [1, 3])
     assert not capsys.readouterr().out
+
+
+def test_attention_kernels_give_the_same_logits(policy: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    logits = {}
+    for kernels in ("auto", "eager", "sdpa"):
+        zero = load_zero_config("", OptimiserOptions(attn_implementation=kernels), 1e-5)
+        model = load_causal_lm(str(policy), tokenizer, zero)
+        assert kernels in ("auto", attention_implementation(model.config))
+        logits[kernels] = model(ids).logits
+    assert_close(logits["eager"], logits["sdpa"])
+    assert_close(logits["auto"], logits["sdpa"])
