@@ -27,6 +27,7 @@ from step3_ppo.ptx import PretrainingMix, load_texts
 from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rollout import sample_rollout
 from step3_ppo.scoring import score_rollout
+from step3_ppo.shared_prompt import share_prompts
 from step3_ppo.state import PPOState
 
 SHOWN_OF_EVALUATION = ["eval/score", "eval/gold", "eval/kl", "eval/length", "eval/distinct_2"]
@@ -82,6 +83,7 @@ def main() -> None:
         with checkpoint_on_error(loop), states_away(trained):
             rollout = sample_rollout(models.sampler, encoder, prompts, options, step)
             phases.end("rollout")
+            rollout = share_prompts(models, rollout, options)
             rollout = score_rollout(models, prompts, rollout, options)
         # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.data.batching import deal, micro_batch
+from common.data.batching import micro_batch
 from common.model.engine import backward_and_step
 from common.model.engine_protocol import Engine
 from common.model.forward import base_model, token_scores
 from common.model.load_balancing import has_balance_loss
-from common.runtime.distributed import rank, sum_over_ranks
+from common.runtime.distributed import sum_over_ranks
 from common.runtime.options import world_size
 from common.training.means import Mean
 from step3_ppo.gap import SamplerGap, is_rescored, largest_gap
@@ -72,7 +72,8 @@ def optimise(
     norms: dict[str, list[float]] = {"policy/grad_norm": [], "value/grad_norm": []}
     updates, update_kl, ptx_losses = 0, 0.0, []
     size, actor_learns = options.global_batch_size, step > options.critic_warmup_steps
-    batches = [*minibatches(len(rollout.scores), size, options.ppo_epochs, options.seed, step)]
+    rows, group = len(rollout.scores), options.samples_per_prompt
+    batches = [*minibatches(rows, size, options.ppo_epochs, options.seed, step, group)]
     gap = SamplerGap(rollout, batches[0], is_rescored(models), largest_gap(models, options))
     weights = rollout_weights(rollout.logprobs, rollout.behaviour_logprobs, options.rollout_ratio_cap)
     weighted = advantages * weights  # the surrogate is proportional to the advantage
@@ -114,7 +115,7 @@ def _distance(actor: Engine, rollout: Rollout, batch: list[int], options: PPOOpt
     """KL from the rollout policy on some rows: k2, in nats per response."""
     actor.eval()
     total = 0.0
-    for chunk in deal(batch, rollout.lengths.tolist(), micro_batch(options), rank(), world_size()):
+    for chunk in rollout.deal(batch, micro_batch(options)):
         logprobs = policy_pass(actor, rollout.rows(chunk), options.temperature).logprobs
         total += _squares(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
     actor.train()
@@ -131,7 +132,7 @@ def _micro_batches(
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a minibatch. batch: the rows of the minibatch."""
     tokens, tokens_read = int(rollout.response_lengths[batch].sum()), int(rollout.lengths[batch].sum())
-    chunks = deal(batch, rollout.lengths.tolist(), micro_batch(options), rank(), world_size())
+    chunks = rollout.deal(batch, micro_batch(options))
     policy_weights = _weights(rollout, batch, options.loss_aggregation, options)
     value_weights = _weights(rollout, batch, "token", options)
     for number, chunk in enumerate(chunks, start=1):
@@ -207,7 +208,8 @@ def _update_actor(
 
 def _update_critic(critic: Engine, batch: MicroBatch, options: PPOOptions, sums: Sums) -> float | None:
     """One micro-batch of the value loss."""
-    values = token_scores(critic, batch.rows.input_ids, batch.rows.positions)
+    rows = batch.rows
+    values = token_scores(critic, rows.input_ids, rows.positions, **rows.layout(critic))
     result = value_loss(values, batch.values, batch.returns, options.value_clip_range)
     loss = (result.loss * batch.value_weights).sum()
     norm = backward_and_step(critic, loss / batch.tokens, world_size(), batch.is_last)

@@ -17,6 +17,12 @@ class SamplingOptions(GenerationOptions):
         128, "Responses per iteration, over all ranks.", at_least=1, at_most=10**6
     )
     samples_per_prompt: int = option(1, "Responses per prompt in an iteration.", at_least=1)
+    share_prompts: Literal["auto", "yes", "no"] = option(
+        "auto",
+        "Encode a prompt once for several of its responses in scoring and updates; auto: where that is less"
+        " work.",
+        resume="free",
+    )
     num_samples: int = option(
         4,
         "Held-out responses written to samples.jsonl and TensorBoard per evaluation.",

@@ -1,10 +1,11 @@
 """Options of step 3."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.generation.options import PromptDataOptions
-from common.runtime.option_checks import check_held_out
+from common.runtime.option_checks import check_held_out, rows_per_micro_batch
 from common.runtime.options import (
     BEST_METRIC,
     LoraOptions,
@@ -89,6 +90,17 @@ class PPOOptions(
         """Optimiser steps of an iteration, unless --max_update_kl ends it earlier."""
         return self.ppo_epochs * self.rollout_batch_size // self.global_batch_size
 
+    @property
+    def responses_per_row(self) -> int:
+        """How many responses can share a row with their prompt, so that all ranks get as many rows."""
+        if self.global_batch_size % math.lcm(self.samples_per_prompt, world_size()):
+            return 1
+        if not self.micro_batch_tokens:
+            return math.gcd(self.samples_per_prompt, rows_per_micro_batch(self))
+        of_rank = math.gcd(self.samples_per_prompt, self.global_batch_size // world_size())
+        room = (self.micro_batch_tokens - self.max_prompt_length) // self.max_response_length
+        return max(n for n in range(1, of_rank + 1) if of_rank % n == 0 and n <= max(room, 1))
+
     def check(self) -> None:
         """Raise UserError if the estimator lacks an option, and if a rollout cannot be
         divided into groups, ranks and optimiser steps.
@@ -100,6 +112,12 @@ class PPOOptions(
             raise UserError(
                 f"--samples_per_prompt {self.samples_per_prompt}: --advantage_estimator {estimator} compares"
                 " responses to one prompt and needs at least 2"
+            )
+        if self.share_prompts == "yes" and self.responses_per_row == 1:
+            raise UserError(
+                f"--share_prompts yes: --samples_per_prompt {self.samples_per_prompt} and the size of"
+                " micro-batches need a common divisor above 1, and --global_batch_size must be a multiple of"
+                " --samples_per_prompt"
             )
         if self.early_stopping and self.best_metric == "none":
             raise UserError(

@@ -1,32 +1,43 @@
 """Rollouts: sampled responses with their log-probabilities, values and scores."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from common.data.batching import pad_rows
+from common.data.batching import Tokens, deal, pad_rows, rows_of
 from common.generation.decoding import Responses
 from common.generation.generate import Sampler, generate, prompts_of_rank
 from common.generation.options import GenerationOptions
 from common.model.forward import LabelPass, base_model, label_pass
 from common.model.head import Entropy, Targets
+from common.model.shared_prompt import SEPARATE, Sharing, layout_inputs
 from common.numeric.top_k_top_p import Support
-from common.runtime.distributed import device, gather_lists, gather_rows, sum_tensor_over_ranks
+from common.runtime.distributed import device, gather_lists, gather_rows, rank, sum_tensor_over_ranks
+from common.runtime.options import world_size
 from common.text.prompts import Prompt
 from common.text.tokenizer import SegmentEncoder
+
+Index = tuple[Tensor, Tensor]  # rows and columns
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch of a rollout, padded to its longest row."""
+    """A micro-batch of b responses on r rows, padded to the longest. A row may have several to one prompt."""
 
-    input_ids: Tensor  # (b, T) padded on the right
-    positions: Tensor  # (b, T) bool: states before the N response tokens
+    input_ids: Tensor  # (r, T) padded on the right
+    positions: Index  # states before the N response tokens
+    ends: Index  # states after the b responses
     labels: Tensor  # (N,) the response tokens
     support: Support  # of top-k and top-p, at the N states
+    shared: tuple[Tensor, Tensor] | None  # position ids and segments (r, T); None: a response per row
+
+    def layout(self, model: nn.Module) -> dict[str, Tensor]:
+        """Inputs of the model besides the ids."""
+        return layout_inputs(model, *self.shared) if self.shared else {}
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Rollout:
     support_sizes: Tensor  # (B, R) number of tokens left by top-k and top-p; 0 without them
     support_ids: Sequence[Tensor]  # B lists of those tokens, (S,) each
     computed: Tensor  # (B,) positions computed to sample it, including padding and idle steps
+    sharing: Sharing = SEPARATE  # neighbouring responses on a row with their prompt in forward passes
 
     @property
     def lengths(self) -> Tensor:
@@ -75,16 +87,53 @@ class Rollout:
         """The response without its end token."""
         return self.response(row)[: -1 if self.ended[row] else None]
 
+    def units(self, batch: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        """Divide a batch into the responses of each row of tokens, and count the tokens of these rows."""
+        count = self.sharing.responses
+        units = [[*batch[start : start + count]] for start in range(0, len(batch), count)]
+        prompts, responses = self.prompt_lengths.tolist(), self.response_lengths.tolist()
+        return units, [prompts[unit[0]] + sum(responses[row] for row in unit) for unit in units]
+
+    def deal(self, batch: Sequence[int], size: int | Tokens) -> list[list[int]]:
+        """This rank's micro-batches of a batch; see `deal`. The responses of a row stay together."""
+        units, lengths = self.units(batch)
+        size = rows_of(size, self.sharing.responses)
+        parts = deal(range(len(units)), lengths, size, rank(), world_size())
+        return [[row for unit in part for row in units[unit]] for part in parts]
+
     def rows(self, batch: Sequence[int]) -> Rows:
-        """Select rows, without the padding that none of them needs."""
-        index = torch.tensor(batch, device=self.input_ids.device)
-        prompts, responses = self.prompt_lengths[index], self.response_lengths[index]
-        width = int((prompts + responses).max())
-        input_ids = self.input_ids[index, :width]
-        positions = response_positions(prompts, responses, width)
-        sizes = self.support_sizes[index][self.response_mask[index]]
-        support = Support(sizes, torch.cat([self.support_ids[row] for row in batch]))
-        return Rows(input_ids, positions, input_ids[positions.roll(1, dims=1)], support)
+        """Lay out responses, without the padding that none of them needs."""
+        count = self.sharing.responses
+        index = torch.tensor(batch, device=self.input_ids.device)  # (b,)
+        prompts, lengths = self.prompt_lengths[index], self.response_lengths[index].view(-1, count)
+        moved = lengths.cumsum(1) - lengths  # (r, count) columns that a response is moved to the right
+        starts = prompts.view(-1, count) + moved
+        input_ids, position_ids, segments = self._tokens(index.view(-1, count), starts, starts + lengths)
+        response, token = self.response_mask[index].nonzero(as_tuple=True)  # (N,) each
+        # The state before the first token is the prompt's last one, which the responses of a row share.
+        before = torch.where(token > 0, starts.flatten()[response] + token, prompts[response]) - 1
+        sizes = self.support_sizes[index][response, token]
+        return Rows(
+            input_ids,
+            positions=(response // count, before),
+            ends=(torch.arange(len(index), device=index.device) // count, (starts + lengths).flatten() - 1),
+            labels=self.input_ids[index[response], prompts[response] + token],
+            support=Support(sizes, torch.cat([self.support_ids[row] for row in batch])),
+            shared=(position_ids, segments) if count > 1 else None,
+        )
+
+    def _tokens(self, index: Tensor, starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, position ids and segments (r, T) of rows with these responses, from `starts` to `ends`.
+
+        All are (r, count). Segments are 0 in the prompt, 1, 2, ... in responses and -1 in padding.
+        """
+        column = torch.arange(int(ends.max()), device=index.device)  # (T,)
+        segments = (column >= starts[:, :, None]).sum(1)  # (r, T)
+        moved = pad(starts - starts[:, :1], (1, 0)).gather(1, segments)  # (r, T)
+        source = torch.cat([index[:, :1], index], dim=1).gather(1, segments)
+        position_ids = column - moved
+        input_ids = self.input_ids[source, position_ids.clamp(max=self.input_ids.shape[1] - 1)]
+        return input_ids, position_ids, segments.masked_fill(column >= ends[:, -1:], -1)
 
     def scatter(self, batches: Sequence[list[int]], parts: Sequence[Tensor]) -> Tensor:
         """Per-token numbers (N,) of each of this rank's batches, in their columns: (B, R) of all ranks."""
@@ -99,22 +148,14 @@ class Rollout:
 
     def first(self, count: int) -> "Rollout":
         """The first responses."""
-        return Rollout(**{name: value[:count] for name, value in vars(self).items()})
+        rows = {name: value[:count] for name, value in vars(self).items() if name != "sharing"}
+        return replace(self, **rows)
 
 
-def response_positions(prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-    """Mask (B, width) of the states before each response token; the first is the prompt's last token."""
-    column = torch.arange(width, device=prompt_lengths.device)
-    first = (prompt_lengths - 1)[:, None]
-    return (column >= first) & (column < first + response_lengths[:, None])
-
-
-def policy_pass(
-    model: torch.nn.Module, rows: Rows, temperature: float, entropy: Entropy = "none"
-) -> LabelPass:
+def policy_pass(model: nn.Module, rows: Rows, temperature: float, entropy: Entropy = "none") -> LabelPass:
     """Forward pass of the actor or the reference, under the distribution that responses are sampled from."""
     targets = Targets(rows.labels, temperature, base_model(model).num_tokens, rows.support, entropy)
-    return label_pass(model, rows.input_ids, rows.positions, targets)
+    return label_pass(model, rows.input_ids, rows.positions, targets, **rows.layout(model))
 
 
 @torch.no_grad()
@@ -162,9 +203,16 @@ def assemble(
     )
 
 
-def minibatches(rows: int, size: int, epochs: int, seed: int, step: int) -> Iterator[list[int]]:
-    """Row indices of each minibatch; each epoch has a new order, the same on every rank."""
+def minibatches(
+    rows: int, size: int, epochs: int, seed: int, step: int, group: int = 1
+) -> Iterator[list[int]]:
+    """Row indices of each minibatch; each epoch has a new order, the same on every rank.
+
+    group: responses per prompt. They stay together, if minibatches hold groups without a rest.
+    """
+    group = group if size % group == 0 else 1
     for epoch in range(epochs):
-        order = np.random.default_rng((seed, 2, step, epoch)).permutation(rows).tolist()
+        order = np.random.default_rng((seed, 2, step, epoch)).permutation(rows // group).tolist()
+        ordered = [row for first in order for row in range(first * group, (first + 1) * group)]
         for start in range(0, rows, size):
-            yield order[start : start + size]
+            yield ordered[start : start + size]

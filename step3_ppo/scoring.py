@@ -9,9 +9,9 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from common.data.batching import Tokens, batches_of_own, micro_batch
+from common.data.batching import Tokens, batches_of_own, micro_batch, rows_of
 from common.model.engine_protocol import Engine
-from common.model.forward import last_positions, token_scores
+from common.model.forward import token_scores
 from common.model.reward_ensemble import combine, member_scores
 from common.runtime.distributed import device, gather_rows, rank
 from common.runtime.options import world_size
@@ -86,23 +86,20 @@ def _value_pass(
     --bootstrap_truncated, else 0.
     """
     rows = rollout.rows(batch)
+    positions = tuple(map(torch.cat, zip(rows.positions, rows.ends, strict=True)))
+    scores = token_scores(critic, rows.input_ids, positions, **rows.layout(critic))
+    values, last = scores.split([len(rows.labels), len(batch)])
     bootstrap = ~rollout.ended[batch] & options.bootstrap_truncated  # (b,)
-    prompts, responses = rollout.prompt_lengths[batch], rollout.response_lengths[batch]
-    after = last_positions(prompts + responses, rows.input_ids.shape[1]) & bootstrap[:, None]  # (b, T)
-    positions = rows.positions | after
-    values = token_scores(critic, rows.input_ids, positions)
-    is_after = after[positions]
-    last = torch.zeros(len(batch), device=values.device).masked_scatter(bootstrap, values[is_after].detach())
-    return values[~is_after], last
+    return values, torch.where(bootstrap, last, 0.0)
 
 
 def _rank_batches(rollout: Rollout, size: int | Tokens) -> list[list[int]]:
     """This rank's rows, in batches of similar length."""
-    lengths = rollout.lengths.tolist()
-    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-    rank_rows = by_length[rank() :: world_size()]
-    parts = batches_of_own([lengths[row] for row in rank_rows], size)
-    return [[rank_rows[i] for i in part] for part in parts]
+    units, lengths = rollout.units(range(len(rollout.scores)))
+    by_length = sorted(range(len(units)), key=lengths.__getitem__)
+    rank_units = by_length[rank() :: world_size()]
+    parts = batches_of_own([lengths[unit] for unit in rank_units], rows_of(size, rollout.sharing.responses))
+    return [[row for i in part for row in units[rank_units[i]]] for part in parts]
 
 
 def _function_scores(
@@ -127,7 +124,7 @@ def _member_scores(
         e: [_scored_ids(e, encoder, prompts[row], rollout, row) for row in rank_rows]
         for e in {member.encoder for member in scorer.rewards}
     }
-    return member_scores(scorer.rewards, inputs, size, title)
+    return member_scores(scorer.rewards, inputs, size, title, rollout.sharing)
 
 
 def _scored_ids(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.model.head import ChunkedHead, Targets, logprobs_and_entropy
+from common.model.head import ChunkedHead, Positions, Targets, logprobs_and_entropy
 from common.model.load_balancing import balance_loss, has_balance_loss
 from common.runtime.distributed import log
 
@@ -20,24 +20,25 @@ class LabelPass(NamedTuple):
 
 
 def label_pass(
-    model: nn.Module, input_ids: Tensor, positions: Tensor, targets: Targets,
-    position_ids: Tensor | None = None,
+    model: nn.Module, input_ids: Tensor, positions: Positions, targets: Targets,
+    position_ids: Tensor | None = None, attention_mask: Tensor | None = None,
 ) -> LabelPass:  # fmt: skip
-    """Log-probabilities of labels: input_ids (B, T), positions (B, T) bool of the N states before them.
+    """Log-probabilities of labels: input_ids (B, T), positions of the N states before them.
 
     position_ids (B, T): for packed rows; they restart at 0 with each document, and most models then restrict
-    attention to the document.
+    attention to the document. With an attention_mask (B, 1, T, T): of rows whose responses share a prompt.
 
-    Rows are padded on the right. No attention mask is passed: with causal attention a real token never
+    Rows are padded on the right. They need no attention mask: with causal attention a real token never
     attends to padding, and attention is fastest without a mask. The output head receives only the N selected
     hidden states, in chunks, so that no logits are computed for prompts and padding and few at once.
     """
+    layout = position_ids, attention_mask
     base = base_model(model)
     if getattr(base, "has_own_logits", False):
-        logits, balance = logits_and_balance(model, input_ids, positions, position_ids)
+        logits, balance = logits_and_balance(model, input_ids, positions, *layout)
         return LabelPass(*logprobs_and_entropy(logits, targets), balance)
     with ChunkedHead(base, positions, targets) as head:
-        outputs = _forward(model, input_ids, position_ids)
+        outputs = _forward(model, input_ids, *layout)
     if not hasattr(base, "has_own_logits"):  # once per model, as a GPU would have to wait for the answer
         base.has_own_logits = not head.is_exact(outputs.logits)
         if base.has_own_logits:
@@ -45,8 +46,8 @@ def label_pass(
                 f"model type {base.config.model_type!r} changes its logits in a way of its own: those of all"
                 " tokens of a micro-batch are in memory at once"
             )
-            return label_pass(model, input_ids, positions, targets, position_ids)
-    return LabelPass(*head.result, _balance(base, outputs, positions))
+            return label_pass(model, input_ids, positions, targets, *layout)
+    return LabelPass(*head.result, _balance(base, outputs, positions, input_ids))
 
 
 def response_logits(
@@ -57,17 +58,18 @@ def response_logits(
 
 
 def logits_and_balance(
-    model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, input_ids: Tensor, positions: Positions, position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`response_logits`, and the load-balancing loss as in `LabelPass`."""
     base = base_model(model)
     head = base.get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
     try:
-        outputs = _forward(model, input_ids, position_ids)
+        outputs = _forward(model, input_ids, position_ids, attention_mask)
     finally:
         choose.remove()
-    return outputs.logits, _balance(base, outputs, positions)
+    return outputs.logits, _balance(base, outputs, positions, input_ids)
 
 
 def token_logprobs(model: nn.Module, input_ids: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +84,8 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, is_label: Tensor) -> tup
     return logprobs, balance
 
 
-def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
-    """Scores at the selected positions: input_ids (B, T) padded right, positions (B, T) bool -> (N,) fp32.
+def token_scores(model: nn.Module, input_ids: Tensor, positions: Positions, **layout: Tensor) -> Tensor:
+    """Scores at the selected positions: input_ids (B, T) padded right, N positions -> (N,) fp32.
 
     The model's own forward pass would select a position by the pad id, so a hook reads the head's output.
     Scores are centred and scaled by `reward_mean` and `reward_std` of the configuration (written by step 2).
@@ -95,7 +97,7 @@ def token_scores(model: nn.Module, input_ids: Tensor, positions: Tensor, **layou
 
 
 def token_scores_and_states(
-    model: nn.Module, input_ids: Tensor, positions: Tensor, **layout: Tensor
+    model: nn.Module, input_ids: Tensor, positions: Positions, **layout: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`token_scores`, and the last hidden states (B, T, hidden size), the input of the scalar head."""
     calls: list[tuple[Tensor, Tensor]] = []
@@ -128,12 +130,17 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _forward(model: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Any:
-    packed = {} if position_ids is None else {"position_ids": position_ids}
-    return model(input_ids=input_ids, use_cache=False, **packed)
+def _forward(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None = None
+) -> Any:
+    layout = {"position_ids": position_ids, "attention_mask": attention_mask}
+    layout = {name: value for name, value in layout.items() if value is not None}
+    return model(input_ids=input_ids, use_cache=False, **layout)
 
 
-def _balance(base: PreTrainedModel, outputs: Any, positions: Tensor) -> Tensor:
+def _balance(base: PreTrainedModel, outputs: Any, positions: Positions, input_ids: Tensor) -> Tensor:
     if base.training and has_balance_loss(base):
-        return balance_loss(base, outputs, positions)
-    return torch.zeros((), device=positions.device)
+        mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        mask[positions] = True
+        return balance_loss(base, outputs, mask)
+    return torch.zeros((), device=input_ids.device)

@@ -16,6 +16,8 @@ from common.numeric.top_k_top_p import Support, restrict
 # Logits at once: 256 MiB in fp32. A large vocabulary still has hundreds of tokens, for fast matrix products.
 CHUNK = 2**26
 
+# N states of rows (B, T): a mask (B, T), or rows and columns (N,), which may name a state several times.
+Positions = Tensor | tuple[Tensor, Tensor]
 Entropy = Literal["none", "value", "differentiable"]
 
 
@@ -44,7 +46,7 @@ class ChunkedHead:
     The model's own code after the head gets a probe, which shows whether `adjust_logits` does the same.
     """
 
-    def __init__(self, model: PreTrainedModel, positions: Tensor, targets: Targets) -> None:
+    def __init__(self, model: PreTrainedModel, positions: Positions, targets: Targets) -> None:
         self.result: Tensor
         self._head, self._config = model.get_output_embeddings(), model.config
         self._logits, self._positions, self._targets = self._head.forward, positions, targets

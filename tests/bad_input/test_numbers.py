@@ -33,6 +33,8 @@ REFUSED = [
     ("step3_ppo", ["--overlong_penalty", "0"], "--overlong_penalty"),
     ("step3_ppo", ["--rollout_batch_size", str(2**40)], "--rollout_batch_size"),
     ("step3_ppo", ["--ppo_epochs", HUGE], "--ppo_epochs"),
+    ("step3_ppo", ["--share_prompts", "maybe"], "--share_prompts"),
+    ("step3_ppo", ["--share_prompts", "yes"], "--share_prompts yes: --samples_per_prompt 1"),
     ("step1_sft", ["--global_batch_size", str(2**40)], "--global_batch_size"),
     ("best_of_n", ["--samples_per_prompt", str(2**40)], "--samples_per_prompt"),
     ("best_of_n", ["--max_response_length", HUGE], "--max_response_length"),

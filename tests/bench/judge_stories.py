@@ -26,7 +26,6 @@ from common.numeric.tensor_ops import label_logprobs
 from common.runtime.options import DataOptions
 from common.text.prompts import Prompt, tokenize_prompt
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
-from step3_ppo.rollout import response_positions
 
 LENGTH = 48
 SEED = 1234
@@ -47,7 +46,8 @@ def total_logprobs(
     """Log-probability of each whole response, (B,)."""
     input_ids = pad_rows([p + r for p, r in zip(prompts, responses, strict=True)], 0)
     starts, lengths = (torch.tensor([len(row) for row in rows]) for rows in (prompts, responses))
-    positions = response_positions(starts, lengths, input_ids.shape[1])
+    column = torch.arange(input_ids.shape[1])
+    positions = (column >= starts[:, None] - 1) & (column < (starts + lengths)[:, None] - 1)
     logits = response_logits(model, input_ids, positions)
     flat = label_logprobs(logits, input_ids[positions.roll(1, dims=1)])
     return torch.stack([part.sum() for part in flat.split(lengths.tolist())])

@@ -1,6 +1,7 @@
 """Record the forward passes of a run on some ranks: what it read, not what it made of it."""
 
 import contextlib
+import itertools
 import os
 import pickle
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,18 @@ class Pass(NamedTuple):
     has_gradient: bool
     is_sampling: bool  # with a cache
     input_ids: list[list[int]]  # padded
+    position_ids: list[list[int]] | None  # of responses that share a prompt; None: one text per row
 
     @property
     def positions(self) -> int:
         return len(self.input_ids) * len(self.input_ids[0])
+
+    @property
+    def responses(self) -> int:
+        """The position ids of each response on a row continue from the prompt; those of padding may be 0."""
+        if self.position_ids is None:
+            return len(self.input_ids)
+        return sum(1 + sum(0 < b <= a for a, b in itertools.pairwise(row)) for row in self.position_ids)
 
 
 @contextlib.contextmanager
@@ -34,11 +43,14 @@ def recorded(folder: Path) -> Iterator[None]:
 
     def write(module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Tensor], output: Any) -> None:  # noqa: ARG001 - as torch calls it
         if isinstance(module, LlamaForCausalLM | LlamaForSequenceClassification):
+            is_sampling = inputs.get("past_key_values") is not None
+            is_shared = not is_sampling and getattr(inputs.get("attention_mask"), "ndim", 0) == 4
             one = Pass(
                 isinstance(module, LlamaForCausalLM),
                 torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()),
-                inputs.get("past_key_values") is not None,
+                is_sampling,
                 inputs["input_ids"].tolist(),
+                inputs["position_ids"].tolist() if is_shared else None,
             )
             with (folder / f"passes.{os.environ['RANK']}").open("ab") as file:
                 pickle.dump(one, file)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from tests.conftest import assert_close
 from tests.ranks import succeed
 from tests.recomputed.passes import Pass, check_budget, passes, recorded, without_padding
 from tests.recomputed.plain import merged
@@ -19,6 +21,7 @@ from tests.recomputed.tiny import (
     compare_metrics,
     compare_weights,
     ids_of,
+    logged,
     text_of,
     words,
     write_records,
@@ -36,7 +39,7 @@ DEMONSTRATIONS = [
     ("ed a ", "fed"), ("efghi ", "j"), ("ece ", "c"), ("ea", "eb"),
     ("ej ", "jjjj"), ("eh ", "h h h h"), ("eg", "gg"),
 ]  # fmt: skip
-LONGEST = 7
+LONGEST, LONGEST_PROMPT = 7, 12
 OPTIONS = {
     "max_steps": 2, "rollout_batch_size": 8, "global_batch_size": 4, "ppo_epochs": 2,
     "max_response_length": LONGEST, "max_update_kl": 1000, "max_grad_norm": 0.3, "weight_decay": 0.1,
@@ -45,9 +48,10 @@ OPTIONS = {
     "score_clip": 0.8, "missing_eos_penalty": 0.4, "advantage_estimator": "gae", "whiten_advantages": "true",
     "gamma": 1.0, "gae_lambda": 0.95, "temperature": 1.0, "dual_clip": 3.0, "repetition_penalty": 0.0,
     "length_penalty": 0.0, "kl_penalty": "reward", "entropy_coef": 0.0, "lora_rank": 0, "lora_alpha": 6,
-    "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
+    "max_prompt_length": LONGEST_PROMPT + 1, "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
-GROUPS = {"samples_per_prompt": 4}
+GROUPS = {"samples_per_prompt": 4, "rollout_batch_size": 16}
+SHARED = {**GROUPS, "share_prompts": "yes", "global_batch_size": 8, "micro_batch_size": 4}
 CASES: dict[str, dict[str, Any]] = {
     "gae": {"gae_lambda": 0.9, "gamma": 0.95, "dual_clip": 0.0},
     "gae_warmup": {
@@ -85,6 +89,13 @@ CASES: dict[str, dict[str, Any]] = {
     "masked": {
         "mask_truncated": "true", "overlong_buffer": 4, "overlong_penalty": 0.6, "ptx_coef": 0.3,
     },
+    "shared": {
+        **SHARED, "bootstrap_truncated": "true", "temperature": 0.9, "top_k": 9, "function_weight": 0.5,
+        "ptx_coef": 0.5, "entropy_coef": 0.1,
+    },
+    "shared_lora": {**SHARED, "advantage_estimator": "rloo", "kl_penalty": "k2", "lora_rank": 2},
+    "shared_tokens": {**SHARED, "micro_batch_tokens": 60},
+    "separate": {**SHARED, "share_prompts": "no"},
     "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
 }  # fmt: skip
 RESUMED = {
@@ -92,6 +103,9 @@ RESUMED = {
     "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 20, "ema_decay": 0.7, "save_steps": 1,
     "actor_learning_rate": 0.003, "critic_learning_rate": 0.005,
     "micro_batch_size": 2,
+}  # fmt: skip
+SHARED_BY: dict[str, list[set[int]]] = {  # responses per row, on one and two ranks
+    "shared": [{4}, {2}], "shared_lora": [{4}, {2}], "shared_tokens": [{4}, {4}], "separate": [set(), set()],
 }  # fmt: skip
 SWITCHES = {"true": True, "false": False}
 OF_THE_TEST = ("reward_model", "function_weight")  # no options
@@ -101,12 +115,18 @@ OF_THE_TEST = ("reward_model", "function_weight")  # no options
 @pytest.mark.parametrize("case", CASES)
 def test_ppo(tiny: Path, tmp_path: Path, case: str, ranks: int) -> None:
     """Several updates an iteration, responses of uneven length, some of them cut."""
-    options = {**OPTIONS, **CASES[case], "micro_batch_size": 2 // ranks}
+    options = {**OPTIONS, **CASES[case]}
+    options["micro_batch_size"] = options.get("micro_batch_size", 2) // ranks
     with recorded(tmp_path):
         succeed("step3_ppo.main", command(tiny, tmp_path, options, PROMPTS), tmp_path, ranks)
     if "micro_batch_tokens" in options:
-        check_budget([passes(tmp_path, rank) for rank in range(ranks)], options["micro_batch_tokens"])
+        check_budget([passes_of(tmp_path, rank) for rank in range(ranks)], options["micro_batch_tokens"])
     compare(tiny, tmp_path, options, ranks)
+    if "share_prompts" in options:
+        shared = [one for rank in range(ranks) for one in passes_of(tmp_path, rank) if one.position_ids]
+        assert {one.responses / len(one.input_ids) for one in shared} == SHARED_BY[case][ranks - 1]
+        kinds = {(one.is_policy, one.has_gradient) for one in shared}
+        assert not shared or kinds >= {(True, True), (True, False), (False, False)}
 
 
 def test_resumed_ppo(tiny: Path, tmp_path: Path) -> None:
@@ -124,6 +144,18 @@ def test_resumed_ppo(tiny: Path, tmp_path: Path) -> None:
     texts = [str(text) for part in (first, second, third) for batch in part.texts for text in batch]
     for start in range(0, len(texts), len(DEMONSTRATIONS)):
         assert len({*texts[start : start + len(DEMONSTRATIONS)]}) == len(DEMONSTRATIONS)
+
+
+def test_numbers_are_those_without_shared_prompts(tiny: Path, tmp_path: Path) -> None:
+    """With the same minibatches, and accumulation of gradients."""
+    for how in ("no", "yes"):
+        (tmp_path / how).mkdir()
+        options = {**OPTIONS, **CASES["shared"], "share_prompts": how}
+        succeed("step3_ppo.main", command(tiny, tmp_path / how, options, PROMPTS), tmp_path / how)
+    compare_metrics(tmp_path / "yes/out", logged(tmp_path / "no/out"))
+    for name in ("final", "final_critic"):
+        weights = [load_file(tmp_path / how / "out" / name / "model.safetensors") for how in ("yes", "no")]
+        assert_close(*weights)
 
 
 def command(tiny: Path, folder: Path, options: dict[str, Any], prompts: list[str]) -> list[str]:
@@ -150,7 +182,7 @@ def compare(tiny: Path, folder: Path, options: dict[str, Any], ranks: int) -> li
     if "function_weight" in options:
         scorer = scorer._replace(function=early, weight=options["function_weight"])
     plain = PPO(tiny / "model", scorer, {name: SWITCHES.get(x, x) for name, x in options.items()})
-    lines, step, parts = [], 0, split([passes(folder, rank) for rank in range(ranks)], options)
+    lines, step, parts = [], 0, split([passes_of(folder, rank) for rank in range(ranks)], options)
     samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
     for number, part in enumerate(parts):
         if isinstance(part, Iteration):
@@ -180,6 +212,21 @@ def early(text: str) -> float:
     return sum(letter in "abcde" for letter in text) / 4
 
 
+def passes_of(folder: Path, rank: int) -> list[Pass]:
+    """The passes of a rank, without those of random tokens that show whether a model can share prompts.
+
+    There are two for each model, the first one with rows that are longer than any of the run.
+    """
+    every = iter(passes(folder, rank))
+    result = []
+    for one in every:
+        if not one.is_sampling and len(one.input_ids[0]) > LONGEST_PROMPT + LONGEST and not one.position_ids:
+            next(every)
+        else:
+            result.append(one)
+    return result
+
+
 def split(of_ranks: list[list[Pass]], options: dict[str, Any]) -> list[Any]:
     """Iterations, and rows of evaluations, in order. Each starts with sampling."""
     parts: list[list[list[Pass]]] = [[] for _ in of_ranks]
@@ -195,13 +242,17 @@ def split(of_ranks: list[list[Pass]], options: dict[str, Any]) -> list[Any]:
 
 
 def rows_of(part: list[Pass], prompts: list[str]) -> list[Sampled]:
-    """Rows of some passes, each a prompt and a response."""
-    starts = {tuple(ids_of(prompt)) for prompt in prompts}
+    """Rows of some passes, each a prompt and a response, or several that share a prompt."""
+    known = {tuple(ids_of(prompt)) for prompt in prompts}
     rows = []
-    for row in (row for one in part for row in one.input_ids):
-        prompt = max((p for p in starts if tuple(row[: len(p)]) == p), key=len)
-        ids = without_padding(row, len(prompt), LONGEST)
-        rows.append(Sampled(prompt, tuple(ids[len(prompt) :])))
+    for one in part:
+        for row, positions in zip(one.input_ids, one.position_ids or itertools.repeat(None)):  # noqa: B905
+            prompt = max((p for p in known if tuple(row[: len(p)]) == p), key=len)
+            starts = [len(prompt)]
+            if positions:
+                starts = [c for c in range(len(prompt), len(row)) if positions[c] == len(prompt)]
+            ends = [without_padding(row, start, LONGEST) for start in starts]
+            rows += [Sampled(prompt, tuple(ids[s:])) for s, ids in zip(starts, ends, strict=True)]
     return rows
 
 
@@ -260,10 +311,10 @@ def updates(part: list[list[Pass]], size: int, is_policy: bool) -> list[list[Pas
     ]
     batches: list[list[Pass]] = []
     for of_round in zip(*trained, strict=True):
-        if not batches or sum(len(one.input_ids) for one in batches[-1]) == size:
+        if not batches or sum(one.responses for one in batches[-1]) == size:
             batches.append([])
         batches[-1] += of_round
-    assert {sum(len(one.input_ids) for one in batch) for batch in batches} <= {size}  # none without a critic
+    assert {sum(one.responses for one in batch) for batch in batches} <= {size}  # none without a critic
     return batches
 
 

@@ -1,0 +1,33 @@
+"""Whether the responses to a prompt share a row with it in scoring and updates."""
+
+from dataclasses import replace
+
+from common.model.forward import base_model
+from common.model.shared_prompt import Sharing, responses_per_row, wants_sharing, work
+from common.runtime.distributed import log_once
+from step3_ppo.models import Models
+from step3_ppo.options import PPOOptions
+from step3_ppo.rollout import Rollout
+
+
+def share_prompts(models: Models, rollout: Rollout, options: PPOOptions) -> Rollout:
+    """Let responses to one prompt share a row, by --share_prompts, and as actor and critic allow.
+
+    Every rank must call this.
+    """
+    sharing = Sharing(options.responses_per_row, options.max_prompt_length, options.max_response_length)
+    if sharing.responses == 1:
+        return rollout
+    shared, rows = replace(rollout, sharing=sharing), range(len(rollout.scores))
+    hidden_size = base_model(models.actor).config.get_text_config().hidden_size
+    works = [
+        work([(1, length) for length in one.units(rows)[1]], hidden_size, one is shared)
+        for one in (rollout, shared)
+    ]
+    if not wants_sharing(options.share_prompts, *works):
+        return rollout
+    trained = [models.actor, models.critic] if models.critic else [models.actor]
+    if min([responses_per_row(model, sharing) for model in trained]) == 1:
+        return rollout
+    log_once(f"each prompt is encoded once for {sharing.responses} responses in scoring and updates")
+    return shared
