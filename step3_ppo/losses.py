@@ -1,5 +1,6 @@
 """The losses of PPO, per response token, (B, T) or any other shape, and how they are averaged. Pure."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, assert_never
 
 import torch
@@ -18,23 +19,51 @@ class PolicyLoss(NamedTuple):
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, dual_clip: float = 0.0,
-    clip_range_high: float = 0.0,
+    clip_range_high: float = 0.0, lengths: Sequence[int] = (),
 ) -> PolicyLoss:  # fmt: skip
     """Clipped surrogate, -min(ratio * A, clip(ratio, 1 - low, 1 + high) * A), for each token.
 
     logprobs, old_logprobs, advantages (B, T). low: clip_range; high: clip_range_high, or clip_range with 0.
     With `dual_clip` c > 1, the loss of a token with A < 0 is at most -c * A, which bounds the effect of huge
-    ratios; 0 turns it off. Source: Schulman et al. 2017 (PPO), eq. 7; dual clip: Ye et al. 2020, eq. 5; two
-    ranges (clip-higher): Yu et al. 2025 (DAPO), eq. 10.
+    ratios; 0 turns it off. lengths: of the responses, if all tokens of one have its ratio (GSPO); the rest
+    is then (N,). Source: Schulman et al. 2017 (PPO), eq. 7; dual clip: Ye et al. 2020, eq. 5; two ranges
+    (clip-higher): Yu et al. 2025 (DAPO), eq. 10.
     """
-    log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+    log_ratio = logprobs - old_logprobs
+    if lengths:
+        log_ratio = response_log_ratio(log_ratio, lengths)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     unclipped = -advantages * ratio
     bounded = -advantages * ratio.clamp(1.0 - clip_range, 1.0 + (clip_range_high or clip_range))
     loss = torch.maximum(unclipped, bounded)
     if dual_clip:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     return PolicyLoss(loss, ratio.detach(), (bounded > unclipped).detach())
+
+
+def response_log_ratio(log_ratio: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean over each response, with the gradient of the token: (N,) -> (N,), for responses of these lengths.
+
+    Its exponential is the ratio of a response, pi(y) / pi_old(y), to the power of 1 / length. Source: Zheng
+    et al. 2025 (GSPO), section 4.1; the gradient: GSPO-token, section 4.3, which is that of GSPO where all
+    tokens of a response have the same advantage.
+    """
+    means = torch.cat([part.mean().expand(len(part)) for part in log_ratio.detach().split([*lengths])])
+    return means + (log_ratio - log_ratio.detach())
+
+
+def clipped_weight_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float
+) -> PolicyLoss:
+    """-w * A * log pi with the constant w = clip(ratio, 1 - low, 1 + high), for each token: (B, T).
+
+    No token loses its gradient. low: clip_range, from 1 on without a lower bound; high: clip_range_high, or
+    clip_range with 0. Source: MiniMax 2025 (MiniMax-M1: CISPO), section 3.1.
+    """
+    log_ratio = (logprobs - old_logprobs).detach()
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    weights = ratio.clamp(1.0 - clip_range, 1.0 + (clip_range_high or clip_range))
+    return PolicyLoss(-weights * advantages * logprobs, ratio, weights != ratio)
 
 
 def token_weights(response_lengths: Tensor, is_counted: Tensor, aggregation: str, longest: int) -> Tensor:

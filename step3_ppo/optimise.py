@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -18,7 +18,14 @@ from common.runtime.options import world_size
 from common.training.means import Mean
 from step3_ppo.gap import SamplerGap, is_rescored, largest_gap
 from step3_ppo.kl_penalty import KLPenalty
-from step3_ppo.losses import policy_loss, rollout_weights, token_weights, value_loss
+from step3_ppo.losses import (
+    PolicyLoss,
+    clipped_weight_loss,
+    policy_loss,
+    rollout_weights,
+    token_weights,
+    value_loss,
+)
 from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
@@ -32,6 +39,7 @@ class MicroBatch(NamedTuple):
 
     rows: Rows
     numbers: list[int]  # of the rows in the rollout
+    lengths: list[int]  # of the responses
     logprobs: Tensor  # (N,)
     ref_logprobs: Tensor  # (N,)
     advantages: Tensor  # (N,)
@@ -140,6 +148,7 @@ def _micro_batches(
         yield MicroBatch(
             rollout.rows(chunk),
             chunk,
+            rollout.response_lengths[chunk].tolist(),
             rollout.logprobs[chunk][mask],
             rollout.ref_logprobs[chunk][mask],
             advantages[chunk][mask],
@@ -179,6 +188,21 @@ def _mean_norm(norms: list[float]) -> Mean:
     return Mean(sum(finite), len(finite)) if finite else Mean(math.inf)
 
 
+def surrogate(logprobs: Tensor, batch: MicroBatch, options: PPOOptions) -> PolicyLoss:
+    """The loss of each token by --policy_loss, without KL and entropy. logprobs: (N,)."""
+    low, high, dual_clip = options.clip_range, options.clip_range_high, options.dual_clip
+    numbers = logprobs, batch.logprobs, batch.advantages
+    match options.policy_loss:
+        case "ppo":
+            return policy_loss(*numbers, low, dual_clip, high)
+        case "gspo":
+            return policy_loss(*numbers, low, dual_clip, high, batch.lengths)
+        case "cispo":
+            return clipped_weight_loss(*numbers, low, high)
+        case _:
+            assert_never(options.policy_loss)
+
+
 def _update_actor(
     actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums, gap: SamplerGap
 ) -> float | None:
@@ -186,10 +210,7 @@ def _update_actor(
     kind = "differentiable" if options.entropy_coef else "value"
     logprobs, entropy, balance = policy_pass(actor, batch.rows, options.temperature, kind)
     gap.add(batch.numbers, logprobs, batch.is_last)
-    result = policy_loss(
-        logprobs, batch.logprobs, batch.advantages, options.clip_range, options.dual_clip,
-        options.clip_range_high,
-    )  # fmt: skip
+    result = surrogate(logprobs, batch, options)
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
         loss = loss - options.entropy_coef * entropy

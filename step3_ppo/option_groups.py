@@ -121,6 +121,11 @@ class AlgorithmOptions:
     actor_learning_rate: float = option(3e-6, "Peak learning rate of the actor.", above=0)
     critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations, in which only the critic is trained.", at_least=0)
+    policy_loss: Literal["ppo", "gspo", "cispo"] = option(
+        "ppo",
+        "ppo: clipped surrogate, with a ratio per token; gspo: with a ratio per response; cispo: gradient of"
+        " every token's log-probability, weighted by the clipped ratio.",
+    )
     clip_range: float = option(0.2, "Clip the probability ratio to 1 -/+ this.", above=0)
     clip_range_high: float = option(
         0.0, "Clip the probability ratio above at 1 + this (clip-higher); 0: --clip_range.", at_least=0

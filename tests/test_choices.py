@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -26,6 +27,7 @@ from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.select import rejected
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.losses import kl_loss, token_weights
+from step3_ppo.optimise import surrogate
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rewards import RunningScale
@@ -102,6 +104,9 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "kl_controller": lambda v: make_kl_penalty(PPOOptions(kl_controller=v), 0.1),
     "advantage_estimator": lambda v: estimate(advantage_estimator=v),
     "reinforce_baseline": lambda v: estimate(advantage_estimator="reinforce", reinforce_baseline=v),
+    "policy_loss": lambda v: surrogate(
+        TWO, SimpleNamespace(logprobs=TWO, advantages=TWO, lengths=[2]), PPOOptions(policy_loss=v)
+    ),
     "loss_aggregation": lambda v: token_weights(TWO.long(), TWO > 1, v, 2),
     "keep": keep,
     "pairs": lambda v: rejected(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),

@@ -29,6 +29,7 @@ REFUSED = [
     ("step3_ppo", ["--clip_range", "inf"], "--clip_range"),
     ("step3_ppo", ["--clip_range_high", "-0.1"], "--clip_range_high"),
     ("step3_ppo", ["--loss_aggregation", "mean"], "--loss_aggregation"),
+    ("step3_ppo", ["--policy_loss", "grpo"], "--policy_loss"),
     ("step3_ppo", ["--overlong_buffer", "100000"], "--overlong_buffer 100000"),
     ("step3_ppo", ["--overlong_penalty", "0"], "--overlong_penalty"),
     ("step3_ppo", ["--rollout_batch_size", str(2**40)], "--rollout_batch_size"),

@@ -55,6 +55,8 @@ MIXES = {
         *("--advantage_estimator", "group", "--samples_per_prompt", "4", "--clip_range_high", "0.28"),
         *("--mask_truncated", "--overlong_buffer", "4", "--loss_aggregation", "sequence", *LORA),
     ],
+    "gspo": ["--policy_loss", "gspo", "--loss_aggregation", "sequence", "--zero_config", "{zero2}"],
+    "cispo": ["--policy_loss", "cispo", "--clip_range", "1", "--clip_range_high", "4"],
     "ptx": ["--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--zero_config", "{zero2}"],
     "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--max_update_kl", "1e-3"],
 }

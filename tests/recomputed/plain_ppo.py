@@ -3,7 +3,8 @@
 Schulman et al. 2016 (GAE) and 2017 (clipped surrogate), Ziegler et al. 2019 (KL in the reward, adaptive
 coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PPO-ptx), Ahmadian et al. 2024
 (RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3), Yu et al. 2025 (DAPO:
-clip-higher, means over tokens, overlong penalty), Liu et al. 2025 (Dr. GRPO: sums over a constant).
+clip-higher, means over tokens, overlong penalty), Liu et al. 2025 (Dr. GRPO: sums over a constant), Zheng et
+al. 2025 (GSPO, on its own advantages: GSPO-token), MiniMax 2025 (CISPO).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -314,12 +315,19 @@ class PPO:
             logprobs = every[range(len(one.row.response)), list(one.row.response)]
             entropy = -(every.exp() * every.masked_fill(~one.allowed, 0.0)).sum(1)
             ratio = torch.exp(logprobs - one.logprobs)
+            if options.get("policy_loss") == "gspo":
+                of_row = ratio.detach().prod() ** (1 / len(ratio))
+                ratio = of_row * torch.exp(logprobs) / torch.exp(logprobs).detach()
             low, high = options["clip_range"], options.get("clip_range_high", options["clip_range"])
             plain, bounded = ratio * advantage, ratio.clip(1 - low, 1 + high) * advantage
             surrogate = torch.minimum(plain, bounded)
             if bound := options["dual_clip"]:
                 is_negative = advantage < 0
                 surrogate = torch.where(is_negative, torch.maximum(surrogate, bound * advantage), surrogate)
+            is_clipped = bounded < plain
+            if options.get("policy_loss") == "cispo":
+                is_clipped = (ratio < 1 - low) | (ratio > 1 + high)
+                surrogate = ratio.detach().clip(1 - low, 1 + high) * advantage * logprobs
             loss, x = -surrogate, logprobs - one.reference
             match options["kl_penalty"]:
                 case "k2":
@@ -329,7 +337,7 @@ class PPO:
             losses.append(loss - options["entropy_coef"] * entropy)
             surrogates.append(-surrogate)
             k2 = (logprobs - one.logprobs) ** 2 / 2
-            per_token.append(torch.stack([0 * ratio, ratio, (bounded < plain).float(), k2, entropy], dim=1))
+            per_token.append(torch.stack([0 * ratio, ratio, is_clipped.float(), k2, entropy], dim=1))
         every = torch.cat(per_token).detach()
         every[:, 0] = self.over_responses(batch, surrogates).item()
         return self.over_responses(batch, losses), every

@@ -86,6 +86,11 @@ CASES: dict[str, dict[str, Any]] = {
     "constant": {
         "advantage_estimator": "reinforce_pp", "loss_aggregation": "constant", "micro_batch_tokens": 45,
     },
+    "gspo": {
+        **GROUPS, "advantage_estimator": "group", "group_std": "true", "policy_loss": "gspo",
+        "loss_aggregation": "sequence", "clip_range": 0.003, "clip_range_high": 0.004,
+    },
+    "cispo": {"policy_loss": "cispo", "clip_range": 1.0, "clip_range_high": 0.1},
     "masked": {
         "mask_truncated": "true", "overlong_buffer": 4, "overlong_penalty": 0.6, "ptx_coef": 0.3,
     },

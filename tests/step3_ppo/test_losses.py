@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from common.numeric.tensor_ops import masked_mean
-from step3_ppo.losses import LOG_RATIO_LIMIT, kl_loss, policy_loss, token_weights, value_loss
+from step3_ppo.losses import (
+    LOG_RATIO_LIMIT,
+    clipped_weight_loss,
+    kl_loss,
+    policy_loss,
+    token_weights,
+    value_loss,
+)
 from tests.conftest import assert_close
 
 
@@ -89,6 +96,52 @@ def test_clip_higher_moves_the_upper_bound_alone(ratio, advantage, loss, gradien
     assert_close(result.loss, torch.tensor([loss]))
     assert_close(logprobs.grad, torch.tensor([gradient]))
     assert result.clipped.item() is (gradient == 0.0)
+
+
+def test_gspo_is_the_clipped_surrogate_of_whole_responses():
+    """Loss and gradient of a mean over responses, each with one ratio and one advantage."""
+    old, lengths = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.0, -1.0]), [3, 1, 2]
+    logprobs = torch.tensor([-0.8, -2.1, -0.6, -2.5, -1.1, -0.6], requires_grad=True)
+    advantages = [0.5, 2.0, -1.5]  # the second response is beyond 1 + high
+    per_token = torch.tensor(advantages).repeat_interleave(torch.tensor(lengths))
+    result = policy_loss(logprobs, old, per_token, 0.1, clip_range_high=0.3, lengths=lengths)
+    sum(part.mean() for part in result.loss.split(lengths)).backward()
+    exact = logprobs.detach().clone().requires_grad_()
+    expected = []
+    for part, before, advantage in zip(exact.split(lengths), old.split(lengths), advantages, strict=True):
+        ratio = (part.sum() - before.sum()).div(len(part)).exp()
+        expected.append(-torch.minimum(ratio * advantage, ratio.clip(0.9, 1.3) * advantage))
+    sum(expected).backward()
+    assert_close(result.loss, torch.stack(expected).repeat_interleave(torch.tensor(lengths)))
+    assert_close(logprobs.grad, exact.grad)
+    assert result.clipped.tolist() == [False] * 3 + [True] + [False] * 2 and exact.grad[3] == 0
+
+
+def test_gspo_of_responses_of_one_token_is_ppo():
+    logprobs, old, advantages = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    result = policy_loss(logprobs, old, advantages, 0.2, 3.0, lengths=[1] * 5)
+    assert_close(result, policy_loss(logprobs, old, advantages, 0.2, 3.0))
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, weight",
+    [(1.0, 1.0, 1.0), (1.5, 1.0, 1.3), (1.5, -1.0, 1.3), (0.5, 2.0, 0.8), (0.9, -1.0, 0.9)],
+)
+def test_cispo_has_the_gradient_of_the_weighted_logprob(ratio, advantage, weight):
+    """Both clipped signs keep their gradient, which the clipped surrogate takes from them."""
+    logprobs = torch.tensor([-2.0], requires_grad=True)
+    old = torch.tensor([-2.0 - math.log(ratio)])
+    result = clipped_weight_loss(logprobs, old, torch.tensor([advantage]), 0.2, 0.3)
+    result.loss.backward()
+    assert_close(logprobs.grad, torch.tensor([-weight * advantage]))
+    assert_close(result.loss, torch.tensor([2.0 * weight * advantage]))
+    assert result.clipped.item() is (weight != ratio)
+
+
+def test_cispo_without_a_lower_bound():
+    result = clipped_weight_loss(torch.tensor([-3.0]), torch.zeros(1), torch.ones(1), 1.0, 4.0)
+    assert_close(result.loss, torch.tensor([3.0 * math.exp(-3.0)]))
+    assert not result.clipped
 
 
 @pytest.mark.parametrize(
