@@ -40,6 +40,7 @@ DEMONSTRATIONS = [
     ("ej ", "jjjj"), ("eh ", "h h h h"), ("eg", "gg"),
 ]  # fmt: skip
 LONGEST, LONGEST_PROMPT = 7, 12
+LONGEST_TEXT = LONGEST_PROMPT + LONGEST + 1  # with the EOS at which a cut response is scored
 OPTIONS = {
     "max_steps": 2, "rollout_batch_size": 8, "global_batch_size": 4, "ppo_epochs": 2,
     "max_response_length": LONGEST, "max_update_kl": 1000, "max_grad_norm": 0.3, "weight_decay": 0.1,
@@ -48,7 +49,7 @@ OPTIONS = {
     "score_clip": 0.8, "missing_eos_penalty": 0.4, "advantage_estimator": "gae", "whiten_advantages": "true",
     "gamma": 1.0, "gae_lambda": 0.95, "temperature": 1.0, "dual_clip": 3.0, "repetition_penalty": 0.0,
     "length_penalty": 0.0, "kl_penalty": "reward", "entropy_coef": 0.0, "lora_rank": 0, "lora_alpha": 6,
-    "max_prompt_length": LONGEST_PROMPT + 1, "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
+    "max_prompt_length": LONGEST_PROMPT + 2, "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
 GROUPS = {"samples_per_prompt": 4, "rollout_batch_size": 16}
 SHARED = {**GROUPS, "share_prompts": "yes", "global_batch_size": 8, "micro_batch_size": 4}
@@ -225,7 +226,7 @@ def passes_of(folder: Path, rank: int) -> list[Pass]:
     every = iter(passes(folder, rank))
     result = []
     for one in every:
-        if not one.is_sampling and len(one.input_ids[0]) > LONGEST_PROMPT + LONGEST and not one.position_ids:
+        if not one.is_sampling and len(one.input_ids[0]) > LONGEST_TEXT and not one.position_ids:
             next(every)
         else:
             result.append(one)
