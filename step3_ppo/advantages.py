@@ -9,14 +9,15 @@ GROUP_EPS = 1e-4  # so that a group of equal scores gets advantages of 0, not sc
 
 
 def generalised_advantages(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, gae_lambda: float,
-    last_values: Tensor | None = None,
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float,
+    gae_lambda: float | Tensor, last_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation over right-padded responses.
 
     rewards (B, T): per token; values (B, T): of the state before each token; response_mask (B, T): 1 on
-    response tokens, which start at column 0; last_values (B,): of the state after the last token. Without
-    last_values that state is terminal, with value 0 (Pardo et al. 2018: a time limit is not terminal).
+    response tokens, which start at column 0; gae_lambda: one, or one per response (B,); last_values (B,): of
+    the state after the last token. Without last_values that state is terminal, with value 0 (Pardo et al.
+    2018: a time limit is not terminal).
     Returns advantages and returns (= advantages + values), both (B, T), 0 outside the mask. Source: Schulman
     et al. 2016 (GAE), eq. 16: A_t = sum_l (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
     """
@@ -31,8 +32,20 @@ def generalised_advantages(
     return advantages * mask, (advantages + values) * mask
 
 
-def discounted_sums(rewards: Tensor, gamma: float) -> Tensor:
-    """Return at each token, sum_l gamma^l r_{t+l}: (B, T) -> (B, T). Padding must be 0."""
+def length_adaptive_lambda(response_lengths: Tensor, alpha: float) -> Tensor:
+    """Lambda of each response, 1 - 1 / (alpha * length), at least 0: (B,) -> (B,).
+
+    sum_l lambda^l, the weight of all TD errors together, is alpha * length. Source: Yue et al. 2025 (VAPO),
+    section 4.2.
+    """
+    return (1.0 - 1.0 / (alpha * response_lengths)).clamp(min=0.0)
+
+
+def discounted_sums(rewards: Tensor, gamma: float | Tensor) -> Tensor:
+    """Return at each token, sum_l gamma^l r_{t+l}: (B, T) -> (B, T). Padding must be 0.
+
+    gamma: one, or one per response (B,).
+    """
     sums = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):

@@ -155,6 +155,14 @@ class AlgorithmOptions:
     )  # fmt: skip
     gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", at_least=0, at_most=1)
+    critic_gae_lambda: float = option(
+        0.0, "Lambda of the critic's returns alone; 0: --gae_lambda.", at_least=0, at_most=1
+    )
+    length_adaptive_lambda: float = option(
+        0.0,
+        "Lambda of the actor by length, 1 - 1 / (this * tokens), instead of --gae_lambda; 0: do not.",
+        at_least=0,
+    )
     bootstrap_truncated: bool = option(
         False, "With gae, bootstrap truncated responses with the critic's value instead of 0."
     )

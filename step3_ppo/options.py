@@ -127,7 +127,13 @@ class PPOOptions(
             raise UserError(f"--early_stopping {self.early_stopping}: needs --eval_steps; it is 0")
         if self.best_metric == "eval/gold" and not (self.gold_reward_model or self.gold_function):
             raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
-        for name in ("critic_warmup_steps", "bootstrap_truncated"):
+        of_critic = (
+            "critic_warmup_steps",
+            "bootstrap_truncated",
+            "critic_gae_lambda",
+            "length_adaptive_lambda",
+        )
+        for name in of_critic:
             if getattr(self, name) and not self.has_critic:
                 raise UserError(
                     f"--{name} {getattr(self, name)}: --advantage_estimator {estimator} has no critic"

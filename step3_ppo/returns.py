@@ -11,6 +11,7 @@ from step3_ppo.advantages import (
     generalised_advantages,
     group_advantages,
     leave_one_out_advantages,
+    length_adaptive_lambda,
     reinforce_advantages,
     whitened_returns,
 )
@@ -69,9 +70,7 @@ def estimate_advantages(
     mask, gamma, totals = rollout.response_mask, options.gamma, rewards.sum(1)
     match options.advantage_estimator:
         case "gae":
-            advantages, returns = generalised_advantages(
-                rewards, rollout.values, mask, gamma, options.gae_lambda, rollout.last_values
-            )
+            advantages, returns = _generalised(rollout, rewards, options)
             return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
         case "reinforce_pp":
             return whitened_returns(rewards, mask, gamma), None
@@ -85,6 +84,22 @@ def estimate_advantages(
             return scaled[:, None] * mask, None
         case _:
             assert_never(options.advantage_estimator)
+
+
+def _generalised(rollout: Rollout, rewards: Tensor, options: PPOOptions) -> tuple[Tensor, Tensor]:
+    """Advantages of the actor and returns of the critic, each (B, R), by the lambda of each."""
+
+    def with_lambda(gae_lambda: float | Tensor) -> tuple[Tensor, Tensor]:
+        return generalised_advantages(
+            rewards, rollout.values, rollout.response_mask, options.gamma, gae_lambda, rollout.last_values
+        )
+
+    alpha = options.length_adaptive_lambda
+    of_actor = length_adaptive_lambda(rollout.response_lengths, alpha) if alpha else options.gae_lambda
+    advantages, returns = with_lambda(of_actor)
+    if alpha or options.critic_gae_lambda:
+        _, returns = with_lambda(options.critic_gae_lambda or options.gae_lambda)
+    return advantages, returns
 
 
 def _baseline(mean: float, options: PPOOptions, state: PPOState) -> float:

@@ -131,6 +131,7 @@ def test_options_that_contradict_each_other(world, run, tmp_path):
         ("--advantage_estimator", "rloo", "--samples_per_prompt", "1"): "needs at least 2",
         ("--advantage_estimator", "group", "--critic_warmup_steps", "3"): "has no critic",
         ("--advantage_estimator", "rloo", "--bootstrap_truncated"): "has no critic",
+        ("--advantage_estimator", "rloo", "--critic_gae_lambda", "1"): "has no critic",
     }.items():
         refused = run_stage("step3_ppo.main", options(world, run, tmp_path / "out", *words), tmp_path)
         assert refused.codes == [2] and part in refused.output

@@ -56,6 +56,7 @@ MIXES = {
         *("--mask_truncated", "--overlong_buffer", "4", "--loss_aggregation", "sequence", *LORA),
     ],
     "gspo": ["--policy_loss", "gspo", "--loss_aggregation", "sequence", "--zero_config", "{zero2}"],
+    "lambdas": ["--critic_gae_lambda", "1", "--length_adaptive_lambda", "0.5", "--zero_config", "{zero3}"],
     "cispo": ["--policy_loss", "cispo", "--clip_range", "1", "--clip_range_high", "4"],
     "ptx": ["--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--zero_config", "{zero2}"],
     "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--max_update_kl", "1e-3"],
@@ -66,7 +67,10 @@ MIXES = {
 def test_ranks_and_stops_change_nothing(name, world, run, tmp_path):
     """Two ranks equal one; a run in two parts ends with the same bytes."""
     demonstrations = world / "demonstrations.jsonl"
-    words = [word.format(demonstrations=demonstrations, zero2=ZERO / "zero2.json") for word in MIXES[name]]
+    words = [
+        word.format(demonstrations=demonstrations, zero2=ZERO / "zero2.json", zero3=ZERO / "zero3.json")
+        for word in MIXES[name]
+    ]
     words += ["--lr_scheduler_type", "constant"]
     one, two, parts = (tmp_path / part for part in ("one", "two", "parts"))
     succeed("step3_ppo.main", options(world, run, one, *words), tmp_path)

@@ -3,8 +3,8 @@
 Schulman et al. 2016 (GAE) and 2017 (clipped surrogate), Ziegler et al. 2019 (KL in the reward, adaptive
 coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PPO-ptx), Ahmadian et al. 2024
 (RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3), Yu et al. 2025 (DAPO:
-clip-higher, means over tokens, overlong penalty), Liu et al. 2025 (Dr. GRPO: sums over a constant), Zheng et
-al. 2025 (GSPO, on its own advantages: GSPO-token), MiniMax 2025 (CISPO).
+clip-higher, means over tokens, overlong penalty), Yue et al. 2025 (VAPO: two lambdas), Liu et al. 2025 (Dr.
+GRPO: sums over a constant), Zheng et al. 2025 (GSPO-token), MiniMax 2025 (CISPO).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -200,8 +200,10 @@ class PPO:
         ]
         match options["advantage_estimator"]:
             case "gae":
-                advantages = [self.gae(one, part) for one, part in zip(rollout, rewards, strict=True)]
-                returns = [a + one.values for a, one in zip(advantages, rollout, strict=True)]
+                pairs = [*zip(rollout, rewards, strict=True)]
+                advantages = [self.gae(one, part, self.actor_lambda(one)) for one, part in pairs]
+                of_critic = options.get("critic_gae_lambda", options["gae_lambda"])
+                returns = [self.gae(one, part, of_critic) + one.values for one, part in pairs]
                 return (whiten(advantages) if options["whiten_advantages"] else advantages), returns
             case "reinforce_pp":
                 return whiten(to_go), []
@@ -225,9 +227,16 @@ class PPO:
                 return [one * x for one, x in zip(ones, scaled, strict=True)], []
         raise ValueError(options["advantage_estimator"])
 
-    def gae(self, one: Scored, rewards: Tensor) -> Tensor:
+    def actor_lambda(self, one: Scored) -> float:
+        """VAPO: the horizon 1 / (1 - lambda) is a share of the length."""
+        if alpha := self.options.get("length_adaptive_lambda"):
+            horizon = max(alpha * len(one.row.response), 1.0)
+            return (horizon - 1) / horizon
+        return self.options["gae_lambda"]
+
+    def gae(self, one: Scored, rewards: Tensor, decay: float) -> Tensor:
         """A_t = sum_l (gamma lambda)^l delta_{t+l}."""
-        gamma, decay = self.options["gamma"], self.options["gae_lambda"]
+        gamma = self.options["gamma"]
         following = [*one.values[1:].tolist(), one.value_after]
         deltas = [r + gamma * after - v for r, v, after in zip(rewards, one.values, following, strict=True)]
         return discounted(deltas, gamma * decay)

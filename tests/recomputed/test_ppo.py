@@ -92,6 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
         "loss_aggregation": "sequence", "clip_range": 0.003, "clip_range_high": 0.004,
     },
     "cispo": {"policy_loss": "cispo", "clip_range": 1.0, "clip_range_high": 0.1},
+    "lambdas": {"critic_gae_lambda": 1.0, "length_adaptive_lambda": 0.4, "bootstrap_truncated": "true"},
     "masked": {
         "mask_truncated": "true", "overlong_buffer": 4, "overlong_penalty": 0.6, "ptx_coef": 0.3,
     },

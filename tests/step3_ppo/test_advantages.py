@@ -9,6 +9,7 @@ from step3_ppo.advantages import (
     generalised_advantages,
     group_advantages,
     leave_one_out_advantages,
+    length_adaptive_lambda,
     reinforce_advantages,
     whitened_returns,
 )
@@ -75,6 +76,24 @@ def test_last_values_bootstrap_truncated_responses():
     expected, _ = generalised_advantages(increased, values, MASK, 0.9, 0.8)
     assert_close(advantages, expected)
     assert_close(returns, (expected + values) * MASK)
+
+
+def test_a_lambda_per_response():
+    """Each row has the advantages that it has with its lambda alone."""
+    rewards, values = random_case()
+    lambdas = [0.9, 0.0, 0.4]
+    together = generalised_advantages(rewards, values, MASK, 0.95, torch.tensor(lambdas))
+    for row, gae_lambda in enumerate(lambdas):
+        alone = generalised_advantages(rewards, values, MASK, 0.95, gae_lambda)
+        assert_close([part[row] for part in together], [part[row] for part in alone])
+
+
+def test_length_adaptive_lambda_by_hand():
+    """VAPO: 1 - 1 / (0.05 * 200) = 0.9; all weights sum to alpha * length."""
+    lambdas = length_adaptive_lambda(torch.tensor([200, 1000, 20, 3]), 0.05)
+    assert_close(lambdas, torch.tensor([0.9, 0.98, 0.0, 0.0]))
+    sums = [sum(gae_lambda**power for power in range(5000)) for gae_lambda in lambdas.tolist()]
+    assert sums == pytest.approx([0.05 * 200, 0.05 * 1000, 1.0, 1.0], rel=1e-4)
 
 
 def test_leave_one_out_matches_the_reference(reference):
