@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.runtime.distributed import device, on_cpu
+from common.runtime.distributed import any_kernels, device, on_cpu
 
 # In the ranks' own processes and from all of their threads, without messages home.
 VARIABLES = {
@@ -29,7 +29,7 @@ def start_engine(**settings: Any) -> Any:
     os.environ |= VARIABLES
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     set_num_threads = torch.set_num_threads
-    with own_random_state():
+    with own_state():
         from vllm import LLM
 
         if on_cpu():
@@ -53,11 +53,11 @@ def _adapt_cpu_build() -> None:
 
 
 @contextlib.contextmanager
-def own_random_state() -> Iterator[None]:
-    """Inside, random numbers are vLLM's, which seeds all generators and draws from them."""
+def own_state() -> Iterator[None]:
+    """Inside, random numbers and kernels are vLLM's, which seeds all generators and draws from them."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[] if on_cpu() else [device()]):
+        with any_kernels(), torch.random.fork_rng(devices=[] if on_cpu() else [device()]):
             yield
     finally:
         random.setstate(states[0])

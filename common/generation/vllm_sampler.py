@@ -9,12 +9,12 @@ from torch import Tensor
 
 from common.generation.decoding import Responses
 from common.generation.options import GenerationOptions
-from common.generation.vllm_internals import own_random_state, start_engine
+from common.generation.vllm_internals import own_state, start_engine
 from common.model.deepspeed_internals import is_partitioned
 from common.model.families import head_size
 from common.model.forward import base_model
 from common.model.lora import merged_weight
-from common.runtime.distributed import device, gather_objects, on_cpu, rank
+from common.runtime.distributed import device, gather_objects, is_lost_contact, on_cpu, rank
 from common.runtime.options import UserError, reason
 
 BLOCK = 128  # tokens of a block of keys and values in the CPU build; GPUs have smaller ones
@@ -46,6 +46,7 @@ class VllmSampler:
                 hf_overrides={"vocab_size": model.num_tokens},
                 load_format="dummy",
                 skip_tokenizer_init=True,
+                model_impl="vllm",
                 generation_config="vllm",  # the model's own penalties would change the distribution
                 logprobs_mode="processed_logprobs",
                 max_model_len=longest,
@@ -59,13 +60,16 @@ class VllmSampler:
                 distributed_executor_backend="external_launcher",
                 seed=0,
             )
-        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            raise UserError(f"--rollout_engine vllm: does not start with {path}: {reason(error)}") from error
+        except Exception as error:
+            if is_lost_contact(error) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            problem = error.errors()[0]["msg"] if hasattr(error, "errors") else reason(error)  # of pydantic
+            raise UserError(f"--rollout_engine vllm: does not start with {path}: {problem}") from error
         self._sleep()
 
     def hold_weights(self) -> None:
         """Push the weights of a policy that is not trained once, and forget the policy."""
-        with own_random_state():
+        with own_state():
             self._push_weights()
         self._policy = None
 
@@ -76,7 +80,7 @@ class VllmSampler:
     ) -> Responses:  # fmt: skip
         """As `generate`. All ranks must call it."""
         requests, own = self._requests_of_group([(row, prompts[row]) for row in rows])
-        with own_random_state():
+        with own_state():
             if self._policy is not None:
                 self._push_weights()
             # Also of the same weights: a draw must not depend on what was drawn before.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,16 @@ CASES = "tests.common.generation.vllm_cases"
 VLLM = ["--rollout_engine", "vllm"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """vLLM is imported once, before the forks, and examines each class of models once on a machine."""
+    os.environ["VLLM_CACHE_ROOT"] = f"{tempfile.gettempdir()}/vllm_cache"
+    import vllm  # noqa: F401
+
+
 @pytest.fixture(scope="module")
 def vllm_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with attention heads of size 32, the smallest of the CPU build."""
-    import vllm  # noqa: F401 - once, before the forks
-
     return make_world(tmp_path_factory.mktemp("vllm"), hidden_size=128)
 
 
@@ -56,6 +62,12 @@ def test_an_engine_in_training(
 ) -> None:
     words = [str(vllm_world / "model"), *map(str, (stage, lora_rank, tensor_parallel))]
     succeed(CASES, ["trained_policy", *words], tmp_path, ranks)
+
+
+def test_all_families(tmp_path: Path) -> None:
+    """Also rows of the vocabulary without a token, sliding windows, biases and logit soft caps."""
+    result = run_stage(CASES, ["families", str(tmp_path)], tmp_path, timeout=900)
+    assert result.codes == [0], result.output
 
 
 # --- stages and tools ---------------------------------------------------------------------------------------

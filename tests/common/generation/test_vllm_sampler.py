@@ -1,13 +1,15 @@
 """The parts of the vLLM sampler that need no vLLM: weights, seeds, memory, responses, refusals."""
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM, MixtralConfig, Olmo2Config
 
-from common.generation import engine_checks, vllm_sampler
+from common.generation import engine_checks, vllm_internals, vllm_sampler
 from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import PlainEngine
 from common.generation.options import GenerationOptions
@@ -107,6 +109,21 @@ def test_ranks_of_a_group_sample_all_of_its_rows(monkeypatch):
         assert [row for row, _ in requests[part]] == own
 
 
+def test_random_numbers_and_kernels_of_the_process_come_back():
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    expected = random.random(), np.random.rand(), torch.rand(())
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with vllm_internals.own_state():
+            random.seed(4), np.random.seed(4), torch.manual_seed(4)
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (random.random(), np.random.rand(), torch.rand(())) == expected
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -154,9 +171,12 @@ def test_heads_that_the_cpu_build_does_not_have_are_refused():
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_family_with_other_names_in_memory_is_refused():
-    line = refusal(GenerationOptions(rollout_engine="vllm"), MixtralConfig(hidden_size=64, head_dim=32))
-    assert "model type 'mixtral' is not supported" in line
+@pytest.mark.parametrize(
+    "config", [MixtralConfig(), Olmo2Config(), Gemma3Config()], ids=lambda c: c.model_type
+)
+def test_families_with_other_weights_or_classes_in_vllm_are_refused(config):
+    line = refusal(GenerationOptions(rollout_engine="vllm"), config)
+    assert f"model type {config.model_type!r} is not supported; allowed: cohere, " in line
 
 
 @pytest.mark.usefixtures("installed")

@@ -3,6 +3,7 @@
 succeed("tests.common.generation.vllm_cases", ["plain_policy", FOLDER], FOLDER)
 """
 
+import inspect
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -10,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from common.generation.decoding import Responses
-from common.generation.generate import Sampler, generate, load_policy, make_sampler
+from common.generation.engine_checks import FAMILIES, check_rollout_engine
+from common.generation.generate import PlainEngine, Sampler, generate, load_policy, make_sampler
 from common.generation.options import GenerationOptions
+from common.generation.vllm_sampler import VllmSampler
 from common.model.engine import backward_and_step, gathered_weights, make_engine
 from common.model.forward import base_model
 from common.model.loading import load_causal_lm
@@ -135,8 +139,30 @@ def trained_policy(folder: str, stage: str, lora_rank: str, tensor_parallel: str
     assert sum_over_ranks(1.0) == [world_size()], "the process group works as before"
 
 
+def families(folder: str) -> None:
+    """Tiny models of all families with random weights, one after the other in this process."""
+    shape = {
+        "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64, "initializer_range": 0.15,
+        "sliding_window": 8, "init_std": 0.15, "ffn_dim": 96, "word_embed_proj_dim": 128,
+    }  # fmt: skip
+    for name in FAMILIES:
+        torch.manual_seed(0)
+        ids = {"vocab_size": 200, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        known = inspect.signature(CONFIG_MAPPING[name]).parameters
+        own = CONFIG_MAPPING[name].attribute_map
+        config = CONFIG_MAPPING[name](**ids, **{k: v for k, v in shape.items() if own.get(k, k) in known})
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.num_tokens, model.end_ids = 180, [2]
+        model.save_pretrained(f"{folder}/{name}")
+        check_rollout_engine(options(), model.config)
+        sampler = VllmSampler(PlainEngine(model), f"{folder}/{name}", options(), 20)
+        responses = sampler.sample(PROMPTS, range(5), options(), 1, 0)
+        assert gap(PlainEngine(model), range(5), responses) < 1e-4 and responses.ids.max() < 180, name
+
+
 def main() -> None:
     name, *words = sys.argv[1:]
     init_distributed(5)
-    cases: dict[str, Callable[..., None]] = {"plain_policy": plain_policy, "trained_policy": trained_policy}
-    cases[name](*words)
+    cases: list[Callable[..., None]] = [plain_policy, trained_policy, families]
+    next(case for case in cases if case.__name__ == name)(*words)
