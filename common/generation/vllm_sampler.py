@@ -68,7 +68,7 @@ class VllmSampler:
         self._sleep()
 
     def hold_weights(self) -> None:
-        """Push the weights of a policy that is not trained once, and forget the policy."""
+        """Push the weights now and forget the policy, which is not trained."""
         with own_state():
             self._push_weights()
         self._policy = None
