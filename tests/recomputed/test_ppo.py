@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import assert_close
+from tests.conftest import REPOSITORY, assert_close
 from tests.ranks import succeed
 from tests.recomputed.passes import Pass, check_budget, passes, recorded, without_padding
 from tests.recomputed.plain import merged
@@ -51,6 +51,7 @@ OPTIONS = {
     "length_penalty": 0.0, "kl_penalty": "reward", "entropy_coef": 0.0, "lora_rank": 0, "lora_alpha": 6,
     "max_prompt_length": LONGEST_PROMPT + 2, "seed": 5, "logging_steps": 1, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
+ZERO_3 = REPOSITORY / "common/zero_configs/zero3.json"
 GROUPS = {"samples_per_prompt": 4, "rollout_batch_size": 16}
 SHARED = {**GROUPS, "share_prompts": "yes", "global_batch_size": 8, "micro_batch_size": 4}
 CASES: dict[str, dict[str, Any]] = {
@@ -102,6 +103,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "shared_lora": {**SHARED, "advantage_estimator": "rloo", "kl_penalty": "k2", "lora_rank": 2},
     "shared_tokens": {**SHARED, "micro_batch_tokens": 60},
+    "shared_zero3": {**SHARED, "advantage_estimator": "rloo", "zero_config": ZERO_3, "max_steps": 1},
     "separate": {**SHARED, "share_prompts": "no"},
     "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
 }  # fmt: skip
@@ -112,7 +114,8 @@ RESUMED = {
     "micro_batch_size": 2,
 }  # fmt: skip
 SHARED_BY: dict[str, list[set[int]]] = {  # responses per row, on one and two ranks
-    "shared": [{4}, {2}], "shared_lora": [{4}, {2}], "shared_tokens": [{4}, {4}], "separate": [set(), set()],
+    "shared": [{4}, {2}], "shared_lora": [{4}, {2}], "shared_tokens": [{4}, {4}],
+    "shared_zero3": [{4}, {2}], "separate": [set(), set()],
 }  # fmt: skip
 SWITCHES = {"true": True, "false": False}
 OF_THE_TEST = ("reward_model", "function_weight")  # no options
