@@ -101,6 +101,8 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         raise UserError(
             f"the ranks cannot meet at {place} within {timeout_minutes:g} minutes: {reason(error)}"
         ) from error
+    finally:
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # later groups, as of vLLM, have their own store
 
 
 def seed_everything(seed: int, step: int) -> None:

@@ -16,7 +16,9 @@ from types import FrameType
 import psutil
 import torch.distributed as dist
 
+from common.runtime.contact import Contact, keep_contact
 from common.runtime.distributed import barrier, hardware, is_lost_contact, rank, sum_over_ranks, use_own_gpu
+from common.runtime.launcher import guardians, is_alive, launcher, note
 from common.runtime.options import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by users, Slurm and spot instances
@@ -35,6 +37,7 @@ _requested = False  # a stop: by a signal, by STOP_FILE, or because the launcher
 _finished = False
 _last_line: str | None = PREPARING  # printed by an immediate stop; None: a stop waits for `stop_requested`
 _undo: list[Callable[[], None]] = []  # called after a UserError
+_contact: Contact | None = None  # with the ranks of other nodes
 
 
 class Stopped(BaseException):
@@ -54,9 +57,11 @@ def run_main(main: Callable[[], None]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of libraries among themselves; users cannot act on them
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
+    global _contact
     _listen()
     use_own_gpu()
     try:
+        _contact = keep_contact(_end_lost)
         main()
         stop_between_steps()
     except UserError as error:
@@ -65,6 +70,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(REFUSED)
     except Interrupted as stop:
         _show_last("stopped", str(stop))
+        _tell_nodes("stopped")
         _end(STOPPED)
     except Stopped as stop:
         stop_between_steps()
@@ -112,7 +118,7 @@ def stop_requested(output_dir: str) -> bool:
 def report_accepted() -> None:
     """Tell the launch script that options and data are accepted, so that it starts the log file."""
     if rank() == 0 and "TRIPTYCH_ENDINGS" in os.environ:
-        _note("accepted", hardware())
+        note("accepted", hardware())
 
 
 def on_refusal(undo: Callable[[], None]) -> None:
@@ -125,8 +131,9 @@ def _show_refusal(error: UserError) -> None:
         for undo in _undo:
             with contextlib.suppress(OSError):
                 undo()
-    if not _note(f"refused_{rank()}", f"error: {error}") and os.environ.get("LOCAL_RANK", "0") == "0":
+    if not note(f"refused_{rank()}", f"error: {error}") and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
+    _tell_nodes(f"error: {error}")
 
 
 def _listen() -> None:
@@ -145,10 +152,9 @@ def _listen() -> None:
     for number in SIGNALS:
         signal.signal(number, on_signal)
     signal.signal(WAKE, lambda *_: _interrupt())
-    _note(f"began_{rank()}", "")
-    launcher = psutil.Process().parent()
-    if launcher is not None and "deepspeed.launcher.launch" in launcher.cmdline():
-        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    note(f"began_{rank()}", "")
+    if process := launcher():
+        threading.Thread(target=_watch, args=(process,), daemon=True).start()
 
 
 def _interrupt() -> None:
@@ -170,32 +176,35 @@ def _watch(launcher: psutil.Process) -> None:
     out.
     """
     global _requested
-    # The launcher and its parent: the `deepspeed` command, or a remote shell on several machines.
-    watched = [launcher.pid, *(process.pid for process in launcher.parents()[:1])]
-    if "TRIPTYCH_SUPERVISOR" in os.environ:
-        watched.append(int(os.environ["TRIPTYCH_SUPERVISOR"]))
+    watched = guardians(launcher)
     endings = os.environ.get("TRIPTYCH_ENDINGS")
     peers: list[int] = []
-    while not _finished and all(map(_is_alive, peers)):
+    while not _finished and all(map(is_alive, peers)):
         has_stop_file = bool(endings) and (Path(endings) / STOP_FILE).exists()
-        _requested = _requested or has_stop_file or not all(map(_is_alive, watched))
+        _requested = _requested or has_stop_file or not all(map(is_alive, watched))
         if _requested and _last_line is not None:
             signal.pthread_kill(threading.main_thread().ident, WAKE)
         if not peers and dist.is_initialized():
             with contextlib.suppress(psutil.NoSuchProcess):
                 peers = [child.pid for child in launcher.children() if child.pid != os.getpid()]
         time.sleep(0.5)
+    if not _finished:
+        _tell_nodes("stopped because another rank of its node has ended")
+    _end_lost(f"rank {rank()}: stopped because another rank has ended")
+
+
+def _end_lost(line: str) -> None:
+    """End this rank after the loss of another one, unless its own end comes first."""
     time.sleep(GRACE)
     if not _finished:
-        _note(f"lost_{rank()}", f"rank {rank()}: stopped because another rank has ended\n")
+        if not note(f"lost_{rank()}", f"{line}\n"):
+            print(line, file=sys.stderr, flush=True)
         _end(1)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _tell_nodes(line: str) -> None:
+    if _contact:
+        _contact.report(line)
 
 
 def _leave(code: int) -> None:
@@ -203,6 +212,8 @@ def _leave(code: int) -> None:
     global _finished
     barrier()  # no rank may disappear while another is still working
     _finished = True
+    if _contact:
+        _contact.close()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the launcher signals ranks that are a moment slower
     if dist.is_initialized():
@@ -211,28 +222,23 @@ def _leave(code: int) -> None:
 
 
 def _report(error: Exception) -> None:
-    text = "".join(traceback.format_exception(error))
-    kind = "lost" if is_lost_contact(error) and "timed out" not in str(error).lower() else "failed"
-    if _note(f"{kind}_{rank()}", f"rank {rank()}: {text}"):
-        text = f"rank {rank()}: {'lost contact with another rank' if kind == 'lost' else 'failed'}\n"
+    is_lost = is_lost_contact(error) and "timed out" not in str(error).lower()
+    text = f"rank {rank()}: {''.join(traceback.format_exception(error))}"
+    if is_lost and _contact and (line := _contact.failure()):
+        text = f"{line}\n"
+    if note(f"{'lost' if is_lost else 'failed'}_{rank()}", text):
+        text = f"rank {rank()}: {'lost contact with another rank' if is_lost else 'failed'}\n"
     with contextlib.suppress(OSError):
         print(text, end="", file=sys.stderr, flush=True)
+    if not is_lost:
+        _tell_nodes(traceback.format_exception_only(error)[-1].strip())
 
 
 def _show_last(kind: str, line: str) -> None:
     """Pass the last line to the launch script; print it if there is none."""
-    if not _note(f"{kind}_{rank()}", line) and rank() == 0:
+    if not note(f"{kind}_{rank()}", line) and rank() == 0:
         with contextlib.suppress(OSError):
             print(line, flush=True)
-
-
-def _note(name: str, text: str) -> bool:
-    """Write for the launch script how this rank ended. Returns False without a launch script."""
-    folder = os.environ.get("TRIPTYCH_ENDINGS")
-    try:
-        return bool(folder) and (Path(folder) / name).write_text(text) >= 0
-    except OSError:
-        return False
 
 
 def _end(code: int) -> None:

@@ -151,3 +151,77 @@ def test_three_steps_are_those_of_one_node(nodes: Nodes, world: Path, tmp_path: 
         weights = [*(one / "final").glob("*.safetensors")]
         assert weights and all((two / "final" / w.name).read_bytes() == w.read_bytes() for w in weights)
         assert (two / "train.log").read_text().count("=== ") == 1
+
+
+def _begin(nodes: Nodes, world: Path) -> tuple[Path, list[str]]:
+    """Start a long step 1, and return when both nodes train."""
+    output = nodes.folder / "out"
+    words = [*sft(world, output, 1000), "--save_steps", "1"]
+    for node in (0, 1):
+        nodes.start(node, "step1_sft.sh", words)
+    _wait_for(lambda: "train/loss" in _read(output / "metrics.jsonl"), 240)
+    return output, words
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _ends(nodes: Nodes, line: str, other_line: str) -> None:
+    """Both nodes fail within a minute; their last lines name the rank, node or network."""
+    began = time.monotonic()
+    assert [nodes.end(node, 70) for node in (0, 1)] == [1, 1], nodes.text(0) + nodes.text(1)
+    assert time.monotonic() - began < 60
+    assert line in nodes.text(0) and other_line in nodes.text(1), nodes.text(0) + nodes.text(1)
+
+
+def test_killed_rank_ends_all_and_one_node_resumes(nodes: Nodes, world: Path, tmp_path: Path) -> None:
+    output, words = _begin(nodes, world)
+    os.kill(nodes.rank(1), signal.SIGKILL)
+    _ends(nodes, "node 1 (host1), rank 1: no sign of life for 40 s", "Rank 1 was killed (signal 9)")
+    done = len(timeless(output))
+    words[words.index("--max_steps") + 1] = str(done + 2)
+    succeed("step1_sft.main", words, tmp_path, ranks=2)
+    assert (output / "final").exists() and len(timeless(output)) > done
+
+
+def test_cut_network_ends_both_sides(nodes: Nodes, world: Path) -> None:
+    _begin(nodes, world)
+    _ip("-n", NAMES[1], "link", "set", "eth0", "down")
+    silence = "no sign of life for 40 s"
+    _ends(nodes, f"node 1 (host1), rank 1: {silence}", f"node 0 ({NETWORK}1:29500): {silence}")
+
+
+def test_signal_to_one_node_stops_both(nodes: Nodes, world: Path) -> None:
+    _begin(nodes, world)
+    nodes.processes[1].send_signal(signal.SIGTERM)
+    assert [nodes.end(node, 60) for node in (0, 1)] == [75, 75], nodes.text(0) + nodes.text(1)
+
+
+def test_refusal_of_one_node_reaches_the_other(nodes: Nodes, world: Path) -> None:
+    words = sft(world, nodes.folder / "out", 2)
+    nodes.start(0, "step1_sft.sh", words)
+    nodes.start(1, "step1_sft.sh", words, NUM_GPUS="2")
+    line = "4 ranks here, 2 on node 0; NNODES and NUM_GPUS must be the same on all nodes"
+    assert [nodes.end(node, 120) for node in (0, 1)] == [1, 1]
+    assert line in nodes.text(0) and line in nodes.text(1)
+    assert not (nodes.folder / "out/final").exists()
+
+
+@pytest.mark.parametrize(
+    ("node", "line"),
+    [
+        (0, "node 1: rank 1 has not started within 5 s"),
+        (1, f"node 0 ({NETWORK}1:29500): no answer within 5 s of the start"),
+    ],
+)
+def test_node_that_never_comes(nodes: Nodes, world: Path, node: int, line: str) -> None:
+    nodes.start(node, "step1_sft.sh", sft(world, nodes.folder / "out", 2), NODE_WAIT="5")
+    assert nodes.end(node, 120) == 1
+    assert line in nodes.text(node)
+
+
+def test_script_refuses_before_anything_is_written(nodes: Nodes, world: Path) -> None:
+    nodes.start(1, "step1_sft.sh", sft(world, nodes.folder / "out", 2), NODE_RANK="2")
+    assert nodes.end(1) == 2 and not (nodes.folder / "out").exists()
+    assert nodes.text(1) == "error: NODE_RANK 2: must be a number from 0 to 1\n"
