@@ -43,6 +43,9 @@ def main() -> int:
         environment = {**os.environ, "TRIPTYCH_ENDINGS": folder, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
         if "--hostfile" in command:
             environment["DS_ENV_FILE"] = str(exports(endings / "environment"))
+        signal.signal(
+            signal.SIGUSR1, signal.SIG_IGN
+        )  # Slurm signals all processes; `deepspeed` would die of it
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
