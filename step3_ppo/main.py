@@ -90,9 +90,10 @@ def main() -> None:
         # 5. Advantages.
         advantages, returns = estimate_advantages(rollout, rewards, options, state)
         # 6. Update with clipped policy and value losses, over several epochs.
+        current = state.current(options)
         phases.end("score")
         with checkpoint_on_error(loop):
-            stats = optimise(models, rollout, advantages, returns, options, state.kl, pretraining, step)
+            stats = optimise(models, rollout, advantages, returns, current, state.kl, pretraining, step)
         if options.ema_decay:
             update_ema_weights(loop.state.average, models.actor, options.ema_decay)
         phases.end("train")
@@ -105,8 +106,8 @@ def main() -> None:
         values = step_values(metrics)
         if step == 1:
             warn_of_penalty(values, options)
-        advise(loop.state, step, values, options)
-        state.kl.update(values["kl/mean"], options.rollout_batch_size)
+        advise(loop.state, step, values, current)
+        state.adapt(options, step, values)
         loop.state.controllers = state.plain()
         watched = values["value/loss" if models.critic else "policy/approx_kl"]
         loop.finish_step(metrics, SHOWN, skipped, watched)

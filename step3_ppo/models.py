@@ -128,7 +128,7 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
 
 def build_models(options: PPOOptions, sources: ModelSources, iterations: int) -> Models:
     """Load all models. iterations: length of the learning-rate schedules; that of the actor starts after the
-    critic's warmup.
+    critic's warmup, unless --critic_warmup_until may end it.
     """
     encoder, actor_zero, critic_zero = sources.encoder, sources.actor_zero, sources.critic_zero
     has_adapters = options.lora_rank > 0
@@ -146,7 +146,8 @@ def build_models(options: PPOOptions, sources: ModelSources, iterations: int) ->
     critic = None
     if options.has_critic:
         critic = add_adapters(load_critic(options, sources, critic_zero), options, options.seed)
-    actor_iterations = max(iterations - options.critic_warmup_steps, 1)
+    warmup = 0 if options.critic_warmup_until else options.critic_warmup_steps
+    actor_iterations = max(iterations - warmup, 1)
     actor = make_trained(
         actor, actor_zero, options, options.actor_gradient_checkpointing, options.actor_learning_rate,
         actor_iterations,

@@ -109,6 +109,9 @@ def optimise(
     for engine in [models.actor] * actor_learns + [models.critic] * bool(models.critic):
         for _ in range(options.updates_per_step - updates):
             engine.lr_scheduler.step()
+    if options.critic_warmup_until and not actor_learns:  # its schedule does not depend on the warm-up's end
+        for _ in range(options.updates_per_step):
+            models.actor.lr_scheduler.step()
     skipped = sum(not math.isfinite(norm) for of_one in norms.values() for norm in of_one)
     metrics = _means(sums, first) | {name: _mean_norm(of_one) for name, of_one in norms.items() if of_one}
     if ptx_losses:

@@ -121,6 +121,13 @@ class AlgorithmOptions:
     actor_learning_rate: float = option(3e-6, "Peak learning rate of the actor.", above=0)
     critic_learning_rate: float = option(9e-6, "Peak learning rate of the critic.", above=0)
     critic_warmup_steps: int = option(0, "First iterations, in which only the critic is trained.", at_least=0)
+    critic_warmup_until: float = option(
+        0.0,
+        "End the critic's warm-up before --critic_warmup_steps, once value/explained_var is at least this; 0:"
+        " do not. The actor's schedule then counts the iterations of the warm-up too.",
+        at_least=0,
+        at_most=1,
+    )
     policy_loss: Literal["ppo", "gspo", "cispo"] = option(
         "ppo",
         "ppo: clipped surrogate, with a ratio per token; gspo: with a ratio per response; cispo: gradient of"

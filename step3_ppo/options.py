@@ -147,6 +147,11 @@ class PPOOptions(
                 f"--overlong_buffer {self.overlong_buffer} must be at most --max_response_length"
                 f" {self.max_response_length}"
             )
+        if self.critic_warmup_until and not self.critic_warmup_steps:
+            raise UserError(
+                f"--critic_warmup_until {self.critic_warmup_until}: needs --critic_warmup_steps, the most"
+                " iterations of the warm-up; it is 0"
+            )
         check_controller(self)
         for name, divisor in {
             "--global_batch_size": self.global_batch_size,

@@ -1,9 +1,10 @@
 """State of PPO besides the engines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import assert_never
 
+from step3_ppo.critic_warmup import shortened_warmup
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import RunningScale
@@ -17,13 +18,31 @@ class PPOState:
     score_scale: RunningScale  # of all scores so far, with --normalise_scores
     baseline: float | None = None  # moving average of the mean return, with --reinforce_baseline moving
     ptx_batches: int = 0  # batches of --ptx_data used so far
+    warmup_steps: int | None = None  # of the critic, if --critic_warmup_until has ended them
 
     @classmethod
     def load(cls, options: PPOOptions, saved: Mapping[str, float]) -> "PPOState":
         """The state of a checkpoint, or of a new run if `saved` is empty."""
         scale = RunningScale(*(saved.get(f"score_{field.name}", 0.0) for field in fields(RunningScale)))
         kl = make_kl_penalty(options, saved.get("kl_coef", options.kl_coef))
-        return cls(kl, scale, saved.get("baseline"), int(saved.get("ptx_batches", 0)))
+        state = cls(kl, scale, saved.get("baseline"), int(saved.get("ptx_batches", 0)))
+        if "warmup_steps" in saved:
+            state.warmup_steps = int(saved["warmup_steps"])
+        return state
+
+    def current(self, options: PPOOptions) -> PPOOptions:
+        """The options of the next iteration, with the numbers that a run adapts."""
+        if self.warmup_steps is not None:
+            options = replace(options, critic_warmup_steps=self.warmup_steps)
+        return options
+
+    def adapt(self, options: PPOOptions, step: int, metrics: Mapping[str, float]) -> None:
+        """Adapt the numbers after an iteration."""
+        self.kl.update(metrics["kl/mean"], options.rollout_batch_size)
+        if options.critic_warmup_until and self.warmup_steps is None:
+            self.warmup_steps = shortened_warmup(
+                options.critic_warmup_steps, step, metrics["value/explained_var"], options.critic_warmup_until
+            )
 
     def plain(self) -> dict[str, float]:
         """Numbers by name, without those that the options do not use."""
@@ -34,6 +53,8 @@ class PPOState:
             numbers["baseline"] = self.baseline
         if self.ptx_batches:
             numbers["ptx_batches"] = self.ptx_batches
+        if self.warmup_steps is not None:
+            numbers["warmup_steps"] = self.warmup_steps
         return numbers
 
 

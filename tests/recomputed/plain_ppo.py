@@ -86,6 +86,7 @@ class PPO:
             alpha, seed = options["lora_alpha"], options["seed"]
             self.actor, self.critic = (adapted(m, rank, alpha, seed) for m in (self.actor, self.critic))
         self.options, self.kl_coef = options, options["kl_coef"]
+        self.warmup = options.get("critic_warmup_steps", 0)
         betas, eps = (0.9, 0.95), options["adam_epsilon"]
         self.of_actor = Optimiser(self.actor, betas, eps, options["weight_decay"])
         self.of_critic = Optimiser(self.critic, betas, eps, options["weight_decay"])
@@ -249,7 +250,7 @@ class PPO:
         rollout = [self.read(row) for row in rows]
         rewards, figures = self.rewards(rollout)
         advantages, returns = self.advantages(rollout, rewards)
-        learns = step > options.get("critic_warmup_steps", 0)
+        learns = step > self.warmup
         line = self.describe(rollout, returns, sampled.computed) | figures
         line |= {"step": step, "train/lr": self.rate("actor", step, 0), "kl/coef": self.kl_coef}
         number_of = {row: number for number, row in enumerate(rows)}  # equal rows have equal numbers
@@ -302,6 +303,8 @@ class PPO:
         if options.get("kl_controller") == "adaptive":
             error = max(-0.2, min(0.2, line["kl/mean"] / options["kl_target"] - 1))
             self.kl_coef *= 1 + error * len(rows) / options["kl_horizon"]
+        if not learns and line["value/explained_var"] >= options.get("critic_warmup_until", torch.inf):
+            self.warmup = step
         if decay := options.get("ema_decay"):
             for name, weight in self.actor.state_dict().items():
                 before = self.average.get(name, weight)
@@ -310,7 +313,8 @@ class PPO:
 
     def rate(self, model: str, step: int, update: int) -> float:
         """Learning rate; the schedule counts all updates of earlier iterations, whether made or not."""
-        warmup = self.options.get("critic_warmup_steps", 0) if model == "actor" else 0
+        waits = model == "actor" and "critic_warmup_until" not in self.options
+        warmup = self.options.get("critic_warmup_steps", 0) if waits else 0
         iterations, before = self.options["max_steps"] - warmup, max(step - 1 - warmup, 0)
         done = before * self.of_iteration + update
         factor = rate_factor(self.options["lr_scheduler_type"], done, iterations * self.of_iteration)

@@ -12,6 +12,15 @@ def test_a_new_run_begins_with_the_options_and_saves_what_it_uses():
     assert state.plain() == {"kl_coef": 0.2}
 
 
+def test_the_end_of_the_warmup_is_kept():
+    options = PPOOptions(critic_warmup_steps=9, critic_warmup_until=0.5)
+    state = PPOState.load(options, {})
+    for step, share in enumerate((0.1, 0.6, 0.2, 0.7), start=1):
+        state.adapt(options, step, {"kl/mean": 0.0, "value/explained_var": share})
+        state = PPOState.load(options, state.plain())
+        assert state.current(options).critic_warmup_steps == (9 if step == 1 else 2)
+
+
 def test_a_checkpoint_holds_every_number():
     options = PPOOptions(kl_controller="adaptive", kl_target=3.0, kl_horizon=500)
     state = PPOState.load(options, {})
