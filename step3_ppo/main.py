@@ -100,7 +100,7 @@ def main() -> None:
 
         # 7. Metrics, checkpoint, evaluation.
         skipped = stats.pop("train/skipped_updates")
-        metrics = rollout_metrics(models, rollout, returns) | shaped | stats | {"kl/coef": state.kl.coef}
+        metrics = rollout_metrics(models, rollout, returns) | shaped | stats | state.coefficients()
         metrics |= speed(rollout, phases.seconds, stats["policy/updates"].value, options)
         metrics |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib(), **phases.memory}
         values = step_values(metrics)

@@ -180,6 +180,20 @@ class AlgorithmOptions:
         at_least=0,
         at_most=0.999999,
     )
-    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", at_least=0)
+    entropy_coef: float = option(
+        0.0, "Weight of the entropy bonus; with --entropy_high, its initial value.", at_least=0
+    )
+    entropy_low: float = option(
+        0.0, "Raise the weight of the entropy bonus while policy/entropy is below this.", at_least=0
+    )
+    entropy_high: float = option(
+        0.0,
+        "Lower the weight of the entropy bonus while policy/entropy is above this; 0: keep the weight as it"
+        " is, whatever --entropy_low.",
+        at_least=0,
+    )
+    entropy_coef_step: float = option(
+        0.001, "Change of the weight per iteration, by --entropy_low and --entropy_high.", above=0
+    )
     ptx_data: list[str] = option([], "PPO-ptx: demonstrations, as files or hub names.", resume="data")
     ptx_coef: float = option(1.0, "PPO-ptx: weight of the loss on demonstrations.", above=0)

@@ -152,6 +152,10 @@ class PPOOptions(
                 f"--critic_warmup_until {self.critic_warmup_until}: needs --critic_warmup_steps, the most"
                 " iterations of the warm-up; it is 0"
             )
+        if self.entropy_low and self.entropy_low >= self.entropy_high:
+            raise UserError(
+                f"--entropy_low {self.entropy_low} must be below --entropy_high {self.entropy_high}"
+            )
         check_controller(self)
         for name, divisor in {
             "--global_batch_size": self.global_batch_size,

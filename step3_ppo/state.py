@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import assert_never
 
 from step3_ppo.critic_warmup import shortened_warmup
+from step3_ppo.entropy_band import adapted_coef
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import RunningScale
@@ -18,6 +19,7 @@ class PPOState:
     score_scale: RunningScale  # of all scores so far, with --normalise_scores
     baseline: float | None = None  # moving average of the mean return, with --reinforce_baseline moving
     ptx_batches: int = 0  # batches of --ptx_data used so far
+    entropy_coef: float | None = None  # of the next iteration, with an entropy band
     warmup_steps: int | None = None  # of the critic, if --critic_warmup_until has ended them
 
     @classmethod
@@ -26,19 +28,33 @@ class PPOState:
         scale = RunningScale(*(saved.get(f"score_{field.name}", 0.0) for field in fields(RunningScale)))
         kl = make_kl_penalty(options, saved.get("kl_coef", options.kl_coef))
         state = cls(kl, scale, saved.get("baseline"), int(saved.get("ptx_batches", 0)))
+        if options.entropy_high:
+            state.entropy_coef = saved.get("entropy_coef", options.entropy_coef)
         if "warmup_steps" in saved:
             state.warmup_steps = int(saved["warmup_steps"])
         return state
 
     def current(self, options: PPOOptions) -> PPOOptions:
         """The options of the next iteration, with the numbers that a run adapts."""
+        if self.entropy_coef is not None:
+            options = replace(options, entropy_coef=self.entropy_coef)
         if self.warmup_steps is not None:
             options = replace(options, critic_warmup_steps=self.warmup_steps)
         return options
 
+    def coefficients(self) -> dict[str, float]:
+        """Metrics: the coefficients of the next iteration."""
+        entropy = {} if self.entropy_coef is None else {"policy/entropy_coef": self.entropy_coef}
+        return {"kl/coef": self.kl.coef} | entropy
+
     def adapt(self, options: PPOOptions, step: int, metrics: Mapping[str, float]) -> None:
         """Adapt the numbers after an iteration."""
         self.kl.update(metrics["kl/mean"], options.rollout_batch_size)
+        if self.entropy_coef is not None and "policy/entropy" in metrics:
+            self.entropy_coef = adapted_coef(
+                self.entropy_coef, metrics["policy/entropy"], options.entropy_low, options.entropy_high,
+                options.entropy_coef_step,
+            )  # fmt: skip
         if options.critic_warmup_until and self.warmup_steps is None:
             self.warmup_steps = shortened_warmup(
                 options.critic_warmup_steps, step, metrics["value/explained_var"], options.critic_warmup_until
@@ -53,6 +69,8 @@ class PPOState:
             numbers["baseline"] = self.baseline
         if self.ptx_batches:
             numbers["ptx_batches"] = self.ptx_batches
+        if self.entropy_coef is not None:
+            numbers["entropy_coef"] = self.entropy_coef
         if self.warmup_steps is not None:
             numbers["warmup_steps"] = self.warmup_steps
         return numbers

@@ -30,6 +30,7 @@ REFUSED = [
     ("step3_ppo", ["--clip_range_high", "-0.1"], "--clip_range_high"),
     ("step3_ppo", ["--loss_aggregation", "mean"], "--loss_aggregation"),
     ("step3_ppo", ["--policy_loss", "grpo"], "--policy_loss"),
+    ("step3_ppo", ["--entropy_low", "0.5", "--entropy_high", "0.4"], "--entropy_low 0.5"),
     ("step3_ppo", ["--critic_warmup_until", "0.5"], "--critic_warmup_until 0.5"),
     ("step3_ppo", ["--critic_gae_lambda", "1.1"], "--critic_gae_lambda"),
     ("step3_ppo", ["--length_adaptive_lambda", "nan"], "--length_adaptive_lambda"),

@@ -56,7 +56,10 @@ MIXES = {
         *("--mask_truncated", "--overlong_buffer", "4", "--loss_aggregation", "sequence", *LORA),
     ],
     "gspo": ["--policy_loss", "gspo", "--loss_aggregation", "sequence", "--zero_config", "{zero2}"],
-    "lambdas": ["--critic_gae_lambda", "1", "--length_adaptive_lambda", "0.5", "--zero_config", "{zero3}"],
+    "vapo": [
+        *("--critic_gae_lambda", "1", "--length_adaptive_lambda", "0.5", "--zero_config", "{zero3}"),
+        *("--entropy_low", "9", "--entropy_high", "10", "--entropy_coef_step", "0.01"),
+    ],
     "cispo": ["--policy_loss", "cispo", "--clip_range", "1", "--clip_range_high", "4"],
     "ptx": ["--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--zero_config", "{zero2}"],
     "lora": [*LORA, "--ptx_data", "{demonstrations}", "--ema_decay", "0.6", "--max_update_kl", "1e-3"],

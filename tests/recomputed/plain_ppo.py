@@ -4,7 +4,8 @@ Schulman et al. 2016 (GAE) and 2017 (clipped surrogate), Ziegler et al. 2019 (KL
 coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PPO-ptx), Ahmadian et al. 2024
 (RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3), Yu et al. 2025 (DAPO:
 clip-higher, means over tokens, overlong penalty), Yue et al. 2025 (VAPO: two lambdas), Liu et al. 2025 (Dr.
-GRPO: sums over a constant), Zheng et al. 2025 (GSPO-token), MiniMax 2025 (CISPO).
+GRPO: sums over a constant), Zheng et al. 2025 (GSPO-token), MiniMax 2025 (CISPO),
+Yuan et al. 2025 (VC-PPO: the end of the warm-up), He et al. 2025 (Skywork-OR1: entropy).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,7 @@ class PPO:
             self.actor, self.critic = (adapted(m, rank, alpha, seed) for m in (self.actor, self.critic))
         self.options, self.kl_coef = options, options["kl_coef"]
         self.warmup = options.get("critic_warmup_steps", 0)
+        self.entropy_coef = options["entropy_coef"]
         betas, eps = (0.9, 0.95), options["adam_epsilon"]
         self.of_actor = Optimiser(self.actor, betas, eps, options["weight_decay"])
         self.of_critic = Optimiser(self.critic, betas, eps, options["weight_decay"])
@@ -303,6 +305,10 @@ class PPO:
         if options.get("kl_controller") == "adaptive":
             error = max(-0.2, min(0.2, line["kl/mean"] / options["kl_target"] - 1))
             self.kl_coef *= 1 + error * len(rows) / options["kl_horizon"]
+        if high := options.get("entropy_high"):
+            line["policy/entropy_coef"] = self.entropy_coef
+            is_low, is_high = line["policy/entropy"] < options["entropy_low"], line["policy/entropy"] > high
+            self.entropy_coef = max(self.entropy_coef + options["entropy_coef_step"] * (is_low - is_high), 0)
         if not learns and line["value/explained_var"] >= options.get("critic_warmup_until", torch.inf):
             self.warmup = step
         if decay := options.get("ema_decay"):
@@ -347,7 +353,7 @@ class PPO:
                     loss = loss + self.kl_coef * x**2 / 2
                 case "k3":
                     loss = loss + self.kl_coef * (torch.exp(-x) - 1 + x)
-            losses.append(loss - options["entropy_coef"] * entropy)
+            losses.append(loss - self.entropy_coef * entropy)
             surrogates.append(-surrogate)
             k2 = (logprobs - one.logprobs) ** 2 / 2
             per_token.append(torch.stack([0 * ratio, ratio, is_clipped.float(), k2, entropy], dim=1))

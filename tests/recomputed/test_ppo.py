@@ -95,6 +95,10 @@ CASES: dict[str, dict[str, Any]] = {
     "cispo": {"policy_loss": "cispo", "clip_range": 1.0, "clip_range_high": 0.1},
     "lambdas": {"critic_gae_lambda": 1.0, "length_adaptive_lambda": 0.4, "bootstrap_truncated": "true"},
     "warmup_until": {"critic_warmup_steps": 2, "critic_warmup_until": 0.01, "max_steps": 3},
+    "entropy_band": {
+        "entropy_coef": 0.05, "entropy_low": 9.0, "entropy_high": 10.0, "entropy_coef_step": 0.2,
+        "max_steps": 3,
+    },
     "masked": {
         "mask_truncated": "true", "overlong_buffer": 4, "overlong_penalty": 0.6, "ptx_coef": 0.3,
     },

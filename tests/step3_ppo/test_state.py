@@ -1,5 +1,6 @@
 """The state of PPO, as checkpoints hold it."""
 
+import pytest
 import torch
 
 from step3_ppo.options import PPOOptions
@@ -19,6 +20,16 @@ def test_the_end_of_the_warmup_is_kept():
         state.adapt(options, step, {"kl/mean": 0.0, "value/explained_var": share})
         state = PPOState.load(options, state.plain())
         assert state.current(options).critic_warmup_steps == (9 if step == 1 else 2)
+
+
+def test_the_coefficient_of_entropy_is_kept():
+    options = PPOOptions(entropy_coef=0.02, entropy_low=0.2, entropy_high=0.5, entropy_coef_step=0.01)
+    state = PPOState.load(options, {})
+    for entropy, expected in ((0.1, 0.03), (0.3, 0.03), (0.6, 0.02), (None, 0.02)):
+        state.adapt(options, 1, {"kl/mean": 0.0} | ({"policy/entropy": entropy} if entropy else {}))
+        state = PPOState.load(options, state.plain())
+        assert state.current(options).entropy_coef == pytest.approx(expected)
+        assert state.coefficients()["policy/entropy_coef"] == pytest.approx(expected)
 
 
 def test_a_checkpoint_holds_every_number():
