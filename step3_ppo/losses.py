@@ -100,7 +100,8 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, estimate: str) -> Tensor:
     """KL to the reference as a loss term, for each token: (B, T), (B, T) -> (B, T).
 
     With x = log pi - log pi_ref: `k2` is x^2 / 2; its expected gradient under the policy is that of the KL
-    divergence. `k3` is exp(-x) - 1 + x; it is never negative and has less variance, but another gradient.
+    divergence. `k3` is exp(-x) - 1 + x; it is never negative and has less variance, but its expected gradient
+    is that of the divergence the other way round, KL(pi_ref, pi).
     Source: Schulman, "Approximating KL divergence" (2020).
     """
     log_ratio = logprobs - ref_logprobs

@@ -14,6 +14,7 @@ from step3_ppo.losses import (
     token_weights,
     value_loss,
 )
+from step3_ppo.rewards import token_kl
 from tests.conftest import assert_close
 
 
@@ -202,6 +203,33 @@ def test_kl_losses_match_the_exact_kl():
     assert_close(torch.autograd.grad((weights * k2).sum(), logits, retain_graph=True)[0], expected)
     assert_close((weights * k3).sum(), exact)
     assert (k3 > 0).all() and torch.equal(k2, 0.5 * (logprobs - ref_logprobs) ** 2)
+
+
+def test_where_the_kl_estimators_are_unbiased():
+    """In expectation over the policy: k1 and k3 have the value of KL(pi, ref), k2 its gradient.
+
+    As a loss, k1 has no gradient and k3 that of KL(ref, pi); k1 in the reward has that of KL(pi, ref).
+    """
+    logits = torch.tensor([0.3, -1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    logprobs, ref_logprobs = (
+        logits.log_softmax(0),
+        torch.tensor([0.1, 0.5, -0.7, 1.0]).double().log_softmax(0),
+    )
+    weights, mask = logprobs.detach().exp(), torch.ones(1, 4, dtype=torch.bool)
+    k1 = token_kl(logprobs[None], ref_logprobs[None], mask)[0]
+    k2, k3 = (kl_loss(logprobs, ref_logprobs, name) for name in ("k2", "k3"))
+    forward = (weights * (logprobs - ref_logprobs)).sum().detach()
+    assert_close([(weights * value).sum() for value in (k1, k3)], [forward, forward])
+    assert not torch.isclose((weights * k2).sum(), forward, rtol=0.05)
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(loss, logits, retain_graph=True)[0]
+
+    exact = gradient((logprobs.exp() * (logprobs - ref_logprobs)).sum())
+    reverse = gradient((ref_logprobs.exp() * (ref_logprobs - logprobs)).sum())
+    as_loss = [gradient((weights * value).sum()) for value in (k1, k2, k3)]
+    assert_close(as_loss, [torch.zeros(4, dtype=torch.float64), exact, reverse])
+    assert_close(gradient((weights * k1.detach() * logprobs).sum()), exact)  # the policy gradient of -reward
 
 
 def test_kl_loss_of_an_extreme_token_is_finite():
