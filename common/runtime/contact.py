@@ -111,16 +111,17 @@ class Contact:
         return dist.PrefixStore(f"triptych/{attempt}", store)
 
     def _enrol(self, store: dist.Store) -> None:
-        """Refuse nodes that were started with other numbers than node 0."""
+        """End this rank if it does not belong to the run of the store: another run may use the same port."""
         expected = store.compare_set("ranks", "", str(world_size())).decode()
         if expected != str(world_size()):
             numbers = f"{world_size()} ranks here, {expected} on node 0"
-            self._tell(
-                store, f"{_name(rank())}: {numbers}; NNODES and NUM_GPUS must be the same on all nodes"
-            )
+            self._fail(f"{_name(rank())}: {numbers}; NNODES and NUM_GPUS must be the same on all nodes")
         elif store.add(f"start/{rank()}", 1) > 1:
-            self._tell(store, f"{_name(rank())}: started twice; NODE_RANK must differ on all nodes")
-        store.set(f"name/{rank()}", _name(rank()))
+            self._fail(
+                f"{_name(rank())}: started twice; NODE_RANK and MASTER_PORT belong to one node and run"
+            )
+        else:
+            store.set(f"name/{rank()}", _name(rank()))
 
     def _tell(self, store: dist.Store, failure: str) -> None:
         if failure:
