@@ -20,6 +20,7 @@ from common.runtime.options import UserError, world_size
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 40.0  # seconds without one, after which a rank or the network counts as dead
 START = 60.0  # default of $NODE_WAIT: seconds within which all ranks must start
+ADVICE = "a slow start needs a larger NODE_WAIT"
 NEWS = "failure"
 
 
@@ -71,7 +72,8 @@ class Contact:
                 return
             now = time.monotonic()
             if self._answered is None and now - self._began > self._start_limit:
-                self._fail(f"{self._first_node()}: no answer within {self._start_limit:g} s of the start")
+                limit = f"{self._start_limit:g} s ({ADVICE})"
+                self._fail(f"{self._first_node()}: no answer within {limit} of the start")
             elif self._answered is not None and now - self._answered > SILENCE:
                 self._fail(f"{self._first_node()}: no sign of life for {SILENCE:g} s")
         self._on_failure(self._failure)
@@ -137,7 +139,7 @@ class Contact:
                 self._counts[other], self._changed[other] = count, now
             if not count and now - self._began > self._start_limit:
                 node = f"node {other // _ranks_here()}"
-                return f"{node}: rank {other} has not started within {self._start_limit:g} s"
+                return f"{node}: rank {other} has not started within {self._start_limit:g} s ({ADVICE})"
             if count and now - self._changed[other] > SILENCE:
                 name = store.get(f"name/{other}").decode()
                 return f"{name}: no sign of life for {SILENCE:g} s"

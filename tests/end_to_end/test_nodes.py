@@ -212,7 +212,7 @@ def test_other_number_of_ranks_ends_both(nodes: Nodes, world: Path) -> None:
     ("node", "line"),
     [
         (0, "node 1: rank 1 has not started within 5 s"),
-        (1, f"node 0 ({NETWORK}1:29500): no answer within 5 s of the start"),
+        (1, f"node 0 ({NETWORK}1:29500): no answer within 5 s"),
     ],
 )
 def test_node_that_never_comes(nodes: Nodes, world: Path, node: int, line: str) -> None:

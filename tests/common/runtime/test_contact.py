@@ -10,7 +10,7 @@ from multiprocessing import Queue
 import pytest
 
 from common.runtime import contact
-from common.runtime.contact import Contact, keep_contact
+from common.runtime.contact import ADVICE, Contact, keep_contact
 from common.runtime.options import UserError
 from launch.lib.free_port import free_port
 from tests.ranks import FORK
@@ -95,12 +95,12 @@ def test_first_node_hangs(news: Queue) -> None:
 
 def test_rank_that_never_starts(news: Queue) -> None:
     begin(news, ("", ""))
-    assert heard(news, 2) == dict.fromkeys((0, 1), "node 2: rank 2 has not started within 6 s")
+    assert heard(news, 2) == dict.fromkeys((0, 1), f"node 2: rank 2 has not started within 6 s ({ADVICE})")
 
 
 def test_first_node_never_starts(news: Queue) -> None:
     start(news, 1)
-    line = f"node 0 (127.0.0.1:{news.port}): no answer within 6 s of the start"
+    line = f"node 0 (127.0.0.1:{news.port}): no answer within 6 s ({ADVICE}) of the start"
     assert heard(news, 1) == {1: line}
 
 
