@@ -109,7 +109,7 @@ def optimise(
     for engine in [models.actor] * actor_learns + [models.critic] * bool(models.critic):
         for _ in range(options.updates_per_step - updates):
             engine.lr_scheduler.step()
-    if options.critic_warmup_until and not actor_learns:  # its schedule does not depend on the warm-up's end
+    if options.critic_warmup_until and not actor_learns:  # its schedule does not depend on the warmup's end
         for _ in range(options.updates_per_step):
             models.actor.lr_scheduler.step()
     skipped = sum(not math.isfinite(norm) for of_one in norms.values() for norm in of_one)

@@ -123,8 +123,8 @@ class AlgorithmOptions:
     critic_warmup_steps: int = option(0, "First iterations, in which only the critic is trained.", at_least=0)
     critic_warmup_until: float = option(
         0.0,
-        "End the critic's warm-up before --critic_warmup_steps, once value/explained_var is at least this; 0:"
-        " do not. The actor's schedule then counts the iterations of the warm-up too.",
+        "End the critic's warmup before --critic_warmup_steps, once value/explained_var is at least this; 0:"
+        " do not. The actor's schedule then counts the iterations of the warmup too.",
         at_least=0,
         at_most=1,
     )

@@ -150,7 +150,7 @@ class PPOOptions(
         if self.critic_warmup_until and not self.critic_warmup_steps:
             raise UserError(
                 f"--critic_warmup_until {self.critic_warmup_until}: needs --critic_warmup_steps, the most"
-                " iterations of the warm-up; it is 0"
+                " iterations of the warmup; it is 0"
             )
         if self.entropy_low and self.entropy_low >= self.entropy_high:
             raise UserError(

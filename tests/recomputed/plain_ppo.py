@@ -5,7 +5,7 @@ coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PP
 (RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3), Yu et al. 2025 (DAPO:
 clip-higher, means over tokens, overlong penalty), Yue et al. 2025 (VAPO: two lambdas), Liu et al. 2025 (Dr.
 GRPO: sums over a constant), Zheng et al. 2025 (GSPO-token), MiniMax 2025 (CISPO),
-Yuan et al. 2025 (VC-PPO: the end of the warm-up), He et al. 2025 (Skywork-OR1: entropy).
+Yuan et al. 2025 (VC-PPO: the end of the warmup), He et al. 2025 (Skywork-OR1: entropy).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The end of the critic's warm-up by explained variance."""
+"""The end of the critic's warmup by explained variance."""
 
 from step3_ppo.critic_warmup import shortened_warmup
 
