@@ -102,8 +102,8 @@ class PPOOptions(
         return max(n for n in range(1, of_rank + 1) if of_rank % n == 0 and n <= max(room, 1))
 
     def check(self) -> None:
-        """Raise UserError if the estimator lacks an option, and if a rollout cannot be
-        divided into groups, ranks and optimiser steps.
+        """Raise UserError for options that contradict each other, and if a rollout cannot be divided into
+        groups, ranks and optimiser steps.
         """
         check_held_out(self)
         rows, ranks = self.rollout_batch_size, world_size()
@@ -119,43 +119,8 @@ class PPOOptions(
                 " micro-batches need a common divisor above 1, and --global_batch_size must be a multiple of"
                 " --samples_per_prompt"
             )
-        if self.early_stopping and self.best_metric == "none":
-            raise UserError(
-                f"--early_stopping {self.early_stopping}: needs a --best_metric: eval/score or eval/gold"
-            )
-        if self.early_stopping and not self.eval_steps:
-            raise UserError(f"--early_stopping {self.early_stopping}: needs --eval_steps; it is 0")
-        if self.best_metric == "eval/gold" and not (self.gold_reward_model or self.gold_function):
-            raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
-        of_critic = (
-            "critic_warmup_steps",
-            "bootstrap_truncated",
-            "critic_gae_lambda",
-            "length_adaptive_lambda",
-        )
-        for name in of_critic:
-            if getattr(self, name) and not self.has_critic:
-                raise UserError(
-                    f"--{name} {getattr(self, name)}: --advantage_estimator {estimator} has no critic"
-                )
-        if 0 < self.dual_clip <= 1:
-            raise UserError(f"--dual_clip {self.dual_clip} must be above 1, or 0 for none")
-        if 0 < self.rollout_ratio_cap < 1:
-            raise UserError(f"--rollout_ratio_cap {self.rollout_ratio_cap} must be at least 1, or 0 for none")
-        if self.overlong_buffer > self.max_response_length:
-            raise UserError(
-                f"--overlong_buffer {self.overlong_buffer} must be at most --max_response_length"
-                f" {self.max_response_length}"
-            )
-        if self.critic_warmup_until and not self.critic_warmup_steps:
-            raise UserError(
-                f"--critic_warmup_until {self.critic_warmup_until}: needs --critic_warmup_steps, the most"
-                " iterations of the warmup; it is 0"
-            )
-        if self.entropy_low and self.entropy_low >= self.entropy_high:
-            raise UserError(
-                f"--entropy_low {self.entropy_low} must be below --entropy_high {self.entropy_high}"
-            )
+        check_best_metric(self)
+        check_losses(self)
         check_controller(self)
         for name, divisor in {
             "--global_batch_size": self.global_batch_size,
@@ -164,6 +129,45 @@ class PPOOptions(
         }.items():
             if rows % divisor:
                 raise UserError(f"--rollout_batch_size {rows} is not a multiple of {name} {divisor}")
+
+
+def check_best_metric(options: PPOOptions) -> None:
+    """Raise UserError if the best metric, or stopping by it, lacks an option."""
+    if options.early_stopping and options.best_metric == "none":
+        raise UserError(
+            f"--early_stopping {options.early_stopping}: needs a --best_metric: eval/score or eval/gold"
+        )
+    if options.early_stopping and not options.eval_steps:
+        raise UserError(f"--early_stopping {options.early_stopping}: needs --eval_steps; it is 0")
+    if options.best_metric == "eval/gold" and not (options.gold_reward_model or options.gold_function):
+        raise UserError("--best_metric eval/gold: needs --gold_reward_model or --gold_function")
+
+
+def check_losses(options: PPOOptions) -> None:
+    """Raise UserError if options of advantages and losses exclude each other."""
+    of_critic = "critic_warmup_steps", "bootstrap_truncated", "critic_gae_lambda", "length_adaptive_lambda"
+    for name in of_critic:
+        if getattr(options, name) and not options.has_critic:
+            estimator = f"--advantage_estimator {options.advantage_estimator}"
+            raise UserError(f"--{name} {getattr(options, name)}: {estimator} has no critic")
+    if 0 < options.dual_clip <= 1:
+        raise UserError(f"--dual_clip {options.dual_clip} must be above 1, or 0 for none")
+    if 0 < options.rollout_ratio_cap < 1:
+        raise UserError(f"--rollout_ratio_cap {options.rollout_ratio_cap} must be at least 1, or 0 for none")
+    if options.overlong_buffer > options.max_response_length:
+        raise UserError(
+            f"--overlong_buffer {options.overlong_buffer} must be at most --max_response_length"
+            f" {options.max_response_length}"
+        )
+    if options.critic_warmup_until and not options.critic_warmup_steps:
+        raise UserError(
+            f"--critic_warmup_until {options.critic_warmup_until}: needs --critic_warmup_steps, the most"
+            " iterations of the warmup; it is 0"
+        )
+    if options.entropy_low and options.entropy_low >= options.entropy_high:
+        raise UserError(
+            f"--entropy_low {options.entropy_low} must be below --entropy_high {options.entropy_high}"
+        )
 
 
 def check_controller(options: PPOOptions) -> None:
