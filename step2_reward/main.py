@@ -115,9 +115,8 @@ def train_step(
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
     shapes = layout.shapes(records)
-    size = micro_batch(options)
-    lengths, size = [width for _, width in shapes], micro_batch(options)
-    batches = deal(range(len(records)), lengths, size, rank(), world_size(), shapes)
+    lengths = [width for _, width in shapes]
+    batches = deal(range(len(records)), lengths, micro_batch(options), rank(), world_size(), shapes)
     num_tokens = sum(row.language_length for row in records)
     total = right = decided = encoded = padded = lm_total = 0.0
     for number, batch_indices in enumerate(batches, start=1):

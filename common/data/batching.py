@@ -94,7 +94,7 @@ def deal(
 def fill(ordered: Sequence[int], shapes: Sequence[Shape], tokens: int) -> list[list[int]]:
     """Divide examples, in order, into the fewest micro-batches of up to `tokens` tokens, padding included.
 
-    An example that is larger by itself is a micro-batch of its own.
+    An example with more tokens is a micro-batch of its own.
     """
     parts: list[list[int]] = []
     rows = width = 0

@@ -19,7 +19,7 @@ from transformers import (
 from common.model.deepspeed_internals import is_partitioned
 from common.model.families import check_policy, check_scalar, max_positions, remove_noise
 from common.model.model_config import read_config
-from common.model.model_files import check_values, check_weights, read_weights
+from common.model.model_files import check_attention, check_values, check_weights, read_weights
 from common.model.vocabulary import fit_to_tokenizer
 from common.model.zero import fill_bucket_sizes
 from common.runtime.distributed import log
@@ -59,6 +59,15 @@ def fit_to_model(options: Options, *configs: PretrainedConfig) -> Options:
             log(f"--max_length {options.max_length} exceeds the model's context length; using {limit}")
             options = dataclasses.replace(options, max_length=limit)
     return options
+
+
+def plain_config(is_bf16: bool, kernels: str) -> dict[str, Any]:
+    """The configuration of models without a DeepSpeed JSON. kernels: --attn_implementation.
+
+    Raises UserError for kernels that this machine lacks.
+    """
+    check_attention(kernels)
+    return {"bf16": {"enabled": is_bf16}, "zero_optimization": {"stage": 0}, "attn_implementation": kernels}
 
 
 def load_causal_lm(

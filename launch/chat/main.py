@@ -16,8 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from common.model.engine import make_frozen
 from common.model.families import max_positions
-from common.model.loading import load_causal_lm
-from common.model.model_files import check_attention
+from common.model.loading import load_causal_lm, plain_config
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.runtime.distributed import on_cpu
@@ -43,11 +42,7 @@ def main() -> None:
     reward_encoders = load_encoders(options, *encoders)
 
     # 2. The models.
-    check_attention(options.attn_implementation)
-    zero = {
-        "bf16": {"enabled": not on_cpu()}, "zero_optimization": {"stage": 0},
-        "attn_implementation": options.attn_implementation,
-    }  # fmt: skip
+    zero = plain_config(not on_cpu(), options.attn_implementation)
     models = [load_model(path, e, zero) for path, e in zip(paths, encoders, strict=True)]
     names = ["a", "b"] if len(paths) > 1 else ["new"]
     speakers = [Speaker(*parts) for parts in zip(names, models, encoders, limits, strict=True)]

@@ -43,9 +43,8 @@ def main() -> int:
         environment = {**os.environ, "TRIPTYCH_ENDINGS": folder, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
         if "--hostfile" in command:
             environment["DS_ENV_FILE"] = str(exports(endings / "environment"))
-        signal.signal(
-            signal.SIGUSR1, signal.SIG_IGN
-        )  # Slurm signals all processes; `deepspeed` would die of it
+        # Slurm signals all processes; `deepspeed`, which inherits this, would die of it.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )

@@ -22,8 +22,7 @@ from common.data.readers import read_source
 from common.data.records import LARGE_SHARE, BadRecords, fraction, load_object, parse_record, warn_of_left_out
 from common.data.rendering_report import Rendered, log_rendering
 from common.data.sources import files_to_read, parse_source, repetitions
-from common.model.loading import fit_to_model, load_config
-from common.model.model_files import check_attention
+from common.model.loading import fit_to_model, load_config, plain_config
 from common.model.reward_ensemble import RewardModel, combine, load_encoders, load_members, member_scores
 from common.runtime.distributed import log, on_cpu
 from common.runtime.files import exists, is_file, naming
@@ -53,11 +52,7 @@ def main() -> None:
     windows = iter(lambda: list(islice(examples, WINDOW)), [])
     first = next(windows, [])
     describe_first_records(options, first, done, encoders[0])
-    check_attention(options.attn_implementation)
-    zero = {
-        "bf16": {"enabled": options.bf16 and not on_cpu()}, "zero_optimization": {"stage": 0},
-        "attn_implementation": options.attn_implementation,
-    }  # fmt: skip
+    zero = plain_config(options.bf16 and not on_cpu(), options.attn_implementation)
     members = load_members(options, encoders, zero)
 
     # 2. Score window by window. An incomplete last window is scored again: the same batches give the same

@@ -23,6 +23,7 @@ from tests.conftest import assert_close
 from tests.end_to_end.test_resume import assert_same_end
 from tests.ranks import run_stage, succeed
 from tests.stages import ZERO, ppo
+from tests.step3_ppo.plain_sgd import with_sgd
 from tests.step3_ppo.rollouts import rollout_of
 
 PROMPTS = [[5, 6, 7], [8, 2], [9, 10, 11, 12, 13], [17, 18, 3, 4]]
@@ -67,20 +68,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, initializer_range=0.3,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    model.num_tokens = VOCABULARY
-    model.lr_scheduler = SimpleNamespace(step=lambda: None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def backward_and_step(engine, loss, ranks, is_last):  # noqa: ARG001 - as the engine's
-        loss.backward()
-        if is_last:
-            optimizer.step()
-            optimizer.zero_grad()
-        return 1.0
-
-    monkeypatch.setattr(module, "backward_and_step", backward_and_step)
-    return model
+    return with_sgd(LlamaForCausalLM(config).eval(), 0.1, monkeypatch)
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from step3_ppo import optimise as module
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, policy_pass
+from tests.step3_ppo.plain_sgd import with_sgd
 from tests.step3_ppo.rollouts import rollout_of
 
 ROWS, PROMPT, WIDTH = 4, 3, 5
@@ -23,21 +23,7 @@ def actor(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.num_tokens = config.vocab_size
-    model.lr_scheduler = SimpleNamespace(step=lambda: None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-
-    def backward_and_step(engine, loss, ranks, is_last):  # noqa: ARG001 - as the engine's
-        loss.backward()
-        if not is_last:
-            return None
-        optimizer.step()
-        optimizer.zero_grad()
-        return 1.0
-
-    monkeypatch.setattr(module, "backward_and_step", backward_and_step)
-    return model
+    return with_sgd(LlamaForCausalLM(config), 1.0, monkeypatch)
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ def _rank(port: int, number: int, world: int, failure: str, news: Queue, names: 
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_WAIT": "6", **names,
     }  # fmt: skip
     contact.SILENCE, contact.BEAT = 3.0, 0.2
-    kept = keep_contact(lambda line: news.put((number, line)))
+    signs = keep_contact(lambda line: news.put((number, line)))
     news.put((number, "began"))
     if failure:
         time.sleep(1)
-        kept.report(failure)
+        signs.report(failure)
     time.sleep(60)
 
 
