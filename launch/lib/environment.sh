@@ -88,12 +88,14 @@ choose_nodes() {
     eval "export $assignments"
 }
 
-# choose_launcher: DeepSpeed's launcher, which starts the ranks of this node, or those of HOSTFILE by ssh.
+# choose_launcher: DeepSpeed's launcher, which starts the ranks of this node, or those of HOSTFILE by ssh. Its first
+# program, `deepspeed`, takes no UUIDs of MIG devices.
 choose_launcher() {
     LAUNCHER=(deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} $(ranks_on))
-    [ "$NNODES" = 1 ] && return
+    [[ "$NNODES" = 1 && "$GPUS" != MIG-* ]] && return
     local gpus="${GPUS:-$(seq -s, 0 $((NUM_GPUS - 1)))}"
-    LAUNCHER=(python -u -m deepspeed.launcher.launch --quiet --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"
+    LAUNCHER=(python -u -m deepspeed.launcher.launch --quiet --node_rank "${NODE_RANK:-0}"
+        --master_addr "${MASTER_ADDR:-127.0.0.1}"
         --world_info "$(python "$HERE/lib/nodes.py" "$NNODES" "$gpus")")
 }
 
@@ -129,6 +131,7 @@ run_alone() {
     install requirements.txt
     check_options "${@:2}"
     choose_device
+    [ -z "$GPUS" ] || export CUDA_VISIBLE_DEVICES="$GPUS"
     exec python "$HERE/lib/alone.py" "$@"
 }
 

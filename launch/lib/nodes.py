@@ -92,7 +92,7 @@ def first_host(nodelist: str) -> str:
 
 def world_info(number: int, gpus: str) -> str:
     """DeepSpeed's list of nodes and GPUs. Of the other nodes, only the number of GPUs matters here."""
-    ranks = [int(gpu) for gpu in gpus.split(",")]
+    ranks = [int(gpu) if gpu.isdecimal() else gpu for gpu in gpus.split(",")]  # MIG devices have UUIDs
     return base64.urlsafe_b64encode(json.dumps({f"node{i}": ranks for i in range(number)}).encode()).decode()
 
 

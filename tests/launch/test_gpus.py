@@ -1,12 +1,15 @@
 """Which GPUs the ranks of a machine use."""
 
+import base64
+import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from launch.lib.gpus import choose
+from launch.lib.gpus import choose, choose_part
 from tests.conftest import REPOSITORY
 
 UUIDS = ["GPU-aa11", "GPU-ab22", "GPU-cc33", "GPU-dd44"]
@@ -42,6 +45,58 @@ def test_choice(number: str, visible: str | None, chosen: list[int]) -> None:
 def test_refusal(number: str, visible: str | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(number, visible, UUIDS)
+
+
+@pytest.mark.parametrize(("number", "visible"), [("", "MIG-ab"), ("1", " MIG-ab,MIG-cd"), ("1", "MIG-ab")])
+def test_part_of_a_gpu(number: str, visible: str) -> None:
+    assert choose_part(number, visible) == "MIG-ab"
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "message"),
+    [
+        ("2", "MIG-ab,MIG-cd", "CUDA_VISIBLE_DEVICES MIG-ab,MIG-cd: a run uses one MIG device, or GPUs"),
+        ("", "0,MIG-ab", "CUDA_VISIBLE_DEVICES 0,MIG-ab: a run uses one MIG device, or GPUs"),
+        ("", "MIG-ab,MIG-cd", "CUDA_VISIBLE_DEVICES names 2 MIG devices, and CUDA gives a process one"),
+    ],
+)
+def test_refused_parts(number: str, visible: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_part(number, visible)
+
+
+def sourced(lines: str, **variables: str) -> str:
+    """What lines of bash print after the functions of the launch scripts are read."""
+    lines = f"source {REPOSITORY}/launch/lib/environment.sh; {lines}"
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        ["bash", "-c", lines], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.end_to_end
+def test_the_launcher_gets_the_name_of_a_part() -> None:
+    """`deepspeed` takes numbers only; the program that it starts takes names."""
+    words = sourced(
+        'GPUS=MIG-ab NUM_GPUS=1 NNODES=1; choose_launcher; printf "%s\\n" "${LAUNCHER[@]}"'
+    ).split()
+    assert words[:4] == ["python", "-u", "-m", "deepspeed.launcher.launch"]
+    world = base64.urlsafe_b64decode(words[words.index("--world_info") + 1])
+    assert json.loads(world) == {"node0": ["MIG-ab"]}
+    environment: dict[str, str] = {}
+    CUDA_Accelerator().set_visible_devices_envs(environment, json.loads(world)["node0"])
+    assert environment == {"CUDA_VISIBLE_DEVICES": "MIG-ab"}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(("chosen", "visible"), [("2", "2"), ("MIG-ab", "MIG-ab"), ("", "unset")])
+def test_a_tool_runs_on_the_chosen_gpu(tmp_path: Path, chosen: str, visible: str) -> None:
+    (tmp_path / "python").write_text("#!/bin/bash\necho ${CUDA_VISIBLE_DEVICES-unset}\n")
+    (tmp_path / "python").chmod(0o755)
+    stubs = "install() { :; }; check_options() { :; }; "
+    stubs += f"choose_device() {{ GPUS={chosen}; unset CUDA_VISIBLE_DEVICES; }}"
+    out = sourced(f"{stubs}; run_alone module", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert out == f"{visible}\n"
 
 
 @pytest.mark.end_to_end
