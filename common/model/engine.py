@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.model.deepspeed_internals import full_shape, is_partitioned, without_stage3_hooks
 from common.model.engine_protocol import Engine
 from common.model.extensions import single_compilation
+from common.model.precision import check_same_precision, choose_sums
 from common.model.zero import fill_bucket_sizes, offloads
 from common.runtime.distributed import device, is_lost_contact, on_cpu
 from common.runtime.options import OptimiserOptions, UserError, reason, world_size
@@ -23,7 +24,9 @@ def make_engine(
     """Create a DeepSpeed engine with AdamW and a schedule over `total_steps` optimiser steps."""
     from transformers import get_scheduler
 
+    check_same_precision(zero)
     fill_bucket_sizes(zero, model.config.get_text_config().hidden_size)
+    choose_sums(zero, options)
     model.train()  # from_pretrained returns eval mode, which turns gradient checkpointing off
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -20,6 +20,7 @@ from common.model.deepspeed_internals import is_partitioned
 from common.model.families import check_policy, check_scalar, max_positions, remove_noise
 from common.model.model_config import read_config
 from common.model.model_files import check_attention, check_values, check_weights, read_weights
+from common.model.precision import check_same_precision
 from common.model.vocabulary import fit_to_tokenizer
 from common.model.zero import fill_bucket_sizes
 from common.runtime.distributed import log
@@ -149,6 +150,7 @@ def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Itera
         return
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+    check_same_precision(zero)
     fill_bucket_sizes(zero, config.get_text_config().hidden_size)
     keep_alive = HfDeepSpeedConfig(zero)  # transformers keeps only a weak reference
     try:
