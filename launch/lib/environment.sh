@@ -7,8 +7,6 @@ ZERO_CONFIG="${ZERO_CONFIG:-}"  # DeepSpeed JSON; empty: zero2 on GPUs, zero0 on
 HOSTFILE="${HOSTFILE:-}"        # DeepSpeed's list of machines; empty: this one
 MASTER_PORT="${MASTER_PORT:-}"  # where the ranks meet; empty: a free port, or 29500 on several nodes
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-# Spinning threads take cores from other jobs and other ranks.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 # Blocks that grow leave less memory unusable between phases with tensors of other sizes.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 export PYTHONSAFEPATH=1  # a folder `common` in the working directory must not shadow ours
