@@ -1,7 +1,5 @@
 """The update of PPO: several epochs of minibatches over one rollout."""
 
-import math
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple, assert_never
 
@@ -30,8 +28,7 @@ from step3_ppo.models import Models
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix
 from step3_ppo.rollout import Rollout, Rows, minibatches, policy_pass
-
-Sums = Counter[str]  # sums over tokens, turned into means at the end
+from step3_ppo.update_stats import Sums, UpdateStats, squared_change
 
 
 class MicroBatch(NamedTuple):
@@ -75,10 +72,8 @@ def optimise(
     models.actor.train()
     if models.critic:
         models.critic.train()
-    sums: Sums = Counter()
-    first: dict[str, float] = {}
-    norms: dict[str, list[float]] = {"policy/grad_norm": [], "value/grad_norm": []}
-    updates, update_kl, ptx_losses = 0, 0.0, []
+    stats = UpdateStats()
+    updates, update_kl = 0, 0.0
     size, actor_learns = options.global_batch_size, step > options.critic_warmup_steps
     rows, group = len(rollout.scores), options.samples_per_prompt
     batches = [*minibatches(rows, size, options.ppo_epochs, options.seed, step, group)]
@@ -86,39 +81,37 @@ def optimise(
     weights = rollout_weights(rollout.logprobs, rollout.behaviour_logprobs, options.rollout_ratio_cap)
     weighted = advantages * weights  # the surrogate is proportional to the advantage
     for batch in batches:
-        before = float(sums["policy/approx_kl"])
         if pretraining and actor_learns:
-            ptx_losses.append(pretraining.add_gradients(models.actor))
+            stats.ptx_losses.append(pretraining.add_gradients(models.actor))
         for micro in _micro_batches(rollout, batch, weighted, returns, options):
             if actor_learns:
-                norm = _update_actor(models.actor, micro, options, kl, sums, gap)
-                norms["policy/grad_norm"] += [norm] * micro.is_last
+                norm = _update_actor(models.actor, micro, options, kl, stats.sums, gap)
+                stats.norms["policy/grad_norm"] += [norm] * micro.is_last
             if models.critic:
-                norm = _update_critic(models.critic, micro, options, sums)
-                norms["value/grad_norm"] += [norm] * micro.is_last
-            sums["tokens"] += len(micro.rows.labels)
+                norm = _update_critic(models.critic, micro, options, stats.sums)
+                stats.norms["value/grad_norm"] += [norm] * micro.is_last
+            stats.sums["tokens"] += len(micro.rows.labels)
         updates += 1
-        first = first or {name: float(total) for name, total in sums.items()}
-        (moved,) = sum_over_ranks(sums["policy/approx_kl"] - before)
-        is_too_far = moved / len(batch) > options.max_update_kl
+        is_too_far = stats.end_update() / len(batch) > options.max_update_kl
         is_end_of_epoch = updates * options.ppo_epochs % options.updates_per_step == 0
         if actor_learns and (is_too_far or is_end_of_epoch):
             update_kl = _distance(models.actor, rollout, batch, options)
         if is_too_far or update_kl > options.max_update_kl:
             break
-    for engine in [models.actor] * actor_learns + [models.critic] * bool(models.critic):
-        for _ in range(options.updates_per_step - updates):
-            engine.lr_scheduler.step()
+    _follow_schedules(models, options, updates, actor_learns)
+    of_step = {"policy/update_kl": update_kl, "policy/updates": updates} | gap.metrics
+    return stats.metrics() | {name: Mean(value) for name, value in of_step.items()}
+
+
+def _follow_schedules(models: Models, options: PPOOptions, updates: int, actor_learns: bool) -> None:
+    """Move the learning rates on as if all updates of the step had been made."""
+    left_out = options.updates_per_step - updates
+    steps = {models.actor: left_out if actor_learns else 0, models.critic: left_out}
     if options.critic_warmup_until and not actor_learns:  # its schedule does not depend on the warmup's end
-        for _ in range(options.updates_per_step):
-            models.actor.lr_scheduler.step()
-    skipped = sum(not math.isfinite(norm) for of_one in norms.values() for norm in of_one)
-    metrics = _means(sums, first) | {name: _mean_norm(of_one) for name, of_one in norms.items() if of_one}
-    if ptx_losses:
-        metrics["ptx/loss"] = Mean(sum_over_ranks(sum(ptx_losses))[0], len(ptx_losses))
-    metrics |= {"policy/update_kl": Mean(update_kl), "policy/updates": Mean(updates)}
-    metrics |= {name: Mean(value) for name, value in gap.metrics.items()}
-    return metrics | {"train/skipped_updates": skipped}
+        steps[models.actor] = options.updates_per_step
+    for engine, number in steps.items():
+        for _ in range(number if engine else 0):
+            engine.lr_scheduler.step()
 
 
 @torch.no_grad()
@@ -128,14 +121,9 @@ def _distance(actor: Engine, rollout: Rollout, batch: list[int], options: PPOOpt
     total = 0.0
     for chunk in rollout.deal(batch, micro_batch(options)):
         logprobs = policy_pass(actor, rollout.rows(chunk), options.temperature).logprobs
-        total += _squares(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
+        total += squared_change(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
     actor.train()
     return sum_over_ranks(total)[0] / len(batch)
-
-
-def _squares(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """The k2 estimate of a KL divergence, summed over tokens: (N,), (N,) -> ()."""
-    return 0.5 * ((logprobs - old_logprobs) ** 2).sum()
 
 
 def _micro_batches(
@@ -173,24 +161,6 @@ def _weights(rollout: Rollout, batch: list[int], aggregation: str, options: PPOO
     return weights
 
 
-def _means(sums: Sums, first: dict[str, float]) -> dict[str, Mean]:
-    """Means over the tokens of all ranks and updates; for the ratio, of the first minibatch."""
-    totals = [*sums.values(), first["tokens"], first.get("policy/ratio", 0.0)]
-    *totals, first_tokens, first_ratio = sum_over_ranks(*totals)
-    by_name = dict(zip(sums, totals, strict=True))
-    count = by_name.pop("tokens")
-    means = {name: Mean(total, count) for name, total in by_name.items()}
-    if "policy/ratio" in means:
-        means["policy/ratio"] = Mean(first_ratio, first_tokens)
-    return means
-
-
-def _mean_norm(norms: list[float]) -> Mean:
-    """The mean over the updates that were not skipped; infinite if all were."""
-    finite = [norm for norm in norms if math.isfinite(norm)]
-    return Mean(sum(finite), len(finite)) if finite else Mean(math.inf)
-
-
 def surrogate(logprobs: Tensor, batch: MicroBatch, options: PPOOptions) -> PolicyLoss:
     """The loss of each token by --policy_loss, without KL and entropy. logprobs: (N,)."""
     low, high, dual_clip = options.clip_range, options.clip_range_high, options.dual_clip
@@ -220,12 +190,12 @@ def _update_actor(
     loss = (loss * batch.policy_weights).sum() / batch.tokens + balance / batch.tokens_read
     norm = backward_and_step(actor, loss, world_size(), batch.is_last)
     with torch.no_grad():
-        if has_balance_loss(base_model(actor)):  # `_means` divides by the tokens of responses
+        if has_balance_loss(base_model(actor)):  # `sums` are divided by the tokens of responses
             sums["train/aux_loss"] += balance * batch.tokens / batch.tokens_read
         sums["policy/loss"] += (result.loss * batch.policy_weights).sum()
         sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()
-        sums["policy/approx_kl"] += _squares(logprobs, batch.logprobs)
+        sums["policy/approx_kl"] += squared_change(logprobs, batch.logprobs)
         sums["policy/entropy"] += entropy.sum()
     return norm
 

@@ -10,7 +10,7 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from flask import Flask, Response, abort, request
@@ -35,6 +35,26 @@ HEADERS = {
 State = dict[str, Any]  # JSON reply to the page
 
 
+class Progress(NamedTuple):
+    """The pairs in the order of the page, and the answers so far."""
+
+    store: Store
+    pairs: Sequence[Pair]
+    seed: int
+
+    def left_of(self, pair: Pair, rater: str) -> str:
+        """Return the response on the left, A or B."""
+        return "A" if fraction([pair.id, rater], f"left {self.seed}") < 0.5 else "B"
+
+    def state(self, rater: str, notice: str = "", pair: Pair | None = None) -> State:
+        """Return a rater's progress, with this pair or else the first unanswered one."""
+        answered = self.store.answers.get(rater, {})
+        pair = pair or next((pair for pair in self.pairs if pair.id not in answered), None)
+        skipped = sum(click.choice == "skip" for click in list(answered.values()))
+        facts = {"rater": rater, "done": len(answered), "total": len(self.pairs), "skipped": skipped}
+        return {**facts, "notice": notice, "pair": pair and pair_view(pair, self.left_of(pair, rater))}
+
+
 def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flask:
     """Make the WSGI application of the page.
 
@@ -42,20 +62,8 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
     """
     app = Flask(__name__, static_folder=PAGE, static_url_path="/static")
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_REQUEST
-    order = sorted(pairs, key=lambda pair: fraction(pair.id, f"order {seed}"))
     by_id = {pair.id: pair for pair in pairs}
-
-    def left_of(pair: Pair, rater: str) -> str:
-        return "A" if fraction([pair.id, rater], f"left {seed}") < 0.5 else "B"
-
-    def state(rater: str, notice: str = "", pair: Pair | None = None) -> State:
-        """Return a rater's progress, with this pair or else the first unanswered one."""
-        answered = store.answers.get(rater, {})
-        pair = pair or next((pair for pair in order if pair.id not in answered), None)
-        skipped = sum(click.choice == "skip" for click in list(answered.values()))
-        facts = {"rater": rater, "done": len(answered), "total": len(order), "skipped": skipped}
-        return {**facts, "notice": notice, "pair": pair and pair_view(pair, left_of(pair, rater))}
-
+    progress = Progress(store, sorted(pairs, key=lambda pair: fraction(pair.id, f"order {seed}")), seed)
     _guard(app, store, token)
 
     @app.get("/")
@@ -64,7 +72,7 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
 
     @app.post("/next")
     def proceed() -> State:
-        return state(rater_name())
+        return progress.state(rater_name())
 
     @app.post("/answer")
     def answer() -> State:
@@ -72,22 +80,22 @@ def make_app(store: Store, pairs: Sequence[Pair], seed: int, token: str) -> Flas
         if field("pair") not in by_id or side not in SIDES or strength not in (None, *STRENGTHS):
             abort(400, "No such pair, side or strength; reload the page")
         pair = by_id[field("pair")]
-        left = left_of(pair, rater)
+        left = progress.left_of(pair, rater)
         choice = {"left": left, "right": "B" if left == "A" else "A"}.get(side, side)
         before = store.answers.get(rater, {}).get(pair.id)
         store.add(field("click"), rater, pair.id, choice, strength if choice in "AB" else None, left)
         again = before and before.id != field("click")
         note = ", replacing your earlier answer to this pair" if again else ""
-        return state(rater, f"Saved: {CHOICE_NAMES[side]}{note}")
+        return progress.state(rater, f"Saved: {CHOICE_NAMES[side]}{note}")
 
     @app.post("/undo")
     def undo() -> State:
         rater = rater_name()
         undone = store.undo(field("click"), rater)
         if undone is None:
-            return state(rater, "Nothing to undo")
+            return progress.state(rater, "Nothing to undo")
         side = {undone.left: "left", "tie": "tie", "skip": "skip"}.get(undone.choice, "right")
-        return state(rater, f"Undone: {CHOICE_NAMES[side]}", by_id[undone.pair])
+        return progress.state(rater, f"Undone: {CHOICE_NAMES[side]}", by_id[undone.pair])
 
     return app
 

@@ -59,15 +59,7 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
     size = options.samples_per_prompt
     samples = Path(options.output_dir) / "samples.jsonl"
     folder = Path(options.selection_dir or options.output_dir)
-    columns: dict[str, list[list[Any]]] = {name: [] for name in ("score", "ended", "length", "verdict")}
-    distinct = 0
-    for group in _groups(samples, size):
-        for name in ("score", "ended", "length"):
-            columns[name].append([sample[name] for sample in group])
-        texts = [sample["completion"] for sample in group]
-        columns["verdict"].append(classify(texts, columns["ended"][-1], options.keep_truncated))
-        distinct += len(set(texts))
-    scores, ended, lengths, verdicts = (np.array(column) for column in columns.values())  # (P, n) each
+    scores, ended, lengths, verdicts, distinct = _columns(samples, size, options.keep_truncated)
     usable = verdicts == USABLE
     unused = {name: int((verdicts == name).sum()) for name in (CUT, EMPTY, REPEATED)}
 
@@ -92,7 +84,7 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
         "score": {"mean": scores.mean(), "std": scores.std(), "best": scores[top].mean()},
         "ended": ended.mean(),
         "max_response_length": options.max_response_length,
-        "distinct": distinct / scores.size,
+        "distinct": distinct.sum() / scores.size,
         "unused": unused,
         "threshold": threshold,
         "demonstrations": int(selected.sum()),
@@ -103,6 +95,18 @@ def select(options: BestOfNOptions) -> dict[str, Any]:
     }
     write_json(folder / "report.json", report)
     return report
+
+
+def _columns(samples: Path, size: int, keep_truncated: bool) -> Iterator[np.ndarray]:
+    """Scores, ended, lengths and verdicts, (P, n) each, and how many responses differ (P,)."""
+    columns = [], [], [], [], []
+    for group in _groups(samples, size):
+        texts, ended = ([sample[name] for sample in group] for name in ("completion", "ended"))
+        scores, lengths = ([sample[name] for sample in group] for name in ("score", "length"))
+        verdicts = classify(texts, ended, keep_truncated)
+        for column, values in zip(columns, (scores, ended, lengths, verdicts, len(set(texts))), strict=True):
+            column.append(values)
+    return map(np.array, columns)
 
 
 def _demonstrations(
