@@ -24,6 +24,7 @@ from step3_ppo.models import build_models, check_inputs, export_models, load_act
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix, load_texts
+from step3_ppo.redraw import redraw_equal_groups
 from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rollout import sample_rollout
 from step3_ppo.scoring import score_rollout
@@ -85,6 +86,7 @@ def main() -> None:
             phases.end("rollout")
             rollout = share_prompts(models, rollout, options)
             rollout = score_rollout(models, prompts, rollout, options)
+            rollout, redrawn = redraw_equal_groups(models, train, indices, rollout, options, step)
         # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)
         # 5. Advantages.
@@ -100,7 +102,7 @@ def main() -> None:
 
         # 7. Metrics, checkpoint, evaluation.
         skipped = stats.pop("train/skipped_updates")
-        metrics = rollout_metrics(models, rollout, returns) | shaped | stats | state.coefficients()
+        metrics = rollout_metrics(models, rollout, returns) | redrawn | shaped | stats | state.coefficients()
         metrics |= speed(rollout, phases.seconds, stats["policy/updates"].value, options)
         metrics |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib(), **phases.memory}
         values = step_values(metrics)

@@ -40,7 +40,7 @@ def evaluate(
             models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
         )
         gold = gold[: len(prompts)]
-    rollout = rollout.first(len(prompts))
+    rollout = rollout.pick(range(len(prompts)))
     figures = {
         "eval/score": rollout.scores.mean().item(),
         "eval/score_std": rollout.scores.std(unbiased=False).item(),

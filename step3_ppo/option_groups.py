@@ -23,6 +23,13 @@ class SamplingOptions(GenerationOptions):
         " work.",
         resume="free",
     )
+    max_redraws: int = option(
+        0,
+        "Replace groups of responses with equal scores by groups of other prompts, in at most this many"
+        " attempts per iteration (dynamic sampling); 0: do not.",
+        at_least=0,
+        at_most=100,
+    )
     num_samples: int = option(
         4,
         "Held-out responses written to samples.jsonl and TensorBoard per evaluation.",

@@ -113,6 +113,11 @@ class PPOOptions(
                 f"--samples_per_prompt {self.samples_per_prompt}: --advantage_estimator {estimator} compares"
                 " responses to one prompt and needs at least 2"
             )
+        if self.max_redraws and estimator not in ("rloo", "group"):
+            raise UserError(
+                f"--max_redraws {self.max_redraws}: --advantage_estimator {estimator} does not compare the"
+                " responses to a prompt; rloo and group do"
+            )
         if self.share_prompts == "yes" and self.responses_per_row == 1:
             raise UserError(
                 f"--share_prompts yes: --samples_per_prompt {self.samples_per_prompt} and the size of"

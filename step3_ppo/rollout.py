@@ -146,10 +146,24 @@ class Rollout:
             result[index] = block
         return sum_tensor_over_ranks(result)
 
-    def first(self, count: int) -> "Rollout":
-        """The first responses."""
-        rows = {name: value[:count] for name, value in vars(self).items() if name != "sharing"}
-        return replace(self, **rows)
+    def pick(self, rows: Sequence[int]) -> "Rollout":
+        """The responses of some rows."""
+        index = torch.tensor(rows, device=self.input_ids.device)
+        tensors = {name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors, support_ids=[self.support_ids[row] for row in rows])
+
+
+def concatenate(first: Rollout, second: Rollout) -> Rollout:
+    """The responses of both, in the layout of the first."""
+    tensors = {}
+    for name, value in vars(first).items():
+        if isinstance(value, Tensor):
+            parts = [value, getattr(second, name)]
+            if value.dim() > 1:
+                columns = max(part.shape[1] for part in parts)
+                parts = [pad(part, (0, columns - part.shape[1])) for part in parts]
+            tensors[name] = torch.cat(parts)
+    return replace(first, **tensors, support_ids=[*first.support_ids, *second.support_ids])
 
 
 def policy_pass(model: nn.Module, rows: Rows, temperature: float, entropy: Entropy = "none") -> LabelPass:

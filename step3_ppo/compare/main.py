@@ -147,7 +147,7 @@ def compare_policies(
 
     Each policy is compared with all policies before it, in the same order.
     """
-    rollouts = [policy.rollouts[0].first(count) for policy in policies]
+    rollouts = [policy.rollouts[0].pick(range(count)) for policy in policies]
     lengths = [rollout.response_lengths.cpu().numpy() for rollout in rollouts]
     earlier: list[dict[str, np.ndarray]] = []  # scores of the policies before this one by judge, (count,)
     metrics = []

@@ -35,6 +35,8 @@ REFUSED = [
     ("step3_ppo", ["--critic_gae_lambda", "1.1"], "--critic_gae_lambda"),
     ("step3_ppo", ["--length_adaptive_lambda", "nan"], "--length_adaptive_lambda"),
     ("step3_ppo", ["--overlong_buffer", "100000"], "--overlong_buffer 100000"),
+    ("step3_ppo", ["--max_redraws", "3"], "--max_redraws 3"),
+    ("step3_ppo", ["--max_redraws", "1000"], "--max_redraws"),
     ("step3_ppo", ["--overlong_penalty", "0"], "--overlong_penalty"),
     ("step3_ppo", ["--rollout_batch_size", str(2**40)], "--rollout_batch_size"),
     ("step3_ppo", ["--ppo_epochs", HUGE], "--ppo_epochs"),
