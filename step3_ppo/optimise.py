@@ -64,16 +64,15 @@ def optimise(
     `policy/ratio` is that of the first minibatch, where it is 1 by construction. Raises SamplerError before
     the first update when sampler and trainer disagree.
 
-    `policy/update_kl` is the KL from the rollout policy after the last update (k2), in nats per response. It
-    is measured on the last minibatch with one more forward pass at the end of each epoch, at a third of the
-    cost of training the actor on it. Within an epoch, the forward pass of each minibatch measures the updates
-    before it; a minibatch beyond --max_update_kl ends the epochs after its own update.
+    `policy/update_kl` is the KL from the rollout policy after the last update (k2), in nats per response,
+    measured on the last minibatch with one more forward pass. Before that, the forward pass of each minibatch
+    measures the updates so far; beyond --max_update_kl, the epochs end after its own update.
     """
     models.actor.train()
     if models.critic:
         models.critic.train()
     stats = UpdateStats()
-    updates, update_kl = 0, 0.0
+    updates = 0
     size, actor_learns = options.global_batch_size, step > options.critic_warmup_steps
     rows, group = len(rollout.scores), options.samples_per_prompt
     batches = [*minibatches(rows, size, options.ppo_epochs, options.seed, step, group)]
@@ -92,12 +91,9 @@ def optimise(
                 stats.norms["value/grad_norm"] += [norm] * micro.is_last
             stats.sums["tokens"] += len(micro.rows.labels)
         updates += 1
-        is_too_far = stats.end_update() / len(batch) > options.max_update_kl
-        is_end_of_epoch = updates * options.ppo_epochs % options.updates_per_step == 0
-        if actor_learns and (is_too_far or is_end_of_epoch):
-            update_kl = _distance(models.actor, rollout, batch, options)
-        if is_too_far or update_kl > options.max_update_kl:
+        if stats.end_update() / len(batch) > options.max_update_kl:
             break
+    update_kl = _distance(models.actor, rollout, batch, options) if actor_learns else 0.0
     _follow_schedules(models, options, updates, actor_learns)
     of_step = {"policy/update_kl": update_kl, "policy/updates": updates} | gap.metrics
     return stats.metrics() | {name: Mean(value) for name, value in of_step.items()}

@@ -98,7 +98,7 @@ class KLOptions:
     )
     max_update_kl: float = option(
         6.0,
-        "End the epochs of an iteration when policy/update_kl, the KL to the rollout policy, exceeds this; in"
+        "End the epochs of an iteration after a minibatch whose KL to the rollout policy is above this; in"
         " nats per response.",
         above=0,
         formerly="target_kl",

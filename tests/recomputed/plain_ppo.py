@@ -278,11 +278,9 @@ class PPO:
                 value.append(per_token)
             if learns:
                 before = policy[-1][:, 3].sum().item() / len(part)  # KL of the earlier updates
-                is_end = (update + 1) % (self.of_iteration // options["ppo_epochs"]) == 0
-                if before > options["max_update_kl"] or is_end:
+                is_last = before > options["max_update_kl"] or update + 1 == self.of_iteration
+                if is_last:
                     line["policy/update_kl"] = self.moved(part)
-                is_far = max(before, line["policy/update_kl"]) > options["max_update_kl"]
-                is_last = is_far or update + 1 == self.of_iteration
                 assert is_last == (update + 1 == len(sampled.minibatches)), "--max_update_kl ends epochs"
         if policy:
             # The sampler is the trainer, in fp32.
