@@ -46,14 +46,17 @@ def redraw_equal_groups(
         return rollout, {}
     first = spread = has_spread(rollout.scores, group)
     for attempt in range(1, options.max_redraws + 1):
-        equal = (~spread).nonzero()[:, 0].tolist()
-        count = -(-len(equal) // world_size()) * world_size()  # every rank samples as many
-        others = other_prompts(count, [*seen], len(train), options.seed, step + attempt * STEPS)
-        if not equal or len(others) < count:
+        if spread.all():
             break
-        prompts = [train[i] for i in others for _ in range(group)]
+        equal = (~spread).nonzero()[:, 0].tolist()
+        others = other_prompts(len(equal), [*seen], len(train), options.seed, step + attempt * STEPS)
+        if not others:
+            break
+        padded = [*others, *others[:1] * (-len(others) % world_size())]  # every rank samples as many
+        prompts = [train[i] for i in padded for _ in range(group)]
         new = sample_rollout(models.sampler, models.encoder, prompts, options, step + attempt * STEPS)
         new = score_rollout(models, prompts, replace(new, sharing=rollout.sharing), options)
+        new = new.pick(range(len(others) * group))
         groups = [*range(len(spread))]
         better = has_spread(new.scores, group).nonzero()[:, 0].tolist()
         for slot, other in zip(equal, better, strict=False):

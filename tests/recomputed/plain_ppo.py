@@ -255,6 +255,14 @@ class PPO:
         learns = step > self.warmup
         line = self.describe(rollout, returns, sampled.computed) | figures
         line |= {"step": step, "train/lr": self.rate("actor", step, 0), "kl/coef": self.kl_coef}
+        if options.get("samples_per_prompt", 1) > 1:
+            scores = [
+                {(o.by_model, o.by_function) for o in rollout if o.row.prompt == one.row.prompt}
+                for one in rollout
+            ]
+            share = mean([float(len(of_prompt) == 1) for of_prompt in scores])
+            line |= {"rollout/equal_groups": share, "rollout/equal_groups_left": share}
+            line["rollout/redrawn_groups"] = 0.0
         number_of = {row: number for number, row in enumerate(rows)}  # equal rows have equal numbers
         policy, value, texts = [], [], []  # of all updates
         norms: dict[str, list[float]] = {"policy": [], "value": []}
