@@ -1,10 +1,10 @@
-"""Errors that leave the last finished step intact: a checkpoint of it is saved."""
+"""Errors and stops that leave the last finished step intact: a checkpoint of it is saved."""
 
 import contextlib
 from collections.abc import Iterator
 
 from common.runtime.options import UserError
-from common.training.loop import TrainingLoop
+from common.training.loop import StepDropped, TrainingLoop
 
 
 class FunctionError(UserError):
@@ -21,13 +21,15 @@ class SamplerError(UserError):
 
 @contextlib.contextmanager
 def checkpoint_on_error(loop: TrainingLoop) -> Iterator[None]:
-    """Save a checkpoint when a reward function fails, or sampler and trainer disagree.
+    """Save a checkpoint when a reward function fails, sampler and trainer disagree, or a stop drops the step.
 
-    Neither has changed the weights or the saved state, so the run resumes exactly. Raises UserError on all
-    ranks, with the step from which the run resumes.
+    Nothing has changed the weights or the saved state, so the run resumes exactly. Raises UserError or
+    Stopped on all ranks, with the step from which the run resumes.
     """
     try:
         yield
+    except StepDropped:
+        loop.stop_at_last_step()
     except (FunctionError, SamplerError) as error:
         if loop.state.step == 0:
             outcome = "starts again"

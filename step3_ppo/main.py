@@ -84,9 +84,11 @@ def main() -> None:
         with checkpoint_on_error(loop), states_away(trained):
             rollout = sample_rollout(models.sampler, encoder, prompts, options, step)
             phases.end("rollout")
+            loop.drop_step_if_stopped()
             rollout = share_prompts(models, rollout, options)
             rollout = score_rollout(models, prompts, rollout, options)
             rollout, redrawn = redraw_equal_groups(models, train, indices, rollout, options, step)
+            loop.drop_step_if_stopped()
         # 4. Rewards: KL penalty at every token, score at the last one.
         rewards, shaped = shape_rewards(rollout, options, state)
         # 5. Advantages.

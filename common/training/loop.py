@@ -42,6 +42,10 @@ from common.training.stability import check_numbers
 from common.training.train_state import TrainState, check_best_metric
 
 
+class StepDropped(Stopped):
+    """A requested stop of all ranks within a step that has changed nothing yet."""
+
+
 class TrainingLoop:
     """A training run in its output directory. Every rank creates one and makes the same calls."""
 
@@ -164,9 +168,25 @@ class TrainingLoop:
         is_due = options.save_steps and (is_last or step % options.save_steps == 0)
         is_saved = (is_stopped or is_best or is_due) and self.save()
         if is_stopped:
-            folder = checkpoint_folder(options, self.state)
-            saved = f"checkpoint {folder}" if is_saved else "its checkpoint was NOT saved"
-            raise Stopped(f"Stopped at step {step}; {saved}. {same_command(options)} to resume.")
+            self._stop(is_saved)
+
+    def drop_step_if_stopped(self) -> None:
+        """Raise StepDropped on all ranks after a requested stop, before the first update of a step."""
+        if stop_requested(self._options.output_dir):
+            raise StepDropped("the step is dropped")
+
+    def stop_at_last_step(self) -> NoReturn:
+        """Stop after StepDropped; the checkpoint is that of the last finished step."""
+        if self.state.step == 0:
+            raise Stopped(f"Stopped before the end of step 1. {same_command(self._options)} to start again.")
+        folder = checkpoint_folder(self._options, self.state)
+        self._stop(any(gather_objects(folder.exists())) or self.save())
+
+    def _stop(self, is_saved: bool) -> NoReturn:
+        folder = checkpoint_folder(self._options, self.state)
+        saved = f"checkpoint {folder}" if is_saved else "its checkpoint was NOT saved"
+        again = same_command(self._options)
+        raise Stopped(f"Stopped at step {self.state.step}; {saved}. {again} to resume.")
 
     def stop_after_training(self) -> NoReturn:
         """Stop between the last step and the exports; the same command resumes from the checkpoint."""

@@ -1,18 +1,22 @@
 """Resume after a stop, with damaged checkpoints, and with other ranks; or a refusal with the reason."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from common.training.train_state import TrainState
+from step3_ppo import main
 from tests.ranks import Result, run_stage, start_stage, succeed
 from tests.stages import (
     CLOSE,
@@ -121,6 +125,62 @@ def test_resumed_run_equals_an_uninterrupted_one(world: Path, run: Path, tmp_pat
         assert_only_adapters_are_saved(checkpoints(parts)[-1])
     succeed(STAGES[stage], options, tmp_path, ranks)
     assert_same_end(full, parts)
+
+
+def test_stop_within_a_step_drops_the_step(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop while step 2 samples, and on the other rank while step 3 scores: each leaves out the rest."""
+    full, parts = tmp_path / "full", tmp_path / "parts"
+    extra = [*zero_config(tmp_path, 2), "--normalise_scores", "--whiten_rewards"]
+    succeed(STAGES["ppo"], [*words("ppo", world, run, full, 4), *extra], tmp_path, ranks=2)
+    options = [*words("ppo", world, run, parts, 4), *extra]
+    for part, left_out, step in (
+        ("sample_rollout", "score_rollout", 2), ("score_rollout", "shape_rewards", 3),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(main, part, ending_in_a_stop(getattr(main, part), rank=step - 2, calls=2))
+            patch.setattr(main, left_out, failing_after(getattr(main, left_out), calls=1))
+            stopped = run_stage(STAGES["ppo"], options, tmp_path, ranks=2)
+        assert stopped.codes == [STOPPED] * 2, stopped.output
+        assert f"Stopped at step {step - 1}; checkpoint {parts}/checkpoints/step_" in stopped.output
+        assert steps_of(parts)[-1] == step - 1
+    succeed(STAGES["ppo"], options, tmp_path, ranks=2)
+    assert_same_end(full, parts)
+
+
+def test_stop_within_the_first_step_saves_nothing(
+    world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = words("ppo", world, run, tmp_path / "out", 1)
+    monkeypatch.setattr(main, "sample_rollout", ending_in_a_stop(main.sample_rollout, rank=0, calls=1))
+    stopped = run_stage(STAGES["ppo"], options, tmp_path)
+    line = "Stopped before the end of step 1. Run the same command to start again."
+    assert stopped.codes == [STOPPED] and stopped.output.splitlines()[-1] == line
+    assert not (tmp_path / "out/checkpoints").exists()
+
+
+def ending_in_a_stop(function: Callable[..., Any], rank: int, calls: int) -> Callable[..., Any]:
+    """A function that signals its own rank at the end of one of its calls."""
+    count = itertools.count(1)
+
+    def stop(*arguments: Any) -> Any:
+        result = function(*arguments)
+        if next(count) == calls and os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    return stop
+
+
+def failing_after(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
+    count = itertools.count(1)
+
+    def fail(*arguments: Any) -> Any:
+        assert next(count) <= calls
+        return function(*arguments)
+
+    return fail
 
 
 def assert_only_adapters_are_saved(checkpoint: Path) -> None:
