@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.runtime.options import UserError, reason
+from common.runtime.patience import NO_LIMIT, patience, set_limit
 
 
 def rank() -> int:
@@ -72,7 +73,7 @@ def any_kernels() -> Iterator[None]:
 def init_distributed(timeout_minutes: float = 30.0) -> None:
     """Join the launcher's process group. Without a launcher, create a group of one rank.
 
-    timeout_minutes: a collective that waits longer than this for a rank fails.
+    timeout_minutes: a collective that waits longer than this for a rank fails, except in `patience`.
     """
     import deepspeed
     import deepspeed.ops
@@ -91,11 +92,12 @@ def init_distributed(timeout_minutes: float = 30.0) -> None:
         # DeepSpeed would compile a shared-memory op for a minute or two; gloo does not need it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
-    # DeepSpeed creates further groups without a timeout argument, so change torch's default too.
-    c10d = dist.distributed_c10d
-    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    # With such a store, a rank that has died is noticed, and one that tokenises may take its time.
+    is_watched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    limit = NO_LIMIT if is_watched else timeout
     try:
-        deepspeed.init_distributed(dist_backend="gloo" if on_cpu() else None, timeout=timeout, verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo" if on_cpu() else None, timeout=limit, verbose=False)
+        set_limit(timeout)
     except Exception as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
@@ -182,6 +184,7 @@ def gather_objects(local: Any) -> list[Any]:
     return parts
 
 
+@patience()
 def on_first_rank(work: Callable[..., Any], *arguments: Any) -> Any:
     """Call `work` on rank 0; its small result, UserError or OSError (as a UserError) reaches every rank."""
     problem, result = "", None

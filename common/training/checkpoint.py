@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from common.model.deepspeed_internals import skip_recovery_script
 from common.model.engine import is_partial, trained_state_dict
 from common.model.engine_protocol import Engine
-from common.runtime.distributed import barrier, gather_objects, log, rank
+from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder, folder_bytes, free_bytes, sha256, write_json
 from common.runtime.option_checks import resolved
 from common.runtime.options import RunOptions, UserError, reason, world_size
+from common.runtime.patience import patience
 from common.training.train_state import TrainState
 
 AVERAGE = "average.safetensors"
@@ -64,6 +65,7 @@ class _Writer(TorchCheckpointEngine):
             self.error = reason(error)
 
 
+@patience()
 def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, Engine]) -> bool:
     """Write checkpoints/step_N and delete the oldest beyond --save_total_limit. Every rank must call it.
 
@@ -87,7 +89,6 @@ def save_checkpoint(options: RunOptions, state: TrainState, engines: dict[str, E
         return False
     if rank() == 0:
         _delete_old(options, state)
-    barrier()
     log(f"saved {final} in {time.perf_counter() - start:.2f} s")
     return True
 
@@ -97,6 +98,7 @@ def checkpoint_folder(options: RunOptions, state: TrainState) -> Path:
     return Path(options.output_dir) / "checkpoints" / f"step_{state.step:06}"
 
 
+@patience()
 def find_checkpoint(options: RunOptions) -> Checkpoint | None:
     """Find the checkpoint for --resume_from_checkpoint, the same on every rank; None: start a new run.
 

@@ -15,6 +15,7 @@ from common.model.lora import is_adapted
 from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder
 from common.runtime.options import UserError, reason
+from common.runtime.patience import patience
 
 
 def export_model(*arguments: Any) -> None:
@@ -29,6 +30,7 @@ def export_best(*arguments: Any) -> None:
         log(problem)
 
 
+@patience()
 def _export(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, folder: Path,
     load_base: Callable[[], PreTrainedModel], average: Mapping[str, Tensor] | None = None,

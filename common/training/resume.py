@@ -12,13 +12,15 @@ import torch
 from common.model.deepspeed_internals import is_partitioned, universal_loading, update_master_weights
 from common.model.engine import is_partial
 from common.model.engine_protocol import Engine
-from common.runtime.distributed import barrier, gather_objects, log, rank
+from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import flush_folder
 from common.runtime.options import RunOptions, UserError, world_size
+from common.runtime.patience import patience
 from common.training.checkpoint import Checkpoint, engine_settings
 from common.training.train_state import TrainState
 
 
+@patience()
 def resume(
     checkpoint: Checkpoint | None, options: RunOptions, engines: dict[str, Engine], total_steps: int
 ) -> TrainState:
@@ -142,7 +144,6 @@ def _load_weights(checkpoint: Checkpoint, name: str, engine: Engine) -> None:
                 parameter.copy_(weights[parameter_name])
     update_master_weights(engine.optimizer)
     engine.lr_scheduler.load_state_dict(states["lr_scheduler"])
-    barrier()
 
 
 def _follow_schedule(engine: Engine) -> None:
