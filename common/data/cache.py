@@ -4,8 +4,6 @@ The name of a cache folder is a hash of the data, the tokenizer, the converting 
 folder is renamed into place when it is complete; a lock makes other processes wait.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -29,8 +27,7 @@ from common.data.columns import Row, Table, table_writer, to_batch
 from common.data.readers import content_hash, origin, read_source
 from common.data.records import BadRecords, fraction, parse_record
 from common.data.sources import kind_of
-from common.runtime.distributed import log
-from common.runtime.files import UMASK, flush_folder, write_json
+from common.runtime.files import UMASK, flush_folder, locked, write_json
 from common.runtime.options import CacheOptions, UserError, reason
 from common.runtime.process import SIGNALS
 from common.runtime.progress import ReadingProgress
@@ -92,11 +89,14 @@ def prepare(name: str, options: CacheOptions, row_class: type[Row], convert: Con
             f"--preprocessing_workers {options.preprocessing_workers}: more than the cores of this machine;"
             f" allowed: 0 to {cores}"
         )
+    waiting = f"{name}: waiting for another process that is tokenising it"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock"), name):
+        with locked(folder.with_suffix(".lock"), waiting) as has_lock:
+            if not has_lock:
+                _wait_for_first_rank_here(folder)
             if not folder.exists():
-                _build(folder, name, options, row_class, convert)
+                _build(folder, name, options, row_class, convert, has_lock)
     except OSError as error:
         raise UserError(f"--cache_dir {cache}: {error.strerror}") from None
     except BrokenProcessPool:
@@ -131,30 +131,28 @@ def _key(name: str, skip: bool, row_class: type, convert: Convert) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-@contextlib.contextmanager
-def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock; wait while another process prepares the same source."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"{name}: waiting for another process that is tokenising it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: several processes may prepare, and the first rename wins
-        yield
+def _wait_for_first_rank_here(folder: Path) -> None:
+    """Without locks, one rank per machine prepares: all of them would take all cores."""
+    while os.environ.get("LOCAL_RANK", "0") != "0" and not folder.exists():
+        time.sleep(0.5)
 
 
-def _build(folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert) -> None:
-    for leftover in folder.parent.glob(f"{folder.name}.tmp*"):
+def _build(
+    folder: Path, name: str, options: CacheOptions, row_class: type[Row], convert: Convert, has_lock: bool
+) -> None:
+    """Write the folder. Without a lock, other machines and runs may do the same: the first rename wins."""
+    for leftover in folder.parent.glob(f"{folder.name}.tmp*") if has_lock else ():
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp", dir=folder.parent))
     try:
         counts = _write(temporary, name, options, row_class, convert)
         write_json(temporary / "counts.json", counts)
         temporary.chmod(0o777 & ~UMASK)  # mkdtemp gives access to the owner only; a cache may be shared
-        if not folder.exists():  # without a lock, another process may have been faster
+        try:
             temporary.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
         flush_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -209,3 +209,19 @@ def lock_folder(folder: Path) -> TextIO:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
     return file
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: str) -> Iterator[bool]:
+    """Hold a lock; log a line while another process has it. Yields false where files cannot be locked."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            has_lock = True
+        except BlockingIOError:
+            log(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            has_lock = True
+        except OSError:
+            has_lock = False
+        yield has_lock

@@ -1,5 +1,6 @@
 """Token cache: keys, workers, concurrent and killed processes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import pytest
 from common.data import cache as module
 from common.data.cache import prepare
 from common.data.columns import Table, table_writer, to_batch
-from common.runtime import progress
+from common.runtime import files, progress
 from common.runtime.options import DataOptions, UserError
 from common.text.truncation import Dropped
 
@@ -134,6 +135,51 @@ def test_two_processes_share_a_cache(tmp_path):
     assert [results.get(timeout=60) for _ in jobs] == [(101, 20_000)] * 2
     for job in jobs:
         job.join()
+    assert len(folders(tmp_path)) == 1
+
+
+def _no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def _prepare_as_rank(rank: int, path: str, cache: str, results) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    _prepare_in_a_process(path, cache, results)
+
+
+def test_without_locks_the_first_rank_of_a_machine_prepares(tmp_path, monkeypatch):
+    """The second rank, which comes first, waits; what another machine is writing stays."""
+    path, cache = write(tmp_path / "data.jsonl", list(range(200))), tmp_path / "cache"
+    build = module._build
+
+    def build_once(folder: Path, *parts) -> None:
+        assert os.environ["LOCAL_RANK"] == "0"
+        Path(f"{folder}.tmp_other").mkdir()
+        build(folder, *parts)
+
+    monkeypatch.setattr(module, "_build", build_once)
+    monkeypatch.setattr(files.fcntl, "flock", _no_locks)
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    for rank in (1, 0):
+        fork.Process(target=_prepare_as_rank, args=(rank, path, str(cache), results), daemon=True).start()
+        time.sleep(1 - rank)
+    assert [results.get(timeout=30) for _ in range(2)] == [(101, 200)] * 2
+    assert len(folders(tmp_path)) == 2
+
+
+def test_without_locks_the_first_rename_wins(tmp_path, monkeypatch):
+    """Two machines prepare the same source."""
+    path, write_rows = write(tmp_path / "data.jsonl", list(range(9))), module._write
+
+    def write_twice(folder: Path, *parts) -> dict:
+        monkeypatch.setattr(module, "_write", write_rows)
+        prepare(path, options(tmp_path), Everything, everything)
+        return write_rows(folder, *parts)
+
+    monkeypatch.setattr(files.fcntl, "flock", _no_locks)
+    monkeypatch.setattr(module, "_write", write_twice)
+    assert prepare(path, options(tmp_path), Everything, everything).read == 9
     assert len(folders(tmp_path)) == 1
 
 
