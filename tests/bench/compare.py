@@ -1,6 +1,6 @@
 """Run Triptych, TRL and the bare passes side by side, in turn, and print a table per stage.
 
-    python tests/bench/compare.py [--stages STAGE ...] [--sides trl triptych packed bare] [--json FILE]
+    python tests/bench/compare.py [--stages STAGE ...] [--sides SIDE ...] [--json FILE]
 
 Start it with the Python that Triptych runs in. Everyone gets the same random model, data, batch, precision
 and number of threads, and a step is timed from the end of the step before to its own end. TRL runs in an
@@ -25,7 +25,8 @@ ENVIRONMENT = HERE.parents[1] / ".venv-bench"
 PYTHON = ENVIRONMENT / "env" / "bin" / "python"
 TRL_WITH_PPO = ENVIRONMENT / "trl112"
 STAGES = ["sft", "reward", "direct", "ppo"]
-SIDES = ["trl", "triptych", "packed", "bare"]  # packed: Triptych's step 1 with --packing
+# packed: step 1 with --packing. budget: Triptych with --micro_batch_tokens, a quarter of a full batch.
+SIDES = ["trl", "triptych", "packed", "budget", "bare"]
 Config = dict[str, Any]
 
 
@@ -113,6 +114,8 @@ def measure(stage: str, epochs: int, options: argparse.Namespace, made: Config, 
         for side in found:
             script = {"bare": "bare.py", "trl": "run_trl.py"}.get(side, "run_triptych.py")
             config["packing"] = side == "packed"
+            budget = options.batch_size * options.max_length // 4
+            config["micro_batch_tokens"] = budget if side == "budget" else 0
             config["output_dir"] = str(folder / f"{stage}_{epochs}_{side}_{number}")
             print(f"  {stage}: {side}, round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
             found[side].append(run_child(script, [stage], config, options.threads))

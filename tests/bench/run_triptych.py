@@ -78,6 +78,8 @@ def command(stage: str, config: Config) -> list[str]:
         }
         if config["packing"]:
             values |= {"packing": True}
+    if config["micro_batch_tokens"]:
+        values |= {"micro_batch_tokens": config["micro_batch_tokens"]}
     flags = [text for name, value in values.items() for text in (f"--{name}", str(value))]
     return ["bash", str(ROOT / "launch" / SCRIPTS[stage]), *flags]
 
