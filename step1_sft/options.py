@@ -14,6 +14,7 @@ from common.runtime.options import (
     UserError,
     option,
 )
+from common.training.options import TrackerOptions, check_trackers
 
 
 @dataclass
@@ -40,7 +41,7 @@ class GreedyOptions(GenerationOptions):
 
 
 @dataclass
-class SFTOptions(TrainOptions, SampleAnswerOptions):
+class SFTOptions(TrainOptions, SampleAnswerOptions, TrackerOptions):
     """Supervised fine-tuning on demonstrations: `prompt` + `completion`, or `messages`."""
 
     output_dir: str = option(
@@ -60,6 +61,7 @@ class SFTOptions(TrainOptions, SampleAnswerOptions):
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
+        check_trackers(self)
         if self.packing and 0 < self.micro_batch_tokens < self.max_length:
             raise UserError(
                 f"--micro_batch_tokens {self.micro_batch_tokens}: must be at least --max_length"

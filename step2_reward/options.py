@@ -15,10 +15,11 @@ from common.runtime.options import (
     TrainOptions,
     option,
 )
+from common.training.options import TrackerOptions, check_trackers
 
 
 @dataclass
-class RewardOptions(TrainOptions):
+class RewardOptions(TrainOptions, TrackerOptions):
     """Reward model training on pairs of responses or dialogues, or on ranked responses."""
 
     stage: ClassVar[int] = 2
@@ -58,6 +59,7 @@ class RewardOptions(TrainOptions):
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
+        check_trackers(self)
 
 
 @dataclass

@@ -15,13 +15,14 @@ from common.runtime.options import (
     option,
     world_size,
 )
+from common.training.options import TrackerOptions, check_trackers
 from step3_ppo.option_groups import AlgorithmOptions, KLOptions, SamplingOptions, ScoringOptions
 
 
 @dataclass
 class PPOOptions(
     RunOptions, PromptDataOptions, OptimiserOptions, LoraOptions, ScoringOptions, SamplingOptions, KLOptions,
-    AlgorithmOptions,
+    AlgorithmOptions, TrackerOptions,
 ):  # fmt: skip
     """PPO of a policy against a reward model."""
 
@@ -106,6 +107,7 @@ class PPOOptions(
         groups, ranks and optimiser steps.
         """
         check_held_out(self)
+        check_trackers(self)
         rows, ranks = self.rollout_batch_size, world_size()
         estimator = self.advantage_estimator
         if estimator in ("rloo", "group") and self.samples_per_prompt < 2:

@@ -15,6 +15,8 @@ from common.generation.options import GenerationOptions
 from common.model.reward_ensemble import combine_scores
 from common.model.shared_prompt import wants_sharing
 from common.text.truncation import Dropped
+from common.training import trackers
+from common.training.report_to import Trackers
 from common.training.train_state import TrainState
 from launch.plan.options import PlanOptions
 from step1_sft.data import tokenize_demonstration
@@ -45,8 +47,10 @@ def choices() -> dict[str, set[str]]:
     for options_class in CLASSES:
         hints = get_type_hints(options_class)
         for field in fields(options_class):
-            if get_origin(hints[field.name]) is Literal:
-                by_option.setdefault(field.name, set()).update(get_args(hints[field.name]))
+            kind = hints[field.name]
+            kind = get_args(kind)[0] if get_origin(kind) is list else kind
+            if get_origin(kind) is Literal:
+                by_option.setdefault(field.name, set()).update(get_args(kind))
     return by_option
 
 
@@ -61,6 +65,13 @@ def too_long(value: str) -> None:
 def engine(value: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(generate, "VllmSampler", lambda *_: value)
     assert generate.make_sampler("transformers", "", GenerationOptions(rollout_engine=value)) == value
+
+
+def tracker(value: str, patch: pytest.MonkeyPatch) -> None:
+    for name in ("TensorBoard", "WeightsAndBiases", "MLflow", "Trackio"):
+        patch.setattr(trackers, name, lambda run: run)
+    names = Trackers(SFTOptions(report_to=[value]), 0).names
+    assert [trackers.open_tracker(name, name) for name in names] == [value] * (value != "none")
 
 
 def estimate(**options: Any) -> None:
@@ -95,6 +106,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "best_metric": best_metric,
     "share_prompts": lambda v: wants_sharing(v, 2, 1),
     "rollout_engine": engine,
+    "report_to": tracker,
     "compile_generation": lambda v: generate.use_compiler(GenerationOptions(compile_generation=v)),
     "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
@@ -120,7 +132,7 @@ def test_every_option_with_choices_is_looked_at():
 
 @pytest.mark.parametrize("name", DISPATCH)
 def test_a_choice_has_a_branch_and_nothing_else_has(name: str, monkeypatch: pytest.MonkeyPatch):
-    more = [monkeypatch] if name == "rollout_engine" else []
+    more = [monkeypatch] if name in ("rollout_engine", "report_to") else []
     for value in sorted(choices()[name]):
         DISPATCH[name](value, *more)
     with pytest.raises((AssertionError, ValueError, KeyError), match="unheard-of"):

@@ -20,10 +20,11 @@ PAGES = sorted(
     for path in REPOSITORY.glob(pattern)
 )
 OPTION = r"--[a-z][a-z0-9_-]*"
-# Of argparse, pytest, pip, sbatch, srun and torchrun.
+# Of argparse, pytest, pip, sbatch, srun, torchrun and docker.
 FOREIGN_OPTIONS = {
     "--help", "--ignore", "--no-deps", "--requeue", "--signal", "--ntasks-per-node",
     "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",
+    "--rm", "--init", "--gpus", "--ipc", "--user",
 }  # fmt: skip
 EXTENSIONS = r"\.(?:py|sh|md|jsonl?|ya?ml|txt|log|html|css|js|png|svg|toml)"
 DATA_FILE = r"\.(?:jsonl|json|csv|parquet)$"
@@ -84,8 +85,9 @@ def refused_choices(name: str, value: str, script: re.Match | None) -> list[str]
     """The parts of a value, as in `dpo|ipo`, that are no choice of the option."""
     owners = [script[1]] if script and script[1] in COMMANDS else COMMANDS
     fields = [options_of(command)[name] for command in owners if name in options_of(command)]
-    choices = {choice for field in fields for choice in typing.get_args(field.type)}
-    is_choice = bool(fields) and all(typing.get_origin(field.type) is typing.Literal for field in fields)
+    kinds = [typing.get_args(f.type)[0] if typing.get_origin(f.type) is list else f.type for f in fields]
+    choices = {choice for kind in kinds for choice in typing.get_args(kind)}
+    is_choice = bool(kinds) and all(typing.get_origin(kind) is typing.Literal for kind in kinds)
     return [part for part in value.split("|") if part and part not in choices] if is_choice else []
 
 
@@ -185,6 +187,7 @@ def test_the_front_page_is_short():
         ("`bash launch/step1_sft.sh --learning_rate 1 --kl_coef 1`", "--kl_coef"),
         ("```\nbash launch/step1_sft.sh \\\n  --max_lenght 3\n```", "--max_lenght"),
         ("`--loss dpo`, `--loss dop`", "--loss dop"),
+        ("`--report_to wandb`, `--report_to wandbs`", "--report_to wandbs"),
         ("`bash launch/step1.sh`", "launch/step1.sh"),
         ("see `common/text/tokeniser.py` or `tokenizer.py`", "common/text/tokeniser.py"),
         ("`OUT/options.json`, `OUT/option.json`", "OUT/option.json"),

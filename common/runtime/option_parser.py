@@ -128,13 +128,14 @@ def _old_names(options_class: type) -> dict[str, list[str]]:
 
 def _add(group: Any, field: dataclasses.Field) -> None:
     """Add an option with underscores and, hidden from --help, with dashes in its name."""
-    settings: dict[str, Any] = {"help": _help(field), "metavar": _metavar(field), "type": field.type}
-    if field.type is bool:
+    kind = _kind(field)
+    settings: dict[str, Any] = {"help": _help(field), "metavar": _metavar(field), "type": kind}
+    if kind is bool:
         settings |= {"type": _to_bool, "nargs": "?", "const": True}
-    elif typing.get_origin(field.type) is list:
-        settings |= {"type": typing.get_args(field.type)[0], "nargs": "+"}
-    elif typing.get_origin(field.type) is Literal:
-        settings |= {"type": str, "choices": typing.get_args(field.type)}
+    elif typing.get_origin(kind) is Literal:
+        settings |= {"type": str, "choices": typing.get_args(kind)}
+    if kind is not field.type:
+        settings["nargs"] = "+"
     _add_names(group, field.name, settings)
     if field.type is bool and field.default:
         off = {"help": argparse.SUPPRESS, "action": "store_false", "dest": field.name}
@@ -148,12 +149,17 @@ def _add_names(group: Any, name: str, settings: dict[str, Any]) -> None:
         group.add_argument(f"--{name.replace('_', '-')}", **hidden)
 
 
+def _kind(field: dataclasses.Field) -> Any:
+    """Type of an option's value; of each of its values for a list."""
+    return typing.get_args(field.type)[0] if typing.get_origin(field.type) is list else field.type
+
+
 def _metavar(field: dataclasses.Field) -> str:
-    if field.type is bool:
+    kind = _kind(field)
+    if kind is bool:
         return "true|false"
-    if typing.get_origin(field.type) is Literal:
-        return "|".join(typing.get_args(field.type))
-    kind = typing.get_args(field.type)[0] if typing.get_origin(field.type) is list else field.type
+    if typing.get_origin(kind) is Literal:
+        return "|".join(typing.get_args(kind))
     matching = (metavar for ending, metavar in TEXT_METAVARS.items() if field.name.endswith(ending))
     return next(matching, METAVARS[kind]) if kind is str else METAVARS[kind]
 

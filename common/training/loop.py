@@ -36,6 +36,7 @@ from common.runtime.process import Stopped, stop_between_steps, stop_requested
 from common.training.checkpoint import checkpoint_folder, save_checkpoint
 from common.training.means import StepMetrics
 from common.training.metrics import MetricWriter, phase_memory
+from common.training.report_to import Trackers
 from common.training.resume import resume
 from common.training.run_folder import open_run
 from common.training.stability import check_numbers
@@ -80,8 +81,9 @@ class TrainingLoop:
         """
         self.engines = engines
         self.state: TrainState = resume(self.checkpoint, self._options, engines, self.total_steps)
+        trackers = Trackers(self._options, self.state.step)
         self.writer = MetricWriter(
-            self._options.output_dir, self.state.step, self.total_steps, self._options.logging_steps
+            self._options.output_dir, self.state.step, self.total_steps, self._options.logging_steps, trackers
         )
         log(
             f"{len(self._train)} {examples}, {self._held_out} held out, {self.total_steps} {steps} on"

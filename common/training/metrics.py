@@ -1,6 +1,5 @@
-"""Write metrics to metrics.jsonl, TensorBoard and the log, on rank 0; memory and FLOP metrics."""
+"""Write metrics to metrics.jsonl, the trackers and the log, on rank 0; memory and FLOP metrics."""
 
-import contextlib
 import json
 import math
 import resource
@@ -20,6 +19,7 @@ from common.runtime.files import write_text
 from common.runtime.options import world_size
 from common.runtime.progress import clock
 from common.training.means import Mean, StepMetrics, add_step, take_means
+from common.training.report_to import Trackers
 from common.training.train_state import TrainState
 
 # Dense bf16 FLOP/s by the words of the GPU's name, from the data sheets.
@@ -32,13 +32,15 @@ _peak_bytes = 0  # of tensors on the GPU, before the last call of `phase_memory`
 
 
 class MetricWriter:
-    """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in TensorBoard."""
+    """One JSON line per logged step in `output_dir/metrics.jsonl`, the same scalars in the trackers."""
 
-    def __init__(self, output_dir: str, start_step: int, total_steps: int, logging_steps: int) -> None:
+    def __init__(
+        self, output_dir: str, start_step: int, total_steps: int, logging_steps: int,
+        trackers: Trackers | None = None,
+    ) -> None:  # fmt: skip
         self._metrics = _JsonLines(Path(output_dir) / "metrics.jsonl", start_step)
         self._samples = _JsonLines(Path(output_dir) / "samples.jsonl", start_step)
-        self._board_dir = Path(output_dir) / "tensorboard"
-        self._board: Any = None
+        self._trackers = trackers
         self._start_step, self._total_steps, self._logging_steps = start_step, total_steps, logging_steps
         self._start_time = time.monotonic()
         self._timed_steps, self._timed_seconds = -1, 0.0  # without the first step, which compiles
@@ -70,32 +72,18 @@ class MetricWriter:
         values = " | ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
         log(f"step {step}/{self._total_steps} | {values} | {self._time(step)}")
         self._metrics.write([{"step": step, **plain}])
-        try:
-            board = self._tensorboard()
-            for name, value in metrics.items():
-                board.add_scalar(name, value, step)
-            board.flush()
-        except OSError:
-            self._board = None  # its thread has ended; the next step opens a new file
+        if self._trackers:
+            self._trackers.add(step, metrics)
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Add a Markdown text to TensorBoard."""
-        if rank() == 0:
-            with contextlib.suppress(OSError):
-                self._tensorboard().add_text(tag, text, step)
+        if self._trackers and rank() == 0:
+            self._trackers.text(step, tag, text)
 
     def samples(self, step: int, records: Sequence[dict[str, Any]]) -> None:
         """Append records to `output_dir/samples.jsonl`."""
         if rank() == 0:
             self._samples.write([{"step": step, **record} for record in records])
-
-    def _tensorboard(self) -> Any:
-        if self._board is None:
-            # Imported at first use, because it takes a second.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._board_dir), purge_step=self._start_step + 1)
-        return self._board
 
     def _time(self, step: int) -> str:
         """Remaining time; after the last step, the elapsed time of this process."""

@@ -13,7 +13,7 @@ from launch.report.stages import Stage, stage_of
 DEEPEST = 4  # folders below the given one: OUT/raft/round_1/samples
 MOST_FOLDERS = 2000  # scanned at most
 PARTS_OF_RUNS = {
-    "checkpoints", "tensorboard", "final", "best", "final_ema", "final_critic", "golden",
+    "checkpoints", "tensorboard", "wandb", "mlruns", "final", "best", "final_ema", "final_critic", "golden",
 }  # fmt: skip
 
 

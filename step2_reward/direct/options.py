@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from common.runtime.option_checks import check_held_out, default_values
 from common.runtime.options import BEST_METRIC, TrainOptions, UserError, option
+from common.training.options import TrackerOptions, check_trackers
 
 
 class Kind(NamedTuple):
@@ -41,7 +42,7 @@ LOSSES_OF_OPTION = {
 
 
 @dataclass
-class DirectOptions(TrainOptions):
+class DirectOptions(TrainOptions, TrackerOptions):
     """Direct preference optimisation of a policy, without a reward model and without sampling."""
 
     stage: ClassVar[int] = 2
@@ -96,6 +97,7 @@ class DirectOptions(TrainOptions):
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
+        check_trackers(self)
         defaults = default_values(self)
         for name, losses in LOSSES_OF_OPTION.items():
             value = getattr(self, name)

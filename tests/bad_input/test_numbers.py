@@ -41,6 +41,7 @@ REFUSED = [
     ("step3_ppo", ["--rollout_batch_size", str(2**40)], "--rollout_batch_size"),
     ("step3_ppo", ["--ppo_epochs", HUGE], "--ppo_epochs"),
     ("step3_ppo", ["--share_prompts", "maybe"], "--share_prompts"),
+    ("step2_direct", ["--report_to", "none", "tensorboard"], "--report_to none tensorboard"),
     ("step3_ppo", ["--share_prompts", "yes"], "--share_prompts yes: --samples_per_prompt 1"),
     ("step1_sft", ["--global_batch_size", str(2**40)], "--global_batch_size"),
     ("best_of_n", ["--samples_per_prompt", str(2**40)], "--samples_per_prompt"),

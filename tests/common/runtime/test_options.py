@@ -43,6 +43,8 @@ def test_values_are_typed_and_lists_are_lists():
         (["--skip_bad_records", "perhaps"], ["--skip_bad_records", "perhaps"]),
         (["--lr_scheduler_type", "square"], ["--lr_scheduler_type", "square", "cosine", "linear"]),
         (["--loss_on", "prompt"], ["--loss_on", "prompt_and_response"]),
+        (["--report_to", "tensorboard", "tb"], ["--report_to", "'tb'", "tensorboard", "none"]),
+        (["--report_to", "none", "tensorboard"], ["--report_to none tensorboard", "none excludes"]),
         (["--max_steps"], ["--max_steps", "expected one argument"]),
         (["--max_steps", "-1"], ["--max_steps -1", "at least 0"]),
         (["--learning_rate", "0"], ["--learning_rate 0", "above 0"]),
