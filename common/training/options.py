@@ -1,4 +1,4 @@
-"""Options of training that no library is loaded for: trackers."""
+"""Options of trackers, and their check. Loads no library."""
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
