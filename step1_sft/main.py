@@ -85,7 +85,7 @@ def train_step(engine: Engine, batch: list[Demonstration], options: SFTOptions) 
     total = balance = padded = 0.0
     for number, (rows, is_real) in enumerate(batches, start=1):
         micro = collate([[batch[i] for i in row] for row in rows], pad_token_id(engine))
-        targets = Targets(micro.labels)
+        targets = Targets(micro.labels, is_summed=True)
         logprobs, _, balancing = label_pass(
             engine, micro.input_ids, micro.positions, targets, micro.position_ids
         )

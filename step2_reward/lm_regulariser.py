@@ -39,5 +39,5 @@ def best_response_logprobs(head: nn.Module, states: Tensor, batch: Batch) -> Ten
     """Log-probabilities (N,) of the best responses' tokens. states: (R, T, hidden size)."""
     before = torch.zeros_like(batch.is_best)
     before[:, :-1] = batch.is_best[:, 1:]
-    targets = Targets(batch.input_ids[batch.is_best])
-    return in_chunks(head, states[before], targets, len(head.weight))[0]
+    targets = Targets(batch.input_ids[batch.is_best], is_summed=True)
+    return in_chunks(head, states[before], targets)[0]

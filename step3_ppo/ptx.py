@@ -61,4 +61,4 @@ def demonstration_logprobs(model: nn.Module, rows: Sequence[MaskedText]) -> Tens
     input_ids = pad_rows([row.ids for row in rows], pad_token_id(model)).to(device())  # (B, T)
     is_response = pad_rows([row.is_response for row in rows], False).to(device())
     is_response[:, 0] = False  # no state predicts the first token
-    return token_logprobs(model, input_ids, is_response)[0]
+    return token_logprobs(model, input_ids, is_response, is_summed=True)[0]

@@ -72,15 +72,16 @@ def logits_and_balance(
     return outputs.logits, _balance(base, outputs, positions, input_ids)
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, is_label: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: nn.Module, input_ids: Tensor, is_label: Tensor, is_summed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the labels: input_ids (B, T), is_label (B, T) bool -> (N,) fp32.
 
     The first token of a row cannot be a label, because no state predicts it. Also returns the load-balancing
-    loss, as `label_pass` does.
+    loss, as `label_pass` does. is_summed: see `Targets`.
     """
-    logprobs, _, balance = label_pass(
-        model, input_ids, is_label.roll(-1, dims=1), Targets(input_ids[is_label])
-    )
+    targets = Targets(input_ids[is_label], is_summed=is_summed)
+    logprobs, _, balance = label_pass(model, input_ids, is_label.roll(-1, dims=1), targets)
     return logprobs, balance
 
 

@@ -1,6 +1,7 @@
 """The output head in chunks of tokens, so that the logits of all tokens are never in memory at once."""
 
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from common.model.families import adjust_logits
-from common.numeric.tensor_ops import entropy, label_logprobs
+from common.numeric.tensor_ops import entropy, label_logprobs, scaled
 from common.numeric.top_k_top_p import Support, restrict
 
 # Logits at once: 256 MiB in fp32. A large vocabulary still has hundreds of tokens, for fast matrix products.
@@ -19,6 +20,7 @@ CHUNK = 2**26
 # N states of rows (B, T): a mask (B, T), or rows and columns (N,), which may name a state several times.
 Positions = Tensor | tuple[Tensor, Tensor]
 Entropy = Literal["none", "value", "differentiable"]
+Adjust = Callable[[Tensor], Tensor]  # what a model does to each logit of its head
 
 
 class Targets(NamedTuple):
@@ -29,6 +31,7 @@ class Targets(NamedTuple):
     num_tokens: int | None = None  # ids from here on cannot be sampled; None: all can
     support: Support | None = None  # tokens left by top-k and top-p; None: all
     entropy: Entropy = "none"
+    is_summed: bool = False  # the loss depends on the sum of the log-probabilities alone, times a number
 
     def split(self, size: int) -> list["Targets"]:
         """Parts of this many labels each."""
@@ -49,7 +52,7 @@ class ChunkedHead:
     def __init__(self, model: PreTrainedModel, positions: Positions, targets: Targets) -> None:
         self.result: Tensor
         self._head, self._config = model.get_output_embeddings(), model.config
-        self._logits, self._positions, self._targets = self._head.forward, positions, targets
+        self._positions, self._targets = positions, targets
 
     def __enter__(self) -> "ChunkedHead":
         self._head.forward = self._forward
@@ -71,28 +74,28 @@ class ChunkedHead:
     def _forward(self, states: Tensor) -> Tensor:
         rows = self._head.weight.shape[0]
         self._probe = torch.linspace(-60, 60, rows, dtype=states.dtype, device=states.device)[None]
-        return in_chunks(
-            lambda chunk: adjust_logits(self._config, self._logits(chunk)),
-            states[self._positions], self._targets, rows,
-        )  # fmt: skip
+        adjust = partial(adjust_logits, self._config)
+        return in_chunks(self._head, states[self._positions], self._targets, adjust)
 
     def _take_result(self, _: nn.Module, __: Any, result: Tensor) -> Tensor:
         self.result = result
         return self._probe
 
 
-def in_chunks(head: Callable[[Tensor], Tensor], states: Tensor, targets: Targets, vocabulary: int) -> Tensor:
-    """Log-probabilities and entropies (2, N) of states (N, hidden size); see `Targets`.
-
-    The backward pass computes the logits of each chunk again.
-    """
-    size = max(1, CHUNK // vocabulary)
+def in_chunks(
+    head: nn.Module, states: Tensor, targets: Targets, adjust: Adjust = lambda logits: logits
+) -> Tensor:
+    """Log-probabilities and entropies (2, N) of states (N, hidden size); see `Targets`."""
+    size = max(1, CHUNK // len(head.weight))
 
     def compute(chunk: Tensor, part: Targets) -> Tensor:
-        return logprobs_and_entropy(head(chunk), part)
+        return logprobs_and_entropy(adjust(type(head).forward(head, chunk)), part)
 
     if len(states) <= size:
         return compute(states, targets)
+    if type(head) is nn.Linear and torch.is_grad_enabled():
+        weights = trained_weights(head).values()
+        return LinearInChunks.apply(head, adjust, targets, size, states, *weights)
     parts = [
         checkpoint(compute, chunk, part, use_reentrant=False, preserve_rng_state=False)
         for chunk, part in zip(states.split(size), targets.split(size), strict=True)
@@ -102,12 +105,124 @@ def in_chunks(head: Callable[[Tensor], Tensor], states: Tensor, targets: Targets
 
 def logprobs_and_entropy(logits: Tensor, targets: Targets) -> Tensor:
     """Log-probabilities of the labels, and entropies or 0: logits (N, V) -> (2, N) fp32."""
-    logits = logits[:, : targets.num_tokens]
-    if targets.support is not None:
-        logits = restrict(logits, targets.support)
+    logits = sampled(logits, targets)
     logprobs = label_logprobs(logits, targets.labels, targets.temperature)
     if targets.entropy == "none":
         return torch.stack([logprobs, torch.zeros_like(logprobs)])
     with torch.set_grad_enabled(torch.is_grad_enabled() and targets.entropy == "differentiable"):
         entropies = entropy(logits, targets.temperature)
     return torch.stack([logprobs, entropies])
+
+
+def sampled(logits: Tensor, targets: Targets) -> Tensor:
+    """Logits of the tokens that can be sampled: (N, V) -> (N, `num_tokens`), others masked."""
+    logits = logits[:, : targets.num_tokens]
+    if targets.support is not None:
+        logits = restrict(logits, targets.support)
+    return logits
+
+
+class LinearInChunks(torch.autograd.Function):
+    """`in_chunks` of a linear head, with gradients in closed form.
+
+    Without chunks, a head takes three matrix products. So does a loss that `is_summed`: its gradients are
+    computed beside the logits, in the forward pass. All others compute the logits again in the backward pass,
+    but not their softmax, whose denominators are saved. In fp16 a sum is one of these, for the loss scale.
+
+    `torch.nn.functional.linear_cross_entropy` would round the loss to the 16 bits of the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: nn.Linear, adjust: Adjust, targets: Targets, size: int, states: Tensor, *_: Tensor
+    ) -> Tensor:
+        is_early = targets.is_summed and states.dtype != torch.float16
+        gradients = LinearGradients(head) if is_early else None
+        values = []  # (3, n) of each chunk: log-probabilities, entropies, logarithms of denominators
+        for chunk, part in zip(states.split(size), targets.split(size), strict=True):
+            raw, logits = _logits(head, adjust, chunk, part)
+            logprobs = logits.detach().log_softmax(1)
+            values.append(_values(logits.detach(), logprobs, part))
+            if gradients:
+                slopes = _slopes(logprobs, part, torch.ones_like(values[-1]), values[-1][1])
+                gradients.add(chunk, *torch.autograd.grad(logits, raw, slopes))
+        all_values = torch.cat(values, dim=1)
+        ctx.save_for_backward(states, all_values)
+        ctx.arguments, ctx.targets, ctx.size, ctx.gradients = (head, adjust), targets, size, gradients
+        return all_values[:2].clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """upstream (2, N): derivatives of the loss by log-probabilities and entropies."""
+        states, values = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients:
+            factor = upstream[0, 0]
+            is_sum = (upstream[0] == factor).all()
+            factor = torch.where(is_sum, factor, torch.nan)
+            return None, None, None, None, *(part.mul_(factor) for part in gradients.total())
+        head, adjust = ctx.arguments
+        gradients = LinearGradients(head)
+        chunks = states.split(ctx.size), ctx.targets.split(ctx.size), values.split(ctx.size, 1)
+        for chunk, part, (_, entropies, denominators), slope in zip(
+            *chunks, upstream.split(ctx.size, 1), strict=True
+        ):
+            raw, logits = _logits(head, adjust, chunk, part)
+            slopes = _slopes(logits.detach() - denominators[:, None], part, slope, entropies)
+            gradients.add(chunk, *torch.autograd.grad(logits, raw, slopes))
+        return None, None, None, None, *gradients.total()
+
+
+class LinearGradients:
+    """Gradients of the states and the trained weights of a linear head, added up over chunks."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self._head, self._states = head, []
+        self._weights = {name: torch.zeros_like(weight) for name, weight in trained_weights(head).items()}
+
+    def add(self, states: Tensor, by_logits: Tensor) -> None:
+        """states (n, hidden size), derivatives of the loss by their logits (n, V)."""
+        self._states.append(by_logits @ self._head.weight)
+        if "weight" in self._weights:
+            self._weights["weight"].addmm_(by_logits.T, states)
+        if "bias" in self._weights:
+            self._weights["bias"].add_(by_logits.sum(0))
+
+    def total(self) -> tuple[Tensor, ...]:
+        """Those of all states, then those of the weights in the order of `trained_weights`."""
+        return torch.cat(self._states), *self._weights.values()
+
+
+def trained_weights(head: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
+
+
+def _logits(head: nn.Linear, adjust: Adjust, states: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Output of the head (n, V), and the logits made of it for the softmax (n, `num_tokens`), in fp32."""
+    raw = nn.functional.linear(states, head.weight, head.bias)
+    with torch.enable_grad():
+        raw = raw.detach().requires_grad_()
+        return raw, scaled(sampled(adjust(raw), targets), targets.temperature)
+
+
+def _values(logits: Tensor, logprobs: Tensor, targets: Targets) -> Tensor:
+    """Log-probabilities of labels, entropies or 0, and logarithms of the softmax's denominators: (3, n)."""
+    labels = targets.labels[:, None]
+    of_labels = logprobs.gather(1, labels)[:, 0]
+    entropies = torch.zeros_like(of_labels)
+    if targets.entropy != "none":
+        entropies = -(logprobs.exp() * logprobs).sum(1)
+    return torch.stack([of_labels, entropies, logits.gather(1, labels)[:, 0] - of_labels])
+
+
+def _slopes(logprobs: Tensor, targets: Targets, upstream: Tensor, entropies: Tensor) -> Tensor:
+    """Derivatives of the loss by logits, (n, V).
+
+    With p = exp(logprobs): of the label's log-probability, 1[v = label] - p_v; of the entropy H,
+    -p_v (log p_v + H).
+    """
+    by_label, by_entropy = upstream[0, :, None], upstream[1, :, None]
+    factor = -by_label
+    if targets.entropy == "differentiable":
+        factor = factor - by_entropy * (logprobs + entropies[:, None])
+    return logprobs.exp().mul_(factor).scatter_add_(1, targets.labels[:, None], by_label)

@@ -203,13 +203,13 @@ def logits(model: Model, positions: int) -> float:
 
 def gradient_of_logits(model: Model, positions: int) -> float:
     """Peak of the loss's backward pass: log-probabilities and their gradients before and after softmax, in
-    fp32. With several chunks, the logits are computed again, and the gradient of a trained head is summed.
+    fp32. With several chunks, also the logits, the same in fp32, and the gradient of a trained head.
     """
     (shape, zero), size = model, _in_chunk(model, positions)
     if size == positions * shape.vocabulary:
         return size * 3 * FP32
     of_head = zero.size * shape.vocabulary * shape.hidden * (shape.trained == shape.parameters)
-    return of_head + size * zero.size + max(size * 3 * FP32, of_head)
+    return of_head + size * 5 * FP32
 
 
 def logits_in_scoring(model: Model, positions: int) -> float:

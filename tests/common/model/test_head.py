@@ -1,9 +1,12 @@
 """The output head in chunks, against all logits at once."""
 
+from typing import Any
+
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GraniteConfig, PretrainedConfig, PreTrainedModel
 
 from common.model import head
@@ -49,10 +52,9 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
         kind,
     )
     expected = plain(linear(states), targets, allowed if is_restricted else None)
-    sizes = []
-    watch = linear.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    result = in_chunks(linear, states, targets, ROWS)
-    watch.remove()
+    sizes, compute = [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda *x: sizes.append(len(x[0])) or compute(*x))
+    result = in_chunks(linear, states, targets)
     assert sum(sizes) == TOKENS and max(sizes) == min(chunk, TOKENS)
     assert_close(result[0], expected[0].float())
     assert_close(result[1], (expected[1] if kind != "none" else 0 * expected[1]).float())
@@ -67,18 +69,88 @@ def test_values_and_gradients_are_those_of_all_logits_at_once(
         assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_logits_of_one_chunk_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+class OtherLinear(nn.Linear):
+    """A head with a forward pass of its own, such as one with adapters."""
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, OtherLinear])
+def test_logits_of_one_chunk_are_in_memory(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Linear]) -> None:
     """Of each chunk, the graph keeps states and labels alone."""
     monkeypatch.setattr(head, "CHUNK", 2 * ROWS)
-    linear, saved = nn.Linear(HIDDEN, ROWS), []
+    linear, saved = kind(HIDDEN, ROWS), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
-        in_chunks(linear, random(TOKENS, HIDDEN), Targets(torch.arange(TOKENS)), ROWS)
-    assert not any(ROWS in shape[1:] for shape in saved)
+        in_chunks(linear, random(TOKENS, HIDDEN), Targets(torch.arange(TOKENS)))
+    assert saved and not any(ROWS in shape[1:] for shape in saved)
+
+
+class MatrixProducts(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        aten = torch.ops.aten
+        self.count += function.overloadpacket in (aten.mm, aten.addmm, aten.addmm_)
+        return function(*args, **(kwargs or {}))
+
+
+def passes(linear: nn.Linear, targets: Targets, slopes: Tensor) -> tuple[Tensor, list[Tensor], float]:
+    """Log-probabilities, gradients of states and trained weights, and matrix products of each of 3 chunks."""
+    states = random(TOKENS, HIDDEN).to(linear.weight.dtype).requires_grad_()
+    with MatrixProducts() as products:
+        logprobs = in_chunks(linear, states, targets)[0]
+        logprobs.backward(slopes)
+    gradients = [states.grad, *(p.grad for p in linear.parameters() if p.requires_grad)]
+    return logprobs, gradients, products.count / 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_frozen", "is_summed", "products"),
+    [(nn.Linear, False, True, 3), (nn.Linear, False, False, 4), (nn.Linear, True, True, 2)]
+    + [(nn.Linear, True, False, 3), (OtherLinear, False, True, 4)],
+)
+def test_matrix_products_of_a_loss(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Linear], is_frozen: bool, is_summed: bool, products: int
+) -> None:
+    """A sum takes those of a head without chunks: logits, gradients of states and of weights."""
+    monkeypatch.setattr(head, "CHUNK", 4 * ROWS)
+    linear, labels, slopes = kind(HIDDEN, ROWS), torch.arange(TOKENS), torch.full((TOKENS,), -0.3)
+    linear.requires_grad_(not is_frozen)
+    states = random(TOKENS, HIDDEN).requires_grad_()
+    expected = plain(linear(states), Targets(labels), None)[0]
+    inputs = states, *(p for p in linear.parameters() if p.requires_grad)
+    gradients = torch.autograd.grad(expected, inputs, slopes.double())
+    logprobs, results, counted = passes(linear, Targets(labels, is_summed=is_summed), slopes)
+    assert_close(logprobs, expected.float())
+    for one, other in zip(results, gradients, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert counted == products
+
+
+def test_a_loss_that_is_no_sum_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients would be wrong, and are NaN."""
+    monkeypatch.setattr(head, "CHUNK", 4 * ROWS)
+    targets = Targets(torch.arange(TOKENS), is_summed=True)
+    _, gradients, _ = passes(nn.Linear(HIDDEN, ROWS), targets, torch.arange(TOKENS).float())
+    assert all(gradient.isnan().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(torch.bfloat16, 3), (torch.float16, 4)])
+def test_a_sum_in_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: int) -> None:
+    """The loss has 32 bits. In fp16, gradients are computed once they are scaled."""
+    monkeypatch.setattr(head, "CHUNK", 4 * ROWS)
+    linear, targets = nn.Linear(HIDDEN, ROWS, dtype=dtype), Targets(torch.arange(TOKENS), is_summed=True)
+    logprobs, gradients, counted = passes(linear, targets, torch.full((TOKENS,), -1000.0))
+    assert logprobs.dtype == torch.float32 and counted == products
+    monkeypatch.setattr(head, "CHUNK", TOKENS * ROWS)
+    linear.zero_grad()
+    expected, others, _ = passes(linear, targets, torch.full((TOKENS,), -1000.0))
+    assert_close(logprobs, expected)
+    for one, other in zip(gradients, others, strict=True):
+        assert_close(one, other, rtol=0.05, atol=10.0)
 
 
 def test_no_labels() -> None:
     states = random(0, HIDDEN).requires_grad_()
-    result = in_chunks(nn.Linear(HIDDEN, ROWS), states, Targets(torch.zeros(0).long()), ROWS)
+    result = in_chunks(nn.Linear(HIDDEN, ROWS), states, Targets(torch.zeros(0).long()))
     assert result.shape == (2, 0)
     result.sum().backward()
 
@@ -107,10 +179,12 @@ def build(name: str) -> PreTrainedModel:
 def check(model: nn.Module, trained: PreTrainedModel) -> None:
     """Values and gradients of `label_pass`, against transformers' own logits."""
     parameters = [p for p in trained.parameters() if p.requires_grad]
-    targets = Targets(IDS[IS_LABEL], TEMPERATURE)
-    expected, _ = plain(model(input_ids=IDS, use_cache=False).logits[POSITIONS], targets, None)
+    expected, _ = plain(
+        model(input_ids=IDS, use_cache=False).logits[POSITIONS], Targets(IDS[IS_LABEL], TEMPERATURE), None
+    )
     gradients = torch.autograd.grad(expected.sum(), parameters, allow_unused=True)
-    for _ in range(2):  # the first pass also checks the head
+    for is_summed in (False, True):  # the first pass also checks the head
+        targets = Targets(IDS[IS_LABEL], TEMPERATURE, is_summed=is_summed)
         logprobs = label_pass(model, IDS, POSITIONS, targets).logprobs
         assert_close(logprobs, expected.float(), rtol=1e-5, atol=1e-5)
         for one, other in zip(
