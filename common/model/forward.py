@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.model.head import ChunkedHead, Positions, Targets, logprobs_and_entropy
+from common.model.head import ChunkedHead, Targets, logprobs_and_entropy
 from common.model.load_balancing import balance_loss, has_balance_loss
+from common.model.unpadded import Inputs, Positions, make_inputs
 from common.runtime.distributed import log
 
 
@@ -28,17 +29,19 @@ def label_pass(
     position_ids (B, T): for packed rows; they restart at 0 with each document, and most models then restrict
     attention to the document. With an attention_mask (B, 1, T, T): of rows whose responses share a prompt.
 
-    Rows are padded on the right. They need no attention mask: with causal attention a real token never
-    attends to padding, and attention is fastest without a mask. The output head receives only the N selected
-    hidden states, in chunks, so that no logits are computed for prompts and padding and few at once.
+    Rows are padded on the right; `make_inputs` removes padding where attention takes lengths. Else they need
+    no attention mask: with causal attention a real token never attends to padding. The output head receives
+    only the N selected hidden states, in chunks, so that no logits are computed for prompts and padding and
+    few at once.
     """
     layout = position_ids, attention_mask
     base = base_model(model)
     if getattr(base, "has_own_logits", False):
         logits, balance = logits_and_balance(model, input_ids, positions, *layout)
         return LabelPass(*logprobs_and_entropy(logits, targets), balance)
-    with ChunkedHead(base, positions, targets) as head:
-        outputs = _forward(model, input_ids, *layout)
+    inputs = make_inputs(model, base, input_ids, positions, *layout)
+    with ChunkedHead(base, inputs.positions, targets) as head:
+        outputs = model(**inputs.of_model, use_cache=False)
     if not hasattr(base, "has_own_logits"):  # once per model, as a GPU would have to wait for the answer
         base.has_own_logits = not head.is_exact(outputs.logits)
         if base.has_own_logits:
@@ -47,7 +50,7 @@ def label_pass(
                 " tokens of a micro-batch are in memory at once"
             )
             return label_pass(model, input_ids, positions, targets, *layout)
-    return LabelPass(*head.result, _balance(base, outputs, positions, input_ids))
+    return LabelPass(*head.result, _balance(base, outputs, inputs))
 
 
 def response_logits(
@@ -63,13 +66,14 @@ def logits_and_balance(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`response_logits`, and the load-balancing loss as in `LabelPass`."""
     base = base_model(model)
+    inputs = make_inputs(model, base, input_ids, positions, position_ids, attention_mask)
     head = base.get_output_embeddings()
-    choose = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][positions],))
+    choose = head.register_forward_pre_hook(lambda _, states: (states[0][inputs.positions],))
     try:
-        outputs = _forward(model, input_ids, position_ids, attention_mask)
+        outputs = model(**inputs.of_model, use_cache=False)
     finally:
         choose.remove()
-    return outputs.logits, _balance(base, outputs, positions, input_ids)
+    return outputs.logits, _balance(base, outputs, inputs)
 
 
 def token_logprobs(
@@ -94,25 +98,36 @@ def token_scores(model: nn.Module, input_ids: Tensor, positions: Positions, **la
     layout: for rows with several sequences, `position_ids` (B, T) and an `attention_mask` (B, 1, T, T) that
     is added to the attention logits.
     """
-    return token_scores_and_states(model, input_ids, positions, **layout)[0]
+    return _score_pass(model, input_ids, positions, **layout)[0]
 
 
 def token_scores_and_states(
     model: nn.Module, input_ids: Tensor, positions: Positions, **layout: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`token_scores`, and the last hidden states (B, T, hidden size), the input of the scalar head."""
+    """`token_scores`, and the last hidden states (B, T, hidden size), the input of the scalar head.
+
+    The states are those up to the last position of each row.
+    """
+    scores, states, inputs = _score_pass(model, input_ids, positions, **layout)
+    return scores, inputs.padded(states)
+
+
+def _score_pass(
+    model: nn.Module, input_ids: Tensor, positions: Positions, **layout: Tensor
+) -> tuple[Tensor, Tensor, Inputs]:
+    """`token_scores`, and the last hidden states with the inputs they belong to."""
+    base = base_model(model)
+    inputs = make_inputs(model, base, input_ids, positions, **layout)
     calls: list[tuple[Tensor, Tensor]] = []
-    read = base_model(model).score.register_forward_hook(
-        lambda _, inputs, output: calls.append((inputs[0], output))
-    )
+    read = base.score.register_forward_hook(lambda _, states, output: calls.append((states[0], output)))
     try:
-        model(input_ids=input_ids, use_cache=False, **layout)
+        model(**inputs.of_model, use_cache=False)
     finally:
         read.remove()
-    (states, outputs), config = calls[0], base_model(model).config
-    scores = outputs[positions].squeeze(-1)  # (B, T, 1) -> (N,)
+    (states, outputs), config = calls[0], base.config
+    scores = outputs[inputs.positions].squeeze(-1)  # (B, T, 1) -> (N,)
     centred = (scores - getattr(config, "reward_mean", 0.0)) / getattr(config, "reward_std", 1.0)
-    return centred, states
+    return centred, states, inputs
 
 
 def last_positions(lengths: Tensor, width: int) -> Tensor:
@@ -131,17 +146,10 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _forward(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None = None
-) -> Any:
-    layout = {"position_ids": position_ids, "attention_mask": attention_mask}
-    layout = {name: value for name, value in layout.items() if value is not None}
-    return model(input_ids=input_ids, use_cache=False, **layout)
-
-
-def _balance(base: PreTrainedModel, outputs: Any, positions: Positions, input_ids: Tensor) -> Tensor:
+def _balance(base: PreTrainedModel, outputs: Any, inputs: Inputs) -> Tensor:
+    input_ids = inputs.of_model["input_ids"]
     if base.training and has_balance_loss(base):
         mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        mask[positions] = True
+        mask[inputs.positions] = True
         return balance_loss(base, outputs, mask)
     return torch.zeros((), device=input_ids.device)

@@ -11,14 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from common.model.families import adjust_logits
+from common.model.unpadded import Positions
 from common.numeric.tensor_ops import entropy, label_logprobs, scaled
 from common.numeric.top_k_top_p import Support, restrict
 
 # Logits at once: 256 MiB in fp32. A large vocabulary still has hundreds of tokens, for fast matrix products.
 CHUNK = 2**26
 
-# N states of rows (B, T): a mask (B, T), or rows and columns (N,), which may name a state several times.
-Positions = Tensor | tuple[Tensor, Tensor]
 Entropy = Literal["none", "value", "differentiable"]
 Adjust = Callable[[Tensor], Tensor]  # what a model does to each logit of its head
 

@@ -25,9 +25,19 @@ def balance_loss(model: PreTrainedModel, outputs: Any, positions: Tensor) -> Ten
     Expert use is counted per forward pass. So, unlike all other losses here, the value depends slightly on
     the split into micro-batches. Source: Fedus et al. 2021 (Switch Transformer), eq. 4 to 6, over all layers.
     """
-    states = positions.long().flip(1).cumsum(1).flip(1) > 0  # (B, T) up to the last prediction
-    is_read = states | states.roll(1, dims=1)  # and the predicted token
+    is_read = up_to_last_label(positions)
     loss = inspect.getmodule(type(model)).load_balancing_loss_func(
         outputs.router_logits, model.num_experts, model.num_experts_per_tok, is_read.long()
     )
     return model.router_aux_loss_coef * loss * is_read.sum()
+
+
+def up_to_last(is_chosen: Tensor) -> Tensor:
+    """True up to the last chosen token of each row: (B, T) -> (B, T) bool."""
+    return is_chosen.long().flip(1).cumsum(1).flip(1) > 0
+
+
+def up_to_last_label(positions: Tensor) -> Tensor:
+    """True up to the last predicted token of each row. positions (B, T): True before predicted tokens."""
+    states = up_to_last(positions)
+    return states | states.roll(1, dims=1)

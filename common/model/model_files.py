@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
+from common.model import varlen_attention
 from common.model.deepspeed_internals import full_shape, is_partitioned, local_values
 from common.model.generation_config import read_generation_config, writable
 from common.model.model_config import Kind, custom_code, read_config
@@ -62,6 +63,12 @@ def check_weights(kind: Kind, path: str, new_head: bool = False) -> None:
 
 def check_attention(kernels: str) -> None:
     """Raise UserError for attention kernels that this machine lacks."""
+    if kernels == "varlen" and not (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    ):
+        raise UserError(
+            "--attn_implementation varlen: needs an NVIDIA GPU of compute capability 8.0 or above"
+        )
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     has = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
@@ -74,6 +81,9 @@ def read_weights(
     kind: Kind, path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str = "auto"
 ) -> PreTrainedModel:
     """Load the model with its weights; at ZeRO-3 each rank loads its partition. attention: kernels."""
+    if attention == "varlen":
+        varlen_attention.register()
+        attention = "sdpa"
     kernels = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         model = kind.from_pretrained(

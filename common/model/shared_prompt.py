@@ -19,7 +19,8 @@ from common.data.batching import pad_rows
 from common.model.families import max_positions
 from common.model.forward import base_model
 from common.model.load_balancing import has_balance_loss
-from common.runtime.distributed import device, is_lost_contact, log_once, sum_over_ranks
+from common.model.probe import last_states, states_agree
+from common.runtime.distributed import device, log_once, sum_over_ranks
 from common.runtime.options import world_size
 from common.text.transformers_internals import attention_implementation
 
@@ -124,7 +125,6 @@ def responses_per_row(model: nn.Module, sharing: Sharing) -> int:
 
 
 @cache
-@torch.no_grad()
 def can_share_prompts(model: nn.Module, sharing: Sharing) -> bool:
     """Check that the model encodes responses that share a prompt as it encodes them separately.
 
@@ -142,36 +142,10 @@ def can_share_prompts(model: nn.Module, sharing: Sharing) -> bool:
     responses = random.integers(vocabulary, size=(sharing.responses, length)).tolist()
     ids, position_ids, segments = torch.tensor([shared_row(prompt, responses)], device=device()).unbind(1)
     separate_ids = torch.tensor([prompt + response for response in responses], device=device())
-    was_training = model.training
-    model.eval()
-    try:
-        separate = _last_states(model, separate_ids)[:, start:].flatten(0, 1)  # (N, hidden size)
-        inputs = layout_inputs(model, position_ids, segments)
-        difference = _last_states(model, ids, **inputs)[0, start:] - separate
-        # The order of summation differs, so only half of the digits must agree.
-        tolerance = torch.finfo(separate.dtype).eps ** 0.5 * (separate - separate.mean(0)).norm()
-        can_share = bool(difference.norm() <= tolerance)
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:  # the model rejects such input
-        if is_lost_contact(error) or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
-            raise
-        can_share = False
-    finally:
-        model.train(was_training)
+    inputs = layout_inputs(model, position_ids, segments)
+    can_share = states_agree(
+        model,
+        lambda: last_states(model, base, input_ids=separate_ids)[:, start:].flatten(0, 1),  # (N, hidden size)
+        lambda: last_states(model, base, input_ids=ids, **inputs)[0, start:],
+    )
     return sum_over_ranks(can_share)[0] == world_size()
-
-
-def _last_states(model: nn.Module, input_ids: Tensor, **layout: Tensor) -> Tensor:
-    """Last hidden states (B, T, hidden size), the input of the output head or the scalar head."""
-    base, states = base_model(model), []
-    is_scalar = hasattr(base, "score")
-
-    def take(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        states.append(inputs[0])
-        return None if is_scalar else (inputs[0][:, -1:],)  # logits are not needed
-
-    hook = (base.score if is_scalar else base.get_output_embeddings()).register_forward_pre_hook(take)
-    try:
-        model(input_ids=input_ids, use_cache=False, **layout)
-    finally:
-        hook.remove()
-    return states[0]

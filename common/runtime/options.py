@@ -54,8 +54,10 @@ def option(
 MICRO_BATCH_TOKENS = (
     "Tokens per micro-batch, with padding, in place of --micro_batch_size; a longer record is alone. 0: none."
 )
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
-ATTENTION = "Attention kernels of transformers; auto: as the model's class prefers."
+Attention = Literal[
+    "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention", "varlen"
+]
+ATTENTION = "Attention kernels. auto: as the model's class prefers; varlen: torch's own, without padding."
 Overlong = Literal["truncate_prompt", "truncate_response", "drop", "error"]
 BEST_METRIC = "Save the model with the best value of this metric in best/, and keep its checkpoint."
 
@@ -134,11 +136,7 @@ class CacheOptions:
     )
     cache_dir: str = option("", "Folder of the token cache. Default: ~/.cache/triptych.", resume="free")
     preprocessing_workers: int = option(
-        0,
-        "Number of tokenising processes; 0: one per core.",
-        at_least=0,
-        at_most=1024,
-        resume="free",
+        0, "Number of tokenising processes; 0: one per core.", at_least=0, at_most=1024, resume="free"
     )
 
 

@@ -57,6 +57,7 @@ REFUSED = [
     ("evaluate_sft", ["--sample_length", "-1"], "--sample_length"),
     ("step1_sft", ["--attn_implementation", "flash_attention_2"], "needs a GPU, and pip install flash-attn"),
     ("score", ["--attn_implementation", "flash_attention_3"], "needs a GPU"),
+    ("judge", ["--attn_implementation", "varlen"], "needs an NVIDIA GPU of compute capability 8.0"),
     ("best_of_n", ["--attn_implementation", "flash"], "--attn_implementation"),
     ("score", ["--max_length", HUGE], "--max_length"),
     ("chat", ["--temperature", "nan"], "--temperature"),
