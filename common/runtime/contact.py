@@ -9,8 +9,10 @@ import os
 import socket
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import accumulate
 
 import torch.distributed as dist
 
@@ -138,8 +140,8 @@ class Contact:
             if count != self._counts.get(other, 0):
                 self._counts[other], self._changed[other] = count, now
             if not count and now - self._began > self._start_limit:
-                node = f"node {other // _ranks_here()}"
-                return f"{node}: rank {other} has not started within {self._start_limit:g} s ({ADVICE})"
+                limit = f"{self._start_limit:g} s ({ADVICE})"
+                return f"node {_node_of(other)}: rank {other} has not started within {limit}"
             if count and now - self._changed[other] > SILENCE:
                 name = store.get(f"name/{other}").decode()
                 return f"{name}: no sign of life for {SILENCE:g} s"
@@ -154,6 +156,13 @@ def keep_contact(on_failure: Callable[[str], None]) -> Contact | None:
 def _ranks_here() -> int:
     """Number of ranks on this node, set by DeepSpeed or torchrun."""
     return int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+
+
+def _node_of(number: int) -> int:
+    """The node of a rank, also of one that has not started; $TRIPTYCH_SLOTS, by hosts.py: ranks per node."""
+    slots = [int(count) for count in os.environ.get("TRIPTYCH_SLOTS", "").split()]
+    ends = [*accumulate(slots or [_ranks_here()] * world_size())]
+    return bisect(ends, number)
 
 
 def _name(number: int) -> str:

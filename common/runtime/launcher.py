@@ -13,12 +13,8 @@ def launcher() -> psutil.Process | None:
 
 
 def guardians(launcher: psutil.Process) -> list[int]:
-    """The processes without which the ranks have to stop: the launcher, its parent, which is the `deepspeed`
-    command or a remote shell, the ssh session of that shell, and the launch script.
-    """
-    parents = launcher.parents()
-    pids = [launcher.pid, *(process.pid for process in parents[:1])]
-    pids += [process.pid for process in parents[1:2] if process.name().startswith("sshd")]
+    """The processes without which the ranks have to stop: the launcher, its parent, and the launch script."""
+    pids = [launcher.pid, *(process.pid for process in launcher.parents()[:1])]
     if "TRIPTYCH_SUPERVISOR" in os.environ:
         pids.append(int(os.environ["TRIPTYCH_SUPERVISOR"]))
     return pids

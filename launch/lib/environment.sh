@@ -5,7 +5,7 @@ HERE="$ROOT/launch"
 NUM_GPUS="${NUM_GPUS:-}"        # ranks per machine; empty: all GPUs, or one rank on the CPU
 ZERO_CONFIG="${ZERO_CONFIG:-}"  # DeepSpeed JSON; empty: zero2 on GPUs, zero0 on the CPU
 HOSTFILE="${HOSTFILE:-}"        # DeepSpeed's list of machines; empty: this one
-MASTER_PORT="${MASTER_PORT:-}"  # where the ranks meet; empty: a free port, or 29500 on several nodes
+MASTER_PORT="${MASTER_PORT:-}"  # where the ranks meet; empty: see choose_port, lib/nodes.py and lib/hosts.py
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 # Blocks that grow leave less memory unusable between phases with tensors of other sizes.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
@@ -41,13 +41,10 @@ has_gpu() {
     [ -e /dev/nvidia0 ] || nvidia-smi -L >/dev/null 2>&1
 }
 
-# Choose GPUs for the ranks, or the CPU, where nothing is compiled at run time. Ranks share the cores. With a
-# HOSTFILE, DeepSpeed chooses on each machine: this one may have no GPU.
+# Choose GPUs for the ranks, or the CPU, where nothing is compiled at run time. Ranks share the cores.
 choose_device() {
     GPUS=""
-    if [ -n "$HOSTFILE" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then
-        return 0
-    elif [ "${DS_ACCELERATOR:-}" = cpu ] || ! has_gpu; then
+    if [ "${DS_ACCELERATOR:-}" = cpu ] || ! has_gpu; then
         NUM_GPUS="${NUM_GPUS:-1}"
         export DS_ACCELERATOR=cpu TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=
     else
@@ -59,13 +56,9 @@ choose_device() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + NUM_GPUS - 1) / NUM_GPUS))}"
 }
 
-# ranks_on: DeepSpeed's options for the ranks of each machine.
+# ranks_on: DeepSpeed's options for the ranks of this machine.
 ranks_on() {
-    if [ -n "$GPUS" ]; then
-        echo "--include localhost:$GPUS"
-    elif [ -n "$NUM_GPUS" ]; then
-        echo "--num_gpus $NUM_GPUS"
-    fi
+    if [ -n "$GPUS" ]; then echo "--include localhost:$GPUS"; else echo "--num_gpus $NUM_GPUS"; fi
 }
 
 # output_dir DEFAULT OPTIONS...: the value of --output_dir among the options.
@@ -86,10 +79,10 @@ choose_nodes() {
     eval "export $assignments"
 }
 
-# choose_launcher: DeepSpeed's launcher, which starts the ranks of this node, or those of HOSTFILE by ssh. Its first
-# program, `deepspeed`, takes no UUIDs of MIG devices.
+# choose_launcher: DeepSpeed's launcher, which starts the ranks of this node. Its first program, `deepspeed`, takes no
+# UUIDs of MIG devices.
 choose_launcher() {
-    LAUNCHER=(deepspeed --quiet ${HOSTFILE:+--hostfile "$HOSTFILE"} $(ranks_on))
+    LAUNCHER=(deepspeed --quiet $(ranks_on))
     [[ "$NNODES" = 1 && "$GPUS" != MIG-* ]] && return
     local gpus="${GPUS:-$(seq -s, 0 $((NUM_GPUS - 1)))}"
     LAUNCHER=(python -u -m deepspeed.launcher.launch --quiet --node_rank "${NODE_RANK:-0}"
@@ -99,7 +92,7 @@ choose_launcher() {
 
 # On one machine, use any free port, so that two runs do not collide.
 choose_port() {
-    [ -n "$MASTER_PORT$HOSTFILE" ] && return
+    [ -n "$MASTER_PORT" ] && return
     MASTER_PORT="$(python "$HERE/lib/free_port.py")"
 }
 
@@ -109,12 +102,15 @@ check_options() {
     [[ " $* " == *" --help "* || " $* " == *" -h "* ]] && exit 0 || true
 }
 
-# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks. They replace this script and receive its signals.
+# run_stage MODULE DEFAULT_OUTPUT OPTIONS...: start the ranks, or this script on the machines of HOSTFILE. They replace
+# this script and receive its signals.
 run_stage() {
+    local typed=("${@:3}")
     set -- "$1" "$2" ${ZERO_CONFIG:+--zero_config "$ZERO_CONFIG"} "${@:3}"
     install requirements.txt
     check_options "${@:3}"
     choose_nodes
+    [ -z "$HOSTFILE" ] || exec python "$HERE/lib/hosts.py" "$(output_dir "${@:2}")" "$0" "${typed[@]}"
     choose_device
     choose_port
     choose_launcher

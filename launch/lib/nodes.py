@@ -90,15 +90,20 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodelist).split(",")[0]
 
 
-def world_info(number: int, gpus: str) -> str:
-    """DeepSpeed's list of nodes and GPUs. Of the other nodes, only the number of GPUs matters here."""
+def world_info(number: int, gpus: str, slots: str = "") -> str:
+    """DeepSpeed's list of nodes and GPUs. Of the other nodes, only the number of GPUs matters here.
+
+    slots: by hosts.py, the number of each node; without it, all have the same.
+    """
     ranks = [int(gpu) if gpu.isdecimal() else gpu for gpu in gpus.split(",")]  # MIG devices have UUIDs
-    return base64.urlsafe_b64encode(json.dumps({f"node{i}": ranks for i in range(number)}).encode()).decode()
+    counts = [int(count) for count in slots.split()] or [len(ranks)] * number
+    nodes = {f"node{i}": ranks if count == len(ranks) else [*range(count)] for i, count in enumerate(counts)}
+    return base64.urlsafe_b64encode(json.dumps(nodes).encode()).decode()
 
 
 def main() -> None:
     if len(sys.argv) == 3:
-        print(world_info(int(sys.argv[1]), sys.argv[2]))
+        print(world_info(int(sys.argv[1]), sys.argv[2], os.environ.get("TRIPTYCH_SLOTS", "")))
         return
     try:
         print(*(f"{name}={shlex.quote(value)}" for name, value in nodes(os.environ).items()))

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -17,18 +18,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 
 REFUSED, STOPPED = 2, 75  # as in common/runtime/process.py, which takes seconds to import
 ONE_SIGNAL = 2.0  # seconds within which signals count as one: a terminal signals all processes
-ORPHAN_SECONDS = 600.0  # for the checkpoint of the ranks after `deepspeed` itself was killed
-EXPORTED = (
-    "OMP_WAIT_POLICY", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR", "TORCHDYNAMO_DISABLE",
-    "PYTORCH_CUDA_ALLOC_CONF",
-)  # fmt: skip
+ORPHAN_SECONDS = 3600.0  # for the checkpoint of the ranks after `deepspeed` itself was killed
+UNBEGUN = "Stopped during preparation; nothing to save. Run the same command to start again.\n"
+KILLED = "Killed by a second signal; progress since the last checkpoint is lost.\n"
 ROOT = Path(__file__).resolve().parents[2]
 # DeepSpeed's line about a rank that exited. It is hidden: our last line says this, with the reason.
 LAUNCHER_LINE = re.compile(rb"\[launch\.py:\d+:sigkill_handler\].* exits with return code = (-?\d+)")
@@ -38,18 +38,16 @@ def main() -> int:
     output, script, command = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     with tempfile.TemporaryDirectory() as folder:
         endings = Path(folder)
-        # Ranks on other machines share only the output folder.
-        stop_files = [folder / "stop" for folder in [endings, *[output] * ("--hostfile" in command)]]
         environment = {**os.environ, "TRIPTYCH_ENDINGS": folder, "TRIPTYCH_SUPERVISOR": str(os.getpid())}
-        if "--hostfile" in command:
-            environment["DS_ENV_FILE"] = str(exports(endings / "environment"))
         # Slurm signals all processes; `deepspeed`, which inherits this, would die of it.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
-        signals = _listen(child, endings, stop_files)
+        signals = listen(endings, partial(kill, child))
         threading.Thread(target=_end_orphans, args=(child,), daemon=True).start()
+        if hosts := os.environ.get("TRIPTYCH_HOSTS"):
+            threading.Thread(target=_follow, args=(child, Path(hosts), signals), daemon=True).start()
         log, rank_code = Log(output, endings / "accepted", typed(script, command)), None
         for line in child.stdout:
             if match := LAUNCHER_LINE.search(line):
@@ -64,22 +62,7 @@ def main() -> int:
             last += f"Failed with exit code {code}{f'; log: {log.path}' if log.is_open else ''}\n"
         log.write(last.encode())
         log.close(is_refused=code == REFUSED)
-        for file in stop_files:
-            file.unlink(missing_ok=True)
     return code
-
-
-def exports(file: Path) -> Path:
-    """Write the variables of the launch scripts to DeepSpeed's environment file, for the ranks that it starts
-    on other machines by ssh. Lines of the user's own environment file take precedence.
-    """
-    lines = [f"{name}={os.environ[name]}\n" for name in EXPORTED if os.environ.get(name)]
-    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    for path in (Path.home() / name, Path(name)):
-        if path.is_file():
-            lines += [f"{line}\n" for line in path.read_text().splitlines() if "=" in line]
-    file.write_text("".join(lines))
-    return file
 
 
 class Log:
@@ -175,10 +158,7 @@ def ending(endings: Path, code: int, signals: int) -> tuple[int, str]:
     silent = sorted(ranks["began"] - ranks["stopped"] - ranks["lost"], key=int)
     error_code = code if 0 < code < 128 else 1
     if signals and not notes["began"]:
-        return (
-            STOPPED,
-            "Stopped during preparation; nothing to save. Run the same command to start again.\n",
-        )
+        return STOPPED, UNBEGUN
     if notes["failed"]:
         return error_code, f"\nThe first error:\n{_first(notes['failed'])}"
     if notes["refused"]:
@@ -187,7 +167,7 @@ def ending(endings: Path, code: int, signals: int) -> tuple[int, str]:
     if notes["stopped"] and not silent:
         return STOPPED, f"{min(notes['stopped']).read_text()}\n"
     if signals > 1:
-        return 1, "Killed by a second signal; progress since the last checkpoint is lost.\n"
+        return 1, KILLED
     if notes["lost"] and not silent:
         return error_code, f"\nThe first error:\n{_first(notes['lost'])}"
     if code < 0 or notes["lost"] or notes["stopped"]:
@@ -204,8 +184,12 @@ def _first(notes: Sequence[Path]) -> str:
     return min(notes, key=lambda path: path.stat().st_mtime_ns).read_text()
 
 
-def _listen(child: subprocess.Popen, endings: Path, stop_files: Sequence[Path]) -> list[float]:
-    """Install signal handlers. The times of the signals are appended to the returned list."""
+def listen(folder: Path, end: Callable[[], None]) -> list[float]:
+    """Install signal handlers. The times of the signals are appended to the returned list.
+
+    The first signal creates the file `stop` in the folder if a `began_*` is there. Otherwise, and after a
+    second one, `end` is called.
+    """
     counted: list[float] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as Python calls it
@@ -213,12 +197,11 @@ def _listen(child: subprocess.Popen, endings: Path, stop_files: Sequence[Path]) 
         if now - min(counted, default=-math.inf) <= ONE_SIGNAL:
             return
         counted.append(now)
-        if len(counted) > 1 or not any(endings.glob("began_*")):
-            _kill(child)  # ranks that are still importing have nothing to save
+        if len(counted) > 1 or not any(folder.glob("began_*")):
+            end()  # ranks that are still importing have nothing to save
             return
-        for file in stop_files:
-            with contextlib.suppress(OSError):
-                file.touch()
+        with contextlib.suppress(OSError):
+            (folder / "stop").touch()
         with contextlib.suppress(OSError):
             os.write(1, b"stopping; a second signal kills the run\n")
 
@@ -231,10 +214,27 @@ def _end_orphans(child: subprocess.Popen) -> None:
     """Kill ranks that outlive `deepspeed`, after time for a checkpoint. They keep its output open."""
     child.wait()
     time.sleep(ORPHAN_SECONDS)
-    _kill(child)
+    kill(child)
 
 
-def _kill(child: subprocess.Popen) -> None:
+def _follow(child: subprocess.Popen, hosts: Path, signals: list[float]) -> None:
+    """On a host of HOSTFILE, act on signals to the first machine, and stop when standard input ends: then the
+    connection is lost.
+    """
+    is_connected, is_asked = True, False
+    while not (hosts / "kill").exists():
+        if is_connected and select.select([0], [], [], 0.5)[0]:
+            is_connected = bool(os.read(0, 1))
+        elif not is_connected:
+            time.sleep(0.5)
+        if not is_asked and (not is_connected or (hosts / "stop").exists()):
+            is_asked = True
+            os.kill(os.getpid(), signal.SIGTERM)
+    signals.append(time.monotonic())
+    kill(child)
+
+
+def kill(child: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -45,27 +46,26 @@ def test_two_ranks_from_another_folder(world: Path, tmp_path: Path) -> None:
     assert len(metrics(tmp_path / "out", "train/loss")) == 5
 
 
-@pytest.mark.parametrize("has_gpu", [False, True])
-def test_ranks_of_other_machines_get_the_environment(tmp_path: Path, has_gpu: bool) -> None:
-    """With a fake `pdsh` that logs its arguments. Lines of the user's own file take precedence."""
-    log, tools = tmp_path / "log", tmp_path / "bin"
+def test_hosts_get_the_command_as_it_was_typed(tmp_path: Path) -> None:
+    """With a fake `pdsh` that copies the script for the hosts. Without a GPU here, it sets no device."""
+    tools = tmp_path / "bin"
     tools.mkdir()
-    for name, line in (
-        ("ssh", "echo 127.0.0.1"),
-        ("pdsh", f'echo "$@" >>{log}'),
-        ("nvidia-smi", f"exit {1 - has_gpu}"),
-    ):
-        (tools / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tools / name).chmod(0o755)
+    (tools / "pdsh").write_text(
+        f'#!/bin/bash\ncommand="${{@: -1}}"; cp "${{command##* }}" {tmp_path}/start.sh\n'
+    )
+    (tools / "pdsh").chmod(0o755)
     (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
-    (tmp_path / ".deepspeed_env").write_text("\nUSER_VARIABLE=7\nTOKENIZERS_PARALLELISM=true\n")
-    variables = {"HOSTFILE": str(tmp_path / "hosts"), "PATH": f"{tools}:{os.environ['PATH']}"}
-    variables |= {"DS_ACCELERATOR": None, "OMP_WAIT_POLICY": "passive"}
-    words = ["--output_dir", "out", "--model_name_or_path", "x", "--train_data", "x"]
+    variables = dict.fromkeys(("DS_ACCELERATOR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"))
+    variables |= {"HOSTFILE": "hosts", "PATH": f"{tools}:{os.environ['PATH']}", "ZERO_CONFIG": "z"}
+    variables["OMP_WAIT_POLICY"] = "passive"
+    words = ["--output_dir", "out", "--model_name_or_path", "$x y", "--train_data", "x"]
     done = bash("step1_sft.sh", words, tmp_path, **variables)
     assert done.returncode == 0, done.stdout
-    exports = {word for word in log.read_text().replace(";", " ").split() if "=" in word}
-    assert {"OMP_WAIT_POLICY=passive", "USER_VARIABLE=7", "TOKENIZERS_PARALLELISM=true"} <= exports
+    first, *lines, last = (tmp_path / "start.sh").read_text().splitlines()
+    assert first == f"cd {tmp_path} || exit 1"
+    assert last == f"exec bash {LAUNCH}/step1_sft.sh {shlex.join(words)}"
+    assert {"export OMP_WAIT_POLICY=passive", "export ZERO_CONFIG=z", "export NNODES=2"} <= {*lines}
+    assert not any("DS_ACCELERATOR" in line or "OMP_NUM_THREADS" in line for line in lines)
 
 
 def test_mistake_is_one_line(world: Path, tmp_path: Path) -> None:

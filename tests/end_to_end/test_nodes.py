@@ -17,6 +17,16 @@ from tests.stages import ppo, reward, sft, timeless
 
 NAMES = ("triptych-node0", "triptych-node1")
 NETWORK = "10.213.7."
+# Enters a node with an empty environment, as a shell of ssh does.
+SSH = f"""#!/bin/bash
+if [ "$1" = -G ]; then echo "hostname {NETWORK}$((${{2#host}} + 1))"; exit; fi
+for word; do
+    shift
+    [[ "$word" == host? ]] && node="${{word#host}}" && break
+done
+setsid ip netns exec triptych-node$node unshare -u env -i HOME=/ PATH=/usr/sbin:/usr/bin:/sbin:/bin \\
+    sh -c "hostname host$node && $*"
+"""
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not all(map(shutil.which, ("ip", "unshare"))), reason="needs root, ip and unshare"
 )
@@ -37,6 +47,20 @@ class Nodes:
                 ["ip", "netns", "exec", NAMES[node], "unshare", "-u", "bash", "-c", command, "bash", *words],
                 env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0", **own, **variables},
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def start_hosts(self, words: list[str]) -> subprocess.Popen:
+        """Start the script on both from outside, in the folder of the test. The log is that of node 0."""
+        tools = self.folder / "tools"
+        tools.mkdir(exist_ok=True)
+        (tools / "ssh").write_text(SSH)
+        (tools / "ssh").chmod(0o755)
+        (self.folder / "hosts").write_text("host0 slots=1\nhost1 slots=1\n")
+        own = {"HOSTFILE": "hosts", "GLOO_SOCKET_IFNAME": "eth0", "PATH": f"{tools}:{os.environ['PATH']}"}
+        with self.log(0).open("w") as log:
+            return subprocess.Popen(
+                ["bash", f"{REPOSITORY}/launch/step1_sft.sh", *words], cwd=self.folder,
+                env={**os.environ, **own}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def log(self, node: int) -> Path:
@@ -196,6 +220,34 @@ def test_signal_to_one_node_stops_both(nodes: Nodes, world: Path) -> None:
     _begin(nodes, world)
     nodes.processes[1].send_signal(signal.SIGTERM)
     assert [nodes.end(node, 60) for node in (0, 1)] == [75, 75], nodes.text(0) + nodes.text(1)
+
+
+@pytest.mark.skipif(not shutil.which("pdsh"), reason="needs pdsh: apt-get install pdsh")
+def test_hosts_stop_when_asked_and_when_alone_and_one_resumes(
+    nodes: Nodes, world: Path, tmp_path: Path
+) -> None:
+    """HOSTFILE, with a fake ssh: SIGTERM to the first machine, and then SIGKILL."""
+    output = tmp_path / "it's $(c) 100%n; & *"
+    words = [*sft(world, output, 1000), "--save_steps", "0"]
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common/__init__.py").write_text("raise SystemExit('the wrong package')")
+    done = 0
+    for is_asked in (True, False):
+        head = nodes.start_hosts(words)
+        _wait_for(lambda done=done: _read(output / "metrics.jsonl").count("train/loss") > done, 240)
+        if is_asked:
+            head.send_signal(signal.SIGTERM)
+            assert head.wait(60) == 75 and nodes.text(0).count("Stopped at step") == 1, nodes.text(0)
+        else:
+            head.kill()
+        _wait_for(lambda: not nodes.pids(0) and not nodes.pids(1), 60)
+        assert not [*tmp_path.rglob("start.sh")]
+        done = int(sorted((output / "checkpoints").iterdir())[-1].name.removeprefix("step_"))
+        line = f"Stopped at step {done}; checkpoint {output}/checkpoints/step_"
+        assert (output / "train.log").read_text().splitlines()[-1].startswith(line)
+    words[words.index("--max_steps") + 1] = str(done + 2)
+    succeed("step1_sft.main", words, tmp_path, ranks=2)
+    assert (output / "final").exists() and _read(output / "metrics.jsonl").count("train/loss") == done + 2
 
 
 def test_other_number_of_ranks_ends_both(nodes: Nodes, world: Path) -> None:

@@ -73,3 +73,9 @@ def test_first_host(nodelist: str, expected: str) -> None:
 def test_world_info() -> None:
     """As DeepSpeed's launcher reads it."""
     assert json.loads(base64.urlsafe_b64decode(world_info(2, "0,3"))) == {"node0": [0, 3], "node1": [0, 3]}
+
+
+def test_world_info_of_hosts_with_other_numbers_of_gpus() -> None:
+    """The GPUs are those of this host, which is the second one."""
+    info = json.loads(base64.urlsafe_b64decode(world_info(3, "0,3", "1 2 4")))
+    assert info == {"node0": [0], "node1": [0, 3], "node2": [0, 1, 2, 3]}
