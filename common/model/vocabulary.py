@@ -3,10 +3,13 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+MULTIPLE = 64  # of rows: in 16 bits, matrix products are slow with an output head of odd size
+
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Grow the vocabulary to the tokenizer's, and set the ids for padding and for the end of a response.
 
+    A vocabulary that grows gets a multiple of MULTIPLE rows. Those without a token are never sampled.
     Sets `model.num_tokens`, above all ids of the tokenizer, and `model.end_ids`, the ids that end a response;
     generation_config.json gets the same ids. A multimodal model is frozen except for its text decoder.
     """
@@ -15,7 +18,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast)
     if model.num_tokens > text.vocab_size:
         with torch.random.fork_rng(devices=[]):  # each step seeds the GPUs anew
             torch.manual_seed(0)  # same new rows on all ranks, in actor and reference
-            model.resize_token_embeddings(model.num_tokens, mean_resizing=False)
+            model.resize_token_embeddings(model.num_tokens, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
     for config in (model.config, text):
         config.pad_token_id = tokenizer.pad_token_id
         if getattr(config, "eos_token_id", None) is None:

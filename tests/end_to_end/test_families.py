@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,6 +41,7 @@ from common.runtime.options import UserError
 from tests.ranks import run_stage, succeed
 from tests.stages import (
     LORA,
+    ZERO,
     metrics,
     ppo,
     reward,
@@ -212,3 +214,9 @@ def test_new_pad_token_grows_the_embeddings(world: Path, tmp_path: Path) -> None
         saved = AutoTokenizer.from_pretrained(tmp_path / stage / "final")
         rows = json.loads((tmp_path / stage / "final/config.json").read_text())["vocab_size"]
         assert saved.pad_token_id != saved.eos_token_id and saved.pad_token_id < rows
+        weights = load_file(tmp_path / stage / "final/model.safetensors")
+        assert [len(weights[name]) for name in weights if "embed_tokens" in name] == [rows] and rows % 64 == 0
+    words = ppo(tmp_path, model, tmp_path / "reward/final", tmp_path / "ppo", steps=1)
+    words += ["--eval_fraction", "0", "--zero_config", str(ZERO / "zero3.json")]
+    succeed("step3_ppo.main", words, tmp_path)
+    assert metrics(tmp_path / "ppo", "policy/ratio") == [pytest.approx(1, abs=1e-5)]

@@ -54,6 +54,35 @@ def test_end_ids_of_tokenizer_and_model_are_saved(encoder, model, tmp_path):
     assert saved["eos_token_id"] == [encoder.eos_token_id, end]
 
 
+def test_a_vocabulary_that_grows_has_a_multiple_of_64_rows(encoder, tmp_path):
+    """The old rows stay, the tokenizer keeps its size, and what is saved does not grow again."""
+    tokens = len(encoder.tokenizer)
+    config = PhiConfig(vocab_size=tokens - 1, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    model = PhiForCausalLM(config)
+    before = model.lm_head.weight.detach().clone()
+    fit_to_tokenizer(model, encoder.tokenizer)
+    rows = model.config.vocab_size
+    assert tokens <= rows < tokens + 64 and rows % 64 == 0 and tokens % 64
+    assert (model.num_tokens, spare_ids(model)) == (tokens, [*range(tokens, rows)])
+    assert model.lm_head.weight[: tokens - 1].equal(before)
+    model.save_pretrained(tmp_path)
+    saved = PhiForCausalLM.from_pretrained(tmp_path)
+    for one in (saved, fit_to_tokenizer(saved, encoder.tokenizer)):
+        shapes = {
+            one.lm_head.weight.shape[0],
+            one.lm_head.bias.shape[0],
+            one.model.embed_tokens.weight.shape[0],
+        }
+        assert {*shapes, one.config.vocab_size} == {rows}
+
+
+def test_a_vocabulary_with_a_row_for_each_token_stays(encoder):
+    """As in a folder from before rows were padded, from which a run is resumed."""
+    config = PhiConfig(vocab_size=len(encoder.tokenizer), hidden_size=16, num_attention_heads=2)
+    model = fit_to_tokenizer(PhiForCausalLM(config), encoder.tokenizer)
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == len(encoder.tokenizer)
+
+
 def test_rollouts_end_at_any_end_token(encoder, model):
     options = GenerationOptions(max_response_length=40, generation_batch_size=3)
     options.seed = 0
