@@ -1,9 +1,11 @@
 """Trackers offline: step 1, resumed. Skipped where a package is not installed (tests/README.md)."""
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
+import sqlite3
 import struct
 import subprocess
 import sys
@@ -78,14 +80,11 @@ def in_mlflow(output: Path) -> Seen:
 
 
 def in_trackio(output: Path) -> Seen:
-    os.environ["TRACKIO_DIR"] = str(output.parent / "trackio")
-    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
-    (run,) = storage.get_runs("triptych")
+    with contextlib.closing(sqlite3.connect(output.parent / "trackio/triptych.db")) as database:
+        rows = database.execute("SELECT run_id, step, metrics FROM metrics").fetchall()
+    assert len({run for run, _, _ in rows}) == 1
     return Counter(
-        (line["step"], name, value)
-        for line in storage.get_logs("triptych", run)
-        for name, value in line.items()
-        if "/" in name
+        (step, name, value) for _, step, metrics in rows for name, value in json.loads(metrics).items()
     )
 
 
