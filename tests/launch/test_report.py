@@ -789,6 +789,7 @@ def test_folders_with_nothing_to_draw_are_listed(tmp_path):
     assert not verdicts(tmp_path)
 
 
+@pytest.mark.end_to_end
 def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         scan(tmp_path / "elsewhere")

@@ -19,6 +19,7 @@ def test_the_old_text_of_a_fault_stands_once_in_its_file(fault: Fault) -> None:
     assert fault.old != fault.new and fault.about and fault.tests
 
 
+@pytest.mark.end_to_end
 def test_the_tests_of_all_faults_are_collected():
     """Also with the ids of their cases, which a new parameter changes."""
     tests = sorted({test for fault in FAULTS for test in fault.tests})

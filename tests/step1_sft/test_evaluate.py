@@ -93,6 +93,7 @@ def test_metrics_match_plain_transformers(world: Path, data: Path, tmp_path: Pat
     assert result["samples"][1]["prompt"] and len(result["samples"]) == 2
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("zero", ["zero0", "zero3"])
 def test_two_ranks_match_one(world: Path, short: Path, data: Path, tmp_path: Path, zero: str) -> None:
     models, config = [world / "model", short], ["--zero_config", str(ZERO / f"{zero}.json")]
@@ -102,6 +103,7 @@ def test_two_ranks_match_one(world: Path, short: Path, data: Path, tmp_path: Pat
         assert other == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in one.items()}
 
 
+@pytest.mark.end_to_end
 def test_all_models_are_evaluated_on_the_records_that_fit_all(
     world: Path, short: Path, data: Path, tmp_path: Path
 ) -> None:  # fmt: skip

@@ -500,6 +500,7 @@ def test_deal_groups_rows_of_similar_length():
     assert all(len(chunk) == 3 for chunk in chunks)
 
 
+@pytest.mark.end_to_end
 def test_little_padding_on_real_conversations(shared):
     encoder = SegmentEncoder(load_tokenizer(str(shared / "tokenizers/smollm2")))
     options = SFTOptions(eval_fraction=0.0, max_length=1024)

@@ -77,6 +77,7 @@ def test_merged_copies_give_the_same_logits(name: str, targets: list[str]) -> No
     assert after == before
 
 
+@pytest.mark.end_to_end
 def test_weights_do_not_drift_in_a_thousand_merges() -> None:
     """In 16 bits; in between the adapter changes. Merged in place and back they would drift."""
     model = adapted("llama", torch.bfloat16, ["all-linear"])

@@ -296,6 +296,7 @@ def test_mistakes_are_one_line(world: Path, tmp_path: Path, words: list[str], pa
     check_refusal("launch.chat.main", given, parts, tmp_path, tmp_path / "out")
 
 
+@pytest.mark.end_to_end
 def test_script_ends_with_the_input(world: Path, tmp_path: Path) -> None:
     words = ["--model_name_or_path", str(world / "model"), "--max_response_length", "4"]
     done = subprocess.run(

@@ -124,6 +124,7 @@ class Rater:
             assert state["done"] == len(self.clicks)
 
 
+@pytest.mark.end_to_end
 def test_two_raters_and_two_kills_lose_no_click(tmp_path: Path) -> None:
     """1,000 clicks with kill -9 in between: each is logged once, and the file for step 2 matches."""
     pairs, output = make_pairs(tmp_path / "pairs.jsonl", 500), tmp_path / "out.jsonl"

@@ -137,6 +137,7 @@ def test_pair_up_drops_identical_and_empty_responses() -> None:
     assert [p["response_a"] for p in verbatim] == [" yes"]
 
 
+@pytest.mark.end_to_end
 def test_bad_input_is_one_line(few: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
