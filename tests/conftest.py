@@ -29,17 +29,24 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 # Functions that start ranks or scripts.
-STARTS = {"run_stage", "start_stage", "succeed", "bash", "launch", "Popen"}
+STARTS = {"run_stage", "start_stage", "succeed", "bash", "launch", "subprocess", "Popen"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="leave GPUs visible, for tests that need one")
-    parser.addoption("--whole", action="store_true", help="the whole matrix of resumed runs, not a slice")
+    parser.addoption("--whole", action="store_true", help="also tests that are slow and rarely fail")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that start ranks or scripts: they take most of the time."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "end_to_end: starts ranks or scripts, or takes seconds")
+    config.addinivalue_line("markers", "rare: slow and rarely fails; skipped without --whole")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests that start ranks or scripts: they take most of the time. Skip rare ones without --whole."""
     for item in items:
+        if item.get_closest_marker("rare") and not config.getoption("--whole"):
+            item.add_marker(pytest.mark.skip(reason="slow and rare: runs with --whole"))
         fixtures = [one for same in item._fixtureinfo.name2fixturedefs.values() for one in same]
         functions = [item.function, *(fixture.func for fixture in fixtures)]
         if {"end_to_end", "bad_input"} & {*item.path.parts} or any(

@@ -141,8 +141,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("zero", "ranks", "fills_at"), [(0, 1, "step_000010"), (3, 2, "step_000010"), (2, 2, ""), (3, 2, "")]
-)
+    ("zero", "ranks", "fills_at"),
+    [
+        (0, 1, "step_000010"), pytest.param(3, 2, "step_000010", marks=pytest.mark.rare), (2, 2, ""),
+        pytest.param(3, 2, "", marks=pytest.mark.rare),
+    ],
+)  # fmt: skip
 def test_full_disk_does_not_end_training(
     world: Path, small_disk: Path, tmp_path: Path, zero: int, ranks: int, fills_at: str
 ) -> None:  # fmt: skip
@@ -359,6 +363,7 @@ def test_the_first_traceback_comes_last(world: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/train.log").read_text().splitlines()[-2:] == last
 
 
+@pytest.mark.rare
 def test_random_kills_lose_nothing() -> None:
     """The short version of `python -m tests.chaos --kills 50`."""
     words = [sys.executable, "-m", "tests.chaos", "--kills", "2", "--stages", "sft", "--seed", "2"]

@@ -248,7 +248,9 @@ def test_bf16_runs_on_the_cpu(world: Path, run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "zero", "extra"), [(1, "zero0", []), (2, "zero2", []), (2, "zero3", LORA)], ids=str
+    ("ranks", "zero", "extra"),
+    [(1, "zero0", []), (2, "zero2", []), pytest.param(2, "zero3", LORA, marks=pytest.mark.rare)],
+    ids=str,
 )
 def test_resumed_run_equals_an_uninterrupted_one(
     world: Path, run: Path, tmp_path: Path, ranks: int, zero: str, extra: list[str]
