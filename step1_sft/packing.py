@@ -11,13 +11,15 @@ from torch import nn
 
 from common.data.batching import Tokens, batches_of_rank, micro_batch, with_dummies
 from common.model.forward import base_model, response_logits
-from common.runtime.distributed import rank
+from common.runtime.distributed import log, on_cpu, rank
 from common.runtime.options import UserError, world_size
+from common.text.transformers_internals import attention_implementation
 from step1_sft.data import Demonstration, collate
 from step1_sft.options import SFTOptions
 
 Row = list[int]  # indices of the examples in a row
 PROBE = 16  # tokens per document of the packing check
+LONG = 2048  # tokens of a row; the mask of a longer one may cost more than the padding that packing saves
 # Error over logits, as standard deviations: rounding stays below, attention across documents is far above.
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 
@@ -80,7 +82,10 @@ def spread(batch: Sequence[int], lengths: Sequence[int], count: int) -> list[Row
 
 @torch.no_grad()
 def check_packing(model: nn.Module, max_length: int) -> None:
-    """Raise UserError, on all ranks, unless packed documents have the same logits as unpacked ones."""
+    """Raise UserError, on all ranks, unless packed documents have the same logits as unpacked ones.
+
+    Long rows get a line in the log where attention kernels read a mask.
+    """
     inner = base_model(model)
     vocabulary = inner.config.get_text_config().vocab_size
     size, generator = min(PROBE, max_length // 2), torch.Generator().manual_seed(0)
@@ -98,6 +103,12 @@ def check_packing(model: nn.Module, max_length: int) -> None:
         raise UserError(
             f"--packing: a model of type {inner.config.model_type} attends across packed examples; remove the"
             " option"
+        )
+    kernels = attention_implementation(inner.config)
+    if max_length > LONG and kernels in ("sdpa", "eager") and not on_cpu():
+        log(
+            f"--packing: {kernels} kernels read a mask of {max_length} x {max_length} for each row, at a cost"
+            " of time and memory; --attn_implementation flash_attention_2 needs none"
         )
 
 

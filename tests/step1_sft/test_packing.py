@@ -125,6 +125,13 @@ def test_models_that_can_pack_are_accepted(model):
     check_packing(model.bfloat16(), max_length=8)
 
 
+@pytest.mark.parametrize(("length", "lines"), [(2048, 0), (4096, 1)])
+def test_long_packed_rows_name_faster_kernels(model, monkeypatch, capsys, length, lines):
+    monkeypatch.setattr("step1_sft.packing.on_cpu", lambda: False)
+    check_packing(model, length)
+    assert capsys.readouterr().out.count("--attn_implementation flash_attention_2 needs none\n") == lines
+
+
 @pytest.mark.parametrize("config", [COMPLETE[name] for name in MIXED], ids=MIXED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_models_that_attend_across_documents_are_refused(config, dtype):
