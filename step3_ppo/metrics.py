@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts, and metrics of rollouts."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from math import fsum
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.data.batching import micro_batch
 from common.numeric.tensor_ops import masked_mean, masked_var
-from common.runtime.distributed import rank
+from common.runtime.distributed import rank, sum_over_ranks
 from common.runtime.options import world_size
 from common.text.prompts import Prompt
 from common.training.means import Mean
@@ -129,8 +129,10 @@ def describe_responses(rollout: Rollout) -> dict[str, float]:
     distinct_2: distinct bigrams / all bigrams of a response, averaged over responses (Li et al. 2016, but per
     response, so that it does not depend on their number).
     """
-    responses = [rollout.response(row) for row in range(len(rollout.scores))]
-    repeated = [fmean(repeated_share(ids, size) for ids in responses) for size in (1, 2, 3)]
+    count = len(rollout.scores)
+    responses = [rollout.response(row) for row in range(count)[rank() :: world_size()]]
+    totals = [fsum(repeated_share(ids, size) for ids in responses) for size in (1, 2, 3)]
+    repeated = [total / count for total in sum_over_ranks(*totals)]
     return {
         "length": rollout.response_lengths.float().mean().item(),
         "eos_rate": rollout.ended.float().mean().item(),
