@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common.runtime.options import UserError, reason
+from common.runtime.options import UserError, reason, world_size
 from common.text.fields import shown
 
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # and the packages they need
@@ -20,7 +20,7 @@ def check_config(config: dict[str, Any], source: Path) -> None:
 
     own = {name: value for name, value in config.items() if name != "train_batch_size"}  # depends on ranks
     try:
-        DeepSpeedConfig(own)
+        parsed = DeepSpeedConfig(own)
         defaults = vars(DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1}))
     except Exception as error:  # noqa: BLE001 - the file may hold anything
         raise UserError(f"{source}: DeepSpeed refuses it: {_reason(error)}") from None
@@ -33,6 +33,12 @@ def check_config(config: dict[str, Any], source: Path) -> None:
     for name, package in MONITORS.items():
         if config.get(name, {}).get("enabled") and not find_spec(package):
             raise UserError(f"{source}: {name} needs the package {package}; install it, or remove {name}")
+    size = parsed.zero_config.zero_hpz_partition_size
+    if size > 1 and world_size() % min(size, world_size()):
+        raise UserError(
+            f"{source}: zero_optimization.zero_hpz_partition_size is {size}; it must divide the"
+            f" {world_size()} ranks: the GPUs of a node"
+        )
 
 
 def _check_types(given: dict[str, Any], defaults: dict[str, Any], source: Path, section: str = "") -> None:

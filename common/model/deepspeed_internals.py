@@ -60,6 +60,16 @@ def without_stage3_hooks(engine: Any) -> Iterator[None]:
         offload._register_deepspeed_module(offload.module)
 
 
+def share_node_groups() -> None:
+    """Let every model use the groups of ranks of `zero_hpz_partition_size`: DeepSpeed creates them for each
+    model, and asserts that there are none yet.
+    """
+    from deepspeed.utils import groups
+
+    if groups._get_zero_param_intra_parallel_group() is not None:
+        groups._create_zero_param_parallel_group = lambda _: None
+
+
 def update_master_weights(optimizer: Any) -> None:
     """Copy changed weights into the fp32 copy that ZeRO optimisers keep; plain optimisers have none."""
     if hasattr(optimizer, "refresh_fp32_params"):

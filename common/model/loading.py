@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.model.deepspeed_internals import is_partitioned
+from common.model.deepspeed_internals import is_partitioned, share_node_groups
 from common.model.families import check_policy, check_scalar, max_positions, remove_noise
 from common.model.model_config import read_config
 from common.model.model_files import check_attention, check_values, check_weights, read_weights
@@ -152,6 +152,7 @@ def _partitioned(zero: dict[str, Any] | None, config: PretrainedConfig) -> Itera
 
     check_same_precision(zero)
     fill_bucket_sizes(zero, config.get_text_config().hidden_size)
+    share_node_groups()
     keep_alive = HfDeepSpeedConfig(zero)  # transformers keeps only a weak reference
     try:
         yield

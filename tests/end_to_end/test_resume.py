@@ -34,7 +34,7 @@ STOPPED = 75
 WHOLE = [
     (stage, zero, adapters, ranks, precision)
     for stage, zero, adapters, ranks, precision in product(
-        STAGES, (0, 1, 2, 3), ("full", "lora"), (1, 2), ("fp32", "bf16")
+        STAGES, (0, 1, 2, 3, "3_nodes"), ("full", "lora"), (1, 2), ("fp32", "bf16")
     )
     if zero or precision == "fp32"  # DeepSpeed starts wrongly in 16 bits at stage 0: refused
 ]
@@ -48,6 +48,7 @@ SLICE = [
     ("ppo", 2, "full", 2, "bf16"),
     ("ppo", 3, "full", 2, "fp32"),
     ("ppo", 3, "lora", 1, "fp32"),
+    ("sft", "3_nodes", "full", 2, "fp32"),
 ]
 
 
@@ -69,7 +70,7 @@ def words(stage: str, world: Path, run: Path, output: Path, steps: int = 4) -> l
     return [*sft(world, output, steps), "--weight_decay", "0.5"]  # which only some weights have
 
 
-def zero_config(folder: Path, stage: int, precision: str = "fp32") -> list[str]:
+def zero_config(folder: Path, stage: int | str, precision: str = "fp32") -> list[str]:
     config = json.loads((ZERO / f"zero{stage}.json").read_text())
     config |= {"bf16": {"enabled": precision == "bf16"}}
     path = folder / f"zero{stage}_{precision}.json"

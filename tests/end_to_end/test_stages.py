@@ -176,6 +176,28 @@ def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) ->
         assert metrics(tmp_path / "ppo", name) == pytest.approx(metrics(run / "ppo", name), **CLOSE)
 
 
+def test_copies_of_the_weights_on_nodes_of_two_ranks_change_nothing(
+    world: Path, run: Path, tmp_path: Path
+) -> None:
+    """All four models are gathered from them. Updates make the copies of trained weights invalid."""
+    config = json.loads((ZERO / "zero3_nodes.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    extra = ["--zero_config", str(tmp_path / "zero.json"), "--no_gather_for_generation"]
+    options = [*ppo(world, run / "sft/final", run / "reward/final", tmp_path / "ppo"), *extra]
+    succeed("step3_ppo.main", options, tmp_path, ranks=4)
+    for name in ("reward/mean", "kl/mean", "policy/loss", "value/loss", "policy/grad_norm", "eval/score"):
+        expected = metrics(run / "ppo", name)
+        assert metrics(tmp_path / "ppo", name) == pytest.approx(expected, **CLOSE), name
+
+
+def test_gradients_sent_to_their_owners_change_nothing(world: Path, run: Path, tmp_path: Path) -> None:
+    options = [*sft(world, tmp_path / "sft"), "--zero_config", str(ZERO / "zero1_nodes.json")]
+    succeed("step1_sft.main", options, tmp_path, ranks=2)
+    for name in ("train/loss", "train/grad_norm"):
+        assert metrics(tmp_path / "sft", name) == pytest.approx(metrics(run / "sft", name), **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
 def test_offload_changes_nothing(world: Path, run: Path, tmp_path: Path, name: str) -> None:
     options = [*sft(world, tmp_path / "sft"), "--zero_config", str(ZERO / f"{name}.json")]

@@ -13,7 +13,7 @@ from common.model.zero import CONFIG_FOLDER, fill_bucket_sizes, frozen_config, l
 from common.runtime.options import TrainOptions, UserError
 
 OPTIONS = TrainOptions(global_batch_size=32, micro_batch_size=4, max_grad_norm=1.0, weight_decay=0.1)
-SHIPPED = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+SHIPPED = ["zero0", "zero1", "zero1_nodes", "zero2", "zero2_offload", "zero3", "zero3_nodes", "zero3_offload"]
 HUGGING_FACE = {
     "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
     "bf16": {"enabled": "auto"},
@@ -131,6 +131,19 @@ def test_a_number_of_tokens_leaves_the_number_of_sequences_open(tmp_path, monkey
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         message = refusal(tmp_path, stage(1, **{name: 4}), options)
         assert f"{name} is 4" in message and "--micro_batch_tokens" in message
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(8, 4), (8, 16), (1, 3), (8, 12), (2, 3)])
+def test_ranks_of_a_node_divide_all_ranks(tmp_path, monkeypatch, size, ranks):
+    """DeepSpeed asserts it when the first model is loaded."""
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    options = replace(OPTIONS, global_batch_size=48, micro_batch_size=1)
+    config = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": size}}
+    if (size, ranks) in ((8, 12), (2, 3)):
+        message = refusal(tmp_path, config, options)
+        assert f"zero_hpz_partition_size is {size}; it must divide the {ranks} ranks" in message
+    else:
+        load(tmp_path, config, options)
 
 
 @pytest.mark.parametrize("tokens", [0, 512])
