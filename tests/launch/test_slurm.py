@@ -21,14 +21,16 @@ def submit(folder: Path, script: str, code: int, *words: str) -> tuple[int, list
     return done.returncode, (folder / "log").read_text().splitlines()
 
 
-@pytest.mark.parametrize("step", ["step1_sft", "step2_reward", "step3_ppo"])
+@pytest.mark.parametrize("step", ["step1_sft", "step2_reward", "step3_ppo", "recipe"])
 @pytest.mark.parametrize(("code", "expected"), [(0, []), (1, []), (75, ["scontrol requeue 7"])])
 def test_step_returns_to_the_queue_after_a_stop(
     tmp_path: Path, step: str, code: int, expected: list[str]
 ) -> None:
-    ended, lines = submit(tmp_path, step, code, "--seed", "1")
+    name = ["llama_70b"] if step == "recipe" else []
+    ended, lines = submit(tmp_path, step, code, *name, "--seed", "1")
     assert ended == code
-    assert lines == [f"srun bash launch/{step}.sh --seed 1", *expected]
+    script = "recipes/llama_70b" if step == "recipe" else step
+    assert lines == [f"srun bash launch/{script}.sh --seed 1", *expected]
 
 
 @pytest.mark.parametrize(("code", "commands"), [(0, 3), (1, 1), (75, 2)])
