@@ -118,6 +118,8 @@ def _concatenate(caches: Sequence[Cache]) -> Cache:
         width = layer.keys.shape[2]
         for name in ("keys", "values"):
             states = [getattr(part, name) for part in parts]  # (b, H, T, D) each
+            for part in parts:  # so that no more than one layer is in memory twice
+                setattr(part, name, None)
             padded = [pad(state, (0, 0, width - state.shape[2], 0)) for state in states]
             setattr(layer, name, torch.cat(padded))
     return joined

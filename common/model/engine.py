@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.model.deepspeed_internals import full_shape, is_partitioned, without_stage3_hooks
 from common.model.engine_protocol import Engine
 from common.model.extensions import single_compilation
+from common.model.pinned import pin_weights
 from common.model.precision import check_same_precision, choose_sums
 from common.model.zero import fill_bucket_sizes, offloads
 from common.runtime.distributed import device, is_lost_contact, on_cpu
@@ -55,16 +56,12 @@ def make_frozen(model: nn.Module, zero: dict[str, Any] | None, offload: bool = F
 
     offload: keep the plain module in pinned host memory instead.
     """
-    from deepspeed.accelerator import get_accelerator
-
     model.requires_grad_(False).eval()
     if zero is not None:
         return _initialize(model=model, config=zero)
     if not offload:
         return model.to(device())
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = get_accelerator().pin_memory(tensor.data)
-    return model
+    return pin_weights(model)
 
 
 def _initialize(**arguments: Any) -> Engine:

@@ -1,4 +1,5 @@
-"""Predict the memory of the three steps per GPU without loading a model; list options that make a step fit.
+"""Predict the memory of the three steps per GPU, their host memory and their disk space without loading a
+model; list options that make a step fit.
 
     bash launch/plan.sh --model_name_or_path DIR_OR_HUB_ID --num_gpus 8
 
@@ -9,7 +10,7 @@ Without --reward_model_name_or_path, the reward model is assumed to have the pol
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from common.generation.generate import fit_prompt_length
 from common.model.loading import load_config
@@ -17,9 +18,10 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
-from launch.plan.phases import Phase
-from launch.plan.predict import GIB, predict, setting
+from launch.plan.phases import Phase, peak
+from launch.plan.predict import GIB, predict_phases, predict_storage, setting
 from launch.plan.remedies import Predictor, cached, least, ways
+from launch.plan.storage import of_machine, on_disk
 
 REFUSED = 2  # exit code after a mistake of the user, as in training
 # Parts and their names in the table. No option changes "fixed".
@@ -32,7 +34,7 @@ PARTS = {
     "KV cache": "KV cache",
     "token lists": "token lists",
     "buffers": "buffers",
-    "fixed": "CUDA context",
+    "fixed": "CUDA and NCCL",
 }
 ON_CPU = {"fixed": "libraries"}
 
@@ -53,8 +55,10 @@ def main() -> None:
         options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
         options = fit_prompt_length(options, load_config(options.model_name_or_path))
-        phases = predict(options)
+        all_phases = predict_phases(options)
+        phases = {step: peak(of_step) for step, of_step in all_phases.items()}
         print(f"{setting(options)}\n\n{table(phases, options.device)}")
+        print(f"\n{by_phase(all_phases['step 3'])}\n\n{storage_table(options, phases)}")
         if options.device == "gpu":
             predictor = cached(options)
             for card, capacity in CARDS.items():
@@ -73,8 +77,36 @@ def table(phases: dict[str, Phase], device: str = "gpu") -> str:
     for part, name in names.items():
         rows.append([name, *(f"{phase.parts[part] / GIB:.2f}" for phase in phases.values())])
     rows.append(["total", *(f"{total(phase.parts) / GIB:.2f}" for phase in phases.values())])
-    if any(phase.parts["host"] for phase in phases.values()):
-        rows.append(["host memory", *(f"{phase.parts['host'] / GIB:.2f}" for phase in phases.values())])
+    return as_text(rows)
+
+
+def by_phase(phases: Sequence[Phase]) -> str:
+    """The peak of step 3 in each phase of its metrics."""
+    peaks = dict.fromkeys(("rollout", "score", "train"), 0.0)
+    for phase in phases:
+        name = {"rollout": "rollout", "scoring": "score"}.get(phase.name, "train")
+        peaks[name] = max(peaks[name], (total(phase.parts) - phase.parts["fixed"]) / GIB)
+    words = ", ".join(f"{name} {peak:.2f}" for name, peak in peaks.items())
+    return f"step 3 by phase, as in its metrics memory/allocated_gib_...: {words}"
+
+
+def storage_table(options: PlanOptions, phases: dict[str, Phase]) -> str:
+    """Host memory of a machine and disk space in GiB, one column per step."""
+    ranks, limit = min(options.num_gpus, options.gpus_per_node), options.save_total_limit
+    rows = [["GiB", *phases], ["host per rank"], [f"host of {ranks} rank{'s' * (ranks > 1)}"]]
+    rows += [["one checkpoint"], ["disk at most"]]
+    for step, needs in predict_storage(options).items():
+        host = phases[step].parts["host"]
+        sizes = host, of_machine(host, ranks, needs.exporting), needs.checkpoint, on_disk(needs, limit)
+        for row, size in zip(rows[1:], sizes, strict=True):
+            row.append(f"{size / GIB:.2f}")
+    if not limit:
+        rows[-1][1:] = ["all are kept"] * len(phases)
+    return as_text(rows)
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a name and cells, as aligned columns."""
     return "\n".join(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells) for name, *cells in rows)
 
 

@@ -1,20 +1,18 @@
-"""Bytes of weights, optimiser state, gradients, buffers and activations. Pure arithmetic.
+"""Bytes of weights, optimiser state, gradients and buffers. Pure arithmetic.
 
 The counts follow the operations of DeepSpeed 0.19 and transformers 5. Published formulas are cited.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from common.model.head import CHUNK
+Parts = Counter[str]  # bytes by part; "host" is in host memory
 
-Parts = Counter[str]  # bytes by part; "host" is offloaded to host memory
-
-FP32 = INT32 = 4
+FP32 = 4
 MOMENTS = 2 * FP32  # of AdamW
 ALLREDUCE_BUCKET = 500_000_000  # elements per reduction at stage 0, and DeepSpeed's default
-NUCLEUS = 256  # tokens that top-p leaves on average: an assumption, high for a trained model
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Shape:
     vocabulary: int
     has_rms_norm: bool
     has_eager_attention: bool = False
+    tensors: tuple[int, ...] = ()  # their numbers of parameters
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,9 @@ class Zero:
     bucket: int = ALLREDUCE_BUCKET  # elements of a reduction buffer
     buffers: int = 1  # number of reduction buffers
     live: int = 1_000_000_000  # most parameters gathered at once at stage 3
+    sub_group: int = 1_000_000_000  # parameters that a rank updates at once at stage 3
+    hpz: int = 1  # ranks that share a second copy of the weights at stage 3 (ZeRO++); 1: no copy
+    sums_in_fp32: bool = False  # gradients of many micro-batches
     on_cpu: bool = False
 
     @property
@@ -72,42 +74,82 @@ class Model(NamedTuple):
     zero: Zero
 
 
+def pinned(size: float) -> float:
+    """Host memory of a pinned tensor: PyTorch rounds up to powers of two."""
+    return 2.0 ** math.ceil(math.log2(size)) if size else 0.0
+
+
 def weights(model: Model) -> Parts:
-    """In 16 bits 2P, and 2P / N on N ranks at stage 3 (Rajbhandari et al. 2020, ZeRO, figure 1)."""
+    """In 16 bits 2P, and 2P / N on N ranks at stage 3 (Rajbhandari et al. 2020, ZeRO, figure 1).
+
+    With hpZ of K ranks, another 2P / K (Wang et al. 2023, ZeRO++, section 3.2).
+    """
     shape, zero = model
     size = zero.size * shape.parameters / zero.parts_of_weights
-    return Parts({"host" if zero.offloads_weights and not zero.on_cpu else "weights": size})
+    if zero.stage == 3 and zero.hpz > 1:
+        size += zero.size * shape.parameters / zero.hpz
+    if not zero.offloads_weights or zero.on_cpu:
+        return Parts(weights=size)
+    return Parts(host=_pinned_parts(model) if zero.stage == 3 else size)
+
+
+def _pinned_parts(model: Model) -> float:
+    """Stage 3 pins this rank's part of each tensor. Those of a trained model then move to one buffer, but
+    PyTorch keeps what was pinned for later.
+    """
+    shape, zero = model
+    parts = sum(pinned(zero.size * tensor / zero.ranks) for tensor in shape.tensors or [shape.parameters])
+    return parts + pinned(zero.size * shape.trained / zero.ranks)
 
 
 def optimiser(model: Model) -> Parts:
     """Two moments in fp32, and an fp32 copy of the weights: 12P in 16 bits, 12P / N from stage 1 on (ZeRO,
     figure 1). Stage 0 in fp32 needs no copy: it updates the weights in place.
 
-    Offload also keeps fp32 gradients on the host, and at stage 2 a 16-bit copy of the weights.
+    Offload also keeps on the host fp32 gradients, 16-bit gradients to accumulate, and below stage 3 a 16-bit
+    copy of the weights. All is pinned but the moments, and at stage 3 the fp32 weights.
     """
     shape, zero = model
-    has_copy = zero.size < FP32 or zero.stage > 0
-    each = MOMENTS + FP32 * has_copy
-    if zero.offloads_optimiser:
-        each += FP32 + zero.size
-    part = "host" if zero.offloads_optimiser and not zero.on_cpu else "optimiser"
-    return Parts({part: each * shape.trained / zero.parts_of_optimiser})
+    share = shape.trained / zero.parts_of_optimiser
+    if not zero.offloads_optimiser:
+        has_copy = zero.size < FP32 or zero.stage > 0
+        return Parts(optimiser=(MOMENTS + FP32 * has_copy) * share)
+    if zero.on_cpu:
+        return Parts(optimiser=(MOMENTS + FP32 + FP32 + zero.size) * share)
+    copies = FP32 * share if zero.stage == 3 else pinned(FP32 * share) + pinned(zero.size * share)
+    return Parts(host=MOMENTS * share + copies + pinned(FP32 * share) + pinned(zero.size * share))
+
+
+def optimiser_away(model: Model) -> float:
+    """Pinned host memory of states between updates, with --offload_states."""
+    size = FP32 * model.shape.trained / model.zero.parts_of_optimiser
+    return 3 * pinned(size)
 
 
 def gradients(model: Model) -> Parts:
-    """In the precision of the weights: 2P in 16 bits, 2P / N from stage 2 on (ZeRO, figure 1)."""
+    """In the precision of the weights: 2P in 16 bits, 2P / N from stage 2 on (ZeRO, figure 1); or in fp32."""
     shape, zero = model
     if zero.offloads_optimiser and zero.stage >= 2:
         return Parts()
-    return Parts(gradients=zero.size * shape.trained / zero.parts_of_gradients)
+    size = FP32 if zero.sums_in_fp32 else zero.size
+    return Parts(gradients=size * shape.trained / zero.parts_of_gradients)
 
 
 def copies_in_step(model: Model) -> float:
-    """Temporary copies of this rank's gradients in an optimiser step: a flat tensor, and the same in fp32."""
+    """Temporary copies of this rank's gradients in an optimiser step: a flat tensor, and the same in fp32.
+    Sums in fp32 are in one, at stage 2 in a flat tensor already.
+
+    Stage 3 updates one sub-group of tensors after the other; the last tensor may exceed its size.
+    """
     shape, zero = model
     if zero.stage == 0 or zero.offloads_optimiser:
         return 0.0
-    return (zero.size + FP32 * (zero.size < FP32)) * shape.trained / zero.parts_of_optimiser
+    share = shape.trained / zero.parts_of_optimiser
+    if zero.stage == 3:
+        share = min(share, zero.sub_group + shape.largest / zero.ranks)
+    if zero.sums_in_fp32:
+        return FP32 * share * (zero.stage == 3)
+    return (zero.size + FP32 * (zero.size < FP32)) * share
 
 
 def buffers_of_reduction(model: Model) -> float:
@@ -128,120 +170,19 @@ def buffers_of_reduction(model: Model) -> float:
     return zero.size * (reserved + used - replaced)
 
 
-def gathered(model: Model, is_traced: bool = True) -> float:
+def gathered(model: Model) -> float:
     """Weights fetched while a model runs: at stage 3 from other ranks; below it, all weights of an offloaded
     frozen model.
 
-    With a trace of an earlier pass with gradients (is_traced), stage 3 keeps the weights for the backward
-    pass. Without it, stage 3 frees each matrix after use: after a first pass without gradients, as when step
-    2 tests whether prompts can be shared.
+    After a pass with gradients, stage 3 keeps weights for the next backward pass. Otherwise it would free
+    each matrix after use.
     """
     shape, zero = model
     if zero.stage < 3:
         return zero.size * shape.parameters * (zero.offloads_weights and not zero.on_cpu)
     if zero.ranks == 1 and not zero.offloads_weights:
         return 0.0
-    return zero.size * min(shape.parameters, zero.live if is_traced else shape.largest)
-
-
-def activations(model: Model, rows: int, width: int, checkpointing: bool = False) -> float:
-    """Activations that a forward pass over rows x width tokens saves for the backward pass, without the
-    output head: those of each layer, or with checkpointing only its input; and those of the last norm.
-    """
-    layer = rows * width * model.zero.size * model.shape.hidden
-    if not checkpointing:
-        layer = in_layer(model, rows, width)
-    return model.shape.layers * layer + rows * width * _norm_and_output(model) * model.shape.hidden
-
-
-def in_layer(model: Model, rows: int, width: int) -> float:
-    """Activations that one layer saves for the backward pass.
-
-    Counted as in Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models",
-    section 4.1: 34 + 5 a s / h bytes per layer, token and unit of h), for the layers of transformers without
-    dropout. Per token, with weights of e bytes and h = hidden:
-
-    - 2 norms: LayerNorm saves its input, e h; RMSNorm its input in fp32 and, if its scale is trained, the
-      normalised input, (4 + e) h. The matrices after a norm save its output, e h, except for norms of queries
-      and keys.
-    - attention: query and output, e x heads x head size each; key and value of the key-value heads; the
-      log-sum-exp of each head. Eager attention also saves the probabilities, s x heads.
-    - MLP: e x its width, 4 times with a gate (gate, its activation, up, their product), 2 times without.
-    """
-    shape, e = model.shape, model.zero.size
-    attention = e * (2 * shape.queries + 2 * shape.keys) + FP32 * shape.heads
-    if shape.has_eager_attention:
-        attention += width * shape.heads * (FP32 + e * (e < FP32))
-    layer = attention + e * shape.saved_in_mlp * shape.mlp
-    layer += _norm_and_output(model) * shape.norms * shape.hidden
-    return rows * width * (layer + (_norm_and_output(model) - e) * shape.head_norms)
-
-
-def _norm_and_output(model: Model) -> int:
-    """Bytes per element that a norm, and the matrices after it, save."""
-    shape, e = model.shape, model.zero.size
-    if not shape.has_rms_norm:
-        return e + e
-    is_trained = shape.trained == shape.parameters
-    return FP32 + e * is_trained + e
-
-
-def passing(model: Model, rows: int, width: int) -> float:
-    """Peak activations of a layer in a pass without gradients: three tensors of the MLP's width, and the
-    residual stream before and after a norm.
-    """
-    shape, zero = model
-    scores = 2 * FP32 * shape.heads * width if shape.has_eager_attention else 0
-    return rows * width * (zero.size * (3 * shape.mlp + 2 * shape.hidden) + scores)
-
-
-def logits(model: Model, positions: int) -> float:
-    """Logits at `positions` of a micro-batch, saved for the backward pass if they are a single chunk."""
-    size = positions * model.shape.vocabulary
-    return size * model.zero.size if size == _in_chunk(model, positions) else 0.0
-
-
-def gradient_of_logits(model: Model, positions: int) -> float:
-    """Peak of the loss's backward pass: log-probabilities and their gradients before and after softmax, in
-    fp32. With several chunks, also the logits, the same in fp32, and the gradient of a trained head.
-    """
-    (shape, zero), size = model, _in_chunk(model, positions)
-    if size == positions * shape.vocabulary:
-        return size * 3 * FP32
-    of_head = zero.size * shape.vocabulary * shape.hidden * (shape.trained == shape.parameters)
-    return of_head + size * 5 * FP32
-
-
-def logits_in_scoring(model: Model, positions: int) -> float:
-    """Pass without gradients: logits of a chunk, the same in fp32, and log-probabilities."""
-    e = model.zero.size
-    return _in_chunk(model, positions) * (e + FP32 * (e < FP32) + FP32)
-
-
-def logits_in_sampling(model: Model, rows: int) -> float:
-    """Sampling of one token per row: logits; and in fp32 the same, scaled, log-probabilities, probabilities,
-    their sums, and the operand of the argmax.
-    """
-    return rows * model.shape.vocabulary * (model.zero.size + 6 * FP32)
-
-
-def _in_chunk(model: Model, positions: int) -> int:
-    """Logits in memory at once, of all positions or of a chunk of them."""
-    vocabulary = model.shape.vocabulary
-    return min(positions * vocabulary, max(CHUNK, vocabulary))
-
-
-def allowed_tokens(top_k: int, top_p: float, positions: int) -> float:
-    """Lists of the tokens allowed by top-k and top-p at each position of a rollout, with their lengths."""
-    if not top_k and top_p == 1.0:
-        return 0.0
-    return positions * INT32 * ((top_k or NUCLEUS) + 1)
-
-
-def kv_cache(model: Model, rows: int, width: int) -> float:
-    """Keys and values of every layer and token, and a second copy of one layer while rows move."""
-    shape, zero = model
-    return 2 * (shape.layers + 1) * rows * width * shape.keys * zero.size
+    return zero.size * min(shape.parameters, zero.live)
 
 
 def total(parts: Parts) -> float:

@@ -7,11 +7,14 @@ from typing import Any, Literal
 from common.generation.options import GenerationOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import LoraOptions, OptimiserOptions, TrainOptions, option
-from step3_ppo.option_groups import AlgorithmOptions
+from step1_sft.options import SFTOptions
+from step3_ppo.option_groups import AlgorithmOptions, SamplingOptions
 from step3_ppo.options import PPOOptions
 
 ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]
 ENGINE = GenerationOptions.__annotations__["rollout_engine"]
+COMPILE = GenerationOptions.__annotations__["compile_generation"]
+SHARE = SamplingOptions.__annotations__["share_prompts"]
 
 
 def same_as(stage: type, name: str) -> Any:
@@ -26,11 +29,18 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     """Predict the memory of the three steps per GPU. The options are those of the steps."""
 
     num_gpus: int = option(1, "Ranks, over all machines.", at_least=1)
+    gpus_per_node: int = option(8, "Ranks on one machine, which share its host memory.", at_least=1)
     device: Literal["gpu", "cpu"] = option("gpu", "Device of the ranks; independent of this machine.")
     model_name_or_path: str = same_as(TrainOptions, "model_name_or_path")
     reward_model_name_or_path: list[str] = same_as(EnsembleOptions, "reward_model_name_or_path")
+    gold_reward_model: str = same_as(PPOOptions, "gold_reward_model")
+    ptx_data: list[str] = same_as(PPOOptions, "ptx_data")
     learning_rate: float = same_as(TrainOptions, "learning_rate")
     max_length: int = same_as(TrainOptions, "max_length")
+    packing: bool = same_as(SFTOptions, "packing")
+    num_samples: int = same_as(SFTOptions, "num_samples")
+    sample_length: int = same_as(SFTOptions, "sample_length")
+    save_total_limit: int = same_as(TrainOptions, "save_total_limit")
     actor_zero_config: str = same_as(PPOOptions, "actor_zero_config")
     critic_zero_config: str = same_as(PPOOptions, "critic_zero_config")
     actor_gradient_checkpointing: bool = same_as(PPOOptions, "actor_gradient_checkpointing")
@@ -40,6 +50,9 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     actor_learning_rate: float = same_as(PPOOptions, "actor_learning_rate")
     critic_learning_rate: float = same_as(PPOOptions, "critic_learning_rate")
     advantage_estimator: ESTIMATOR = same_as(PPOOptions, "advantage_estimator")
+    ema_decay: float = same_as(PPOOptions, "ema_decay")
+    samples_per_prompt: int = same_as(PPOOptions, "samples_per_prompt")
+    share_prompts: SHARE = same_as(PPOOptions, "share_prompts")
     rollout_batch_size: int = same_as(PPOOptions, "rollout_batch_size")
     generation_batch_size: int = same_as(PPOOptions, "generation_batch_size")
     max_prompt_length: int = same_as(PPOOptions, "max_prompt_length")
@@ -47,5 +60,6 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     top_k: int = same_as(PPOOptions, "top_k")
     top_p: float = same_as(PPOOptions, "top_p")
     gather_for_generation: bool = same_as(PPOOptions, "gather_for_generation")
+    compile_generation: COMPILE = same_as(PPOOptions, "compile_generation")
     rollout_engine: ENGINE = same_as(PPOOptions, "rollout_engine")
     rollout_tensor_parallel: int = same_as(PPOOptions, "rollout_tensor_parallel")

@@ -1,29 +1,32 @@
 """Phases of each step in which memory may peak, and their memory by part. Pure arithmetic."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from launch.plan.activations import (
+    Mask,
+    activations,
+    in_backward,
+    in_layer,
+    last_states,
+    of_mask,
+    passing,
+)
+from launch.plan.logits import allowed_tokens, gradient_of_logits, logits, logits_in_scoring
 from launch.plan.memory import (
     Model,
     Parts,
-    activations,
-    allowed_tokens,
     buffers_of_reduction,
     copies_in_step,
     gathered,
-    gradient_of_logits,
     gradients,
-    in_layer,
-    kv_cache,
-    logits,
-    logits_in_sampling,
-    logits_in_scoring,
     optimiser,
-    passing,
+    optimiser_away,
     total,
     weights,
 )
+from launch.plan.sampling import SampleBatch, engine, sampling
 
 
 class Phase(NamedTuple):
@@ -50,9 +53,21 @@ class Sizes:
     top_k: int
     top_p: float
     gathers: bool  # --gather_for_generation
+    group: int = 1  # responses to a prompt
+    sharing: int = 1  # of them, responses that share a row with the prompt in scoring and updates
+    compiles: bool = False  # --compile_generation
     engine_ranks: int = 0  # that share a copy of vLLM's weights; 0: the policy samples
+    engine_cache: float = 0.0  # bytes of keys and values in vLLM
     offloads_states: bool = False  # --offload_states
     tokens: int = 0  # of a micro-batch, in place of `micro_batch` and of scoring in batches of `generated`
+    packs: bool = False  # --packing with a mask
+    samples: int = 0  # answers sampled in evaluations of step 1
+    sample_length: int = 0
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row in step 3."""
+        return self.prompt + self.sharing * self.response
 
     def rows(self, width: int, per_record: int = 1) -> int:
         """Rows of this width in a micro-batch."""
@@ -62,26 +77,43 @@ class Sizes:
         """Rows of this width that fill `tokens`, at least one record; 0 without a number of tokens."""
         return max(self.tokens // (per_record * width), 1) * per_record if self.tokens else 0
 
+    def shared_rows(self, responses: int) -> int:
+        """Rows of a batch of step 3 with so many responses, or with `tokens`."""
+        return self.filled(self.width) or max(responses // self.sharing, 1)
+
 
 class Forward(NamedTuple):
-    """Memory saved by a forward pass, and temporary memory of its backward pass."""
+    """Memory saved by a forward pass, and memory of its backward pass."""
 
     saved: Parts
-    loss: float = 0.0  # at its start
-    layer: float = 0.0  # one recomputed layer
+    loss: float  # temporary, at its start
+    layer: float  # what one layer saves
+    gradients: float  # of activations, in one layer
+    mask: float
+    is_recomputed: bool  # whether layers save only their input
 
 
-def peak(phases: Iterator[Phase]) -> Phase:
-    """The phase with the largest memory."""
-    return max(phases, key=lambda phase: total(phase.parts))
+def peak(phases: Iterable[Phase]) -> Phase:
+    """The phase with the largest memory. Host memory is that of all phases: what is pinned stays pinned."""
+    phases = [*phases]
+    name, parts = max(phases, key=lambda phase: total(phase.parts))
+    return Phase(name, parts | Parts(host=max(phase.parts["host"] for phase in phases)))
 
 
 def step1(policy: Model, sizes: Sizes, fixed: Parts) -> Iterator[Phase]:
     """All rows have the maximum length, and all tokens are trained."""
     width = sizes.length
     rows = sizes.rows(width)
-    forward = passed(policy, rows, width, sizes.checkpointing, rows * width)
-    yield from training(policy, fixed + weights(policy) + optimiser(policy), forward, sizes.accumulates)
+    mask = "packed" if sizes.packs else "none"
+    forward = passed(policy, rows, width, sizes.checkpointing, rows * width, mask)
+    held = fixed + weights(policy) + optimiser(policy)
+    yield from training(policy, held, forward, sizes.accumulates)
+    if sizes.samples:
+        batch = SampleBatch(
+            sizes.samples, sizes.samples, width, sizes.sample_length, sizes.gathers, sizes.compiles
+        )
+        idle = held + (gradients(policy) if policy.zero.stage == 3 else Parts())
+        yield Phase("evaluation", idle + sampling(policy, batch))
 
 
 def step2(reward: Model, sizes: Sizes, fixed: Parts) -> Iterator[Phase]:
@@ -104,94 +136,96 @@ def step3(
     if reference:
         held += weights(reference)
     held["token lists"] += allowed_tokens(sizes.top_k, sizes.top_p, sizes.rollout * sizes.response)
-    rows, width = sizes.generated, sizes.prompt + sizes.response
-    in_rollout = engine(actor, sizes) if sizes.engine_ranks else sampling(actor, sizes)
+    in_rollout = rollout(actor, sizes)
     if sizes.engine_ranks and actor.zero.on_cpu:  # where vLLM keeps them during training
-        held, in_rollout = held + in_rollout, Parts()
+        held += Parts({part: in_rollout.pop(part) for part in ("weights", "KV cache")})
     idle = sum((optimiser_between(model, sizes.offloads_states) for model in trained), held)
     idle = sum((gradients(model) for model in trained if model.zero.stage == 3), idle)
     held = sum((optimiser(model) for model in trained), held)
     yield Phase("rollout", idle + in_rollout)
     scorers = [reference or actor, *rewards, *([critic] if critic else [])]
-    rows = sizes.filled(width) or rows
+    rows, mask = sizes.shared_rows(sizes.generated), shared_mask(sizes)
     for number, model in enumerate(scorers):
-        scoring = Parts(activations=passing(model, rows, width), buffers=gathered(model))
-        scoring["logits"] = 0 if number else logits_in_scoring(model, rows * sizes.response)
-        yield Phase("scoring", idle + scoring)
-    yield from updates(actor, critic, held, sizes, has_adapters=reference is None)
+        base = idle + Parts(buffers=gathered(model))
+        yield Phase("scoring", base + Parts(activations=passing(model, rows, sizes.width, mask)))
+        if not number:
+            head = logits_in_scoring(model, rows * sizes.sharing * sizes.response)
+            states = last_states(model, rows, sizes.width)
+            yield Phase("scoring", base + Parts(activations=states, logits=head))
+    yield from updates(actor, critic, held, sizes)
 
 
-def sampling(actor: Model, sizes: Sizes) -> Parts:
-    """Memory of the decoding loop."""
-    rows, width = sizes.generated, sizes.prompt + sizes.response
-    fetched = actor.zero.size * actor.shape.parameters if sizes.gathers else gathered(actor)
-    parts = Parts({"KV cache": kv_cache(actor, rows, width)})
-    parts["buffers"] = fetched if gathered(actor) else 0
-    if sizes.gathers or not gathered(actor):  # copies of frozen weights, with the adapters merged
-        parts["buffers"] += actor.zero.size * (actor.shape.parameters - actor.shape.trained)
-    return parts + Parts(
-        activations=passing(actor, rows, sizes.prompt), logits=logits_in_sampling(actor, rows)
+def rollout(actor: Model, sizes: Sizes) -> Parts:
+    """What sampling takes, by the policy or by vLLM."""
+    rows = sizes.generated
+    if sizes.engine_ranks:
+        return engine(actor, sizes.engine_ranks, sizes.engine_cache, rows)
+    prompts = -(-rows // sizes.group)
+    return sampling(
+        actor, SampleBatch(rows, prompts, sizes.prompt, sizes.response, sizes.gathers, sizes.compiles)
     )
 
 
-def engine(actor: Model, sizes: Sizes) -> Parts:
-    """vLLM's weights and cache, a part on each of the ranks that share them."""
-    copy, width = actor.zero.size * actor.shape.parameters, sizes.prompt + sizes.response
-    cache = kv_cache(actor, sizes.generated, width)
-    return Parts({"weights": copy / sizes.engine_ranks, "KV cache": cache / sizes.engine_ranks})
+def shared_mask(sizes: Sizes) -> Mask:
+    return "shared" if sizes.sharing > 1 else "none"
 
 
 def optimiser_between(model: Model, offloads_states: bool) -> Parts:
     """The optimiser's states between updates: DeepSpeed can offload them at stages 1 and 2."""
-    states = optimiser(model)
     moves = offloads_states and model.zero.stage in (1, 2) and not model.zero.on_cpu
-    return Parts(host=sum(states.values())) if moves else states
+    return Parts(host=optimiser_away(model)) if moves else optimiser(model)
 
 
-def updates(
-    actor: Model, critic: Model | None, held: Parts, sizes: Sizes, has_adapters: bool
-) -> Iterator[Phase]:
-    """Training on micro-batches of a rollout. held: memory in use all the time.
-
-    The critic's first forward pass is made during scoring and saved while the actor trains on its first
-    micro-batch; there are no gradients then. Later the models alternate.
-    """
-    width = sizes.prompt + sizes.response
-    rows = sizes.rows(width)
-    policy = passed(actor, rows, width, sizes.actor_checkpointing, rows * sizes.response)
-    values = passed(critic, rows, width, sizes.critic_checkpointing) if critic else Forward(Parts())
-
-    def beside(other: Model | None, accumulates: bool) -> Parts:
-        return gradients(other) if other and (accumulates or other.zero.stage == 3) else Parts()
-
-    first = held + values.saved + beside(critic, False)
-    # With adapters, the previous pass ran without them, so there is no trace.
-    yield from training(actor, first, policy, accumulates=False, is_traced=not has_adapters)
+def updates(actor: Model, critic: Model | None, held: Parts, sizes: Sizes) -> Iterator[Phase]:
+    """Micro-batches of a rollout, of actor and critic by turns. held: memory in use all the time."""
+    rows, width, mask = sizes.shared_rows(sizes.micro_batch), sizes.width, shared_mask(sizes)
+    positions = rows * sizes.sharing * sizes.response
+    policy = passed(actor, rows, width, sizes.actor_checkpointing, positions, mask)
+    if not critic:
+        yield from training(actor, held, policy, sizes.accumulates)
+        return
+    values = passed(critic, rows, width, sizes.critic_checkpointing, mask=mask)
     for model, other, forward in ((actor, critic, policy), (critic, actor, values)):
-        if model:
-            added = held + beside(other, sizes.accumulates)
-            yield from training(model, added, forward, sizes.accumulates)
+        has_gradients = sizes.accumulates or other.zero.stage == 3
+        beside = held + (gradients(other) if has_gradients else Parts())
+        yield from training(model, beside, forward, sizes.accumulates)
 
 
-def passed(model: Model, rows: int, width: int, checkpointing: bool, positions: int = 0) -> Forward:
+def passed(
+    model: Model, rows: int, width: int, checkpointing: bool, positions: int = 0, mask: Mask = "none"
+) -> Forward:
     """A forward pass over rows x width tokens, with logits at some positions."""
-    saved = Parts(activations=activations(model, rows, width, checkpointing), logits=logits(model, positions))
-    layer = in_layer(model, rows, width) if checkpointing else 0.0
-    return Forward(saved, gradient_of_logits(model, positions), layer)
+    saved = Parts(activations=activations(model, rows, width, checkpointing, mask))
+    saved["logits"] = logits(model, positions)
+    return Forward(
+        saved,
+        loss=gradient_of_logits(model, positions),
+        layer=in_layer(model, rows, width, mask),
+        gradients=in_backward(model, rows, width),
+        mask=of_mask(model, rows, width, mask),
+        is_recomputed=checkpointing,
+    )
 
 
-def training(
-    model: Model, held: Parts, forward: Forward, accumulates: bool, is_traced: bool = True
-) -> Iterator[Phase]:
+def training(model: Model, held: Parts, forward: Forward, accumulates: bool) -> Iterator[Phase]:
     """Phases of a backward pass, which may accumulate gradients, and of the optimiser step after it."""
     zero, grads = model.zero, gradients(model)
     before = grads if accumulates or zero.stage == 3 else Parts()
-    present = Parts(buffers=gathered(model, is_traced))
+    present = Parts(buffers=gathered(model))
     reserved = 0 if zero.on_cpu or zero.stage == 0 else buffers_of_reduction(model)
-    running = held + before + present + forward.saved + Parts(buffers=reserved)
-    yield Phase("backward begins", running + Parts(logits=forward.loss))
-    yield Phase("recomputation", running + Parts(activations=forward.layer))
-    # Stage 2 keeps the sum over earlier micro-batches separate from the gradients of the current one.
-    after = before + grads if zero.stage == 2 else grads
-    yield Phase("backward ends", held + after + present + Parts(buffers=buffers_of_reduction(model)))
+    running = held + before + present + Parts(buffers=reserved)
+    yield Phase("backward begins", running + forward.saved + Parts(logits=forward.loss))
+    in_layer = Parts(activations=forward.gradients + forward.layer * forward.is_recomputed)
+    name = "recomputation" if forward.is_recomputed else "last layer"
+    yield Phase(name, running + Parts(activations=forward.saved["activations"]) + in_layer)
+    # Stage 2 keeps sums in 16 bits separate from the gradients of the current micro-batch.
+    has_both = zero.stage == 2 and not zero.sums_in_fp32
+    after = held + present + (before + grads if has_both else grads)
+    after += Parts(buffers=buffers_of_reduction(model))
+    # Before the gradients of this layer and of the embedding, often the largest tensor.
+    others = max(model.shape.trained - model.shape.largest, 0) * (1 - 1 / max(model.shape.layers, 1))
+    missing = 1 - others / model.shape.trained if model.shape.trained else 0.0
+    first = Parts(activations=forward.layer + forward.gradients + forward.mask)
+    yield Phase("first layer", after + first - Parts(gradients=missing * grads["gradients"]))
+    yield Phase("backward ends", after)
     yield Phase("optimiser step", held + grads + Parts(buffers=copies_in_step(model)))

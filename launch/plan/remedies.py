@@ -17,6 +17,7 @@ Predictor = Callable[[Changes], dict[str, Phase]]
 MOST_TOGETHER = 4  # remedies per combination
 MOST_WAYS = 10  # shown per step
 HALVINGS = 12
+BELOW_STAGE_3 = "below stage 3"
 
 
 class Remedy(NamedTuple):
@@ -51,19 +52,37 @@ def remedies(options: PlanOptions) -> list[Remedy]:
     """All remedies. Options that are on already change nothing, so `ways` never returns them."""
     rollout = min(options.generation_batch_size, -(-options.rollout_batch_size // options.num_gpus))
     size = "micro_batch_tokens" if options.micro_batch_tokens else "micro_batch_size"
+    checkpointing: Changes = {"gradient_checkpointing": True}
+    without_critic: Changes = {"advantage_estimator": "rloo"}
+    if options.samples_per_prompt == 1:
+        without_critic["samples_per_prompt"] = 4 if options.rollout_batch_size % 4 == 0 else 2
     return [
+        Remedy([{"gather_for_generation": False}], 0.02, steps="step 1"),
         Remedy(_levels(size, _halves(getattr(options, size))), 0.05),
         Remedy(_levels("generation_batch_size", _halves(rollout)), 0.06, steps="step 3"),
         Remedy([{"offload_frozen": True}], 0.07, steps="step 3"),
         _zero("zero2", 0.08),
+        Remedy([{"offload_states": True}], 0.1, kind=BELOW_STAGE_3, steps="step 3"),
         _zero("zero3", 0.15),
-        Remedy([{"gradient_checkpointing": True}], 0.3),
+        Remedy([checkpointing], 0.3, steps="step 1, step 2"),
+        Remedy([{"critic_gradient_checkpointing": True}, checkpointing], 0.3, steps="step 3"),
         _zero("zero2_offload", 1.0),
         FULL_OFFLOAD,
         Remedy([{"gather_for_generation": False}], 4.0, steps="step 3"),
-        Remedy([{"advantage_estimator": "rloo"}], 0.0, "no critic: another algorithm", steps="step 3"),
+        Remedy([without_critic], 0.0, "no critic: another algorithm", steps="step 3"),
         Remedy([{"lora_rank": 16}], 0.01, "trains adapters only"),
+        Remedy(_engines(options), 0.0, "needs vLLM", steps="step 3"),
     ]
+
+
+def _engines(options: PlanOptions) -> list[Changes]:
+    """vLLM, with its weights on more and more of a machine's ranks."""
+    if options.top_k or options.top_p < 1.0:
+        return []
+    ranks = min(options.num_gpus, options.gpus_per_node)
+    parallel = [size for size in (2, 4, 8) if ranks % size == 0]
+    engine = {"rollout_engine": "vllm"}
+    return [engine, *(engine | {"rollout_tensor_parallel": size} for size in parallel)]
 
 
 def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> list[Way]:
@@ -76,6 +95,17 @@ def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> 
     def fits(levels: Sequence[Changes]) -> bool:
         return total(predictor(_merged(levels))[step].parts) / GIB <= room
 
+    smallest = _smallest([remedy for remedy in usable if not remedy.note], fits)
+    if len(smallest) < MOST_WAYS:  # else those that change results are not shown
+        smallest = _smallest(usable, fits)
+    smallest.sort(key=lambda chosen: (any(r.note for r in chosen), sum(r.slowness for r in chosen)))
+    return [_way(chosen, _mildest(chosen, fits), options, step, predictor) for chosen in smallest[:MOST_WAYS]]
+
+
+def _smallest(
+    usable: Sequence[Remedy], fits: Callable[[Sequence[Changes]], bool]
+) -> list[tuple[Remedy, ...]]:
+    """Sets that fit, of which no remedy can be left out."""
     smallest: list[tuple[Remedy, ...]] = []
     for count in range(1, MOST_TOGETHER + 1):
         for chosen in combinations(usable, count):
@@ -83,14 +113,14 @@ def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> 
             is_larger = any(all(one in chosen for one in smaller) for smaller in smallest)
             if not is_larger and len(set(kinds)) == len(kinds) and fits([one.levels[-1] for one in chosen]):
                 smallest.append(chosen)
-    smallest.sort(key=lambda chosen: (any(r.note for r in chosen), sum(r.slowness for r in chosen)))
-    return [_way(chosen, _mildest(chosen, fits), options, step, predictor) for chosen in smallest[:MOST_WAYS]]
+    return smallest
 
 
 def least(options: PlanOptions, step: str, predictor: Predictor) -> Way:
     """All remedies together that change only speed and memory: the minimum of a step."""
     usable = [remedy for remedy in remedies(options) if step in remedy.steps and not remedy.note]
-    chosen = [remedy for remedy in usable if remedy.levels and remedy.kind != FULL_OFFLOAD.kind]
+    without = FULL_OFFLOAD.kind, BELOW_STAGE_3
+    chosen = [remedy for remedy in usable if remedy.levels and remedy.kind not in without]
     chosen.append(FULL_OFFLOAD)
     return _way(chosen, [remedy.levels[-1] for remedy in chosen], options, step, predictor)
 
@@ -147,9 +177,6 @@ def _words(changes: Changes, options: PlanOptions, step: str) -> Iterator[str]:
             is_set = step == "step 3" and any(getattr(options, one) for one in per_model)
             names = per_model if is_set else [name]
             yield from (f"--{one} {_short(value)}" for one in names)
-        elif name == "advantage_estimator":
-            group = next((size for size in (4, 2) if options.rollout_batch_size % size == 0), 4)
-            yield f"--{name} {value} --samples_per_prompt {group}"
         elif value is True:
             yield f"--{name}"
         elif value != "":

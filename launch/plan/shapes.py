@@ -29,9 +29,11 @@ class Matrix(NamedTuple):
 
 
 @cache
-def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) -> Shape:
+def read_shape(
+    path: str, is_scalar: bool, rank: int, targets: tuple[str, ...], kernels: str = "auto"
+) -> Shape:
     """Shape of the model at `path`, as a language model or with a scalar head; with adapters if rank is not
-    0.
+    0. kernels: --attn_implementation.
 
     Raises UserError for a missing model, and for layers other than dense attention and a dense MLP.
     """
@@ -56,7 +58,9 @@ def read_shape(path: str, is_scalar: bool, rank: int, targets: tuple[str, ...]) 
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         largest=largest,
         vocabulary=config.get_text_config().vocab_size,
-        has_eager_attention=attention_implementation(model.config) == "eager",
+        has_eager_attention="eager"
+        in (kernels, attention_implementation(model.config) * (kernels == "auto")),
+        tensors=tuple(p.numel() for p in parameters),
         **widths,
     )
 

@@ -68,6 +68,7 @@ REFUSED = [
     # Without vLLM because it is absent, else because of the model's small attention heads.
     *((command, ["--rollout_engine", "vllm"], "--rollout_engine vllm: ") for command in SAMPLING),
     ("plan", ["--num_gpus", HUGE], "--num_gpus"),
+    ("plan", ["--gpus_per_node", "0"], "--gpus_per_node"),
     ("plan", ["--micro_batch_size", "1" * 5000], "--micro_batch_size"),
     ("annotate", ["--port", "70000"], "--port"),
     ("annotate", ["--host", "a..b"], "--host"),

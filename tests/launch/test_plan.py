@@ -23,12 +23,12 @@ from common.model.zero import CONFIG_FOLDER
 from common.numeric.top_k_top_p import support
 from common.runtime.option_parser import parse_options
 from common.runtime.options import LoraOptions
-from launch.plan import memory
+from launch.plan import activations, logits, memory
 from launch.plan.main import CARDS, USABLE, verdicts
 from launch.plan.memory import Model, Parts, Shape, Zero, total
 from launch.plan.options import PlanOptions
-from launch.plan.phases import Sizes, step3
-from launch.plan.predict import GIB, predict
+from launch.plan.phases import Phase, Sizes, step3
+from launch.plan.predict import GIB, predict, read_models
 from launch.plan.remedies import cached, least, remedies, ways
 from launch.plan.shapes import read_shape
 from step3_ppo.options import PPOOptions
@@ -80,12 +80,28 @@ def test_model_states_match_the_zero_paper(stage: int, gigabytes: float):
     assert total(parts) / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
+def test_many_micro_batches_are_summed_in_fp32(big: PlanOptions):
+    """Twice the bytes of 16-bit gradients; at stage 2 the optimiser step then needs no copy of them."""
+    for stage, copies in ((2, 0), (3, 4 * 500)):
+        model = Model(plain(1000), Zero(stage, 2, sums_in_fp32=True))
+        assert memory.gradients(model) == Parts(gradients=4 * 500) and memory.copies_in_step(model) == copies
+    for size, is_summed in ((8 * 4 * 32, True), (8 * 4 * 31, False)):
+        zero = read_models(replace(big, global_batch_size=size)).policy.zero
+        assert zero.sums_in_fp32 == is_summed
+
+
+def test_hpz_adds_a_copy_of_the_weights_per_group_of_ranks():
+    assert memory.weights(Model(plain(1000), Zero(3, 40, hpz=8)))["weights"] == 2 * (1000 / 40 + 1000 / 8)
+    assert memory.weights(Model(plain(1000), Zero(2, 40, hpz=8)))["weights"] == 2 * 1000
+
+
 def test_offload_moves_model_states_to_the_host():
     zero = Zero(3, ranks=4, offloads_optimiser=True, offloads_weights=True)
     model = Model(plain(1000), zero)
     parts = memory.weights(model) + memory.gradients(model) + memory.optimiser(model)
     assert total(parts) == 0
-    assert parts["host"] == (2 + 12 + 4 + 2) * 1000 / 4  # including gradients in fp32 and in 16 bits
+    # Pinned blocks are powers of two: weights twice, gradients in fp32 and in 16 bits.
+    assert parts["host"] == 512 + 512 + (8 + 4) * 1000 / 4 + 1024 + 512
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -127,7 +143,7 @@ def test_activations_match_autograd(tmp_path: Path, name: str, dtype: torch.dtyp
     measured = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in of_model)
     shape = read_shape(path, False, rank, ("all-linear",))
     shape = replace(shape, has_eager_attention=name == "eager")
-    planned = memory.activations(Model(shape, Zero(0, 1, size=dtype.itemsize)), rows=2, width=48)
+    planned = activations.activations(Model(shape, Zero(0, 1, size=dtype.itemsize)), rows=2, width=48)
     assert planned == pytest.approx(measured, rel=0.08)
 
 
@@ -136,9 +152,9 @@ def test_checkpointing_saves_the_input_of_each_layer():
     model = Model(replace(shape, has_rms_norm=True), Zero(0, 1, size=2))
     layer = 3 * 5 * ((4 + 2 * 2) * 16 + 2 * (16 + 8) + 4 * 2 + 2 * 4 * 32)
     last_norm = 3 * 5 * (4 + 2 * 2) * 8
-    assert memory.activations(model, 3, 5) == 10 * layer + last_norm
-    assert memory.activations(model, 3, 5, checkpointing=True) == 10 * 3 * 5 * 2 * 8 + last_norm
-    assert memory.in_layer(model, 3, 5) == layer
+    assert activations.activations(model, 3, 5) == 10 * layer + last_norm
+    assert activations.activations(model, 3, 5, checkpointing=True) == 10 * 3 * 5 * 2 * 8 + last_norm
+    assert activations.in_layer(model, 3, 5) == layer
 
 
 def test_kv_cache_matches_the_model(tmp_path: Path, big: PlanOptions):
@@ -146,9 +162,9 @@ def test_kv_cache_matches_the_model(tmp_path: Path, big: PlanOptions):
     cache = AutoModelForCausalLM.from_config(load_config(path))(torch.ones(2, 9).long(), use_cache=True)
     size = sum(t.nbytes for layer in cache.past_key_values.layers for t in (layer.keys, layer.values))
     model = Model(read_shape(path, False, 0, ()), Zero(0, 1, size=4))
-    assert memory.kv_cache(model, 2, 9) == size * 4 / 3  # three layers, and one of them twice
+    assert activations.kv_cache(model, 2, 9) == size * 13 / 12  # and the keys of half the rows in one layer
     llama = Model(read_shape(big.model_name_or_path, False, 0, ()), Zero(2, 8))
-    assert memory.kv_cache(llama, 1, 1) == 2**19 * 33 / 32  # half a MiB per token
+    assert activations.kv_cache(llama, 1, 1) == 2**19 * 129 / 128  # half a MiB per token
 
 
 def test_buffers_by_hand():
@@ -164,29 +180,32 @@ def test_buffers_by_hand():
     }.items():
         assert memory.buffers_of_reduction(Model(shape, zero)) == 2 * elements
     assert memory.copies_in_step(Model(shape, Zero(2, 2))) == (2 + 4) * 1000 / 2
+    assert memory.copies_in_step(Model(shape, Zero(3, 2))) == (2 + 4) * 1000 / 2
+    # Stage 3 updates sub-groups, which end with the tensor that fills them.
+    assert memory.copies_in_step(Model(shape, Zero(3, 2, sub_group=100))) == (2 + 4) * (100 + 300 / 2)
+    assert memory.copies_in_step(Model(shape, Zero(2, 2, sub_group=100))) == (2 + 4) * 1000 / 2
     assert memory.gathered(Model(shape, Zero(3, 2, live=600))) == 2 * 600
-    assert memory.gathered(Model(shape, Zero(3, 2, live=600)), is_traced=False) == 2 * 300
     assert memory.gathered(Model(shape, Zero(3, 1))) == memory.gathered(Model(shape, Zero(2, 2))) == 0
 
 
 def test_logits_by_hand():
     model = Model(plain(1, vocabulary=32_000), Zero(2, 1, size=2))
-    assert memory.logits(model, 100) == 100 * 32_000 * 2
-    assert memory.gradient_of_logits(model, 100) == 100 * 32_000 * (4 + 4 + 4)
-    assert memory.logits_in_scoring(model, 100) == 100 * 32_000 * (2 + 4 + 4)
-    assert memory.logits_in_scoring(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
+    assert logits.logits(model, 100) == 100 * 32_000 * 2
+    assert logits.gradient_of_logits(model, 100) == 100 * 32_000 * 4 * 4
+    assert logits.logits_in_scoring(model, 100) == 100 * 32_000 * (2 + 4 + 4)
+    assert logits.logits_in_scoring(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
 
 
 @pytest.mark.parametrize("hidden", [10, 1000])
 def test_logits_of_one_chunk_by_hand(monkeypatch: pytest.MonkeyPatch, hidden: int):
     """Chunks of 7 tokens, and the gradient of a trained head."""
-    monkeypatch.setattr(memory, "CHUNK", 7 * 3000)
+    monkeypatch.setattr(logits, "CHUNK", 7 * 3000)
     adapted = plain(9, trained=1, vocabulary=3000, hidden=hidden)
     model = Model(replace(adapted, trained=9), Zero(2, 1, size=2))
-    assert memory.logits(model, 7) == 7 * 3000 * 2 and memory.logits(model, 8) == 0
-    assert memory.gradient_of_logits(model, 100) == 3000 * hidden * 2 + 7 * 3000 * 20
-    assert memory.gradient_of_logits(model._replace(shape=adapted), 100) == 7 * 3000 * 20
-    assert memory.logits_in_scoring(model, 100) == 7 * 3000 * (2 + 4 + 4)
+    assert logits.logits(model, 7) == 7 * 3000 * 2 and logits.logits(model, 8) == 0
+    assert logits.gradient_of_logits(model, 100) == 3000 * hidden * 2 + 7 * 3000 * 20
+    assert logits.gradient_of_logits(model._replace(shape=adapted), 100) == 7 * 3000 * 20
+    assert logits.logits_in_scoring(model, 100) == 7 * 3000 * (2 + 4 + 4)
 
 
 def test_step_3_has_four_copies_of_weights_and_two_with_adapters(big: PlanOptions):
@@ -205,14 +224,16 @@ def test_vllm_has_its_own_weights_and_cache_during_a_rollout(big: PlanOptions):
     """On a GPU; on a CPU it has them all the time."""
     actor = Model(read_shape(big.model_name_or_path, False, 0, ()), Zero(3, 8))
     phases = {
-        (device, ranks): [*step3(model, None, model, [], replace(SIZES, engine_ranks=ranks), Parts())]
+        (device, ranks): [
+            *step3(model, None, model, [], replace(SIZES, engine_ranks=ranks, engine_cache=7000), Parts())
+        ]
         for device, model in (("gpu", actor), ("cpu", actor._replace(zero=Zero(3, 8, on_cpu=True))))
         for ranks in (0, 2)
     }
     copy = 2 * PARAMETERS_OF_LLAMA_2_7B
     rollout, plain = phases["gpu", 2][0].parts, phases["gpu", 0][0].parts
     assert rollout["weights"] - plain["weights"] == copy / 2
-    assert rollout["KV cache"] == memory.kv_cache(actor, 4, 24) / 2 and not rollout["buffers"]
+    assert rollout["KV cache"] == 7000 and not rollout["buffers"]
     assert phases["gpu", 2][1:] == phases["gpu", 0][1:]
     for one, other in zip(phases["cpu", 2], phases["cpu", 0], strict=True):
         assert one.parts["weights"] - other.parts["weights"] == copy / 2, one.name
@@ -221,34 +242,44 @@ def test_vllm_has_its_own_weights_and_cache_during_a_rollout(big: PlanOptions):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_models_are_on_the_gpu_one_at_a_time(stage: int):
     trained = Model(plain(1000), Zero(stage, 4))
-    frozen = Model(plain(1000), Zero(stage, 4, offloads_weights=True))
+    frozen = Model(plain(1000, trained=0), Zero(stage, 4, offloads_weights=True))
     phases = [*step3(trained, trained, frozen, [frozen], SIZES, Parts())]
-    two = 2 * 2 * 1000 / (4 if stage == 3 else 1)
-    assert {(phase.parts["weights"], phase.parts["host"]) for phase in phases} == {(two, two)}
-    reference, reward, _ = [phase.parts for phase in phases if phase.name == "scoring"]
+    two, host = (2 * 2 * 1000 / 4, 2 * 512) if stage == 3 else (2 * 2 * 1000, 2 * 2 * 1000)
+    assert {(phase.parts["weights"], phase.parts["host"]) for phase in phases} == {(two, host)}
+    reference, _, reward, _ = [phase.parts for phase in phases if phase.name == "scoring"]
     assert reference["buffers"] == reward["buffers"] == 2 * 1000
 
 
 def test_updates_of_step_3_by_hand():
-    """There are no gradients while the critic's first pass is saved; later there are those of both."""
+    """With accumulation there are gradients of both models; activations are of one at a time."""
     widths = {"layers": 2, "hidden": 5, "mlp": 10, "saved_in_mlp": 4}
-    actor, critic = (Model(plain(size, **widths), Zero(0, 1, size=4)) for size in (1000, 700))
+    actor, critic = (
+        Model(plain(size, largest=largest, **widths), Zero(0, 1, size=4))
+        for size, largest in ((1000, 800), (700, 400))
+    )
     layer, inputs, last_norm = 48 * 4 * 4 * 10, 48 * 4 * 5, 48 * 8 * 5
-    full, checkpointed = 2 * layer + last_norm, 2 * inputs + last_norm
+    full, checkpointed, temporary = 2 * layer + last_norm, 2 * inputs + last_norm, 48 * 4 * (3 * 10 + 5)
     for sizes, other, recomputed in (
         (SIZES, full, 0),
         (replace(SIZES, critic_checkpointing=True), checkpointed, layer),
     ):
         phases = [*step3(actor, critic, None, [], replace(sizes, accumulates=True), Parts())]
-        begins = [phase.parts for phase in phases if phase.name == "backward begins"]
-        sizes_at_start = [(parts["gradients"], parts["activations"]) for parts in begins]
-        assert sizes_at_start == [(0, full + other), (6800, full), (6800, other)]
-        recomputing = [phase.parts["activations"] for phase in phases if phase.name == "recomputation"]
-        assert recomputing == [full + other, full, other + recomputed]
-        ends = [phase.parts["activations"] for phase in phases if phase.name == "backward ends"]
-        assert ends == [other, 0, 0]
+
+        def sizes_at(*names: str, phases: list[Phase] = phases) -> list[tuple[float, float]]:
+            parts = [phase.parts for phase in phases if phase.name in names]
+            return [(one["gradients"], one["activations"]) for one in parts]
+
+        assert sizes_at("backward begins") == [(6800, full), (6800, other)]
+        at_work = (6800, full + temporary), (6800, other + recomputed + temporary)
+        assert sizes_at("last layer", "recomputation") == [*at_work]
+        # Without those of the first layer and the largest tensor, here the embedding.
+        assert sizes_at("first layer") == [
+            (400 + 2800, layer + temporary),
+            (300 / 2 * 4 + 4000, layer + temporary),
+        ]
+        assert sizes_at("backward ends") == [(6800, 0), (6800, 0)]
         single = [*step3(actor, critic, None, [], sizes, Parts())]
-        assert [p.parts["gradients"] for p in single if p.name == "backward begins"] == [0, 0, 0]
+        assert [p.parts["gradients"] for p in single if p.name == "backward begins"] == [0, 0]
 
 
 def test_options_match_the_stages():
@@ -267,7 +298,7 @@ def test_allowed_tokens_of_the_rollout_are_counted(big: PlanOptions):
     )
     lists = support(torch.randn(64 * 16, 500), 20, 1.0)
     assert top_k - free == lists.ids.nbytes + lists.sizes.nbytes
-    assert top_p - free == 64 * 16 * 4 * (memory.NUCLEUS + 1)
+    assert top_p - free == 64 * 16 * 4 * (logits.NUCLEUS + 1)
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 8, "advantage_estimator": "rloo"}], ids=str)
@@ -279,8 +310,7 @@ def test_pasted_options_make_a_step_fit(big: PlanOptions, monkeypatch: pytest.Mo
     given += [word for name, value in changes.items() for word in (f"--{name}", str(value))]
 
     def peak(words: list[str], step: str) -> float:
-        chosen = [word for word in words if word not in ("--samples_per_prompt", "4")]
-        monkeypatch.setattr("sys.argv", ["plan", *given, *chosen])
+        monkeypatch.setattr("sys.argv", ["plan", *given, *words])
         return total(predict(parse_options(PlanOptions))[step].parts) / GIB
 
     for step, phase in predict(options).items():
@@ -335,7 +365,8 @@ def test_states_away_take_host_memory_in_rollouts():
         here, there = ([*step3(model, None, model, [], one, Parts())] for one in (SIZES, away))
         for before, after in zip(here, there, strict=True):
             moved = gone if before.name in ("rollout", "scoring") else 0
-            assert total(before.parts) - total(after.parts) == moved == after.parts["host"]
+            assert total(before.parts) - total(after.parts) == moved
+            assert after.parts["host"] == 3 * 2048 * (moved > 0)  # pinned: 2000 bytes each, in powers of two
 
 
 def test_zero_config_of_the_actor_is_replaced(big: PlanOptions):
@@ -382,7 +413,7 @@ def test_command_prints_a_table_and_verdicts(big: PlanOptions):
     )
     assert "rows of 1024 tokens; step 3: prompts of 256 and responses of 128 tokens" in head
     cells = {line[:16].strip(): line[16:].split() for line in printed.splitlines()}
-    assert cells["token lists"] == ["0.00"] * 3 and cells["CUDA context"] == ["1.00"] * 3
+    assert cells["token lists"] == ["0.00"] * 3 and cells["CUDA and NCCL"] == ["1.50"] * 3
     assert " ".join(cells["peak phase"]) == "optimiser step recomputation optimiser step"
     assert cells["total"] == [f"{total(phase.parts) / GIB:.2f}" for phase in phases.values()]
     assert cells["optimiser"][0] == f"{12 * PARAMETERS_OF_LLAMA_2_7B / 8 / GIB:.2f}"
