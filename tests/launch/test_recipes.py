@@ -154,13 +154,9 @@ def test_steps_fit_with_5_percent_to_spare(
 TINY = "--max_steps 1 --global_batch_size 8 --eval_steps 0 --save_steps 0 --max_eval_samples 4"
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "tiny" in metafunc.fixturenames:
-        cases = RECIPE if metafunc.config.getoption("--whole") else [("llama_70b", "70b")]
-        metafunc.parametrize("tiny", cases, ids="-".join)
-
-
-def test_recipe_runs_with_a_tiny_model(tmp_path: Path, tiny: tuple[str, str]) -> None:
+@pytest.mark.rare
+@pytest.mark.parametrize(("recipe", "size"), RECIPE)
+def test_recipe_runs_with_a_tiny_model(tmp_path: Path, recipe: str, size: str) -> None:
     """Each command on as many ranks as GPUs per machine, at most 2."""
     world = make_world(tmp_path / "world", hidden_size=64)  # enough for adapters of rank 64
     words = ["--model", str(world / "model"), "--data", str(world), "--output", str(tmp_path / "out")]
@@ -173,5 +169,5 @@ def test_recipe_runs_with_a_tiny_model(tmp_path: Path, tiny: tuple[str, str]) ->
     (tmp_path / "rewards.py").write_text(
         "def shortness(prompts, responses, records):\n    return [-len(r) for r in responses]\n"
     )
-    for command in commands(tmp_path, *tiny, words, **variables):
+    for command in commands(tmp_path, recipe, size, words, **variables):
         succeed(MODULES[command.name], command.words, tmp_path / "logs", ranks=min(command.gpus, 2))
