@@ -143,6 +143,19 @@ def test_two_ranks_train_like_one(
             assert result == pytest.approx(wanted, **CLOSE), f"{output} {name}"
 
 
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.rare) for stage in (0, 1, 2)), 3])
+def test_eight_ranks_train_like_one(world: Path, run: Path, tmp_path: Path, stage: int) -> None:
+    """One iteration of step 3; a rank has one row of each minibatch."""
+    start = run / "sft/final", run / "reward/final"
+    short = ["--micro_batch_size", "1", "--max_response_length", "4", "--max_eval_samples", "8"]
+    for ranks, zero in ((8, stage), (1, 0)):
+        words = [*ppo(world, *start, tmp_path / f"{ranks}", 1), *short]
+        succeed("step3_ppo.main", [*words, "--zero_config", str(ZERO / f"zero{zero}.json")], tmp_path, ranks)
+    for name in ("reward/mean", "kl/mean", "policy/loss", "value/loss", "policy/grad_norm", "eval/score"):
+        eight, one = (metrics(tmp_path / f"{ranks}", name) for ranks in (8, 1))
+        assert eight == pytest.approx(one, **CLOSE), name
+
+
 def test_head_in_chunks(world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 5 tokens under ZeRO-3, on two ranks with different numbers of chunks."""
     start = run / "sft/final", run / "reward/final"
