@@ -18,6 +18,7 @@ from common.text.truncation import Dropped
 from common.training import trackers
 from common.training.report_to import Trackers
 from common.training.train_state import TrainState
+from launch.plan.hardware import table_of
 from launch.plan.options import PlanOptions
 from step1_sft.data import tokenize_demonstration
 from step1_sft.options import SFTOptions
@@ -121,6 +122,8 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     ),
     "loss_aggregation": lambda v: token_weights(TWO.long(), TWO > 1, v, 2),
     "keep": keep,
+    "gpu": lambda v: table_of(v, "hdr200", 8),
+    "link": lambda v: table_of("h200", v, 8),
     "pairs": lambda v: rejected(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),
 }
 ELSEWHERE = {"device", "attn_implementation"}  # of the plan, whose tests predict for both; of transformers

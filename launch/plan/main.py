@@ -1,5 +1,5 @@
-"""Predict the memory of the three steps per GPU, their host memory and their disk space without loading a
-model; list options that make a step fit.
+"""Predict memory, host memory, disk space and time of the three steps without loading a model; list options
+that make a step fit, and those that make it faster.
 
     bash launch/plan.sh --model_name_or_path DIR_OR_HUB_ID --num_gpus 8
 
@@ -16,12 +16,16 @@ from common.generation.generate import fit_prompt_length
 from common.model.loading import load_config
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
+from launch.plan.attack import advice
+from launch.plan.hardware import GPUS
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase, peak
 from launch.plan.predict import GIB, predict_phases, predict_storage, setting
 from launch.plan.remedies import Predictor, cached, least, ways
+from launch.plan.step_seconds import step_seconds
 from launch.plan.storage import of_machine, on_disk
+from launch.plan.time_table import machine, time_table
 
 REFUSED = 2  # exit code after a mistake of the user, as in training
 # Parts and their names in the table. No option changes "fixed".
@@ -55,6 +59,7 @@ def main() -> None:
         options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
         options = fit_prompt_length(options, load_config(options.model_name_or_path))
+        steps = step_seconds(options) if options.device == "gpu" else {}
         all_phases = predict_phases(options)
         phases = {step: peak(of_step) for step, of_step in all_phases.items()}
         print(f"{setting(options)}\n\n{table(phases, options.device)}")
@@ -65,6 +70,8 @@ def main() -> None:
                 room = capacity * USABLE
                 print(f"\nOn cards of {card}, {room:.1f} GiB of them usable:")
                 print("\n".join(verdicts(options, phases, room, predictor)))
+            print(f"\n{machine(options)}\n\n{time_table(options, steps)}\n\nLargest part of each step:")
+            print("\n".join(advice(options, steps, GPUS[options.gpu].gib * USABLE, predictor)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(REFUSED)

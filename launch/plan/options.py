@@ -1,4 +1,4 @@
-"""Options of the plan: the options of the stages that affect memory, as declared there."""
+"""Options of the plan: the options of the stages that affect memory or time, as declared there; hardware."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any, Literal
 from common.generation.options import GenerationOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import LoraOptions, OptimiserOptions, TrainOptions, option
+from launch.plan.hardware import GpuName, LinkName
 from step1_sft.options import SFTOptions
 from step3_ppo.option_groups import AlgorithmOptions, SamplingOptions
 from step3_ppo.options import PPOOptions
@@ -26,11 +27,23 @@ def same_as(stage: type, name: str) -> Any:
 
 @dataclass
 class PlanOptions(OptimiserOptions, LoraOptions):
-    """Predict the memory of the three steps per GPU. The options are those of the steps."""
+    """Predict memory and time of the three steps per GPU. The options are those of the steps."""
 
     num_gpus: int = option(1, "Ranks, over all machines.", at_least=1)
     gpus_per_node: int = option(8, "Ranks on one machine, which share its host memory.", at_least=1)
     device: Literal["gpu", "cpu"] = option("gpu", "Device of the ranks; independent of this machine.")
+    gpu: GpuName = option("a100_80gb", "GPU whose time is estimated.")
+    link: LinkName = option(
+        "hdr200",
+        "Network between machines.\nhdr200: 200 Gb/s InfiniBand per GPU\nndr400: 400 Gb/s InfiniBand per GPU"
+        "\nefa400: 400 Gb/s per machine\nethernet100: 100 Gb/s per machine\n",
+    )
+    measured_speeds: str = option("", "JSON of measured speeds, which replace those of the data sheets.")
+    price_per_gpu_hour: float = option(0.0, "Dollars per GPU and hour; 0: no dollars.", at_least=0)
+    num_demonstrations: int = option(0, "Records of step 1, for its hours; 0: unknown.", at_least=0)
+    num_preferences: int = option(0, "Records of step 2, for its hours; 0: unknown.", at_least=0)
+    num_prompts: int = option(0, "Prompts of step 3, for its hours; 0: unknown.", at_least=0)
+    num_train_epochs: float = same_as(TrainOptions, "num_train_epochs")
     model_name_or_path: str = same_as(TrainOptions, "model_name_or_path")
     reward_model_name_or_path: list[str] = same_as(EnsembleOptions, "reward_model_name_or_path")
     gold_reward_model: str = same_as(PPOOptions, "gold_reward_model")
@@ -50,6 +63,7 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     actor_learning_rate: float = same_as(PPOOptions, "actor_learning_rate")
     critic_learning_rate: float = same_as(PPOOptions, "critic_learning_rate")
     advantage_estimator: ESTIMATOR = same_as(PPOOptions, "advantage_estimator")
+    ppo_epochs: int = same_as(PPOOptions, "ppo_epochs")
     ema_decay: float = same_as(PPOOptions, "ema_decay")
     samples_per_prompt: int = same_as(PPOOptions, "samples_per_prompt")
     share_prompts: SHARE = same_as(PPOOptions, "share_prompts")

@@ -70,6 +70,8 @@ REFUSED = [
     ("plan", ["--num_gpus", HUGE], "--num_gpus"),
     ("plan", ["--gpus_per_node", "0"], "--gpus_per_node"),
     ("plan", ["--micro_batch_size", "1" * 5000], "--micro_batch_size"),
+    ("plan", ["--gpu", "v100"], "--gpu"),
+    ("plan", ["--measured_speeds", "DIR/absent.json"], "--measured_speeds DIR/absent.json: No such file"),
     ("annotate", ["--port", "70000"], "--port"),
     ("annotate", ["--host", "a..b"], "--host"),
     ("annotate", ["--host", "\u00e9" * 70], "--host"),
