@@ -50,6 +50,7 @@ class Zero:
     buffers: int = 1  # number of reduction buffers
     live: int = 1_000_000_000  # most parameters gathered at once at stage 3
     sub_group: int = 1_000_000_000  # parameters that a rank updates at once at stage 3
+    all_reduces: bool = True  # stages 1 and 2: gradients are summed on all ranks, not on their owner alone
     hpz: int = 1  # ranks that share a second copy of the weights at stage 3 (ZeRO++); 1: no copy
     sums_in_fp32: bool = False  # gradients of many micro-batches
     on_cpu: bool = False

@@ -139,7 +139,8 @@ def update(decoder: Decoder, rows: Rows, passes: int, checkpointing: bool, clust
     (shape, zero), hardware = decoder.model, cluster.hardware
     seconds = computing(training_flops(decoder, rows, checkpointing), decoder, hardware)
     gradients, part = zero.size * shape.trained, zero.size * shape.trained / zero.ranks
-    reduction = collective(gradients, zero.ranks, cluster) * (1 if zero.stage == 3 else 2)
+    is_summed_everywhere = zero.stage == 0 or (zero.stage < 3 and zero.all_reduces)
+    reduction = collective(gradients, zero.ranks, cluster) * (1 + is_summed_everywhere)
     reductions = passes if zero.stage >= 2 else 1
     sent = reductions * reduction
     if zero.stage == 3:  # for the forward pass and for the backward pass

@@ -46,6 +46,7 @@ def _read_zero(
         buffers=2 if zero.get("overlap_comm", zero["stage"] == 3) else 1,
         live=int(zero.get("stage3_max_live_parameters", Zero.live)),
         sub_group=int(zero.get("sub_group_size", Zero.sub_group)),
+        all_reduces=bool(zero.get("use_multi_rank_bucket_allreduce", True)),
         hpz=int(zero.get("zero_hpz_partition_size", Zero.hpz)),
         sums_in_fp32=is_16_bit and _sums_in_fp32(config, options),
         on_cpu=on_cpu,

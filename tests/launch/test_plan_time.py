@@ -203,6 +203,9 @@ def test_updates_by_hand():
         seconds = timing.update(model, rows, 3, False, Cluster(hardware, 8))
         assert seconds["communication"] == pytest.approx(2000 * part * sent + 2000 * copied / 1e3)
         assert seconds["optimiser"] == 1000 / (4 if stage else 1) * 44 / 1e3 and not seconds["copies"]
+    owner = decoder(1000, 900, Zero(2, 4, all_reduces=False))
+    sent = timing.update(owner, rows, 3, False, Cluster(hardware, 8))["communication"]
+    assert sent == pytest.approx(2000 * part * (3 + 1))
     offloads = decoder(1000, 900, Zero(2, 4, offloads_optimiser=True))
     seconds = timing.update(offloads, rows, 3, False, Cluster(replace(hardware, cpu_adam_rate=10.0), 8))
     assert seconds["copies"] == 4 * 2000 / 4 and seconds["optimiser"] == 1000 / 4 / 10
