@@ -11,7 +11,7 @@ from common.model.forward import label_pass
 from common.model.head import Targets
 from common.model.lora import add_adapters, merged_adapters
 from common.runtime.options import LoraOptions
-from tests.bench.head import fake_peak, loss_part, make_inputs
+from tests.bench.head import LOSSES, fake_peak, loss_part, make_inputs, targets_of
 from tests.gpu.sampling import BESIDES, OF_LAYER, sample
 from tests.gpu.setting import GIB, Outcome, Setting
 
@@ -74,9 +74,9 @@ def head(setting: Setting) -> Outcome:
         torch.manual_seed(0)
         with setting.device:
             weight, states = make_inputs(tokens, hidden, torch.bfloat16)
-            loss_part(weight, states, is_chunked)
+            loss_part(weight, states, targets_of(LOSSES[-1], tokens), is_chunked)
         if setting.is_cpu:
-            peaks.append(fake_peak(8192, 4096, torch.bfloat16, is_chunked))
+            peaks.append(fake_peak(LOSSES[-1], 8192, 4096, torch.bfloat16, is_chunked))
         else:
             peaks.append((torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / GIB)
             torch.cuda.reset_peak_memory_stats()
