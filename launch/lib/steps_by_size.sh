@@ -1,6 +1,5 @@
 # Sourced by recipes that name the hardware: each step as a function of GPUs per machine and of the options that a
 # size of model needs. STEP1_OPTIONS, STEP2_OPTIONS, STEP3_OPTIONS and DIRECT_OPTIONS come last.
-set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ZERO="$ROOT/common/zero_configs"
 recipe_options "$@"

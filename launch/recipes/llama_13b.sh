@@ -2,6 +2,7 @@
 # Llama 13B on A100s of 80 GB: SFT and reward model on 2 GPUs, PPO on 8. All weights are trained.
 #   bash launch/recipes/llama_13b.sh --data DIR --output DIR           # --model DIR_OR_HUB_ID: another of this size
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl.
+set -euo pipefail
 MODEL="${MODEL:-meta-llama/Llama-2-13b-hf}"
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 

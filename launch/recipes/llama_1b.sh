@@ -2,6 +2,7 @@
 # Llama 1B on one A100 of 40 GB: all three steps. All weights are trained.
 #   bash launch/recipes/llama_1b.sh --data DIR --output DIR            # --model DIR_OR_HUB_ID: another of this size
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl.
+set -euo pipefail
 MODEL="${MODEL:-meta-llama/Llama-3.2-1B}"
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 

@@ -3,6 +3,7 @@
 #   srun bash launch/recipes/llama_34b.sh --data DIR --output DIR      # --model DIR_OR_HUB_ID: another of this size
 # Without Slurm: on each node, with NNODES, NODE_RANK and MASTER_ADDR as in launch/README.md.
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl.
+set -euo pipefail
 MODEL="${MODEL:-01-ai/Yi-1.5-34B}" # of the Llama family
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 

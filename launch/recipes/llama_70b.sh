@@ -3,6 +3,7 @@
 #   srun bash launch/recipes/llama_70b.sh --data DIR --output DIR      # --model DIR_OR_HUB_ID: another of this size
 # On 4 nodes; the first two steps then use all 32 GPUs. Without Slurm: on each node, with NNODES, NODE_RANK and
 # MASTER_ADDR as in launch/README.md. DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl.
+set -euo pipefail
 MODEL="${MODEL:-meta-llama/Llama-3.1-70B}"
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 

@@ -2,6 +2,7 @@
 # Llama 7B on A100s of 80 GB: SFT and reward model on 1 GPU, PPO on 4. All weights are trained.
 #   bash launch/recipes/llama_7b.sh --data DIR --output DIR            # --model DIR_OR_HUB_ID: another of this size
 # DATA holds demonstrations.jsonl, preferences.jsonl and prompts.jsonl.
+set -euo pipefail
 MODEL="${MODEL:-meta-llama/Llama-2-7b-hf}"
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 

@@ -2,6 +2,7 @@
 # DPO from an SFT model: Llama 1B on one A100 of 40 GB; 7B on 1, 13B on 2, 34B on 16 or 70B (LoRA) on 8 of 80 GB.
 #   SIZE=7b bash launch/recipes/llama_dpo.sh --model OUT/step1_sft/final --data DIR --output DIR
 # DATA holds preferences.jsonl. 34B: srun, on 2 nodes.
+set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 
 case "${SIZE:-}" in

@@ -3,6 +3,7 @@
 #   SIZE=7b REWARD="--reward_function FILE.py:NAME" bash launch/recipes/llama_grpo.sh --model OUT/step1_sft/final \
 #       --data DIR --output DIR
 # DATA holds prompts.jsonl. REWARD may also be --reward_model_name_or_path DIR. 34B and 70B: srun, on 2 and 4 nodes.
+set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../lib/steps_by_size.sh"
 require REWARD "options that name reward functions or reward models"
 
