@@ -61,6 +61,7 @@ def succeeds(_: Setting) -> Outcome:
     return Outcome(True, "well", {"host_bandwidth": 1.0})
 
 
+@pytest.mark.end_to_end
 def test_a_failure_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_results_and_speeds(
     assert [*speeds] == ["host_bandwidth"] and speeds["host_bandwidth"] > 0
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("check", [sampling.draws, sampling.graphs, passes.adapters])
 def test_checks_pass(tmp_path: Path, check: Callable[[Setting], Outcome]) -> None:
     outcome = check(Setting(tmp_path, True))

@@ -301,6 +301,7 @@ def test_allowed_tokens_of_the_rollout_are_counted(big: PlanOptions):
     assert top_p - free == 64 * 16 * 4 * (logits.NUCLEUS + 1)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 8, "advantage_estimator": "rloo"}], ids=str)
 def test_pasted_options_make_a_step_fit(big: PlanOptions, monkeypatch: pytest.MonkeyPatch, changes: dict):
     """The options give the printed peak, and none of them can be left out."""
@@ -377,11 +378,13 @@ def test_zero_config_of_the_actor_is_replaced(big: PlanOptions):
     assert not any(" --zero_config" in f" {options}" for options in with_zero)
 
 
+@pytest.mark.end_to_end
 def test_step_that_never_fits_has_a_minimum(big: PlanOptions):
     (line,) = [line for line in verdicts(big, predict(big), 3.0, cached(big)) if "step 3" in line]
     assert "even with all options: the minimum is" in line and "zero3_offload.json" in line
 
 
+@pytest.mark.end_to_end
 def test_all_remedies_are_listed_if_no_smaller_combination_fits(big: PlanOptions):
     predictor = cached(big)
     room = least(big, "step 3", predictor).peak + 0.001
@@ -403,6 +406,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.end_to_end
 def test_command_prints_a_table_and_verdicts(big: PlanOptions):
     done = run("--model_name_or_path", big.model_name_or_path, "--num_gpus", "8", "--gradient_checkpointing")
     assert done.returncode == 0 and done.stderr == ""
@@ -421,6 +425,7 @@ def test_command_prints_a_table_and_verdicts(big: PlanOptions):
     assert "add to launch/step3_ppo.sh (fastest first):\n      --" in done.stdout
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("words", "message"),
     [

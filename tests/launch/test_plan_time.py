@@ -118,6 +118,7 @@ def counted(
     return counter.get_total_flops()
 
 
+@pytest.mark.end_to_end
 def test_forward_operations_match_torch(small):
     """Eager attention skips no half of the mask, as the kernels do for rows without a mask."""
     model, plan = small()
@@ -128,6 +129,7 @@ def test_forward_operations_match_torch(small):
     assert timing.forward_flops(plan, rows) - timing.forward_flops(plan, causal) == half
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("rank", "checkpointing", "is_summed"),
     [(0, False, False), (0, True, False), (0, False, True), (4, False, False), (4, True, False)],
@@ -387,6 +389,7 @@ def test_table_has_hours_and_dollars_where_records_are_known(planned):
     assert "on 4 machines with hdr200" in machine(replace(options, num_gpus=32))
 
 
+@pytest.mark.end_to_end
 def test_advice_names_an_option_that_fits(planned):
     options = planned("7B", 8, offload_frozen=True, generation_batch_size=32)
     steps, predictor = step_seconds(options), cached(options)

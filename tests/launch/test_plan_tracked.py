@@ -5,6 +5,7 @@ import pytest
 from tests.bench.plan_memory import CASES, config_of, plan, track
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("name", "phase"), [*(("7B", phase) for phase in CASES), ("8B", "critic"), ("8B", "scoring")]
 )
