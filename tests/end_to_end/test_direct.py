@@ -140,7 +140,11 @@ def test_split_pair_trains_like_its_two_responses(small: Path, run: Path, tmp_pa
 
 @pytest.mark.parametrize(
     ("loss", "zero", "precision", "ranks", "extra"),
-    [("dpo", 0, "fp32", 1, []), ("kto", 2, "bf16", 2, []), ("dpo", 3, "fp32", 2, LORA)],
+    [
+        ("dpo", 0, "fp32", 1, []),
+        ("kto", 2, "bf16", 2, []),
+        pytest.param("dpo", 3, "fp32", 2, LORA, marks=pytest.mark.rare),
+    ],
     ids=str,
 )
 def test_resumed_run_equals_an_uninterrupted_one(

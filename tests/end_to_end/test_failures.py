@@ -228,8 +228,9 @@ TARGETS = {
     ("target", "number"),
     [
         ("script", signal.SIGTERM), ("script", signal.SIGINT), ("deepspeed", signal.SIGTERM),
-        ("launcher", signal.SIGTERM), ("rank", signal.SIGUSR1), ("all", signal.SIGTERM),
-        ("all", signal.SIGUSR1),
+        pytest.param("launcher", signal.SIGTERM, marks=pytest.mark.rare), ("rank", signal.SIGUSR1),
+        pytest.param("all", signal.SIGTERM, marks=pytest.mark.rare),
+        pytest.param("all", signal.SIGUSR1, marks=pytest.mark.rare),
     ],
 )  # fmt: skip
 def test_signal_stops_gracefully(world: Path, tmp_path: Path, target: str, number: int) -> None:

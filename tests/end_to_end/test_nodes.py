@@ -250,6 +250,7 @@ def test_hosts_stop_when_asked_and_when_alone_and_one_resumes(
     assert (output / "final").exists() and _read(output / "metrics.jsonl").count("train/loss") == done + 2
 
 
+@pytest.mark.rare
 def test_other_number_of_ranks_ends_both(nodes: Nodes, world: Path) -> None:
     words = sft(world, nodes.folder / "out", 2)
     nodes.start(0, "step1_sft.sh", words)

@@ -103,7 +103,7 @@ def test_ratio_is_one_and_kl_is_zero_at_the_start(run: Path, lora_run: Path) -> 
 
 
 def test_tokenizer_that_is_larger_than_the_model(world: Path, tmp_path: Path) -> None:
-    """The vocabulary grows, also at ZeRO 3: same losses, and all new rows in the exported weights."""
+    """The vocabulary grows to a multiple of 64, also at ZeRO 3: same losses; new rows are exported."""
     shutil.copytree(world, tmp_path / "world")
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|new1|>", "<|new2|>"]})
@@ -116,7 +116,7 @@ def test_tokenizer_that_is_larger_than_the_model(world: Path, tmp_path: Path) ->
         output = tmp_path / f"reward{stage}"
         succeed("step2_reward.main", [*reward(world, start / "final", output, 2), *extra], tmp_path, ranks)
         weights = load_file(start / "final/model.safetensors")["model.embed_tokens.weight"]
-        assert len(weights) == len(tokenizer) and weights[-2:].any(1).all()
+        assert len(tokenizer) == 834 and len(weights) == 896 and weights[832:834].any(1).all()
         losses.append([*metrics(start, "train/loss"), *metrics(output, "train/loss")])
     assert losses[1] == pytest.approx(losses[0], **CLOSE)
 
@@ -143,7 +143,8 @@ def test_two_ranks_train_like_one(
             assert result == pytest.approx(wanted, **CLOSE), f"{output} {name}"
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.rare) for stage in (0, 1, 2)), 3])
+@pytest.mark.rare
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_eight_ranks_train_like_one(world: Path, run: Path, tmp_path: Path, stage: int) -> None:
     """One iteration of step 3; a rank has one row of each minibatch."""
     start = run / "sft/final", run / "reward/final"
@@ -189,6 +190,7 @@ def test_generation_without_gathering(world: Path, run: Path, tmp_path: Path) ->
         assert metrics(tmp_path / "ppo", name) == pytest.approx(metrics(run / "ppo", name), **CLOSE)
 
 
+@pytest.mark.rare
 def test_copies_of_the_weights_on_nodes_of_two_ranks_change_nothing(
     world: Path, run: Path, tmp_path: Path
 ) -> None:

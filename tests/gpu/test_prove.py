@@ -132,6 +132,6 @@ def test_distance(tmp_path: Path) -> None:
     assert launched.distance(files[:1], files[1:2]) == 0 and launched.distance(files[:1], files[2:]) == 0.5
 
 
-@pytest.mark.end_to_end
+@pytest.mark.rare
 def test_a_check_through_the_launch_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(monkeypatch, "--cpu", "--only", "stop") == 0

@@ -101,7 +101,7 @@ def test_checkpoint_has_the_planned_size(tmp_path: Path, stage: int, precision: 
         config["bf16"] = {"enabled": precision == "bf16"}
     (tmp_path / "zero.json").write_text(json.dumps(config))
     options = [*sft(world, tmp_path / "out", 1), "--zero_config", str(tmp_path / "zero.json")]
-    succeed("step1_sft.main", [*options, "--num_samples", "0"], tmp_path, ranks=2)
+    succeed("step1_sft.main", [*options, "--num_samples", "0", "--save_steps", "1"], tmp_path, ranks=2)
     size = folder_bytes(tmp_path / "out/checkpoints/step_000001")
     shape = read_shape(str(world / "model"), False, 0, ())
     planned = checkpoint(Model(shape, Zero(stage, ranks=2, size=4 if precision == "fp32" else 2)))

@@ -115,7 +115,8 @@ def _pytest(words: Sequence[str], root: Path, log: Path) -> None:
         del sys.modules[name]
     sys.dont_write_bytecode = True  # a fault may leave size and time of a file as they were
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    code = pytest.main(["-q", "-p", "no:cacheprovider", "--basetemp", str(root.parent / "temporary"), *words])
+    options = "-q", "--whole", "-p", "no:cacheprovider", "--basetemp", str(root.parent / "temporary")
+    code = pytest.main([*options, *words])
     sys.stdout.flush()
     os._exit(int(code))
 

@@ -214,6 +214,7 @@ def test_default_limits_and_when_scoring_recomputes(actor):
     assert largest_gap(models_of(actor), replace(options, max_rollout_gap=0.02)) == 0.02
 
 
+@pytest.mark.rare
 def test_a_stopped_run_resumes_once_the_sampler_is_right(world, run, tmp_path, monkeypatch):
     """At ZeRO-3, in the second of two micro-batches. Only the iteration of the wrong sampler is lost."""
     uninterrupted, parts = tmp_path / "uninterrupted", tmp_path / "parts"

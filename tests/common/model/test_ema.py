@@ -23,7 +23,7 @@ def train(world: Path, run: Path, output: Path, zero: Path, ranks: int, steps: i
     succeed("step3_ppo.main", words, output.parent, ranks)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 2), pytest.param(3, 2, marks=pytest.mark.rare)])
 def test_average_is_that_of_the_fp32_weights_in_bf16(
     world: Path, run: Path, tmp_path: Path, stage: int, ranks: int
 ) -> None:

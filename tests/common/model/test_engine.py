@@ -36,7 +36,9 @@ def test_gradient_checkpointing_is_active_in_the_first_step(
     assert (tmp_path / "passes").read_text() == "." * passes
 
 
-@pytest.mark.parametrize(("stage", "precision", "ranks"), [(1, "bf16", 1), (2, "fp32", 2)])
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks"), [(1, "bf16", 1), pytest.param(2, "fp32", 2, marks=pytest.mark.rare)]
+)
 def test_states_away_change_nothing(
     world: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str,
     ranks: int,
