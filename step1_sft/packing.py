@@ -11,6 +11,7 @@ from torch import nn
 
 from common.data.batching import Tokens, batches_of_rank, micro_batch, with_dummies
 from common.model.forward import base_model, response_logits
+from common.model.unpadded import can_unpad
 from common.runtime.distributed import log, on_cpu, rank
 from common.runtime.options import UserError, world_size
 from common.text.transformers_internals import attention_implementation
@@ -105,7 +106,8 @@ def check_packing(model: nn.Module, max_length: int) -> None:
             " option"
         )
     kernels = attention_implementation(inner.config)
-    if max_length > LONG and kernels in ("sdpa", "eager") and not on_cpu():
+    reads_mask = kernels in ("sdpa", "eager") and not can_unpad(model, inner)
+    if max_length > LONG and reads_mask and not on_cpu():
         log(
             f"--packing: {kernels} kernels read a mask of {max_length} x {max_length} for each row, at a cost"
             " of time and memory; --attn_implementation flash_attention_2 needs none"

@@ -1,4 +1,4 @@
-"""What the updates of one PPO step measure: sums over tokens, turned into means at the end."""
+"""Losses, sums over tokens and gradient norms of the updates of one PPO step, and their means."""
 
 import math
 from collections import Counter

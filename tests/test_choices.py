@@ -108,7 +108,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "share_prompts": lambda v: wants_sharing(v, 2, 1),
     "rollout_engine": engine,
     "report_to": tracker,
-    "compile_generation": lambda v: generate.use_compiler(GenerationOptions(compile_generation=v)),
+    "compile_generation": lambda v: generate.use_compiler(GenerationOptions(compile_generation=v), False),
     "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
     "kl_penalty": lambda v: shape_rewards(

@@ -119,7 +119,7 @@ def generate(
     size = options.generation_batch_size
     parts: list[Responses] = []
     synced_gpus = policy.zero_optimization_stage() == 3 and not options.gather_for_generation
-    compiled = not synced_gpus and use_compiler(options)
+    compiled = not synced_gpus and use_compiler(options, device().type == "cuda")
     policy.eval()
     with (
         any_kernels(),
@@ -147,11 +147,11 @@ def generate(
     return Responses(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def use_compiler(options: GenerationOptions) -> bool:
-    """Whether --compile_generation compiles the decoding steps on this device."""
+def use_compiler(options: GenerationOptions, on_gpu: bool) -> bool:
+    """Whether --compile_generation compiles the decoding steps."""
     match options.compile_generation:
         case "auto":
-            return device().type == "cuda"
+            return on_gpu
         case "yes":
             return True
         case "no":

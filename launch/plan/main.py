@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from common.generation.generate import fit_prompt_length
-from common.model.loading import load_config
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from launch.plan.attack import advice
@@ -21,11 +20,11 @@ from launch.plan.hardware import GPUS
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase, peak
-from launch.plan.predict import GIB, predict_phases, predict_storage, setting
+from launch.plan.predict import GIB, predict_phases, predict_storage, read_config, setting
 from launch.plan.remedies import Predictor, cached, least, ways
 from launch.plan.step_seconds import step_seconds
 from launch.plan.storage import of_machine, on_disk
-from launch.plan.time_table import machine, time_table
+from launch.plan.time_table import as_text, machine, time_table
 
 REFUSED = 2  # exit code after a mistake of the user, as in training
 # Parts and their names in the table. No option changes "fixed".
@@ -58,7 +57,7 @@ def main() -> None:
     try:
         options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
-        options = fit_prompt_length(options, load_config(options.model_name_or_path))
+        options = fit_prompt_length(options, read_config(options.model_name_or_path))
         steps = step_seconds(options) if options.device == "gpu" else {}
         all_phases = predict_phases(options)
         phases = {step: peak(of_step) for step, of_step in all_phases.items()}
@@ -110,11 +109,6 @@ def storage_table(options: PlanOptions, phases: dict[str, Phase]) -> str:
     if not limit:
         rows[-1][1:] = ["all are kept"] * len(phases)
     return as_text(rows)
-
-
-def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of a name and cells, as aligned columns."""
-    return "\n".join(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells) for name, *cells in rows)
 
 
 def verdicts(

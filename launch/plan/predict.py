@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple, assert_never
+from typing import NamedTuple
 
 import torch
 
-from common.generation.generate import fit_prompt_length
+from common.generation.generate import fit_prompt_length, use_compiler
 from common.generation.vllm_sampler import cache_bytes
 from common.model.loading import fit_to_model, load_config
 from common.model.lora import check_targets
@@ -55,8 +55,7 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
 
 def predict_phases(options: PlanOptions) -> dict[str, list[Phase]]:
     """All phases of each step in which memory may peak."""
-    config = read_config(options.model_name_or_path)
-    options = fit_prompt_length(fit_to_model(options, config), config)
+    options = fitted(options)
     policy, reward, *of_step3 = read_models(options)
     sizes, fixed = batch_sizes(options, of_step3[0]), Parts(fixed=_fixed(options))
     return {
@@ -64,6 +63,12 @@ def predict_phases(options: PlanOptions) -> dict[str, list[Phase]]:
         "step 2": [*step2(reward, sizes, fixed)],
         "step 3": [*step3(*of_step3, sizes, fixed)],
     }
+
+
+def fitted(options: PlanOptions) -> PlanOptions:
+    """Options with lengths within the model's context, as the stages use them."""
+    config = read_config(options.model_name_or_path)
+    return fit_prompt_length(fit_to_model(options, config), config)
 
 
 def predict_storage(options: PlanOptions) -> dict[str, Storage]:
@@ -169,7 +174,7 @@ def batch_sizes(options: PlanOptions, actor: Model) -> Sizes:
         generated=min(options.generation_batch_size, share),
         group=options.samples_per_prompt,
         sharing=_sharing(options, actor.shape.hidden),
-        compiles=_compiles(options),
+        compiles=use_compiler(options, options.device == "gpu"),
         rollout=options.rollout_batch_size,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -178,19 +183,6 @@ def batch_sizes(options: PlanOptions, actor: Model) -> Sizes:
         engine_cache=_engine_cache(options, actor.zero.size) if is_vllm else 0.0,
         offloads_states=options.offload_states,
     )
-
-
-def _compiles(options: PlanOptions) -> bool:
-    """Whether --compile_generation compiles on the planned device."""
-    match options.compile_generation:
-        case "auto":
-            return options.device == "gpu"
-        case "yes":
-            return True
-        case "no":
-            return False
-        case _:
-            assert_never(options.compile_generation)
 
 
 def _sharing(options: PlanOptions, hidden: int) -> int:

@@ -105,7 +105,7 @@ def ways(options: PlanOptions, step: str, room: float, predictor: Predictor) -> 
 def _smallest(
     usable: Sequence[Remedy], fits: Callable[[Sequence[Changes]], bool]
 ) -> list[tuple[Remedy, ...]]:
-    """Sets that fit, of which no remedy can be left out."""
+    """Minimal sets that fit: without any one of its remedies, a set does not."""
     smallest: list[tuple[Remedy, ...]] = []
     for count in range(1, MOST_TOGETHER + 1):
         for chosen in combinations(usable, count):

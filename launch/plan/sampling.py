@@ -14,7 +14,7 @@ class SampleBatch(NamedTuple):
     """Rows that a rank samples at once, all of the maximum length."""
 
     rows: int
-    prompts: int  # different ones, of which each is read once
+    prompts: int  # distinct ones; each is read once
     prompt: int  # tokens
     response: int
     gathers: bool = True  # all weights at stage 3

@@ -5,14 +5,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from common.generation.compiled import cache_size
-from common.generation.generate import fit_prompt_length
-from common.model.loading import fit_to_model, load_config
 from common.runtime.options import world_size
 from launch.plan.hardware import table_of, with_measured
 from launch.plan.memory import FP32, Model
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Sizes
-from launch.plan.predict import Models, batch_sizes, read_models
+from launch.plan.predict import Models, batch_sizes, fitted, read_models
 from launch.plan.timing import (
     Cluster,
     Decoder,
@@ -51,8 +49,7 @@ class Decoders(NamedTuple):
 
 def step_seconds(options: PlanOptions) -> dict[str, Step]:
     """An optimiser step of steps 1 and 2, and an iteration of step 3."""
-    config = load_config(options.model_name_or_path)
-    options = fit_prompt_length(fit_to_model(options, config), config)
+    options = fitted(options)
     models = read_models(options)
     sizes = batch_sizes(options, models.actor)
     hardware = table_of(options.gpu, options.link, options.gpus_per_node)

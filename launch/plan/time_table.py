@@ -1,5 +1,7 @@
 """The table of seconds per step, tokens per second, hours and dollars."""
 
+from collections.abc import Sequence
+
 from common.data.batching import steps_in_epochs
 from launch.plan.options import PlanOptions
 from launch.plan.step_seconds import Step
@@ -31,6 +33,11 @@ def time_table(options: PlanOptions, steps: dict[str, Step]) -> str:
         rows.append(["hours", *(f"{time:.1f}" if time else "-" for time in hours)])
         if price := options.price_per_gpu_hour * options.num_gpus:
             rows.append(["dollars", *(f"{time * price:.0f}" if time else "-" for time in hours)])
+    return as_text(rows)
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of a name and cells, as aligned columns."""
     return "\n".join(f"{name:<16}" + "".join(f"{cell:>18}" for cell in cells) for name, *cells in rows)
 
 

@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY
 
 DOCKERFILE = (REPOSITORY / "launch/Dockerfile").read_text()
 STEPS = re.findall(r"^([A-Z]+) (.*)$", re.sub(r"\\\n\s*", "", DOCKERFILE), re.M)
-KEPT = [
+COPIED = [
     line[1:]
     for line in (REPOSITORY / "launch/Dockerfile.dockerignore").read_text().splitlines()
     if line.startswith("!")
@@ -27,9 +27,9 @@ def test_base_and_packages_are_pinned():
 
 
 def test_the_image_holds_what_the_scripts_need():
-    assert all((REPOSITORY / name).exists() for name in KEPT)
+    assert all((REPOSITORY / name).exists() for name in COPIED)
     folders = {path.parent.relative_to(REPOSITORY).parts[0] for path in REPOSITORY.glob("*/__init__.py")}
-    assert set(KEPT) >= (folders | {"common", "launch", "requirements.txt"}) - {"tests"}
+    assert set(COPIED) >= (folders | {"common", "launch", "requirements.txt"}) - {"tests"}
     assert arguments("COPY") == ["requirements.txt ./", ". ./"]
 
 

@@ -125,8 +125,10 @@ def test_models_that_can_pack_are_accepted(model):
     check_packing(model.bfloat16(), max_length=8)
 
 
-@pytest.mark.parametrize(("length", "lines"), [(2048, 0), (4096, 1)])
-def test_long_packed_rows_name_faster_kernels(model, monkeypatch, capsys, length, lines):
+@pytest.mark.parametrize(("length", "unpads", "lines"), [(2048, False, 0), (4096, False, 1), (4096, True, 0)])
+def test_long_packed_rows_name_faster_kernels(model, monkeypatch, capsys, length, unpads, lines):
+    """Unless their kernels take lengths, which --attn_implementation varlen gives to models with `sdpa`."""
+    monkeypatch.setattr("step1_sft.packing.can_unpad", lambda *_: unpads)
     monkeypatch.setattr("step1_sft.packing.on_cpu", lambda: False)
     check_packing(model, length)
     assert capsys.readouterr().out.count("--attn_implementation flash_attention_2 needs none\n") == lines
