@@ -58,9 +58,9 @@ def run_main(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     global _contact
-    _listen()
-    use_own_gpu()
     try:
+        _listen()  # a signal may come at once
+        use_own_gpu()
         _contact = keep_contact(_end_lost)
         main()
         stop_between_steps()

@@ -57,6 +57,20 @@ class Child:
         return self._process.exitcode, self.log.read_text().splitlines()
 
 
+def test_stop_while_handlers_are_installed(tmp_path, monkeypatch):
+    """The launch script asks a rank to stop as soon as it has noted that it began."""
+    note = process.note
+
+    def signalled(name: str, text: str) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return note(name, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process, "note", signalled)
+        code, lines = Child(lambda: None, tmp_path).end(10)
+    assert code == STOPPED and lines == [process.PREPARING]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_ends_a_long_call_at_once(tmp_path: Path, number: int) -> None:
     """Also within code that catches every exception."""
