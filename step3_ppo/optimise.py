@@ -1,5 +1,6 @@
 """The update of PPO: several epochs of minibatches over one rollout."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, assert_never
 
@@ -65,8 +66,8 @@ def optimise(
     the first update when sampler and trainer disagree.
 
     `policy/update_kl` is the KL from the rollout policy after the last update (k2), in nats per response,
-    measured on the last minibatch with one more forward pass. Before that, the forward pass of each minibatch
-    measures the updates so far; beyond --max_update_kl, the epochs end after its own update.
+    measured with one more forward pass of a quarter of a minibatch. Before that, the forward pass of each
+    minibatch measures the updates so far; beyond --max_update_kl, the epochs end after its own update.
     """
     models.actor.train()
     if models.critic:
@@ -93,7 +94,7 @@ def optimise(
         updates += 1
         if stats.end_update() / len(batch) > options.max_update_kl:
             break
-    update_kl = _distance(models.actor, rollout, batch, options) if actor_learns else 0.0
+    update_kl = _distance(models.actor, rollout, options) if actor_learns else 0.0
     _follow_schedules(models, options, updates, actor_learns)
     of_step = {"policy/update_kl": update_kl, "policy/updates": updates} | gap.metrics
     return stats.metrics() | {name: Mean(value) for name, value in of_step.items()}
@@ -111,15 +112,20 @@ def _follow_schedules(models: Models, options: PPOOptions, updates: int, actor_l
 
 
 @torch.no_grad()
-def _distance(actor: Engine, rollout: Rollout, batch: list[int], options: PPOOptions) -> float:
-    """KL from the rollout policy on some rows: k2, in nats per response."""
+def _distance(actor: Engine, rollout: Rollout, options: PPOOptions) -> float:
+    """KL from the rollout policy on the first responses, a quarter of a minibatch in complete groups: k2, in
+    nats per response.
+    """
     actor.eval()
-    total = 0.0
-    for chunk in rollout.deal(batch, micro_batch(options)):
-        logprobs = policy_pass(actor, rollout.rows(chunk), options.temperature).logprobs
-        total += squared_change(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
+    group, total = options.samples_per_prompt, 0.0
+    first = range(math.ceil(options.global_batch_size / 4 / group) * group)
+    for chunk in rollout.deal(first, micro_batch(options)):
+        read = chunk or first[: rollout.sharing.responses]  # at ZeRO stage 3 every rank has to read something
+        logprobs = policy_pass(actor, rollout.rows(read), options.temperature).logprobs
+        if chunk:
+            total += squared_change(logprobs, rollout.logprobs[chunk][rollout.response_mask[chunk]])
     actor.train()
-    return sum_over_ranks(total)[0] / len(batch)
+    return sum_over_ranks(total)[0] / len(first)
 
 
 def _micro_batches(

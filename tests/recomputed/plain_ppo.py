@@ -40,6 +40,7 @@ class Iteration(NamedTuple):
 
     rows: list[Sampled]
     minibatches: list[list[Sampled]]  # of all epochs
+    measured: list[Sampled]  # read once more after the updates
     texts: list[list[Text]]  # demonstrations of each actor update; none without PPO-ptx
     computed: int  # positions computed to sample
 
@@ -288,7 +289,9 @@ class PPO:
                 before = policy[-1][:, 3].sum().item() / len(part)  # KL of the earlier updates
                 is_last = before > options["max_update_kl"] or update + 1 == self.of_iteration
                 if is_last:
-                    line["policy/update_kl"] = self.moved(part)
+                    line["policy/update_kl"] = self.moved(
+                        [rollout[number_of[row]] for row in sampled.measured]
+                    )
                 assert is_last == (update + 1 == len(sampled.minibatches)), "--max_update_kl ends epochs"
         if policy:
             # The sampler is the trainer, in fp32.

@@ -277,6 +277,12 @@ def read_by_reference(of_rank: list[Pass]) -> list[Pass]:
     return [one for one in passes if one.is_policy and not one.is_sampling]
 
 
+def read_after_updates(of_rank: list[Pass]) -> list[Pass]:
+    """The actor reads a few responses once more, after the last update."""
+    passes = itertools.takewhile(lambda one: not one.has_gradient, reversed(of_rank))
+    return [one for one in passes if one.is_policy and not one.is_sampling]
+
+
 def held_out(part: list[list[Pass]]) -> list[Sampled]:
     return rows_of([one for of_rank in part for one in read_by_reference(of_rank)], HELD_OUT)
 
@@ -315,8 +321,11 @@ def iteration(part: list[list[Pass]], options: dict[str, Any]) -> Iteration:
         assert Counter(trained) == Counter(rows), "every epoch trains on every response"
     if len(rows) == len({*rows}) and len(batches) > epoch:
         assert {*batches[0]} != {*batches[epoch]}, "the epochs have other minibatches"
+    measured = rows_of(
+        [one for of_rank in part for one in read_after_updates(of_rank)], PROMPTS + MORE_PROMPTS
+    )
     computed = sum(one.positions for of_rank in part for one in of_rank if one.is_sampling)
-    return Iteration(rows, batches, texts, computed)
+    return Iteration(rows, batches, [*dict.fromkeys(measured)], texts, computed)
 
 
 def updates(part: list[list[Pass]], size: int, is_policy: bool) -> list[list[Pass]]:
