@@ -25,7 +25,7 @@ ENVIRONMENT = HERE.parents[1] / ".venv-bench"
 PYTHON = ENVIRONMENT / "env" / "bin" / "python"
 TRL_WITH_PPO = ENVIRONMENT / "trl112"
 STAGES = ["sft", "reward", "direct", "ppo"]
-# packed: step 1 with --packing. budget: Triptych with --micro_batch_tokens, a quarter of a full batch.
+# packed: step 1 with --packing. budget: Triptych with --micro_batch_tokens, those of the longest row.
 SIDES = ["trl", "triptych", "packed", "budget", "bare"]
 Config = dict[str, Any]
 
@@ -114,8 +114,7 @@ def measure(stage: str, epochs: int, options: argparse.Namespace, made: Config, 
         for side in found:
             script = {"bare": "bare.py", "trl": "run_trl.py"}.get(side, "run_triptych.py")
             config["packing"] = side == "packed"
-            budget = options.batch_size * options.max_length // 4
-            config["micro_batch_tokens"] = budget if side == "budget" else 0
+            config["micro_batch_tokens"] = options.max_length if side == "budget" else 0
             config["output_dir"] = str(folder / f"{stage}_{epochs}_{side}_{number}")
             print(f"  {stage}: {side}, round {number + 1} of {options.repeats}", file=sys.stderr, flush=True)
             found[side].append(run_child(script, [stage], config, options.threads))
