@@ -15,6 +15,7 @@ from common.text.prompts import Prompt
 from common.training.means import Mean
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
+from step3_ppo.process_rewards import describe_steps
 from step3_ppo.rewards import repeated_share, token_kl
 from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_responses, score_rollout
@@ -36,10 +37,9 @@ def evaluate(
     if models.gold:
         rank_rows = range(rank(), len(padded), world_size())
         size = micro_batch(options, options.generation_batch_size)
-        gold, _ = score_responses(
+        gold = score_responses(
             models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
-        )
-        gold = gold[: len(prompts)]
+        ).scores[: len(prompts)]
     rollout = rollout.pick(range(len(prompts)))
     figures = {
         "eval/score": rollout.scores.mean().item(),
@@ -53,6 +53,7 @@ def evaluate(
 
 def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, Mean]:
     """Metrics of a training rollout. returns: (B, R), None without a critic."""
+    process = models.scorer.process
     low, median, high = rollout.scores.float().quantile(PERCENTILES.to(rollout.scores)).tolist()
     metrics = {
         "reward/mean": rollout.scores.mean().item(),
@@ -61,6 +62,7 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
         "reward/median": median,
         "reward/p90": high,
         **describe_parts(models.scorer, rollout.score_parts),
+        **(describe_steps(process, rollout.step_scores, rollout.step_ends) if process else {}),
         "kl/mean": response_kl(rollout),
         **kl_by_quarter(rollout),
         "policy/perplexity": masked_mean(rollout.logprobs, rollout.response_mask).neg().exp().item(),
@@ -71,9 +73,10 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
 
 
 def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
-    """Mean of each part of the scores (B, M + F) if there are several, and the std between reward models."""
+    """Mean of each part of the scores (B, M + F + P) if there are several, and the std of reward models."""
     count = len(scorer.rewards)
     names = [*range(1, count + 1), *(function.name for function in scorer.functions)]
+    names += ["process"] * (scorer.process is not None)
     if len(names) == 1:
         return {}
     means = {f"reward/mean_{name}": part.item() for name, part in zip(names, parts.mean(0), strict=True)}

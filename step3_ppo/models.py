@@ -26,16 +26,18 @@ from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_model
 from common.training.run_folder import check_folder
 from step3_ppo.options import PPOOptions
+from step3_ppo.process_rewards import ProcessModel, check_process, load_process_model
 from step3_ppo.reward_functions import RewardFunction, load_functions
 
 
 @dataclass
 class Scorer:
-    """Scores responses: an ensemble of M reward models, and F reward functions."""
+    """Scores responses: an ensemble of M reward models, F reward functions, and steps by a process model."""
 
     rewards: list[RewardModel]
     functions: list[RewardFunction]
     options: EnsembleOptions
+    process: ProcessModel | None = None
 
 
 @dataclass
@@ -120,6 +122,7 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     check_folder(options)
     encoder = SegmentEncoder(load_tokenizer(options.actor_model_name_or_path))
     reward_encoders = load_encoders(options, encoder)
+    check_process(options, encoder, options.max_prompt_length + options.max_response_length)
     sources = ModelSources(functions, gold_function, actor_zero, critic_zero, encoder, reward_encoders)
     if options.has_critic and not sources.same_tokenizer:
         check_scalar(config)  # the critic starts from the actor's model
@@ -165,7 +168,8 @@ def build_models(options: PPOOptions, sources: ModelSources, iterations: int) ->
         encoders = load_encoders(single, encoder, *sources.reward_encoders)
         members = load_members(single, encoders, critic_zero, offload=True)
         gold = Scorer(members, sources.gold_function, single)
-    scorer = Scorer(rewards, sources.functions, options)
+    process = load_process_model(options, encoder, critic_zero, options.offload_frozen)
+    scorer = Scorer(rewards, sources.functions, options, process)
     sampler = make_sampler(actor, options.actor_model_name_or_path, options)
     return Models(actor, sampler, critic, reference, scorer, gold, encoder)
 

@@ -39,7 +39,22 @@ class SamplingOptions(GenerationOptions):
 
 
 @dataclass
-class ScoringOptions(EnsembleOptions):
+class ProcessOptions:
+    """Process reward model."""
+
+    process_model_name_or_path: str = option(
+        "",
+        "Process reward model: `final/` of step2_process.sh. It scores each step of a response by the"
+        " log-probability that the step is right.",
+        resume="model",
+    )
+    process_weight: float = option(
+        1.0, "Weight of the scores of steps beside the score of the whole response.", above=0
+    )
+
+
+@dataclass
+class ScoringOptions(EnsembleOptions, ProcessOptions):
     """Scores, penalties and gold scorers."""
 
     reward_function: list[str] = option(

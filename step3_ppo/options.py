@@ -27,7 +27,9 @@ class PPOOptions(
     """PPO of a policy against a reward model."""
 
     stage: ClassVar[int] = 3
-    one_of: ClassVar[tuple[str, ...]] = ("reward_model_name_or_path", "reward_function")
+    one_of: ClassVar[tuple[str, ...]] = (
+        "reward_model_name_or_path", "reward_function", "process_model_name_or_path",
+    )  # fmt: skip
     needs_support: ClassVar[bool] = True
 
     output_dir: str = option(

@@ -25,14 +25,14 @@ MOVING = 0.9  # decay of the moving baseline per iteration
 
 def shape_rewards(rollout: Rollout, options: PPOOptions, state: PPOState) -> tuple[Tensor, dict[str, Mean]]:
     """Rewards (B, R): the KL penalty at every token, unless it is in the loss; at the last token also the
-    score less its penalties.
+    score less its penalties; at the last token of a step also the score of the step.
 
     Also metrics, averaged over responses: `reward/clipped`, the share of clipped scores; `reward/penalty`,
     the penalties for a missing EOS, length, an overlong response and repetition; `reward/total`, the sum of
     rewards before they are whitened, which the policy maximises. The scores of the rollout join
     `state.score_scale`.
     """
-    scores = rollout.scores
+    scores = rollout.scores - rollout.step_scores.sum(1)  # of whole responses alone
     if options.normalise_scores:
         state.score_scale.update(scores)
         scores = state.score_scale.apply(scores)
@@ -49,7 +49,8 @@ def shape_rewards(rollout: Rollout, options: PPOOptions, state: PPOState) -> tup
         repeated = [repeated_share(rollout.response(row)) for row in range(len(scores))]
         penalties = penalties + options.repetition_penalty * scores.new_tensor(repeated)
     kl = token_kl(rollout.logprobs, rollout.ref_logprobs, rollout.response_mask)
-    rewards = token_rewards(clipped - penalties, kl, rollout.response_lengths, state.kl.reward_coef)
+    steps = clip_scores(rollout.step_scores, options.score_clip)
+    rewards = token_rewards(clipped - penalties, kl, rollout.response_lengths, state.kl.reward_coef, steps)
     figures = {
         "reward/clipped": Mean((clipped != scores).float().mean().item()),
         "reward/penalty": Mean(penalties.float().mean().item()),

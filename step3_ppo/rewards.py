@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -62,13 +63,35 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor) -> T
     return (logprobs - ref_logprobs) * response_mask
 
 
-def token_rewards(scores: Tensor, kl: Tensor, response_lengths: Tensor, kl_coef: float) -> Tensor:
+def aggregate_steps(logprobs: Tensor, ends: Tensor, how: str = "product") -> Tensor:
+    """Log-probability that a response is right, by those of its steps: (B, T) -> (B,).
+
+    logprobs (B, T): in nats, of each step on its last token, else 0; ends (B, T) bool: those tokens, at least
+    one per response. how: `product` of the probabilities, the sum of their logarithms (Lightman et al. 2023,
+    section 2.6); `min`, the worst step (Wang et al. 2024, section 3.4); `last`, the last step.
+    """
+    match how:
+        case "product":
+            return logprobs.sum(1)
+        case "min":
+            return logprobs.amin(1)  # the zeros elsewhere are not below a logarithm of a probability
+        case "last":
+            column = torch.arange(ends.shape[1], device=ends.device)
+            return logprobs.gather(1, (ends * column).argmax(1, keepdim=True))[:, 0]
+        case _:
+            assert_never(how)
+
+
+def token_rewards(
+    scores: Tensor, kl: Tensor, response_lengths: Tensor, kl_coef: float, step_scores: Tensor | float = 0.0
+) -> Tensor:
     """Rewards (B, T): -kl_coef * kl at every response token, plus the score (B,) at the last one.
 
-    kl (B, T) is 0 outside the response; response_lengths (B,) are at least 1.
+    kl (B, T) is 0 outside the response; response_lengths (B,) are at least 1. step_scores (B, T): added at
+    the last token of each step, 0 elsewhere (Wang et al. 2024 (Math-Shepherd), section 3.5).
     Source: Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2.
     """
-    rewards = -kl_coef * kl
+    rewards = step_scores - kl_coef * kl
     rows = torch.arange(len(scores), device=scores.device)
     rewards[rows, response_lengths - 1] += scores
     return rewards

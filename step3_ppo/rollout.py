@@ -57,8 +57,10 @@ class Rollout:
     ref_logprobs: Tensor  # (B, R) under the reference
     values: Tensor  # (B, R) of the critic; 0 without one
     last_values: Tensor  # (B,) of the critic after the last token of a truncated response; else 0
-    scores: Tensor  # (B,) by all reward models and functions
-    score_parts: Tensor  # (B, M + F) by each reward model, then by each function
+    scores: Tensor  # (B,) by all reward models and functions, plus the step scores
+    score_parts: Tensor  # (B, M + F + P) by each reward model, each function, the process model if any
+    step_scores: Tensor  # (B, R) by the process model, weighted, on the last token of each step; else 0
+    step_ends: Tensor  # (B, R) bool: the last token of a step; false without a process model
     support_sizes: Tensor  # (B, R) number of tokens left by top-k and top-p; 0 without them
     support_ids: Sequence[Tensor]  # B lists of those tokens, (S,) each
     computed: Tensor  # (B,) positions computed to sample it, including padding and idle steps
@@ -211,6 +213,8 @@ def assemble(
         last_values=torch.zeros_like(logprobs[:, 0]),
         scores=torch.zeros_like(logprobs[:, 0]),
         score_parts=torch.zeros_like(logprobs[:, :0]),
+        step_scores=torch.zeros_like(logprobs),
+        step_ends=torch.zeros_like(logprobs, dtype=torch.bool),
         support_sizes=support_sizes,
         support_ids=gather_lists(responses.support_ids, rank_rows, support_sizes.sum(1)),
         computed=computed,

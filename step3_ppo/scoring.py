@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import compress
 
@@ -22,8 +22,20 @@ from common.text.tokenizer import SegmentEncoder
 from step3_ppo.gap import is_rescored
 from step3_ppo.models import Models, Scorer
 from step3_ppo.options import PPOOptions
+from step3_ppo.process_rewards import find_steps, score_steps
 from step3_ppo.reward_functions import function_scores
+from step3_ppo.rewards import aggregate_steps
 from step3_ppo.rollout import Rollout, policy_pass
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B responses, the same on every rank; see `Rollout`."""
+
+    scores: Tensor  # (B,)
+    score_parts: Tensor  # (B, M + F + P)
+    step_scores: Tensor  # (B, R)
+    step_ends: Tensor  # (B, R)
 
 
 @torch.no_grad()
@@ -49,9 +61,8 @@ def score_rollout(
 
     with models.reference_model() as reference:
         fields = {"ref_logprobs": logprobs(reference)}
-    fields["scores"], fields["score_parts"] = score_responses(
-        models.scorer, models.encoder, prompts, rollout, rank_rows, size, title
-    )
+    scorer, encoder = models.scorer, models.encoder
+    fields |= vars(score_responses(scorer, encoder, prompts, rollout, rank_rows, size, title))
     if is_rescored(models):  # as the update computes them
         fields["logprobs"] = logprobs(models.actor)
     if with_values and models.critic:
@@ -65,18 +76,27 @@ def score_rollout(
 def score_responses(
     scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
     rank_rows: Sequence[int], size: int | Tokens, title: str = "",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The score of each response (B,), and its parts by each reward model, then each function (B, M + F).
+) -> Scores:  # fmt: skip
+    """Score the responses by all reward models, functions and the process model.
 
     encoder: of the policy. rank_rows: the rows that this rank scores. title: of progress lines; none when
     empty.
     """
     rank_parts = [*_member_scores(scorer, encoder, prompts, rollout, rank_rows, size, title)]
     rank_parts += [*_function_scores(scorer, encoder, prompts, rollout, rank_rows)]
-    parts = gather_rows(torch.stack(rank_parts, 1), rank_rows, len(prompts))  # (B, M + F)
+    stacked = torch.stack(rank_parts, 1) if rank_parts else torch.zeros(len(rank_rows), 0, device=device())
+    parts = gather_rows(stacked, rank_rows, len(prompts))  # (B, M + F)
     of_members, of_functions = parts[:, : len(scorer.rewards)], parts[:, len(scorer.rewards) :]
     scores = of_functions @ parts.new_tensor([function.weight for function in scorer.functions])
-    return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores, parts
+    if scorer.rewards:
+        scores = scores + combine(of_members.T, scorer.options)
+    if scorer.process is None:
+        return Scores(scores, parts, rollout.step_scores, rollout.step_ends)
+    weight, how = scorer.process.weight, scorer.process.aggregation
+    logprobs, ends = _step_scores(scorer, encoder, prompts, rollout, rank_rows, size, title)  # (B, R)
+    of_steps = aggregate_steps(logprobs, ends, how)  # (B,)
+    parts = torch.cat([parts, of_steps[:, None]], dim=1)
+    return Scores(scores + weight * of_steps, parts, weight * logprobs, ends)
 
 
 def _value_pass(
@@ -125,6 +145,24 @@ def _member_scores(
         for e in {member.encoder for member in scorer.rewards}
     }
     return member_scores(scorer.rewards, inputs, size, title, rollout.sharing)
+
+
+def _step_scores(
+    scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
+    rank_rows: Sequence[int], size: int | Tokens, title: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probability that each step is right (B, R), and the mask of the steps' last tokens (B, R)."""
+    separator, responses = scorer.process.separator, []
+    for row in rank_rows:
+        is_conversation = not isinstance(find_prompt(prompts[row].record), str)
+        ids = _scored_ids(encoder, encoder, prompts[row], rollout, row)
+        lengths = int(rollout.prompt_lengths[row]), int(rollout.response_lengths[row])
+        closing = len(closing_ids(encoder, is_conversation))
+        responses.append(find_steps(ids, *lengths, closing, separator, encoder.decode))
+    width = rollout.step_scores.shape[1]
+    logprobs, ends = score_steps(scorer.process, responses, width, size, title)
+    ends = gather_rows(ends.int(), rank_rows, len(prompts)).bool()
+    return gather_rows(logprobs, rank_rows, len(prompts)), ends
 
 
 def _scored_ids(

@@ -25,6 +25,7 @@ from step1_sft.options import SFTOptions
 from step2_reward.direct.objective import pair_losses
 from step2_reward.direct.options import DirectOptions
 from step2_reward.options import RewardOptions
+from step2_reward.process.options import ProcessRewardOptions
 from step3_ppo.best_of_n import files as best_of_n_files
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.select import rejected
@@ -33,12 +34,14 @@ from step3_ppo.losses import kl_loss, token_weights
 from step3_ppo.optimise import surrogate
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import estimate_advantages, shape_rewards
-from step3_ppo.rewards import RunningScale
+from step3_ppo.rewards import RunningScale, aggregate_steps
 from step3_ppo.state import PPOState, make_kl_penalty
 from tests.step3_ppo.test_returns import PLAIN, rollout
 from tests.word_encoder import WordEncoder
 
-CLASSES = (SFTOptions, RewardOptions, DirectOptions, PPOOptions, BestOfNOptions, PlanOptions)
+CLASSES = (
+    SFTOptions, RewardOptions, DirectOptions, ProcessRewardOptions, PPOOptions, BestOfNOptions, PlanOptions,
+)  # fmt: skip
 TWO = torch.tensor([1.0, 2.0])
 
 
@@ -94,7 +97,8 @@ def schedule(value: str) -> None:
 
 
 def best_metric(value: str) -> None:
-    measured = dict.fromkeys(("eval/loss", "eval/accuracy", "eval/score", "eval/gold"), 0.5)
+    names = ("eval/loss", "eval/accuracy", "eval/first_error", "eval/score", "eval/gold")
+    measured = dict.fromkeys(names, 0.5)
     assert TrainState().is_best(value, measured) == (value != "none")
 
 
@@ -121,6 +125,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
         TWO, SimpleNamespace(logprobs=TWO, advantages=TWO, lengths=[2]), PPOOptions(policy_loss=v)
     ),
     "loss_aggregation": lambda v: token_weights(TWO.long(), TWO > 1, v, 2),
+    "process_aggregation": lambda v: aggregate_steps(-torch.ones(1, 2), TWO[None] > 1, v),
     "keep": keep,
     "gpu": lambda v: table_of(v, "hdr200", 8),
     "link": lambda v: table_of("h200", v, 8),

@@ -32,6 +32,37 @@ def policy_config(path: str, option: str) -> PretrainedConfig:
 
 def check_scalar_model(path: str, option: str) -> None:
     """Raise UserError, naming the option, unless the path holds a reward model like `final/` of step 2."""
+    config = _scalar_config(path, option)
+    if _scores_steps(config):
+        raise UserError(
+            f"--{option} {path}: a process reward model, which scores steps; use a reward model of whole"
+            " responses here, and this one as --process_model_name_or_path of step 3 or best of n"
+        )
+
+
+def check_process_model(path: str, option: str) -> PretrainedConfig:
+    """Read the configuration of a process reward model like `final/` of step2_process.sh.
+
+    Raises UserError, naming the option, for any other model.
+    """
+    config = _scalar_config(path, option)
+    if not _scores_steps(config):
+        raise UserError(
+            f"--{option} {path}: a reward model of whole responses (no `step_separator` in its config.json);"
+            " use `final/` of step2_process.sh"
+        )
+    if not isinstance(config.step_separator, str) or not config.step_separator:
+        raise UserError(
+            f"{Path(path) / 'config.json'}: step_separator is {config.step_separator!r}; it must be text"
+        )
+    return config
+
+
+def _scores_steps(config: PretrainedConfig) -> bool:
+    return hasattr(config, "step_separator")
+
+
+def _scalar_config(path: str, option: str) -> PretrainedConfig:
     config = load_config(path)
     if not is_scalar(config):
         raise UserError(
@@ -41,17 +72,19 @@ def check_scalar_model(path: str, option: str) -> None:
     check_scalar(config)
     check_weights(AutoModelForSequenceClassification, path)
     _check_centre(path, config)
+    return config
 
 
-def backbone_config(path: str, option: str) -> PretrainedConfig:
+def backbone_config(path: str, option: str, scores_steps: bool = False) -> PretrainedConfig:
     """Read the configuration of the model from which a reward model is trained.
 
-    A language model gets a new head; a reward model keeps its head. Raises UserError, naming the option, for
-    any other model.
+    A language model gets a new head; a reward model keeps its head. scores_steps: a process reward model is
+    trained, which may start from either kind of reward model. Raises UserError, naming the option, for any
+    other model.
     """
     config = load_config(path)
     if is_scalar(config):
-        check_scalar_model(path, option)
+        (_scalar_config if scores_steps else check_scalar_model)(path, option)
     elif _architecture(config).endswith(OTHER_HEADS):
         raise UserError(
             f"--{option} {path}: cannot train a reward model from it ({_model_class(config)}); use a language"

@@ -10,7 +10,9 @@ Record = dict[str, Any]
 
 EMPTY = (None, "", [], {}, "[]", "{}", "null")
 FLAGS = {"true": True, "false": False}
-LISTS = ("messages", "conversations", "history", "responses", "ranks", "votes")
+LISTS = (
+    "messages", "conversations", "history", "responses", "ranks", "votes", "steps", "completions", "labels",
+)  # fmt: skip
 # Fields of text or messages.
 TEXTS = (
     "prompt", "completion", "chosen", "rejected", "response", "response_a", "response_b",

@@ -10,6 +10,8 @@ HH          chosen, rejected: "\\n\\nHuman: ...\\n\\nAssistant: ..." -> the same
 Arena       prompt, response_a, response_b, preference    -> prompt, chosen, rejected, optional tie
 several raters: votes instead of preference, a list       -> the same, by majority
 KTO         kto_tag                                       -> label
+PRM800K     question: {problem}, label: {steps}           -> prompt, steps, labels
+Shepherd    input: "... Step 1: ... ки", label            -> the same
 soft labels: preference is a number, the probability of A -> the same, and the probability of chosen
 
 In all formats, `system` becomes the first message.
@@ -24,6 +26,7 @@ from typing import Any
 from common.text.fields import as_number, is_empty, parse_lists, shown
 from common.text.prompt_boundary import is_answer
 from common.text.segments import has_ended
+from common.text.step_formats import as_steps
 from common.text.system_message import insert_system
 
 Record = dict[str, Any]
@@ -56,7 +59,7 @@ def normalise_record(record: Record) -> Record:
     for name in UNSUPPORTED:
         if not is_empty(record.get(name)):
             raise ValueError(f"field {name!r} changes the input of the model and is not supported; remove it")
-    record = _as_messages(parse_lists(record))
+    record = _as_messages(parse_lists(as_steps(record)))
     if not any(name in record for name in QUESTIONS):
         _check_parts_of_prompt(record)
     if "conversations" in record and "messages" not in record:

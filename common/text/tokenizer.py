@@ -163,6 +163,10 @@ class SegmentEncoder:
             ids += self._continue.encode(part, add_special_tokens=False).ids
         return ids
 
+    def decode(self, ids: list[int]) -> str:
+        """Decode tokens as they are, special ones too."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     def decode_prompt(self, prompt_ids: list[int]) -> str:
         """Decode a prompt for display: without BOS, EOS and padding, but with role markers."""
         hidden = {self.tokenizer.bos_token_id, self.eos_token_id, self.pad_token_id}

@@ -46,6 +46,7 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     num_train_epochs: float = same_as(TrainOptions, "num_train_epochs")
     model_name_or_path: str = same_as(TrainOptions, "model_name_or_path")
     reward_model_name_or_path: list[str] = same_as(EnsembleOptions, "reward_model_name_or_path")
+    process_model_name_or_path: str = same_as(PPOOptions, "process_model_name_or_path")
     gold_reward_model: str = same_as(PPOOptions, "gold_reward_model")
     ptx_data: list[str] = same_as(PPOOptions, "ptx_data")
     learning_rate: float = same_as(TrainOptions, "learning_rate")

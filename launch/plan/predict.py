@@ -107,14 +107,21 @@ def read_models(options: PlanOptions) -> Models:
         reference = Model(replace(policy, trained=0), frozen(actor_zero, options.offload_frozen))
     offload = options.offload_frozen or (len(rewards) > 1 and critic_zero.stage < 3)
     zero_of_scorers = frozen(critic_zero, offload)
-    scorers = [Model(replace(shape(one, True, 0), trained=0), zero_of_scorers) for one in rewards or [path]]
-    if options.lora_rank and critic and len(scorers) == 1:
-        scorers = []  # the reward model is the critic without its adapter
+    outcome, process = paths_of_scorers(options)
+    if options.lora_rank and critic and len(outcome) == 1:
+        outcome = []  # the reward model is the critic without its adapter
+    scorers = [Model(replace(shape(one, True, 0), trained=0), zero_of_scorers) for one in outcome + process]
     if options.gold_reward_model:
         gold = replace(shape(options.gold_reward_model, True, 0), trained=0)
         scorers.append(Model(gold, frozen(critic_zero, True)))
     reward = Model(shape(path, True), zero)
     return Models(Model(policy, zero), reward, Model(policy, actor_zero), critic, reference, scorers)
+
+
+def paths_of_scorers(options: PlanOptions) -> tuple[list[str], list[str]]:
+    """Reward models of whole responses, by default one with the policy's shape, and the process model."""
+    process = [options.process_model_name_or_path] * bool(options.process_model_name_or_path)
+    return options.reward_model_name_or_path or [options.model_name_or_path] * (not process), process
 
 
 def setting(options: PlanOptions) -> str:

@@ -10,7 +10,7 @@ from launch.plan.hardware import table_of, with_measured
 from launch.plan.memory import FP32, Model
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Sizes
-from launch.plan.predict import Models, batch_sizes, fitted, read_models
+from launch.plan.predict import Models, batch_sizes, fitted, paths_of_scorers, read_models
 from launch.plan.timing import (
     Cluster,
     Decoder,
@@ -86,7 +86,8 @@ def decoders(options: PlanOptions, models: Models) -> Decoders:
     actor = Decoder(models.actor, layers)
     critic = scalar_model(models.critic) if models.critic else None
     reference = Decoder(models.reference, layers) if models.reference else actor
-    return Decoders(actor, critic, reference, [*map(scalar_model, scorers)] or [critic])
+    is_shared = len(scorers) < sum(map(len, paths_of_scorers(options)))  # the critic is the reward model
+    return Decoders(actor, critic, reference, [*map(scalar_model, scorers), *[critic] * is_shared])
 
 
 def iteration(options: PlanOptions, models: Decoders, sizes: Sizes, cluster: Cluster) -> Iterator[Seconds]:

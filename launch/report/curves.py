@@ -18,6 +18,8 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     "Learning": {
         "Loss": ("train/loss", "eval/loss"),
         "Accuracy": ("train/accuracy", "eval/accuracy"),
+        "Records whose first wrong step is found": ("train/first_error", "eval/first_error"),
+        "Share of steps labelled right": ("train/right_share", "eval/right_share"),
         "Perplexity on held-out data": ("eval/perplexity",),
         "Margin of chosen over rejected": ("train/margin", "eval/margin"),
         "Mean scores of held-out pairs": ("eval/chosen_mean", "eval/rejected_mean"),
@@ -34,6 +36,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Score on held-out prompts": ("eval/score",),
         "Gold score on held-out prompts": ("eval/gold",),
         "Score of each reward model and function": ("reward/mean_*",),
+        "Probability that a step is right; of the worst step": ("process/mean", "process/min"),
         "Spread of scores": ("reward/std", "eval/score_std", "reward/std_between"),
         "KL to the reference, nats per response": ("kl/mean", "eval/kl"),
         "KL by quarter of the response, nats per token": ("kl/quarter_*",),
@@ -46,6 +49,7 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Responses": {
         "Length in tokens": ("response/length", "eval/length"),
+        "Steps of a response": ("process/steps",),
         "Share that ends in EOS": ("response/eos_rate", "eval/eos_rate"),
         "Distinct tokens and pairs": ("response/distinct_?", "eval/distinct_?"),
         "Repeated trigrams": ("response/repeated_3", "eval/repeated_3"),

@@ -11,6 +11,12 @@ ALL = [
     ("sft", "Step 1: supervised fine-tuning", "step1_sft.options.SFTOptions", True),
     ("reward", "Step 2: reward model", "step2_reward.options.RewardOptions", True),
     ("direct", "Step 2: direct preference optimisation", "step2_reward.direct.options.DirectOptions", True),
+    (
+        "process",
+        "Step 2: process reward model",
+        "step2_reward.process.options.ProcessRewardOptions",
+        True,
+    ),
     ("ppo", "Step 3: PPO", "step3_ppo.options.PPOOptions", True),
     ("best_of_n", "Best of n", "step3_ppo.best_of_n.options.SampleOptions", False),
     ("judge", "Judge", "step2_reward.judge.options.JudgeOptions", False),

@@ -41,6 +41,7 @@ from step3_ppo.best_of_n.files import Sample, select, truncate_to_chunks
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.report import describe_selection
 from step3_ppo.models import Scorer
+from step3_ppo.process_rewards import check_process, load_process_model, step_probabilities
 from step3_ppo.reward_functions import load_functions
 from step3_ppo.rollout import Rollout, assemble
 from step3_ppo.scoring import score_responses
@@ -56,6 +57,7 @@ def main() -> None:
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)
+    check_process(options, encoder, options.max_prompt_length + options.max_response_length)
     prompts = load_prompts(options, encoder)
     if options.selection_dir:
         make_folder("selection_dir", options.selection_dir)
@@ -72,7 +74,9 @@ def main() -> None:
     log(f"{total} prompts, {size} responses per prompt, on {ranks_in_words()}{start}")
     if done < total:
         policy = load_sampler(options.model_name_or_path, encoder, zero, options)
-        scorer = Scorer(load_members(options, reward_encoders, zero), functions, options)
+        members = load_members(options, reward_encoders, zero)
+        process = load_process_model(options, encoder, zero, aggregation=options.process_aggregation)
+        scorer = Scorer(members, functions, options, process)
     progress, start, tokens = Progress("prompts", total, done), time.perf_counter(), 0
     while done < total:
         stop_resumably(f"{done} of {total} prompts done", options.output_dir)
@@ -135,18 +139,20 @@ def sample_and_score(
     sizes = torch.zeros_like(responses.support_sizes)
     responses = responses._replace(support_sizes=sizes, support_ids=responses.support_ids[:0])
     rollout = assemble(row_prompts, rank_rows, responses, encoder)
-    scores, parts = score_responses(
-        scorer, encoder, row_prompts, rollout, rank_rows, options.generation_batch_size
-    )
+    scored = score_responses(scorer, encoder, row_prompts, rollout, rank_rows, options.generation_batch_size)
+    scores, parts = scored.scores, scored.score_parts
     if bad := int((~scores.isfinite()).sum()):
         raise UserError(f"--reward_model_name_or_path: {bad} scores are not finite numbers")
     names = [f"reward_model_{number + 1}" for number in range(len(scorer.rewards))]
-    names += [function.name for function in scorer.functions]
+    names += [function.name for function in scorer.functions] + ["process"] * (scorer.process is not None)
     return [
         to_sample(rollout, row, numbers[row] // size, row_prompts[row], encoder)
         | {"score": round(scores[row].item(), 6)}
         | ({"scores": dict(zip(names, row_parts, strict=True))} if len(names) > 1 else {})
-        for row, row_parts in zip(range(len(rows)), parts.tolist(), strict=False)
+        | ({"steps": step_probabilities(scorer.process, *steps)} if scorer.process else {})
+        for row, row_parts, *steps in zip(
+            range(len(rows)), parts.tolist(), scored.step_scores, scored.step_ends, strict=False
+        )
     ]
 
 

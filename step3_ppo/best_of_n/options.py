@@ -6,14 +6,19 @@ from typing import ClassVar, Literal
 from common.generation.options import GenerationOptions, PromptDataOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import InferenceOptions, RankOptions, UserError, option
+from step3_ppo.option_groups import ProcessOptions
 
 
 @dataclass
-class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, InferenceOptions, RankOptions):
+class SampleOptions(
+    PromptDataOptions, EnsembleOptions, ProcessOptions, GenerationOptions, InferenceOptions, RankOptions
+):
     """Sampling. These options determine samples.jsonl; a folder sampled with others is refused."""
 
     stage: ClassVar[int] = 3
-    one_of: ClassVar[tuple[str, ...]] = ("reward_model_name_or_path", "reward_function")
+    one_of: ClassVar[tuple[str, ...]] = (
+        "reward_model_name_or_path", "reward_function", "process_model_name_or_path",
+    )  # fmt: skip
     resume_from_checkpoint: ClassVar[str] = "latest"  # the same command always resumes
 
     model_name_or_path: str = option("", "The policy: a folder or hub name.", required=True, resume="model")
@@ -32,6 +37,11 @@ class SampleOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, Infer
         [],
         "Reward functions of prompts, responses and records: FILE.py:NAME or FILE.py:NAME:WEIGHT.",
         resume="function",
+    )
+    process_aggregation: Literal["product", "min", "last"] = option(
+        "product",
+        "Score of a response by its steps. product: the sum of their log-probabilities; min: the lowest one;"
+        " last: that of the last step.",
     )
     output_dir: str = option("output/best_of_n", "Folder for samples.jsonl and the selection.", resume="free")
     seed: int = option(0, "Seed of sampling and of random pairs.", at_least=0)

@@ -120,7 +120,7 @@ def score(
     for policy in policies:
         title = f"{judge.name}, responses of {policy.path}"
         by_rollout = [
-            score_responses(scorer, encoder, prompts, rollout, rows_of_rank(rollout), size, title)[0]
+            score_responses(scorer, encoder, prompts, rollout, rows_of_rank(rollout), size, title).scores
             for rollout in policy.rollouts
         ]
         scores.append(torch.stack(by_rollout).double().cpu().numpy())

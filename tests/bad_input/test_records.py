@@ -72,6 +72,27 @@ def test_margin_is_refused(models: Path, tmp_path: Path, margin: bytes) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"labels": [1, 1e39]}, "field 'labels': that of step 2 is 1e+39"),
+        ({"labels": [1, float("nan")]}, "field 'labels': that of step 2 is nan"),
+        ({"labels": [-1, 1]}, "field 'labels': that of step 1 is -1"),
+        ({"labels": [[1], 1]}, "field 'labels': that of step 1 is [1]"),
+        ({"labels": "10"}, "field 'labels' must be a list of 2 labels"),
+        ({"steps": ["b", None]}, "field 'steps': step 2 is None"),
+        ({"steps": {"0": "b"}}, "field 'steps' must be a list"),
+        ({"steps": ["b\n\nb", "c"]}, "step 1 contains --step_separator"),
+        ({"question": {"problem": "a"}, "label": {"steps": [5]}}, "not those of a PRM800K record"),
+        ({"input": "a Step 1: b ки", "label": "a"}, "as in Math-Shepherd"),
+    ],
+)
+def test_labelled_steps_are_refused(models: Path, tmp_path: Path, change: dict, part: str) -> None:
+    record = json.dumps(RECORDS["step2_process"] | change).encode()
+    words, files = ["--train_data", "DIR/bad.jsonl"], {"bad.jsonl": record}
+    check_refusal("step2_process", words, ["DIR/bad.jsonl:1: ", part], models, tmp_path, files)
+
+
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "1e999", "101", "0.1:0.2", "", "x"])
 def test_weight_of_a_source_is_refused(models: Path, tmp_path: Path, weight: str) -> None:
     command = EVERY[len(weight) % len(EVERY)]

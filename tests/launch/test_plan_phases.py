@@ -176,6 +176,20 @@ def test_a_gold_model_is_in_host_memory(big: PlanOptions) -> None:
     assert after["host"] - before["host"] == gold and after["weights"] == before["weights"]
 
 
+def test_a_process_model_is_one_more_frozen_model(big: PlanOptions) -> None:
+    """Beside the reward model, and in its place; with adapters the critic is the reward model still."""
+    path, parameters = big.model_name_or_path, read_shape(big.model_name_or_path, True, 0, ()).parameters
+    for one in (replace(big, reward_model_name_or_path=[path]), replace(big, lora_rank=8)):
+        given = replace(one, reward_model_name_or_path=[path])
+        before, after = (
+            predict(options)["step 3"].parts["weights"]
+            for options in (given, replace(given, process_model_name_or_path=path))
+        )
+        assert after - before == 2 * parameters
+    alone = replace(big, process_model_name_or_path=path)
+    assert predict(alone)["step 3"].parts["weights"] == predict(big)["step 3"].parts["weights"]
+
+
 def test_demonstrations_leave_gradients_before_the_first_micro_batch(big: PlanOptions) -> None:
     """PPO-ptx accumulates, as more than one micro-batch does."""
     single, mixed = (

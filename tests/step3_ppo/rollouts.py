@@ -18,7 +18,8 @@ def rollout_of(
     rest = {
         "behaviour_logprobs": logprobs.clone(), "logprobs": logprobs, "ref_logprobs": empty, "values": empty,
         "last_values": empty[:, 0], "scores": empty[:, 0],
-        "score_parts": empty[:, :0], "support_sizes": empty.int(), "support_ids": lists,
+        "score_parts": empty[:, :0], "step_scores": empty, "step_ends": empty.bool(),
+        "support_sizes": empty.int(), "support_ids": lists,
         "computed": torch.zeros(rows),
     }  # fmt: skip
     return Rollout(input_ids, prompt_lengths, response_lengths, ended, **{**rest, **fields})

@@ -5,6 +5,7 @@ import torch
 
 from step3_ppo.rewards import (
     RunningScale,
+    aggregate_steps,
     clip_scores,
     overlong_shares,
     repeated_share,
@@ -35,6 +36,23 @@ def test_score_is_added_at_the_last_token():
     rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, torch.tensor([3, 1]), kl_coef=0.5)
     assert_close(rewards, torch.tensor([[-0.05, 0.1, 1.85], [-1.25, 0.0, 0.0]]))
     assert_close(kl, torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]]))  # unchanged
+
+
+def test_scores_of_steps_are_added_at_their_last_tokens():
+    kl = torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.0, 0.0]])
+    steps = torch.tensor([[-1.0, 0.0, -2.0], [-3.0, 0.0, 0.0]])
+    rewards = token_rewards(torch.tensor([2.0, -1.0]), kl, torch.tensor([3, 1]), 0.5, steps)
+    assert_close(rewards, torch.tensor([[-1.05, 0.1, -0.15], [-4.25, 0.0, 0.0]]))
+
+
+def test_aggregated_steps_by_hand():
+    """Probabilities 1/2, 1/8 and 1/4 of three steps; one step of 1/2; a last step that is surely right."""
+    probabilities = torch.tensor([[0.5, 0.125, 1.0, 0.25], [1.0, 0.5, 1.0, 1.0], [0.5, 1.0, 1.0, 1.0]])
+    ends = torch.tensor([[True, True, False, True], [False, True, False, False], [True, False, True, False]])
+    for how, expected in {
+        "product": [1 / 64, 1 / 2, 1 / 2], "min": [1 / 8, 1 / 2, 1 / 2], "last": [1 / 4, 1 / 2, 1],
+    }.items():  # fmt: skip
+        assert_close(aggregate_steps(probabilities.log(), ends, how), torch.tensor(expected).log())
 
 
 def test_clip_scores():

@@ -15,7 +15,7 @@ from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import tokenize_response
 from step3_ppo import scoring
 from step3_ppo.options import PPOOptions
-from step3_ppo.scoring import _scored_ids, _value_pass, close, score_rollout
+from step3_ppo.scoring import Scores, _scored_ids, _value_pass, close, score_rollout
 from tests.byte_encoder import byte_encoder
 from tests.step3_ppo.rollouts import rollout_of
 
@@ -58,7 +58,8 @@ def test_logits_of_two_tokens_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     logprobs_and_entropy = head.logprobs_and_entropy
     monkeypatch.setattr(head, "logprobs_and_entropy", compute)
     monkeypatch.setattr(head, "CHUNK", 2 * 32)
-    monkeypatch.setattr(scoring, "score_responses", lambda *_: (rows[:, 0], rows[:, :0]))
+    scores = Scores(rows[:, 0], rows[:, :0], rows, rows.bool())
+    monkeypatch.setattr(scoring, "score_responses", lambda *_: scores)
     ids = torch.ones(3, 7, dtype=torch.long)
     rollout = rollout_of(ids, torch.tensor(PROMPTS), torch.tensor(RESPONSES), torch.tensor(ENDED))
     config = LlamaConfig(
@@ -90,7 +91,9 @@ def encoder() -> SegmentEncoder:
 @pytest.mark.parametrize("is_other_engine", [False, True])
 def test_log_probabilities_of_another_engine_are_computed_again(monkeypatch, is_other_engine):
     """In fp32 too: the update's ratio is to the trainer's own numbers."""
-    monkeypatch.setattr(scoring, "score_responses", lambda *_: (torch.zeros(3), torch.zeros(3, 0)))
+    zeros = torch.zeros(3, 5)
+    scores = Scores(zeros[:, 0], zeros[:, :0], zeros, zeros.bool())
+    monkeypatch.setattr(scoring, "score_responses", lambda *_: scores)
     monkeypatch.setattr(
         scoring, "policy_pass", lambda _, rows, __: SimpleNamespace(logprobs=-torch.ones(len(rows.labels)))
     )
