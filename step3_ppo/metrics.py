@@ -39,7 +39,8 @@ def evaluate(
         size = micro_batch(options, options.generation_batch_size)
         gold = score_responses(
             models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
-        ).scores[: len(prompts)]
+        ).scores
+        gold = gold[: len(prompts)]
     rollout = rollout.pick(range(len(prompts)))
     figures = {
         "eval/score": rollout.scores.mean().item(),

@@ -99,14 +99,14 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
-def build_model(folder: Path, hidden_size: int, layers: int, heads: int, seed: int = 0) -> Path:
-    """A Llama with random weights. Every number is a token."""
-    names = ["<pad>", "</s>", *NUMBERS, *"+-=:\n"]
+def build_model(folder: Path, hidden_size: int, layers: int, heads: int, by_digit: bool = False) -> Path:
+    """A Llama with random weights. Every number is a token, or every digit."""
+    names = ["<pad>", "</s>", *(NUMBERS[:10] if by_digit else NUMBERS), *"+-=:\n"]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|\D"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\d\D]" if by_digit else r"\d+|\D"), "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(names), hidden_size=hidden_size, intermediate_size=3 * hidden_size,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,

@@ -33,7 +33,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "steps.jsonl", [one for record in records for one in as_steps(record)])
     write_jsonl(folder / "preferences.jsonl", map(as_preference, records))
     write_jsonl(folder / "prompts.jsonl", [{"prompt": make_question(draw, 3)} for _ in range(80)])
-    build_model(folder / "model", hidden_size=32, layers=2, heads=4)
+    build_model(folder / "model", hidden_size=32, layers=2, heads=4, by_digit=True)
     done = bash("step2_process.sh", training(folder, folder / "process"), folder, NUM_GPUS="2")
     assert done.returncode == 0, done.stdout
     words = ["--model_name_or_path", str(folder / "model"), "--learning_rate", "1e-2"]
@@ -53,7 +53,7 @@ def sampling(chains: Path, output: Path) -> list[str]:
     return [
         "--model_name_or_path", str(chains / "model"), "--prompt_data", str(chains / "prompts.jsonl"),
         "--process_model_name_or_path", str(chains / "process/final"), "--output_dir", str(output),
-        "--samples_per_prompt", "3", "--prompts_per_round", "8", "--max_response_length", "12",
+        "--samples_per_prompt", "4", "--prompts_per_round", "16", "--max_response_length", "12",
         "--keep_truncated",
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def plain_probabilities(chains: Path, sample: dict[str, Any]) -> list[float]:
-    """Of each step, by transformers alone. Every token of this tokenizer is a number or a character."""
+    """Of each step, by transformers alone. Every character is a token."""
     folder = chains / "process/final"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -102,10 +102,9 @@ def test_samples_are_scored_step_by_step(chains: Path, tmp_path: Path) -> None:
     succeed(BEST, sampling(chains, tmp_path / "one"), tmp_path)
     one = samples(tmp_path / "one")
     assert sum(len(sample["steps"]) > 1 for sample in one) > 3
-    tokenizer = AutoTokenizer.from_pretrained(chains / "process/final")
-    same = [one for one in one if len(tokenizer(one["completion"]).input_ids) + one["ended"] == one["length"]]
-    assert len(same) > 3  # responses that have the same tokens when they are encoded again
-    for sample in same[:8]:
+    complete = [one for one in one if len(one["completion"]) + one["ended"] == one["length"]]
+    assert len(complete) > 20  # without <pad>, which no text shows
+    for sample in complete[:20]:
         assert sample["steps"] == pytest.approx(plain_probabilities(chains, sample), abs=1e-5)
     for sample in one:
         assert sample["score"] == pytest.approx(sum(map(log, sample["steps"])), rel=1e-3, abs=1e-4)
@@ -201,7 +200,7 @@ def test_training_continues_from_a_process_model_and_from_an_outcome_model(
 
 @pytest.mark.rare
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize(("zero", "adapters"), product((0, 1, 2, 3), (False, True)))
+@pytest.mark.parametrize(("zero", "adapters"), [*product((0, 1, 2, 3), (False, True))])
 def test_a_stopped_process_model_resumes_to_the_same_bytes(
     chains: Path, tmp_path: Path, zero: int, adapters: bool, ranks: int
 ) -> None:
