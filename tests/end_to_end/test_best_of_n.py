@@ -183,7 +183,7 @@ def test_mistakes_are_one_line(world: Path, run: Path, done: Path, tmp_path: Pat
     without = [word for word in options(world, run, tmp_path / "out") if word != "--keep_truncated"]
     index = without.index("--reward_model_name_or_path")
     for words, parts in (
-        (without[:index] + without[index + 2 :], ["--reward_function is required"]),
+        (without[:index] + without[index + 2 :], ["--process_model_name_or_path is required"]),
         ([*without, "--quantile", "0.9"], ["--quantile 0.9", "--keep best"]),
         ([*without, "--samples_per_prompt", "0"], ["--samples_per_prompt 0", "at least 1"]),
         ([*without, "--max_response_length", "400"], ["--max_response_length 400", "256 positions"]),

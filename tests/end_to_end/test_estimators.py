@@ -94,7 +94,7 @@ def test_functions_score_with_and_without_a_reward_model(world, run, functions, 
     assert "there is no reward model" in result.output
     assert metrics(alone, "reward/mean_by_length")[0] == pytest.approx(parts[1][0], rel=1e-6)
     refused = run_stage("step3_ppo.main", without[: without.index("--reward_function")], tmp_path)
-    assert "--reward_model_name_or_path or --reward_function is required" in refused.output
+    assert "--reward_function or --process_model_name_or_path is required" in refused.output
 
 
 BAD = {
