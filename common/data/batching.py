@@ -56,6 +56,16 @@ def examples_of_steps(lengths: Sequence[int], batch_size: int, seed: int, steps:
     return sorted(chain(*islice(batch_order(lengths, batch_size, seed, 0, grouped=True), steps)))
 
 
+def indices_of_round(size: int, count: int, seed: int, number: int) -> list[int]:
+    """Indices of the examples of round `number`, from 1, of `size` in all.
+
+    Each round takes the next `count` of them in random order; 0, or as many as there are: all in their order.
+    """
+    if not 0 < count < size:
+        return list(range(size))
+    return next(batch_order(range(size), count, seed, number - 1, grouped=False))
+
+
 class Tokens(int):
     """Size of micro-batches in tokens, padding included; a plain int is a size in rows."""
 

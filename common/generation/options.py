@@ -18,6 +18,16 @@ class PromptDataOptions(DataOptions):
 
 
 @dataclass
+class RoundOptions:
+    """The prompts of a round of sampling."""
+
+    prompts_per_round: int = option(
+        0, "Prompts per round; each round takes the next ones in random order. 0: all.", at_least=0
+    )
+    round: int = option(1, "Number of the round. Each round samples different responses.", at_least=1)
+
+
+@dataclass
 class GenerationOptions:
     """Sampling."""
 

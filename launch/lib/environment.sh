@@ -162,6 +162,11 @@ step() {
     return "$code"
 }
 
+# once FILE SCRIPT OPTIONS...: run a script of this folder, unless the file that it writes last is there.
+once() {
+    [ -e "$1" ] || step "$HERE/$2" "${@:3}"
+}
+
 # check COMMAND OPTIONS... -- COMMAND OPTIONS...: refuse wrong options before the first command starts.
 check() {
     heed python -m launch.lib.check_options --later "$@"
@@ -178,6 +183,13 @@ script_help() {
 require() {
     [ -n "${!1:-}" ] && return
     echo "error: $(basename "$0") needs the variable $1: $2 (--help shows how)" >&2
+    exit 2
+}
+
+# allow NAME VALUE...: refuse to start with another value of an environment variable.
+allow() {
+    [[ -n "${!1:-}" && " ${*:2} " == *" ${!1} "* ]] && return
+    echo "error: $(basename "$0"): $1 '${!1:-}' must be one of: ${*:2} (--help shows how)" >&2
     exit 2
 }
 

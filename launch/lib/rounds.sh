@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Sourced by raft.sh, rest.sh and iterative_dpo.sh: functions for their rounds.
+# Sourced by raft.sh, rest.sh, iterative_dpo.sh and lib/online.sh: functions for their rounds.
 # Every command resumes, and so the loop does too: a finished command may load its model again, but does no work.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 script_help "$@"
 require MODEL "the policy to start from: final/ of step 1"
 require PROMPTS "prompts, as for step 3"
+[[ "$ROUNDS" =~ ^[1-9][0-9]*$ ]] || { echo "error: ROUNDS $ROUNDS: must be a whole number above 0" >&2 && exit 2; }
 OUTPUT="${OUTPUT:-output/$(basename "$0" .sh)}"
 DEMONSTRATIONS="${DEMONSTRATIONS:-}"  # mixed into the data of every round, as F.jsonl:0.1; empty: none
 COMMON=("$@")  # options of sampling and of the report

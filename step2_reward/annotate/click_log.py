@@ -84,6 +84,12 @@ class Store:
             self.add(name, rater, last.pair, "undo", None, last.left)
             return last
 
+    def unanswered(self) -> int:
+        """Number of pairs, golden questions not counted, that no rater has answered or skipped."""
+        with self._lock:
+            answered = {name for clicks in self.answers.values() for name in clicks}
+            return sum(not pair.answer and name not in answered for name, pair in self._pairs.items())
+
     def write_preferences(self) -> None:
         """Rewrite F.jsonl from the current answers."""
         with self._lock:

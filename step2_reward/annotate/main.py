@@ -12,6 +12,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 from common.runtime.distributed import log
@@ -22,6 +23,9 @@ from step2_reward.annotate.agreement import format_agreement
 from step2_reward.annotate.click_log import Store, check_known, current_answers, log_path, read_clicks
 from step2_reward.annotate.options import AnnotateOptions
 from step2_reward.pairs import read_pairs
+
+LAST_UNDO = 5.0  # seconds in which a rater can take back the answer to the last pair, with --until_answered
+LOOK_INTERVAL = 0.5
 
 
 def main() -> None:
@@ -38,6 +42,9 @@ def main() -> None:
         return
     listener = listen(options.host, options.port)
     store = Store(options.output, pairs)
+    if options.until_answered and not store.unanswered():
+        log(f"{store.path}: all pairs are answered: {counts(store)}")
+        return
 
     # 2. Serve the page until a signal. The click log is always complete; only F.jsonl is written at the end.
     from waitress import create_server
@@ -53,9 +60,20 @@ def main() -> None:
     log(f"{len(pairs) - golden} pairs and {golden} golden questions; answers so far: {counts(store)}")
     log(f"http://{address(listener)}/?token={token}\nCtrl-C stops the page; run the same command to resume")
     threading.Thread(target=store.write_often, daemon=True).start()
+    if options.until_answered:
+        threading.Thread(target=end_when_answered, args=(store,), daemon=True).start()
     server.run()
     store.write_preferences()
     log(f"{store.path}: answers so far: {counts(store)}")
+
+
+def end_when_answered(store: Store) -> None:
+    """End the page like Ctrl-C when all pairs have been answered for LAST_UNDO seconds."""
+    answered_for = 0.0
+    while answered_for < LAST_UNDO:
+        time.sleep(LOOK_INTERVAL)
+        answered_for = 0.0 if store.unanswered() else answered_for + LOOK_INTERVAL
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
 def listen(host: str, port: int) -> socket.socket:

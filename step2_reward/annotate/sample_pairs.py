@@ -11,8 +11,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from common.data.batching import indices_of_round
 from common.data.journal import to_lines, work_through
 from common.data.multi_encoder import load_shared_records
+from common.data.records import fraction
 from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import PolicyAnswer, fit_prompt_length, load_sampler, sample_answers
 from common.model.roles import policy_config
@@ -81,10 +83,18 @@ def main() -> None:
 
 
 def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]) -> list[list[Prompt]]:
-    """Tokenise the prompts with each encoder, without those too long for any. Raises UserError."""
+    """The prompts of the round, tokenised with each encoder, without those too long for any. Raises
+    UserError.
+    """
     convert = partial(tokenize_prompt, max_length=options.max_prompt_length, overlong="drop")
     converts = [partial(convert, encoder=encoder) for encoder in encoders]
-    return load_shared_records(options.prompt_data, options, Prompt, converts, is_training=True).rows
+    rows = load_shared_records(options.prompt_data, options, Prompt, converts, is_training=True).rows
+    hashes = [fraction(find_prompt(row.record), "") for row in rows[0]]  # as when training holds out
+    usable = [number for number, value in enumerate(hashes) if value >= options.eval_fraction]
+    if not usable:
+        raise UserError(f"--eval_fraction {options.eval_fraction}: leaves out all {len(hashes)} prompts")
+    chosen = indices_of_round(len(usable), options.prompts_per_round, options.seed, options.round)
+    return [[part[usable[index]] for index in chosen] for part in rows]
 
 
 def responses_by_draw(
@@ -93,10 +103,11 @@ def responses_by_draw(
 ) -> dict[int, list[PolicyAnswer]]:  # fmt: skip
     """Sample the responses of a policy; returns them by draw, on rank 0. Loads the policy only if needed."""
     policy, answers = cache(load), {}
+    draws_before = options.responses_per_prompt * (options.round - 1)
 
     def respond(rows: Mapping[int, Prompt], draw: int) -> list[PolicyAnswer]:
         prompts = {number: row.ids for number, row in rows.items()}
-        by_number = sample_answers(policy(), encoder, prompts, options, draw)
+        by_number = sample_answers(policy(), encoder, prompts, options, draws_before + draw)
         return [by_number[number] for number in rows]
 
     for draw in draws:

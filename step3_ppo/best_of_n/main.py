@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.data.batching import batch_order
+from common.data.batching import indices_of_round
 from common.data.examples import Examples
 from common.data.journal import stop_resumably, to_lines
 from common.data.loading import load_examples
@@ -99,11 +99,8 @@ def load_prompts(options: BestOfNOptions, encoder: SegmentEncoder) -> Examples[P
         tokenize_prompt, encoder=encoder, max_length=options.max_prompt_length, overlong=options.overlong
     )
     prompts, _ = load_examples(options.prompt_data, options, Prompt, convert)
-    count = options.prompts_per_round
-    if not 0 < count < len(prompts):
-        return prompts
-    order = batch_order(prompts.notes("length"), count, options.seed, options.round - 1, grouped=False)
-    return prompts.take(np.array(next(order)))
+    chosen = indices_of_round(len(prompts), options.prompts_per_round, options.seed, options.round)
+    return prompts.take(np.array(chosen))
 
 
 class RowIds(Sequence[list[int]]):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from common.generation.options import GenerationOptions, PromptDataOptions
+from common.generation.options import GenerationOptions, PromptDataOptions, RoundOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import InferenceOptions, RankOptions, UserError, option
 from step3_ppo.option_groups import ProcessOptions
@@ -11,8 +11,9 @@ from step3_ppo.option_groups import ProcessOptions
 
 @dataclass
 class SampleOptions(
-    PromptDataOptions, EnsembleOptions, ProcessOptions, GenerationOptions, InferenceOptions, RankOptions
-):
+    PromptDataOptions, RoundOptions, EnsembleOptions, ProcessOptions, GenerationOptions, InferenceOptions,
+    RankOptions,
+):  # fmt: skip
     """Sampling. These options determine samples.jsonl; a folder sampled with others is refused."""
 
     stage: ClassVar[int] = 3
@@ -29,10 +30,6 @@ class SampleOptions(
         resume="data",
     )
     samples_per_prompt: int = option(8, "Responses sampled per prompt.", at_least=1, at_most=10_000)
-    prompts_per_round: int = option(
-        0, "Prompts per round; each round takes the next ones in random order. 0: all.", at_least=0
-    )
-    round: int = option(1, "Number of the round. Each round samples different responses.", at_least=1)
     reward_function: list[str] = option(
         [],
         "Reward functions of prompts, responses and records: FILE.py:NAME or FILE.py:NAME:WEIGHT.",

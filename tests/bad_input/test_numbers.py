@@ -54,6 +54,8 @@ REFUSED = [
     ("best_of_n", ["--samples_per_prompt", str(2**40)], "--samples_per_prompt"),
     ("best_of_n", ["--max_response_length", HUGE], "--max_response_length"),
     ("sample_pairs", ["--responses_per_prompt", str(2**40)], "--responses_per_prompt"),
+    ("sample_pairs", ["--round", "0"], "--round 0"),
+    ("sample_pairs", ["--eval_fraction", "1"], "--eval_fraction 1.0"),
     ("critique", ["--revision_rounds", str(2**40)], "--revision_rounds"),
     ("evaluate_ppo", ["--best_of", str(2**40)], "--best_of"),
     ("evaluate_reward", ["--micro_batch_size", HUGE], "--micro_batch_size"),

@@ -10,6 +10,7 @@ from tests.ranks import run_stage
 
 PIPELINE = {"MODEL": "m", "DEMONSTRATIONS": "x", "PREFERENCES": "x", "PROMPTS": "x"}
 ROUNDS = {"MODEL": "m", "PROMPTS": "x"}
+ONLINE = ROUNDS | {"LABELS": "judge", "JUDGE": "m"}
 # Script, words, variables, and a part of the line.
 SCRIPTS = [
     ("pipeline.sh", ["--seed", "1" + "0" * 40], PIPELINE, "step1_sft.sh: --seed"),
@@ -23,6 +24,18 @@ SCRIPTS = [
     ),
     ("rest.sh", [], ROUNDS | {"EVALUATE_OPTIONS": "--best_of -1"}, "evaluate_ppo.sh: --best_of"),
     ("iterative_dpo.sh", [], ROUNDS | {"DIRECT_OPTIONS": "--beta 1e308"}, "step2_direct.sh: --beta"),
+    ("online.sh", ["--temperature", "0"], ONLINE, "sample_pairs.sh: --temperature"),
+    ("online.sh", [], ONLINE | {"SHIFT_OPTIONS": "--max_length 1"}, "evaluate_reward.sh: --max_length"),
+    (
+        "online.sh",
+        [],
+        ONLINE | {"STEP2_OPTIONS": "--label_smoothing 1"},
+        "step2_reward.sh: --label_smoothing",
+    ),
+    ("online.sh", [], ONLINE | {"STEP3_OPTIONS": "--kl_coef -1"}, "step3_ppo.sh: --kl_coef"),
+    ("online.sh", [], ONLINE | {"METHOD": "dpo", "DIRECT_OPTIONS": "--loss no"}, "step2_direct.sh: --loss"),
+    ("online.sh", [], ONLINE | {"LABEL_OPTIONS": "--port 0"}, "judge.sh: unknown option --port"),
+    ("online.sh", [], ONLINE | {"EVALUATE_OPTIONS": "--best_of -1"}, "evaluate_ppo.sh: --best_of"),
     ("quickstart.sh", ["--num_train_epochs", "1e308"], {}, "step1_sft.sh: --num_train_epochs"),
 ]
 REPORT = {"no word": ([], "OUT"), "two words": (["a", "b"], "b"), "no folder": (["DIR/no"], "DIR/no"),

@@ -16,6 +16,7 @@ from common.data.batching import (
     batch_order,
     deal,
     examples_of_steps,
+    indices_of_round,
     pad_rows,
     padding_share,
     steps_in_epochs,
@@ -463,6 +464,16 @@ def test_order_is_deterministic_and_can_be_resumed_anywhere(grouped):
     assert batches != take(60, grouped=grouped, seed=1)
     for start in (1, 15, 16, 17, 25, 26, 40):
         assert take(60 - start, start=start, grouped=grouped) == batches[start:]
+
+
+def test_rounds_take_the_next_examples():
+    """In one random order until all are taken, then in another one; without a limit, all in their order."""
+    rounds = [indices_of_round(10, 4, 7, number) for number in range(1, 6)]
+    assert all(len(one) == 4 for one in rounds)
+    stream = [index for one in rounds for index in one]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10)) and stream[:10] != stream[10:]
+    assert indices_of_round(10, 4, 8, 1) != rounds[0] == indices_of_round(10, 4, 7, 1)
+    assert indices_of_round(10, 0, 7, 2) == indices_of_round(10, 10, 7, 2) == list(range(10))
 
 
 def test_epochs_differ():

@@ -64,10 +64,11 @@ class Served:
         self._command = [sys.executable, "-m", "step2_reward.annotate.main", *files, *words]
         self.start()
 
-    def start(self) -> None:
+    def start(self, expected: str = "http") -> None:
+        """Start the command, up to a line that contains `expected`: the address of the page."""
         self._process = subprocess.Popen(self._command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
         lines = []
-        while not lines or not lines[-1].startswith("http"):
+        while not lines or expected not in lines[-1]:
             lines.append(self._process.stdout.readline())
             assert lines[-1], lines
         self.address = lines[-1].strip()
@@ -79,6 +80,10 @@ class Served:
     def stop(self) -> tuple[int, str]:
         """Stop the page like Ctrl-C; returns the exit code and the last lines."""
         self._process.send_signal(signal.SIGINT)
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        """Wait for its end; returns the same."""
         output, _ = self._process.communicate(timeout=30)
         return self._process.returncode, output
 
@@ -159,6 +164,32 @@ def test_two_raters_and_two_kills_lose_no_click(tmp_path: Path) -> None:
             record = by_prompt[prompt]
             vote = record["votes"][record["raters"].index(name)]
             assert record[f"response_{vote.lower()}"].startswith(wanted)
+
+
+@pytest.mark.end_to_end
+def test_the_page_ends_when_all_pairs_are_answered(tmp_path: Path) -> None:
+    """Then the same command does not serve it again."""
+    pairs, output = make_pairs(tmp_path / "pairs.jsonl", 2), tmp_path / "out.jsonl"
+    with serve(pairs, output, "--until_answered") as served:
+        Rater(served.address, "ada").work("good")
+        code, last_lines = served.wait()
+    assert code == 0 and "answers so far: ada 2" in last_lines and len(read(output)) == 2
+    served.start("out.jsonl: all pairs are answered: ada 2")
+    assert served.wait() == (0, "")
+
+
+def test_which_pairs_are_unanswered(tmp_path: Path) -> None:
+    """A skip is an answer, an undone one is none, one rater is enough, and golden questions do not count."""
+    records = [{**PAIR, "prompt": f"prompt {n}"} for n in range(2)]
+    store = open_store(tmp_path, [*records, {**PAIR, "preference": "A"}])
+    first, second = (to_pair(record).id for record in records)
+    assert store.unanswered() == 2
+    store.add("1", "ada", first, "skip", None, "A")
+    assert store.unanswered() == 1
+    store.add("2", "bob", second, "tie", None, "A")
+    assert store.unanswered() == 0
+    store.undo("3", "bob")
+    assert store.unanswered() == 1
 
 
 # --- data for step 2 ----------------------------------------------------------------------------------------

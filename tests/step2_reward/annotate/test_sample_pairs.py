@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.data.records import fraction
 from common.generation.generate import PolicyAnswer
 from step2_reward.annotate.sample_pairs import pair_up
 from step2_reward.pairs import read_pairs
@@ -99,6 +100,28 @@ def test_resume_gives_the_same_bytes(few: Path, noise: Path, tmp_path: Path) -> 
     assert all(file.read_text().startswith(text) for file, text in done.items())
 
 
+def test_each_round_has_its_own_prompts_and_responses(few: Path, tmp_path: Path) -> None:
+    """Without those that training holds out. With all prompts, a second round draws other responses."""
+    lines = list(dict.fromkeys((few / "prompts.jsonl").read_text().splitlines()))[:40]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    more = ["--prompt_data", str(tmp_path / "some.jsonl"), "--eval_fraction", "0.5"]
+    rounds = {}
+    for name, words_of_round in {
+        "1": ["--prompts_per_round", "5"], "2": ["--prompts_per_round", "5", "--round", "2"],
+        "all": [], "again": ["--round", "2"],
+    }.items():  # fmt: skip
+        given = words(few, tmp_path / name, *more, *words_of_round)
+        succeed("step2_reward.annotate.sample_pairs", given, tmp_path)
+        rounds[name] = read(tmp_path / name)
+    prompts = {name: {json.dumps(one["prompt"]) for one in pairs} for name, pairs in rounds.items()}
+    assert not prompts["1"] & prompts["2"] and len(prompts["1"]) == len(prompts["2"]) == 5
+    trained = {text for text in (json.dumps(json.loads(line)["prompt"]) for line in lines)
+               if fraction(json.loads(text), "") >= 0.5}  # fmt: skip
+    assert prompts["all"] == prompts["again"] == trained and 10 < len(trained) < 30
+    responses = [{one["response_a"] for one in rounds[name]} for name in ("all", "again")]
+    assert len(responses[0] & responses[1]) < len(responses[0]) / 4
+
+
 def test_near_zero_temperature_matches_greedy_decoding(few: Path, noise: Path, tmp_path: Path) -> None:
     """Greedy decoding by transformers. The second policy is noise: identical responses make no pairs."""
     cold = words(few, tmp_path / "out", "--temperature", "1e-5")
@@ -142,6 +165,9 @@ def test_bad_input_is_one_line(few: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "pairs.jsonl").write_text("")
+    lines = (few / "prompts.jsonl").read_text().splitlines()
+    held_out = next(line for line in lines if fraction(json.loads(line)["prompt"], "") < 0.5)
+    (tmp_path / "held_out.jsonl").write_text(held_out)
     model, damaged = str(few / "model"), tmp_path / "damaged"
     shutil.copytree(model, damaged)
     weights = load_file(damaged / "model.safetensors")
@@ -152,6 +178,13 @@ def test_bad_input_is_one_line(few: Path, tmp_path: Path) -> None:
         (["--output_dir", str(tmp_path / "new"), "--model_name_or_path", *[model] * 3], ["one model or two"]),
         (["--output_dir", str(tmp_path / "new"), "--max_prompt_length", "1"], ["few.jsonl", "no rows left"]),
         (["--output_dir", str(tmp_path / "new"), "--responses_per_prompt", "1"], ["at least 2"]),
+        (
+            [
+                *("--output_dir", str(tmp_path / "new"), "--eval_fraction", "0.5"),
+                *("--prompt_data", str(tmp_path / "held_out.jsonl")),
+            ],
+            ["leaves out all 1 prompts"],
+        ),
         (["--output_dir", str(tmp_path / "new"), "--max_response_length", "256"], ["256 positions"]),
         (["--output_dir", str(tmp_path / "new"), "--model_name_or_path", str(damaged)], ["holds NaN"]),
     ):
