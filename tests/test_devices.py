@@ -192,6 +192,17 @@ def test_direct_losses_on_a_gpu(encoder: SegmentEncoder, loss: str) -> None:
     compare(step)
 
 
+def test_logits_of_16_bits_on_a_gpu() -> None:
+    """They are fp32, as on the CPU, where other code computes them."""
+    linear, states = nn.Linear(16, 300, dtype=torch.bfloat16), torch.randn(12, 16, dtype=torch.bfloat16)
+    expected = head.in_chunks(linear.requires_grad_(False), states, head.Targets(torch.arange(12)))
+    with pretended_gpu():
+        targets = head.Targets(GPUTensor(torch.arange(12)))
+        result = head.in_chunks(on_gpu(linear), GPUTensor(states), targets)
+    assert result.dtype == torch.float32 and result.device.type == "cuda"
+    assert torch.allclose(result.cpu(), expected, rtol=1e-5)
+
+
 def test_a_tensor_on_the_wrong_device_is_noticed() -> None:
     """What CUDA refuses, and what it allows."""
     with pretended_gpu():

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from common.model.families import adjust_logits
+from common.model.linear_head import LinearGradients, Wide, trained_weights, wide_logits
 from common.model.unpadded import Positions
 from common.numeric.tensor_ops import entropy, label_logprobs, scaled
 from common.numeric.top_k_top_p import Support, restrict
@@ -86,14 +87,16 @@ def in_chunks(
 ) -> Tensor:
     """Log-probabilities and entropies (2, N) of states (N, hidden size); see `Targets`."""
     size = max(1, CHUNK // len(head.weight))
+    is_linear, weights = type(head) is nn.Linear, trained_weights(head).values()
 
     def compute(chunk: Tensor, part: Targets) -> Tensor:
-        return logprobs_and_entropy(adjust(type(head).forward(head, chunk)), part)
+        is_wide = is_linear and head.weight.dtype != torch.float32
+        raw = Wide.apply(head, chunk, *weights) if is_wide else type(head).forward(head, chunk)
+        return logprobs_and_entropy(adjust(raw), part)
 
     if len(states) <= size:
         return compute(states, targets)
-    if type(head) is nn.Linear and torch.is_grad_enabled():
-        weights = trained_weights(head).values()
+    if is_linear and torch.is_grad_enabled():
         return LinearInChunks.apply(head, adjust, targets, size, states, *weights)
     parts = [
         checkpoint(compute, chunk, part, use_reentrant=False, preserve_rng_state=False)
@@ -172,33 +175,9 @@ class LinearInChunks(torch.autograd.Function):
         return None, None, None, None, *gradients.total()
 
 
-class LinearGradients:
-    """Gradients of the states and the trained weights of a linear head, added up over chunks."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        self._head, self._states = head, []
-        self._weights = {name: torch.zeros_like(weight) for name, weight in trained_weights(head).items()}
-
-    def add(self, states: Tensor, by_logits: Tensor) -> None:
-        """states (n, hidden size), derivatives of the loss by their logits (n, V)."""
-        self._states.append(by_logits @ self._head.weight)
-        if "weight" in self._weights:
-            self._weights["weight"].addmm_(by_logits.T, states)
-        if "bias" in self._weights:
-            self._weights["bias"].add_(by_logits.sum(0))
-
-    def total(self) -> tuple[Tensor, ...]:
-        """Those of all states, then those of the weights in the order of `trained_weights`."""
-        return torch.cat(self._states), *self._weights.values()
-
-
-def trained_weights(head: nn.Module) -> dict[str, Tensor]:
-    return {name: weight for name, weight in head.named_parameters() if weight.requires_grad}
-
-
 def _logits(head: nn.Linear, adjust: Adjust, states: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """Output of the head (n, V), and the logits made of it for the softmax (n, `num_tokens`), in fp32."""
-    raw = nn.functional.linear(states, head.weight, head.bias)
+    raw = wide_logits(head, states)
     with torch.enable_grad():
         raw = raw.detach().requires_grad_()
         return raw, scaled(sampled(adjust(raw), targets), targets.temperature)

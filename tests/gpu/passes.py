@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from common.model.forward import label_pass
 from common.model.head import Targets
+from common.model.linear_head import wide_logits
 from common.model.lora import add_adapters, merged_adapters
 from common.runtime.options import LoraOptions
 from tests.bench.head import LOSSES, fake_peak, loss_part, make_inputs, targets_of
@@ -19,6 +21,7 @@ BESIDES_GRAPH = 80  # draws and copies around a graph
 ATTENTION = "aten::_scaled_dot_product_"
 HEAD_SHARE = 0.15  # most memory of the head in chunks, relative to all logits at once
 LARGEST_ERROR = 0.02  # of gradients in bf16, relative
+LARGEST_ROUNDING = 1e-3  # of fp32 logits from factors in bf16
 LARGEST_MERGE_ERROR = 0.1  # of logits in bf16, relative to the adapters' effect
 
 
@@ -67,7 +70,7 @@ def launched(events: Counter[str]) -> int:
 
 
 def head(setting: Setting) -> Outcome:
-    """Memory of the output head in chunks beside all logits at once; on the CPU that of fake tensors."""
+    """Memory of the head in chunks beside all logits at once, on the CPU of fake tensors; fp32 logits."""
     tokens, hidden = (450, 16) if setting.is_cpu else (8192, 4096)
     peaks, gradients = [], []
     for is_chunked in (False, True):
@@ -81,10 +84,16 @@ def head(setting: Setting) -> Outcome:
             peaks.append((torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()) / GIB)
             torch.cuda.reset_peak_memory_stats()
         gradients.append(states.grad.float())
-        del weight, states
+        linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        linear.weight = weight
+        exact = states[:64].double() @ weight.double().T
+        rounding = (wide_logits(linear, states[:64]) - exact).abs().max().item()
+        del weight, states, linear, exact
     error = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
     figure = f"{peaks[0]:.2f} -> {peaks[1]:.2f} GiB, gradients differ by {error:.2g} of their size"
-    return Outcome(peaks[1] <= HEAD_SHARE * peaks[0] and error <= LARGEST_ERROR, figure)
+    figure += f", logits {rounding:.2g} from those of fp64"
+    passed = peaks[1] <= HEAD_SHARE * peaks[0] and error <= LARGEST_ERROR and rounding <= LARGEST_ROUNDING
+    return Outcome(passed, figure)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GraniteConfig, PretrainedConfig, PreTrainedModel
 
-from common.model import head
+from common.model import head, linear_head
 from common.model.forward import label_pass
 from common.model.head import Entropy, Targets, in_chunks
 from common.numeric.top_k_top_p import Support
@@ -146,6 +146,30 @@ def test_a_sum_in_16_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, p
     assert_close(logprobs, expected)
     for one, other in zip(gradients, others, strict=True):
         assert_close(one, other, rtol=0.05, atol=10.0)
+
+
+@pytest.mark.parametrize("chunk", [4, TOKENS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_16_bits_are_not_rounded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
+) -> None:
+    """Log-probabilities are those of fp64 from the same factors; gradients have the precision of these."""
+    monkeypatch.setattr(head, "CHUNK", chunk * ROWS)
+    monkeypatch.setattr(linear_head, "WIDENED", 7 * HIDDEN)
+    linear = nn.Linear(HIDDEN, ROWS, dtype=dtype)
+    states = (40 * random(TOKENS, HIDDEN)).to(dtype).requires_grad_()
+    targets = Targets(torch.arange(TOKENS), TEMPERATURE)
+    result = in_chunks(linear, states, targets)
+    wide = [one.detach().double().requires_grad_() for one in (states, linear.weight, linear.bias)]
+    expected = plain(nn.functional.linear(*wide), targets, None)[0]
+    assert_close(result[0], expected.float(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert_close(in_chunks(linear, states, targets)[0], result[0])
+    result[0].mean().backward()
+    expected.mean().backward()
+    for one, other in zip((states, linear.weight, linear.bias), wide, strict=True):
+        assert one.grad.dtype == dtype
+        assert_close(one.grad.double(), other.grad, rtol=0.02, atol=0.02 * other.grad.abs().max().item())
 
 
 def test_no_labels() -> None:
