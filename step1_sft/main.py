@@ -29,7 +29,7 @@ from common.training.metrics import peak_memory_gib, phase_memory, training_flop
 from common.training.run_folder import check_folder
 from step1_sft.data import Demonstration, collate, load_demonstrations
 from step1_sft.evaluate import answers_as_markdown, evaluate, greedy_answers
-from step1_sft.loss import sft_loss
+from step1_sft.loss import training_loss
 from step1_sft.options import SFTOptions
 from step1_sft.packing import check_packing, micro_batches
 
@@ -85,12 +85,12 @@ def train_step(engine: Engine, batch: list[Demonstration], options: SFTOptions) 
     total = balance = padded = 0.0
     for number, (rows, is_real) in enumerate(batches, start=1):
         micro = collate([[batch[i] for i in row] for row in rows], pad_token_id(engine))
-        targets = Targets(micro.labels, is_summed=True)
+        targets = Targets(micro.labels, is_summed=options.token_loss == "nll")
         logprobs, _, balancing = label_pass(
             engine, micro.input_ids, micro.positions, targets, micro.position_ids
         )
         balancing = balancing * is_real / sum(lengths)
-        loss = sft_loss(logprobs, num_tokens) * is_real + balancing
+        loss = training_loss(logprobs, num_tokens, options.token_loss) * is_real + balancing
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         total, balance = total + loss.detach(), balance + balancing.detach()
         padded += micro.input_ids.numel()

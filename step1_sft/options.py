@@ -52,6 +52,11 @@ class SFTOptions(TrainOptions, SampleAnswerOptions, TrackerOptions):
         "response",
         "Tokens in the loss.\nresponse: those of assistant turns\nprompt_and_response: all tokens\n",
     )
+    token_loss: Literal["nll", "dft"] = option(
+        "nll",
+        "Loss of a token.\nnll: its negative log-likelihood\ndft: dynamic fine-tuning, the same times the"
+        " token's probability\n",
+    )
     packing: bool = option(
         False,
         "Pack several examples into rows of up to --max_length tokens; attention stays within each.",

@@ -21,9 +21,11 @@ from common.training.train_state import TrainState
 from launch.plan.hardware import table_of
 from launch.plan.options import PlanOptions
 from step1_sft.data import tokenize_demonstration
+from step1_sft.loss import training_loss
 from step1_sft.options import SFTOptions
-from step2_reward.direct.objective import pair_losses
 from step2_reward.direct.options import DirectOptions
+from step2_reward.direct.pair_losses import pair_losses
+from step2_reward.direct.rewards import f_rewards
 from step2_reward.options import RewardOptions
 from step2_reward.process.options import ProcessRewardOptions
 from step3_ppo.best_of_n import files as best_of_n_files
@@ -102,6 +104,12 @@ def best_metric(value: str) -> None:
     assert TrainState().is_best(value, measured) == (value != "none")
 
 
+def direct_loss(value: str) -> None:
+    options = DirectOptions(loss=value, beta=0.1)
+    if options.is_paired:
+        pair_losses(TWO, -TWO, options, torch.zeros(2, 2))
+
+
 DISPATCH: dict[str, Callable[..., Any]] = {
     "loss_on": lambda v: tokenize_demonstration(
         {"prompt": "a", "completion": "b"}, WordEncoder(), 9, "drop", v
@@ -113,7 +121,9 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "rollout_engine": engine,
     "report_to": tracker,
     "compile_generation": lambda v: generate.use_compiler(GenerationOptions(compile_generation=v), False),
-    "loss": lambda v: v == "kto" or pair_losses(TWO, -TWO, DirectOptions(loss=v, beta=0.1)),
+    "loss": direct_loss,
+    "f_divergence": lambda v: f_rewards(TWO, v, 0.5),
+    "token_loss": lambda v: training_loss(TWO, 2, v),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
     "kl_penalty": lambda v: shape_rewards(
         rollout([1.0, 2.0]), PPOOptions(**PLAIN), PPOState(KLPenalty(0.1, v), RunningScale())

@@ -174,10 +174,11 @@ def test_reward_model_on_a_gpu(encoder: SegmentEncoder, shares: bool) -> None:
     compare(step)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "orpo", "simpo", "kto", "aot", "length and weights"])
 def test_direct_losses_on_a_gpu(encoder: SegmentEncoder, loss: str) -> None:
     rows = [encoder.tokenizer(text).input_ids for text in TEXTS]
-    options = DirectOptions(loss=loss, global_batch_size=3, micro_batch_size=2)
+    kind = {"loss": "ipo", "ld_alpha": 0.5, "wpo": True} if loss == "length and weights" else {"loss": loss}
+    options = DirectOptions(**kind, global_batch_size=3, micro_batch_size=2)
     options.check()
     pair = Choice(rows[0] + rows[2], [len(rows[0]), len(rows[2])], [3, 3], [0.0, 1.0])
     single = Choice(rows[3], [len(rows[3])], [2], [0.0])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from common.model.head import ChunkedHead, Targets, logprobs_and_entropy
+from common.model.head import ChunkedHead, Entropy, Targets, logprobs_and_entropy
 from common.model.load_balancing import balance_loss, has_balance_loss
 from common.model.unpadded import Inputs, Positions, make_inputs
 from common.runtime.distributed import log
@@ -77,16 +77,14 @@ def logits_and_balance(
 
 
 def token_logprobs(
-    model: nn.Module, input_ids: Tensor, is_label: Tensor, is_summed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels: input_ids (B, T), is_label (B, T) bool -> (N,) fp32.
+    model: nn.Module, input_ids: Tensor, is_label: Tensor, entropy: Entropy = "none"
+) -> LabelPass:
+    """Predict the labels: input_ids (B, T), is_label (B, T) bool.
 
-    The first token of a row cannot be a label, because no state predicts it. Also returns the load-balancing
-    loss, as `label_pass` does. is_summed: see `Targets`.
+    The first token of a row cannot be a label, because no state predicts it.
     """
-    targets = Targets(input_ids[is_label], is_summed=is_summed)
-    logprobs, _, balance = label_pass(model, input_ids, is_label.roll(-1, dims=1), targets)
-    return logprobs, balance
+    targets = Targets(input_ids[is_label], entropy=entropy)
+    return label_pass(model, input_ids, is_label.roll(-1, dims=1), targets)
 
 
 def token_scores(model: nn.Module, input_ids: Tensor, positions: Positions, **layout: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from common.model.families import adjust_logits
 from common.model.linear_head import LinearGradients, Wide, trained_weights, wide_logits
 from common.model.unpadded import Positions
-from common.numeric.tensor_ops import entropy, label_logprobs, scaled
+from common.numeric.tensor_ops import collision_entropy, entropy, label_logprobs, scaled
 from common.numeric.top_k_top_p import Support, restrict
 
 # Logits at once: 256 MiB in fp32. A large vocabulary still has hundreds of tokens, for fast matrix products.
 CHUNK = 2**26
 
-Entropy = Literal["none", "value", "differentiable"]
+# Collision: that of Renyi of order 2, -log sum_v p(v)^2, without gradient; the others: Shannon's.
+Entropy = Literal["none", "value", "differentiable", "collision"]
 Adjust = Callable[[Tensor], Tensor]  # what a model does to each logit of its head
 
 
@@ -111,8 +112,9 @@ def logprobs_and_entropy(logits: Tensor, targets: Targets) -> Tensor:
     logprobs = label_logprobs(logits, targets.labels, targets.temperature)
     if targets.entropy == "none":
         return torch.stack([logprobs, torch.zeros_like(logprobs)])
+    kind = collision_entropy if targets.entropy == "collision" else entropy
     with torch.set_grad_enabled(torch.is_grad_enabled() and targets.entropy == "differentiable"):
-        entropies = entropy(logits, targets.temperature)
+        entropies = kind(logits, targets.temperature)
     return torch.stack([logprobs, entropies])
 
 
@@ -188,7 +190,9 @@ def _values(logits: Tensor, logprobs: Tensor, targets: Targets) -> Tensor:
     labels = targets.labels[:, None]
     of_labels = logprobs.gather(1, labels)[:, 0]
     entropies = torch.zeros_like(of_labels)
-    if targets.entropy != "none":
+    if targets.entropy == "collision":
+        entropies = -(2 * logprobs).logsumexp(1)
+    elif targets.entropy != "none":
         entropies = -(logprobs.exp() * logprobs).sum(1)
     return torch.stack([of_labels, entropies, logits.gather(1, labels)[:, 0] - of_labels])
 

@@ -22,6 +22,11 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
+def collision_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """-log sum_v p(v)^2 in nats, of p = softmax(logits / temperature): logits (..., V) -> (...) fp32."""
+    return -(2 * scaled(logits, temperature).log_softmax(-1)).logsumexp(-1)
+
+
 def scaled(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature in fp32. Makes no copy for fp32 logits and temperature 1."""
     logits = logits.float()

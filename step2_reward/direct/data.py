@@ -40,7 +40,7 @@ class Choice(NamedTuple):
     ids: list[int]  # concatenated dialogues
     lengths: list[int]  # (N,) tokens per dialogue
     starts: list[int]  # (N,) start of the response in each dialogue
-    ranks: list[float]  # (N,) ascending, equal ranks are ties; kto: probability of being undesirable
+    ranks: list[float]  # (N,) ascending, equal ranks are ties; unpaired: probability of being undesirable
     probability: float = 1.0  # of a pair: that the first is better, from a soft label
 
     @property
@@ -88,6 +88,7 @@ class Example(NamedTuple):
     logprobs: list[float]  # (N,)
     unrelated: Dialogue | None  # kto: the prompt with a response to another prompt
     unrelated_logprob: float
+    partners: Sequence[tuple[float, float]] = ()  # aot: see `aot_loss`; one entry per pair of the row
 
     @property
     def dialogues(self) -> list[Dialogue]:
@@ -110,8 +111,8 @@ def tokenize_paired(
     """
     if "label" in record and "completion" in record:
         raise ValueError(
-            "is a single response with a 'label', which --loss kto takes; this loss needs pairs:"
-            " 'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ranks'"
+            "is a single response with a 'label', which --loss kto takes, or apo_zero_unpaired; this loss"
+            " needs pairs: 'prompt' + 'chosen' + 'rejected', or 'prompt' + 'responses' + 'ranks'"
         )
     compared = parse_comparison(record)
     ended = [has_ended(record, f"{name}_ended") for name in compared.responses]

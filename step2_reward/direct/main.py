@@ -29,6 +29,7 @@ from step2_reward.direct.data import Choice, tokenize_paired, tokenize_unpaired
 from step2_reward.direct.objective import batch_metrics, check_accuracy, evaluate
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.reference import Example, check_reference, load_reference, with_reference
+from step2_reward.direct.reward_shift import RewardShift
 
 
 def main() -> None:
@@ -63,10 +64,11 @@ def main() -> None:
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     train, held_out = examples or add_reference(lambda: engine)
     loop.resume({"policy": engine}, "records")
+    shift = RewardShift.load(loop.state.controllers)
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
-        metrics = evaluate(engine, held_out, options)
+        metrics = evaluate(engine, held_out, options, shift.mean)
         is_best = loop.log_evaluation(
             metrics, ["eval/loss", "eval/accuracy", "eval/margin", "eval/nll_chosen"]
         )
@@ -78,7 +80,8 @@ def main() -> None:
     if loop.first_evaluation_is_due:
         evaluate_and_log()
     for indices in loop.batches():
-        metrics = train_step(engine, [train[i] for i in indices], options)
+        metrics = train_step(engine, [train[i] for i in indices], options, shift)
+        loop.state.controllers = shift.plain()
         loop.finish_step(metrics, ["train/loss", "train/accuracy", "reward/margin", "train/lr"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
@@ -86,10 +89,15 @@ def main() -> None:
     export_model(engine, tokenizer, loop.folder / "final", load_base)
 
 
-def train_step(engine: Engine, batch: Sequence[Example], options: DirectOptions) -> dict[str, Mean | float]:
+def train_step(
+    engine: Engine, batch: Sequence[Example], options: DirectOptions, shift: RewardShift
+) -> dict[str, Mean | float]:
     """Take one optimiser step; each rank processes its micro-batches of the global batch."""
     start, rate = time.perf_counter(), engine.get_lr()[0]
-    metrics, norm = batch_metrics(engine, batch, options, train=True)
+    metrics, norm = batch_metrics(engine, batch, options, train=True, shift=shift.mean)
+    if options.bco_shift:
+        metrics["reward/shift"] = Mean(options.beta * shift.mean)
+        shift.add(*(metrics[f"reward/{side}"].value / options.beta for side in ("chosen", "rejected")))
     seconds = time.perf_counter() - start
     return {
         **{name if "/" in name else f"train/{name}": value for name, value in metrics.items()},

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,12 @@ from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
 from common.training.means import Mean
 from step2_reward.direct.data import Choice, Example
-from step2_reward.direct.logprobs import response_logprobs
-from step2_reward.direct.loss import (
-    dpo_loss,
-    hinge_loss,
-    ipo_loss,
-    kto_loss,
-    orpo_loss,
-    robust_loss,
-    simpo_loss,
-)
+from step2_reward.direct.logprobs import ResponsePass, compared_logprobs, response_logprobs
+from step2_reward.direct.loss import kto_loss
 from step2_reward.direct.options import DirectOptions
+from step2_reward.direct.pair_losses import compared_values, pair_losses
+from step2_reward.direct.rewards import wpo_weights
+from step2_reward.direct.transport import with_partners
 
 # The total of `global_totals` that each metric is divided by.
 DIVISORS = {
@@ -47,11 +42,15 @@ def check_accuracy(options: DirectOptions, held_out: Sequence[Choice]) -> None:
         )
 
 
-def evaluate(engine: Engine, examples: Sequence[Example], options: DirectOptions) -> dict[str, float]:
+def evaluate(
+    engine: Engine, examples: Sequence[Example], options: DirectOptions, shift: float = 0.0
+) -> dict[str, float]:
     """Compute loss, accuracy, reward margin, and negative log-likelihood per token of chosen responses."""
     engine.eval()
     with torch.no_grad():
-        metrics, _ = batch_metrics(engine, examples, options, train=False, title="evaluating records")
+        metrics, _ = batch_metrics(
+            engine, examples, options, train=False, shift=shift, title="evaluating records"
+        )
     engine.train()
     names = {"loss": "loss", "accuracy": "accuracy", "reward/margin": "margin", "nll_chosen": "nll_chosen"}
     return {f"eval/{short}": metrics[name].value for name, short in names.items() if name in metrics}
@@ -59,24 +58,26 @@ def evaluate(engine: Engine, examples: Sequence[Example], options: DirectOptions
 
 def batch_metrics(
     engine: Engine, examples: Sequence[Example], options: DirectOptions, train: bool,
-    title: str = "",
+    shift: float = 0.0, title: str = "",
 ) -> tuple[dict[str, Mean], float | None]:  # fmt: skip
     """Compute the metrics of a global batch; with `train`, also take an optimiser step, and return its
     gradient norm.
 
     Accuracy: share of pairs whose better response has the higher reward, without ties, and with soft labels
-    rounded; in KTO, share of responses on the right side of the reference point. In all other metrics a tie
-    or a soft label counts each response on both sides, by its probability. Rewards are beta times the
-    log-ratios or log-probabilities that the loss compares.
+    rounded; of single responses, the share on the right side of the reference point. In all other metrics a
+    tie or a soft label counts each response on both sides, by its probability. Rewards are beta times the
+    values that the loss compares (see `compared_values`).
 
     logratio/mean is the mean log-ratio of policy and reference per response of the data, in nats. It is no
     estimate of their KL, which needs responses of the policy (launch/evaluate_ppo.sh). KTO's estimate is
     kl/reference_point.
 
-    title: of the progress lines; empty: none.
+    shift: see `RewardShift`. title: of the progress lines; empty: none.
     """
     totals = global_totals(examples, options)
-    point = 0.0 if options.is_paired else reference_point(engine, examples, options)
+    point = reference_point(engine, examples, options) if options.kind.has_point else shift
+    if options.kind.is_sorted:
+        examples = with_partners(engine, examples, options)
     batches = micro_batches(examples, options)
     sums: Counter[str] = Counter()
     norm = None
@@ -92,39 +93,37 @@ def batch_metrics(
     metrics = {name: Mean(value * divisors[name], divisors[name]) for name, value in means.items()}
     if {"reward/chosen", "reward/rejected"} <= means.keys():
         metrics["reward/margin"] = Mean(means["reward/chosen"] - means["reward/rejected"])
-    return metrics if options.is_paired else metrics | {"kl/reference_point": Mean(point)}, norm
+    return metrics | ({"kl/reference_point": Mean(point)} if options.kind.has_point else {}), norm
 
 
 def micro_batch_loss(
     engine: Engine, micro: Sequence[Example], totals: dict[str, float], point: float, options: DirectOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Compute a micro-batch's share of loss and metrics of the global batch (see `global_totals`)."""
-    kind = options.kind
-    dialogues = [dialogue for example in micro for dialogue in example.row.dialogues]
-    sides = [side for example in micro for side in example.row.sides(options.is_paired)]
+    """Compute a micro-batch's share of loss and metrics of the global batch (see `global_totals`).
+
+    point: subtracted from what the loss compares, if it compares no differences.
+    """
+    kind, rows = options.kind, [example.row for example in micro]
+    dialogues = [dialogue for row in rows for dialogue in row.dialogues]
+    sides = [side for row in rows for side in row.sides(options.is_paired)]
     with_prompt = [kind.nll_has_prompt and chosen > 0 for chosen, _ in sides]
-    # (N,), (N,), ()
-    logprobs, nll_logprobs, balance = response_logprobs(engine, dialogues, with_prompt)
+    entropy = "collision" if options.wpo else "none"
+    responses = response_logprobs(engine, dialogues, with_prompt, entropy)  # N of them
     chosen, rejected = _tensor(sides).unbind(1)  # (N,) each
-    log_ratios = logprobs - _tensor([value for example in micro for value in example.logprobs])
+    reference = _tensor([value for example in micro for value in example.logprobs])
+    log_ratios = compared_logprobs(responses, rows, options) - reference
     lengths = [d.num_predicted for d in dialogues]
-    compared = log_ratios / _tensor(lengths) if kind.is_averaged else log_ratios
+    compared = compared_values(log_ratios, _tensor(lengths), options)
     if options.is_paired:
-        better, worse, weights, is_label = _pairs(micro)  # (P,) each
-        differences = compared[better] - compared[worse]
-        losses = weights * pair_losses(compared[better], compared[worse], options)
+        losses, right = _of_pairs(micro, compared, point, responses, options)
     else:
-        is_desirable, is_label = chosen > rejected, torch.ones_like(chosen)
-        differences = torch.where(is_desirable, 1.0, -1.0) * (log_ratios - point)
-        weights = options.desirable_weight, options.undesirable_weight
-        desirable = torch.ones_like(is_desirable)
-        losses = chosen * kto_loss(log_ratios, desirable, point, options.beta, weights)
-        losses = losses + rejected * kto_loss(log_ratios, ~desirable, point, options.beta, weights)
-    right = ((differences > 0) + 0.5 * (differences == 0)) * is_label
+        losses, right = _of_single_responses(compared, sides, point, options)
     loss = losses.sum() / totals["losses"]
     if kind.has_nll:
-        loss = loss - options.nll_coef * (chosen * nll_logprobs).sum() / totals["nll tokens"]
-    loss = loss + balance / totals["tokens"]
+        nll = -(chosen * responses.sums_with_prompt).sum()
+        loss = loss + options.nll_coef * nll / totals["nll tokens"]
+    loss = loss + responses.balance / totals["tokens"]
+    logprobs = responses.sums
     sums = {
         "accuracy": right.sum(),
         "nll_chosen": -(chosen * logprobs).sum(),
@@ -134,31 +133,41 @@ def micro_batch_loss(
         "logprobs/rejected": (rejected * logprobs).sum(),
     }
     if engine.training and has_balance_loss(base_model(engine)):
-        sums["aux_loss"] = balance
+        sums["aux_loss"] = responses.balance
     if kind.has_reference:
         sums["logratio/mean"] = ((chosen + rejected) * log_ratios).sum()
     parts = {name: value / totals[DIVISORS[name]] for name, value in sums.items() if totals[DIVISORS[name]]}
     return loss, {"loss": loss} | parts
 
 
-def pair_losses(chosen: Tensor, rejected: Tensor, options: DirectOptions) -> Tensor:
-    """Compute the loss of each pair, (P,), from its log-ratios or log-probabilities, (P,) each."""
-    beta, smoothing = options.beta, options.label_smoothing
-    match options.loss:
-        case "ipo":
-            return ipo_loss(chosen, rejected, beta)
-        case "hinge":
-            return hinge_loss(chosen, rejected, beta)
-        case "robust":
-            return robust_loss(chosen, rejected, beta, smoothing)
-        case "simpo":
-            return simpo_loss(chosen, rejected, beta, options.gamma_beta_ratio, smoothing)
-        case "orpo":
-            return orpo_loss(chosen, rejected, beta)
-        case "dpo" | "cpo":
-            return dpo_loss(chosen, rejected, beta, smoothing)
-        case _:
-            assert_never(options.loss)
+def _of_pairs(
+    micro: Sequence[Example], compared: Tensor, point: float, responses: ResponsePass, options: DirectOptions
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss of each pair, (P,), and whether it is right: compared (N,), of their responses."""
+    better, worse, weights, is_label = _pairs(micro)  # (P,) each
+    partners = _tensor([partner for example in micro for partner in example.partners])  # (P, 2)
+    if options.wpo:
+        likely = wpo_weights(responses.tokens, responses.entropy, responses.is_response)  # (N,)
+        weights = weights * likely[better] * likely[worse]
+    losses = weights * pair_losses(compared[better] - point, compared[worse] - point, options, partners)
+    return losses, _is_right(compared[better] - compared[worse]) * is_label
+
+
+def _of_single_responses(
+    compared: Tensor, sides: Sequence[tuple[float, float]], point: float, options: DirectOptions
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss of each response, (N,), and whether it is right; sides: its probability of each label."""
+    desirable, undesirable = _tensor(sides).unbind(1)
+    weights = options.desirable_weight, options.undesirable_weight
+    is_desirable = torch.ones_like(desirable, dtype=torch.bool)
+    losses = desirable * kto_loss(compared, is_desirable, point, options.beta, weights)
+    losses = losses + undesirable * kto_loss(compared, ~is_desirable, point, options.beta, weights)
+    return losses, _is_right(torch.where(desirable > undesirable, 1.0, -1.0) * (compared - point))
+
+
+def _is_right(differences: Tensor) -> Tensor:
+    """1 above 0, and a half at 0."""
+    return (differences > 0) + 0.5 * (differences == 0)
 
 
 @torch.no_grad()
@@ -173,8 +182,8 @@ def reference_point(engine: Engine, examples: Sequence[Example], options: Direct
     total = 0.0
     for batch_indices, is_real in micro_batches(examples, options):
         micro = [examples[i] for i in batch_indices]
-        logprobs, *_ = response_logprobs(engine, [example.unrelated for example in micro])
-        log_ratios = logprobs - _tensor([example.unrelated_logprob for example in micro])  # (B,)
+        responses = response_logprobs(engine, [example.unrelated for example in micro])
+        log_ratios = responses.sums - _tensor([example.unrelated_logprob for example in micro])  # (B,)
         total = total + log_ratios.sum() * is_real
     engine.train(was_training)
     return max(0.0, sum_over_ranks(total)[0] / len(examples))

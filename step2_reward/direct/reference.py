@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from common.data.batching import batches_of_rank, micro_batch
 from common.data.cache import cache_folder
 from common.data.examples import Examples
 from common.model.engine import make_frozen
@@ -30,8 +29,9 @@ from common.runtime.process import Stopped, stop_anywhere, stop_requested
 from common.runtime.progress import Progress
 from common.text.tokenizer import load_tokenizer
 from step2_reward.direct.data import Choice, Dialogue, Example
-from step2_reward.direct.logprobs import response_logprobs
+from step2_reward.direct.logprobs import logprobs_of_all, response_logprobs
 from step2_reward.direct.options import DirectOptions
+from step2_reward.direct.rewards import length_weighted_sums
 
 ROUNDS = 20  # micro-batches between exchanges of results and stop requests among the ranks
 
@@ -39,14 +39,14 @@ ROUNDS = 20  # micro-batches between exchanges of results and stop requests amon
 class ReferencedExamples(Sequence[Example]):
     """Records with their reference log-probabilities.
 
-    For KTO each prompt also gets an unrelated response, desirable or not: a response of the next record in a
+    For kto each prompt also gets an unrelated response, desirable or not: a response of the next record in a
     random cycle through all records. The cycle is fixed, so that its log-probabilities can be cached.
     """
 
     def __init__(self, rows: Sequence[Choice], options: DirectOptions) -> None:
         self.rows, self._max_length = rows, options.max_length
         self._next: np.ndarray | None = None
-        if not options.is_paired:
+        if options.kind.has_point:
             generator = np.random.default_rng(options.seed)
             cycle = generator.permutation(len(rows))
             self._next = np.empty_like(cycle)
@@ -107,7 +107,7 @@ def with_reference(
         file = cache_folder(options) / f"reference_{_key(rows, options, zero)}.npy" if rank() == 0 else None
         logprobs = _load(file)
         if logprobs is None:
-            widest = max(len(row.ranks) for row in rows) + (not options.is_paired)
+            widest = max(len(row.ranks) for row in rows) + options.kind.has_point
             logprobs = torch.full((len(rows), widest), math.nan, device=device())
         missing = [
             i for i, is_missing in zip(numbers, logprobs[numbers].isnan().any(1), strict=True) if is_missing
@@ -145,7 +145,7 @@ def _fill_in(
             raise Stopped(_stopped(begin, len(order)))
         indices = order[begin : begin + size]
         part = [examples[i] for i in indices]
-        logprobs[indices] = _part_logprobs(model, part, logprobs.shape[1], options)
+        logprobs[indices] = logprobs_of_all(model, part, logprobs.shape[1], options)
         if progress.update(begin + len(indices)):
             _save(file, logprobs)
             saved = begin + len(indices)
@@ -163,32 +163,19 @@ def _stopped(saved: int, total: int) -> str:
     )
 
 
-@torch.no_grad()
-def _part_logprobs(model: nn.Module, part: Sequence[Example], width: int, options: DirectOptions) -> Tensor:
-    """Compute log-probabilities (records, width). Each rank computes its share, and returns all."""
-    result = torch.zeros(len(part), width, device=device())
-    lengths = [max(example.row.lengths) for example in part]
-    shapes = [(len(example.dialogues), example.width) for example in part]
-    for batch_indices, is_real in batches_of_rank(lengths, micro_batch(options), shapes):
-        dialogues = [part[i].dialogues for i in batch_indices]
-        sums, *_ = response_logprobs(model, sum(dialogues, []))
-        for i, logprobs in zip(batch_indices, sums.split([*map(len, dialogues)]), strict=True):
-            if is_real:
-                result[i, : len(logprobs)] = logprobs
-    return sum_tensor_over_ranks(result)
-
-
 def _key(rows: Sequence[Choice], options: DirectOptions, zero: dict[str, Any]) -> str:
     """Hash the inputs of the log-probabilities: weights, precision, tokens and code."""
     parts = [
         _weights(options.reference_model_name_or_path or options.model_name_or_path),
         [zero.get(precision, {}).get("enabled") for precision in ("bf16", "fp16")],
         rows.digest if isinstance(rows, Examples) else [*map(list, rows)],
-        None
-        if options.is_paired
-        else [options.seed, options.max_length, inspect.getsource(ReferencedExamples)],
+        [options.seed, options.max_length, inspect.getsource(ReferencedExamples)]
+        if options.kind.has_point
+        else None,
         inspect.getsource(response_logprobs),
     ]
+    if options.ld_alpha != 1:
+        parts += [options.ld_alpha, inspect.getsource(length_weighted_sums)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.runtime import progress
 from step2_reward.direct import reference
 from tests.end_to_end.test_bad_input import check_refusal
+from tests.end_to_end.test_launch import bash
 from tests.end_to_end.test_resume import STOPPED, assert_same_end, stop_after, zero_config
 from tests.ranks import run_stage, start_stage, succeed
 from tests.stages import (
@@ -103,6 +104,8 @@ def test_transformers_reproduces_the_loss_of_the_policy(
         ("ipo", ".", 2),
         ("orpo", "rankings", 0),
         ("simpo", ".", 3),
+        pytest.param("aot_unpaired", "rankings", 3, marks=pytest.mark.rare),
+        pytest.param("apo_zero_unpaired", "single", 1, marks=pytest.mark.rare),
     ],
 )
 def test_ranks_and_micro_batches_change_nothing(
@@ -126,6 +129,24 @@ def test_ranks_and_micro_batches_change_nothing(
         )
 
 
+@pytest.mark.parametrize(
+    ("loss", "kind", "extra"),
+    [
+        ("aot", ".", ["--ld_alpha", "0.5", "--label_smoothing", "0.1"]),
+        ("exo_pair", "rankings", ["--wpo", "--f_divergence", "js_divergence"]),
+    ],
+)
+def test_script_on_two_ranks_is_one_rank_in_this_process(
+    small: Path, run: Path, tmp_path: Path, loss: str, kind: str, extra: list[str]
+) -> None:
+    start = run / "sft/final"
+    succeed(MAIN, [*direct(small / kind, start, tmp_path / "one", loss), *extra], tmp_path)
+    words = [*direct(small / kind, start, tmp_path / "two", loss), *extra, "--micro_batch_size", "1"]
+    done = bash("step2_direct.sh", words, tmp_path, NUM_GPUS="2")
+    assert done.returncode == 0, done.stdout
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
+
+
 def test_split_pair_trains_like_its_two_responses(small: Path, run: Path, tmp_path: Path) -> None:
     """Batches of all of them: good and bad responses to other prompts leave the reference point at 0, where
     good ones alone would raise it from the second step on.
@@ -144,6 +165,8 @@ def test_split_pair_trains_like_its_two_responses(small: Path, run: Path, tmp_pa
         ("dpo", 0, "fp32", 1, []),
         ("kto", 2, "bf16", 2, []),
         pytest.param("dpo", 3, "fp32", 2, LORA, marks=pytest.mark.rare),
+        pytest.param("bco_pair", 1, "fp32", 2, ["--bco_shift"], marks=pytest.mark.rare),
+        pytest.param("aot", 3, "bf16", 2, ["--ld_alpha", "0.5"], marks=pytest.mark.rare),
     ],
     ids=str,
 )
@@ -203,7 +226,7 @@ def test_signal_during_reference_logprobs_reports_what_is_saved(
     monkeypatch.setattr(reference, "ROUNDS", 2)
     for name in ("FIRST_LINE", "NEXT_LINES"):
         monkeypatch.setattr(progress, name, -1)
-    read, calls = reference._part_logprobs, []
+    read, calls = reference.logprobs_of_all, []
 
     def read_and_stop(*arguments: object) -> torch.Tensor:
         calls.append(1)
@@ -211,7 +234,7 @@ def test_signal_during_reference_logprobs_reports_what_is_saved(
             os.kill(os.getpid(), signal.SIGTERM)
         return read(*arguments)
 
-    monkeypatch.setattr(reference, "_part_logprobs", read_and_stop)
+    monkeypatch.setattr(reference, "logprobs_of_all", read_and_stop)
     words = [*direct(small, run / "sft/final", tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
     stopped = run_stage(MAIN, words, tmp_path)
     assert stopped.codes == [STOPPED], stopped.output

@@ -18,6 +18,12 @@ class Text(NamedTuple):
     start: int
 
 
+def mean_dft(model: LlamaForCausalLM, texts: Sequence[Text]) -> Tensor:
+    """Wu et al. 2025: every token weighs its probability."""
+    logprobs = torch.cat([response_logprobs(model, text.ids, text.start) for text in texts])
+    return -(logprobs.exp().detach() * logprobs).mean()
+
+
 def mean_nll(model: LlamaForCausalLM, texts: Sequence[Text]) -> Tensor:
     logprobs = torch.cat([response_logprobs(model, text.ids, text.start) for text in texts])
     return -logprobs.mean()
@@ -36,7 +42,7 @@ def train(
     optimiser = Optimiser(model, betas, options["adam_epsilon"], options["weight_decay"])
     lines = [evaluation(model, held_out, 0)]
     for step, rate in enumerate(rates, start=1):
-        loss = mean_nll(model, texts)
+        loss = (mean_dft if options.get("token_loss") == "dft" else mean_nll)(model, texts)
         norm = optimiser.step(loss, rate, options["max_grad_norm"])
         padding = padded_share([len(text.ids) for text in texts], options["micro_batch_size"])
         lines.append({

@@ -43,11 +43,11 @@ def command(tiny: Path, folder: Path, **changes: Any) -> list[str]:
     return words({**OPTIONS, **files, **paths, **changes})
 
 
-def compare(tiny: Path, output: Path, factors: list[float], evaluations: set[int]) -> None:
+def compare(tiny: Path, output: Path, factors: list[float], evaluations: set[int], **changes: Any) -> None:
     """Compare a run with shares of the peak learning rate, one per step."""
     rates = [OPTIONS["learning_rate"] * factor for factor in factors]
     texts = tokens(DEMONSTRATIONS), tokens(HELD_OUT)
-    model, lines = train(tiny / "model", *texts, OPTIONS, rates, evaluations)
+    model, lines = train(tiny / "model", *texts, {**OPTIONS, **changes}, rates, evaluations)
     compare_metrics(output, lines)
     compare_weights(output / "final", model)
 
@@ -58,6 +58,14 @@ def test_sft(tiny: Path, tmp_path: Path, ranks: int) -> None:
     succeed("step1_sft.main", command(tiny, tmp_path), tmp_path, ranks)
     factors = [rate_factor("cosine", step, 3, warmup=1) for step in range(3)]
     compare(tiny, tmp_path / "out", factors, {3})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dft(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """The loss weighs tokens by their probability; the held-out loss does not."""
+    succeed("step1_sft.main", command(tiny, tmp_path, token_loss="dft"), tmp_path, ranks)
+    factors = [rate_factor("cosine", step, 3, warmup=1) for step in range(3)]
+    compare(tiny, tmp_path / "out", factors, {3}, token_loss="dft")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

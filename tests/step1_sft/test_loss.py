@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.numeric.tensor_ops import label_logprobs
-from step1_sft.loss import sft_loss
+from step1_sft.loss import dft_loss, sft_loss, training_loss
 from tests.conftest import assert_close
 
 
@@ -29,3 +29,15 @@ def test_shares_of_any_split_sum_to_the_mean_over_tokens(sizes):
     parts = zip(logits.split(sizes), labels.split(sizes), strict=True)
     total = sum(sft_loss(label_logprobs(a, b), num_tokens=12) for a, b in parts)
     assert_close(total, torch.nn.functional.cross_entropy(logits, labels))
+
+
+def test_dft_weighs_a_token_by_its_probability_without_a_gradient():
+    """-p log p of each token; the gradient is p times that of the likelihood."""
+    p = torch.tensor([0.5, 0.1, 0.9])
+    logprobs = p.log().requires_grad_()
+    loss = dft_loss(logprobs, num_tokens=4)
+    loss.backward()
+    assert_close(loss, -(p * p.log()).sum() / 4)
+    assert_close(logprobs.grad, -p / 4)
+    assert_close(training_loss(logprobs, 4, "dft"), loss)
+    assert_close(training_loss(logprobs, 4, "nll"), -p.log().sum() / 4)

@@ -31,10 +31,11 @@ def plain(logits: Tensor, targets: Targets, allowed: Tensor | None) -> tuple[Ten
         logits = logits.masked_fill(~allowed, -torch.inf)
     probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
     terms = torch.where(probabilities > 0, probabilities * probabilities.clamp(min=1e-300).log(), 0.0)
-    return probabilities[range(len(logits)), targets.labels].log(), -terms.sum(1)
+    entropies = -(probabilities**2).sum(1).log() if targets.entropy == "collision" else -terms.sum(1)
+    return probabilities[range(len(logits)), targets.labels].log(), entropies
 
 
-@pytest.mark.parametrize("kind", ["none", "value", "differentiable"])
+@pytest.mark.parametrize("kind", ["none", "value", "differentiable", "collision"])
 @pytest.mark.parametrize("is_restricted", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
 def test_values_and_gradients_are_those_of_all_logits_at_once(

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from common.numeric.tensor_ops import entropy, label_logprobs, masked_mean, masked_var, masked_whiten, scaled
+from common.numeric.tensor_ops import (
+    collision_entropy,
+    entropy,
+    label_logprobs,
+    masked_mean,
+    masked_var,
+    masked_whiten,
+    scaled,
+)
 from tests.conftest import assert_close
 
 
@@ -37,6 +45,9 @@ def test_gradient_of_label_logprobs_is_one_hot_minus_softmax():
 def test_entropy_of_known_distributions():
     assert_close(entropy(torch.zeros(3, 8)), torch.full((3,), 8.0).log())
     assert_close(entropy(torch.tensor([[1000.0, 0.0, 0.0]])), torch.zeros(1))
+    assert_close(collision_entropy(torch.zeros(3, 8), 2.0), torch.full((3,), 8.0).log())
+    uneven = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    assert_close(collision_entropy(uneven), -torch.tensor([0.375]).log())
 
 
 def test_half_precision_logits_are_computed_in_fp32():

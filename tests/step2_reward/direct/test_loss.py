@@ -1,11 +1,23 @@
 """Every loss and its gradients, against the authors' code, TRL or a closed form."""
 
+import math
+
 import pytest
 import torch
 
-from step2_reward.direct.loss import dpo_loss, ipo_loss, kto_loss, orpo_loss
-from step2_reward.direct.objective import pair_losses
+from step2_reward.direct.loss import (
+    aot_loss,
+    aot_partners,
+    aot_unpaired_partners,
+    discopop_loss,
+    dpo_loss,
+    exo_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
+)
 from step2_reward.direct.options import DirectOptions
+from step2_reward.direct.pair_losses import pair_losses
 from tests.conftest import assert_close
 
 LOSS_OF_CASE = {
@@ -102,3 +114,88 @@ def test_conservative_dpo_is_minimal_at_the_smoothed_win_rate():
     best = torch.tensor([0.9 / 0.1]).log() / 0.5
     at, above, below = (dpo_loss(best + move, torch.zeros(1), 0.5, 0.1) for move in (0.0, 0.2, -0.2))
     assert at < above and at < below
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log(1 + math.exp(-x))
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+BETA = 0.3
+# Of x and y, beta times the values of a chosen and a rejected response.
+CLOSED_FORMS = {
+    "sigmoid_norm": lambda x, y: -log_sigmoid(x - y),
+    "exo_pair": lambda x, y: (
+        sigmoid(x - y) * math.log(sigmoid(x - y) / 0.9) + sigmoid(y - x) * math.log(sigmoid(y - x) / 0.1)
+    ),
+    "nca_pair": lambda x, y: -log_sigmoid(x) - (log_sigmoid(-x) + log_sigmoid(-y)) / 2,
+    "bco_pair": lambda x, y: -log_sigmoid(x) - log_sigmoid(-y),
+    "sppo_hard": lambda x, y: ((x - 0.5) ** 2 + (y + 0.5) ** 2) / BETA**2,
+    "apo_zero": lambda x, y: 1 - sigmoid(x) + sigmoid(y),
+    "apo_down": lambda x, y: sigmoid(x) + 1 - sigmoid(x - y),
+    "discopop": lambda x, y: (
+        -sigmoid((y - x) / 0.05) * log_sigmoid(x - y) + sigmoid((x - y) / 0.05) * math.exp(y - x)
+    ),
+    "simpo_hinge": lambda x, y: max(0.0, 1 - x + y + 0.25 * BETA),
+    "cpo_hinge": lambda x, y: max(0.0, 1 - x + y),
+}
+PAIRS = [(1.5, -2.0), (-0.75, 0.5), (3.0, 1.0), (-4.0, -4.25), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("loss", CLOSED_FORMS)
+def test_losses_match_their_closed_forms(loss):
+    options = settings(loss, beta=BETA, **({"label_smoothing": 0.1} if loss == "exo_pair" else {}))
+    chosen, rejected = torch.tensor(PAIRS).unbind(1)
+    expected = [CLOSED_FORMS[loss](BETA * c, BETA * r) for c, r in PAIRS]
+    assert_close(pair_losses(chosen, rejected, options), torch.tensor(expected))
+
+
+def test_defaults_of_beta_and_label_smoothing_are_those_of_the_loss():
+    losses = ("dpo", "simpo", "simpo_hinge", "sigmoid_norm", "exo_pair")
+    assert [settings(loss).beta for loss in losses] == [0.1, 2.0, 2.0, 5.0, 0.1]
+    assert [settings(loss).label_smoothing for loss in losses] == [0, 0, 0, 0, 0.001]
+
+
+def test_exo_is_zero_at_the_label():
+    best = torch.tensor([0.99 / 0.01]).log() / 0.5
+    zero = torch.zeros(1)
+    assert_close(exo_loss(best, zero, 0.5, 0.01), zero)
+    assert exo_loss(best + 1, zero, 0.5, 0.01) > 0 and exo_loss(best - 1, zero, 0.5, 0.01) > 0
+
+
+def test_discopop_is_finite_where_its_factors_are_not():
+    d = torch.tensor([-2000.0, 2000.0], requires_grad=True)
+    losses = discopop_loss(d, torch.zeros(2), 1.0, 0.05)
+    losses.sum().backward()
+    assert_close(losses, torch.tensor([2000.0, 0.0]))
+    assert_close(d.grad, torch.tensor([-1.0, 0.0]))
+
+
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_aot_is_the_loss_of_sorted_rewards(is_paired):
+    """Mean and gradients are those of sorting with autograd."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 7, generator=generator).requires_grad_()
+    chosen, rejected, old_chosen, old_rejected = values
+    first, second = chosen - old_chosen, rejected - old_rejected
+    if is_paired:
+        d = (chosen - rejected).sort().values - (old_chosen - old_rejected).sort().values
+        partners = aot_partners(first.detach(), second.detach(), (old_chosen - old_rejected).detach())
+    else:
+        d = first.sort().values - second.sort().values
+        partners = aot_unpaired_partners(first.detach(), second.detach())
+    sorted_losses = -0.9 * torch.log(torch.sigmoid(0.5 * d)) - 0.1 * torch.log(torch.sigmoid(-0.5 * d))
+    (expected,) = torch.autograd.grad(sorted_losses.mean(), values, retain_graph=True)
+    losses = aot_loss(first, second, partners, 0.5, 0.1)
+    (result,) = torch.autograd.grad(losses.mean(), values)
+    assert_close(losses.mean(), sorted_losses.mean())
+    assert_close(result[:2], expected[:2])
+
+
+def test_apo_zero_of_single_responses_is_kto_with_the_point_0():
+    log_ratios, labels = torch.tensor([1.5, -2.0]), torch.tensor([True, False])
+    losses = kto_loss(log_ratios, labels, 0.0, 0.3, (1.0, 1.0))
+    assert_close(losses, torch.tensor([1 - sigmoid(0.45), sigmoid(-0.6)]))

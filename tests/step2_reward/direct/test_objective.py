@@ -9,10 +9,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from step2_reward.direct.data import Choice, Dialogue
-from step2_reward.direct.logprobs import response_logprobs
+from step2_reward.direct.logprobs import logprobs_of_all, response_logprobs
 from step2_reward.direct.objective import global_totals, micro_batch_loss, reference_point
-from step2_reward.direct.options import DirectOptions
+from step2_reward.direct.options import KINDS, DirectOptions
 from step2_reward.direct.reference import Example, ReferencedExamples
+from step2_reward.direct.transport import with_partners
 from tests.conftest import assert_close
 
 
@@ -103,10 +104,7 @@ def test_a_tie_counts_half_each_way_and_not_in_accuracy():
     assert metrics["accuracy"].item() == (x > y)
 
 
-LOSSES = ["dpo", "ipo", "kto", "orpo", "simpo", "hinge", "robust", "cpo"]
-
-
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [loss for loss, kind in KINDS.items() if not kind.is_sorted])
 def test_a_soft_label_gives_the_expected_loss_over_hard_labels(loss):
     """Loss, gradient and metrics are expectations, but accuracy is that of the more likely label."""
     options = settings(loss, beta=0.5)
@@ -128,10 +126,18 @@ def test_a_soft_label_gives_the_expected_loss_over_hard_labels(loss):
     assert accuracies[2] == accuracies[0]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+CHANGES = {
+    "length": {"loss": "dpo", "ld_alpha": 0.3},
+    "weights": {"loss": "dpo", "wpo": True},
+    "weights of means": {"loss": "simpo", "wpo": True, "alphapo_alpha": 0.2},
+    "divergence": {"loss": "robust", "f_divergence": "js_divergence", "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("loss", [*KINDS, *CHANGES])
 def test_micro_batches_add_up_to_the_batch(loss):
     """Records with one, two and four responses; metrics computed by hand for two of them."""
-    model, options = Random(0), settings(loss)
+    model, options = Random(0), settings(**CHANGES.get(loss, {"loss": loss}))
     ranks = (
         [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0, 1.0, 2.0]] if options.is_paired else [[0.0, 1.0], [1.0], [0.0]]
     )
@@ -140,6 +146,8 @@ def test_micro_batches_add_up_to_the_batch(loss):
     reference = [[Random(1).logprob(d) * has_reference for d in row.dialogues] for row in rows]
     examples = [Example(row, logprobs, None, 0.0) for row, logprobs in zip(rows, reference, strict=True)]
     totals = global_totals(examples, options)
+    if options.kind.is_sorted:
+        examples = with_partners(model, examples, options)
     total, metrics = micro_batch_loss(model, examples, totals, 0.3, options)
     parts = [micro_batch_loss(model, [example], totals, 0.3, options) for example in examples]
     assert_close(sum(loss for loss, _ in parts), total)
@@ -215,3 +223,72 @@ def test_kto_weighs_each_response_by_its_label():
     good, bad = (model.logprob(d) - r for d, r in zip(example.row.dialogues, example.logprobs, strict=True))
     expected = 2.0 / (1 + math.exp(0.02 * (good - 0.3))) + 0.7 / (1 + math.exp(0.02 * (0.3 - bad)))
     assert loss.item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired"])
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_aot_sorts_over_the_global_batch(loss, micro):
+    """Loss and gradient are those of sorted log-probabilities, whatever the micro-batches."""
+    options = settings(loss, beta=0.3, label_smoothing=0.1, micro_batch_size=micro, global_batch_size=8)
+    rows = [choice(seed, [0.0, 1.0]) for seed in range(8)]
+    model, reference = Random(0), Random(1)
+    old = torch.tensor([[reference.logprob(d) for d in row.dialogues] for row in rows])
+    examples = [Example(row, values, None, 0.0) for row, values in zip(rows, old.tolist(), strict=True)]
+
+    logprobs = model.head(model.table).log_softmax(-1)
+    new = torch.stack([
+        sum(logprobs[d.ids[t - 1], d.ids[t]] for t in range(d.start, len(d.ids)))
+        for row in rows for d in row.dialogues
+    ]).view(8, 2)  # fmt: skip
+    if loss == "aot":
+        d = (new[:, 0] - new[:, 1]).sort().values - (old[:, 0] - old[:, 1]).sort().values
+    else:
+        d = (new - old)[:, 0].sort().values - (new - old)[:, 1].sort().values
+    expected = (-0.9 * (0.3 * d).sigmoid().log() - 0.1 * (-0.3 * d).sigmoid().log()).mean()
+    (gradient,) = torch.autograd.grad(expected, model.head.weight)
+
+    examples = with_partners(model, examples, options)
+    totals = global_totals(examples, options)
+    parts = [examples[i : i + micro] for i in range(0, 8, micro)]
+    loss = sum(micro_batch_loss(model, part, totals, 0.0, options)[0] for part in parts)
+    loss.backward()
+    assert_close(loss, expected)
+    assert_close(model.head.weight.grad, gradient)
+
+
+def test_ld_alpha_weighs_policy_and_reference_alike():
+    """alpha 0 compares as many tokens of either response; the log-probabilities logged are whole ones."""
+    row = Choice([*range(2, 10), 1, *range(3, 8)], [9, 5], [2, 2], [0.0, 1.0])  # 7 and 3 tokens
+    model, options = Random(0), settings("dpo", beta=0.3, ld_alpha=0.0)
+    short = [d._replace(ids=d.ids[:5]) for d in row.dialogues]
+    example = Example(row, [-4.0, -2.0], None, 0.0)
+    loss, metrics = micro_batch_loss(model, [example], global_totals([example], options), 0.0, options)
+    ratios = [model.logprob(d) - old for d, old in zip(short, example.logprobs, strict=True)]
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.3 * (ratios[0] - ratios[1]))), rel=1e-5)
+    assert metrics["logprobs/chosen"].item() == pytest.approx(model.logprob(row.dialogues[0]), rel=1e-5)
+    examples = ReferencedExamples([row], options)
+    sums = logprobs_of_all(model, [*examples], 2, options)[0].tolist()
+    assert sums == pytest.approx([model.logprob(d) for d in short], rel=1e-5)
+
+
+def test_a_pair_weighs_what_the_policy_would_sample():
+    model, plain, wpo = Random(0), settings("dpo", beta=0.3), settings("dpo", beta=0.3, wpo=True)
+    example = Example(choice(1, [0.0, 1.0]), [-3.0, -1.0], None, 0.0)
+    totals = global_totals([example], plain)
+    loss, weighted = (micro_batch_loss(model, [example], totals, 0.0, options)[0] for options in (plain, wpo))
+    weight, p = 1.0, model.table.softmax(-1)
+    for d in example.row.dialogues:
+        drawn = [p[d.ids[t - 1], d.ids[t]] / (p[d.ids[t - 1]] ** 2).sum() for t in range(d.start, len(d.ids))]
+        weight *= math.prod(drawn) ** (1 / len(drawn))
+    assert_close(weighted, weight * loss)
+    slopes = [torch.autograd.grad(one, model.head.weight)[0] for one in (loss, weighted)]
+    assert_close(slopes[1], weight * slopes[0])
+
+
+def test_bco_compares_both_sides_with_the_point():
+    model, options, row = Random(0), settings("bco_pair", beta=0.3), choice(3, [0.0, 1.0])
+    example = Example(row, [-3.0, -1.0], None, 0.0)
+    loss, _ = micro_batch_loss(model, [example], global_totals([example], options), 0.7, options)
+    good, bad = (model.logprob(d) - r - 0.7 for d, r in zip(row.dialogues, example.logprobs, strict=True))
+    expected = math.log(1 + math.exp(-0.3 * good)) + math.log(1 + math.exp(0.3 * bad))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
