@@ -2,61 +2,67 @@
 
     python tests/bench/direct_losses.py --model DIR --data DIR --output DIR [--seeds 0 1 2] [--only dpo aot]
 
-MODEL and DATA as in launch/recipes/stories.sh. Each run is `launch/step2_direct.sh` with the options below; a
-run that is there already is only read. VADER sentiment on held-out prompts is the gold score, as in
-stories_methods.sh. Prints a Markdown table, with mean and half the range over the seeds.
+MODEL and DATA as in launch/recipes/stories.sh. Each run is step 2, direct, with the options below, forked
+from this process; a run that is there already is only read. VADER sentiment on held-out prompts is the gold
+score, as in stories_methods.sh. Prints a Markdown table: means over the seeds, and the 95 % interval of the
+gold score of one of them.
 """
 
 import argparse
 import json
-import subprocess
+import sys
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60  # of 32 records: one epoch
-COMMON = "--global_batch_size 32 --micro_batch_size 16 --eval_steps 0 --save_steps 0"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import tests.conftest  # noqa: F401 - the CPU, one thread
+from tests.ranks import start_stage
+
+GOLD = Path(__file__).with_name("gold.py")
+STEPS = 30
+COMMON = "--learning_rate 2e-4 --global_batch_size 32 --micro_batch_size 16 --eval_steps 0 --save_steps 0"
 # --beta: where the loss begins to saturate at a log-ratio of some nats, as DPO's at 0.3.
 RUNS = {
     "dpo": "--beta 0.3",
-    "hinge": "--loss hinge --beta 0.3",
     "exo_pair": "--loss exo_pair --beta 0.3",
     "discopop": "--loss discopop --beta 0.3",
     "sigmoid_norm": "--loss sigmoid_norm --beta 10",
     "nca_pair": "--loss nca_pair --beta 0.3",
     "bco_pair": "--loss bco_pair --beta 0.3",
-    "bco_pair, --bco_shift": "--loss bco_pair --beta 0.3 --bco_shift",
+    "bco_pair, bco_shift": "--loss bco_pair --beta 0.3 --bco_shift",
     "sppo_hard": "--loss sppo_hard --beta 0.1",
     "apo_zero": "--loss apo_zero --beta 0.3",
     "apo_down": "--loss apo_down --beta 0.3",
+    "apo_zero_unpaired": "--loss apo_zero_unpaired --beta 0.3",
     "aot": "--loss aot --beta 0.3",
     "aot_unpaired": "--loss aot_unpaired --beta 0.3",
-    "kto": "--loss kto --beta 0.2",
-    "apo_zero_unpaired": "--loss apo_zero_unpaired --beta 0.3",
-    "simpo": "--loss simpo --beta 2 --learning_rate 5e-5",
-    "simpo_hinge": "--loss simpo_hinge --beta 2 --learning_rate 5e-5",
-    "simpo, --alphapo_alpha 0.25": "--loss simpo --beta 2 --learning_rate 5e-5 --alphapo_alpha 0.25",
-    "cpo": "--loss cpo --beta 0.3",
-    "cpo_hinge": "--loss cpo_hinge --beta 0.3",
     "dpo, forward_kl": "--beta 0.3 --f_divergence forward_kl",
     "dpo, js_divergence": "--beta 0.3 --f_divergence js_divergence",
-    "dpo, alpha_divergence 0.5": "--beta 0.3 --f_divergence alpha_divergence",
-    "dpo, --ld_alpha 0.5": "--beta 0.3 --ld_alpha 0.5",
-    "dpo, --wpo": "--beta 0.3 --wpo",
+    "dpo, alpha_divergence": "--beta 0.3 --f_divergence alpha_divergence",
+    "dpo, ld_alpha 0.5": "--beta 0.3 --ld_alpha 0.5",
+    "dpo, wpo": "--beta 0.3 --wpo",
+    "simpo": "--loss simpo --beta 2 --learning_rate 1e-4",
+    "simpo, alphapo_alpha 0.25": "--loss simpo --beta 2 --learning_rate 1e-4 --alphapo_alpha 0.25",
+    "simpo_hinge": "--loss simpo_hinge --beta 2 --learning_rate 1e-4",
+    "cpo": "--loss cpo --beta 0.3",
+    "cpo_hinge": "--loss cpo_hinge --beta 0.3",
 }
 
 
-def launch(script: str, *words: str) -> None:
-    subprocess.run(["bash", f"{ROOT}/launch/{script}.sh", *words], check=True, stdout=subprocess.DEVNULL)
+def start(options: argparse.Namespace, module: str, *words: str) -> None:
+    result = start_stage(module, [*words], options.output / "logs", timeout=3600).result()
+    if result.codes != [0]:
+        sys.exit(result.output)
 
 
 def train(options: argparse.Namespace, sft: Path, name: str, seed: int) -> Path:
     """Folder of the policy of a run."""
     folder = options.output / f"seed_{seed}" / name.replace(", ", "+").replace(" ", "_")
-    words = [*f"--learning_rate 1e-4 {COMMON} --max_steps {STEPS}".split(), *RUNS[name].split()]
+    words = [*f"{COMMON} --max_steps {STEPS} --seed {seed}".split(), *RUNS[name].split()]
     if not (folder / "final").exists():
-        launch(
-            "step2_direct", *words, "--model_name_or_path", str(sft), "--seed", str(seed), "--train_data",
+        start(
+            options, "step2_reward.direct.main", *words, "--model_name_or_path", str(sft), "--train_data",
             f"{options.data}/preferences.jsonl", "--output_dir", str(folder),
         )  # fmt: skip
     return folder / "final"
@@ -65,19 +71,13 @@ def train(options: argparse.Namespace, sft: Path, name: str, seed: int) -> Path:
 def judge(options: argparse.Namespace, policies: list[Path], seed: int) -> list[dict]:
     """Figures of the policies on held-out prompts, in order."""
     folder = options.output / f"seed_{seed}" / "report"
-    launch(
-        "evaluate_ppo", "--model_name_or_path", *map(str, policies), "--output_dir", str(folder),
+    start(
+        options, "step3_ppo.compare.main", "--model_name_or_path", *map(str, policies), "--seed", str(seed),
         "--prompt_data", f"{options.data}/prompts.jsonl", "--max_eval_samples", "0", "--max_response_length",
         "48", "--max_length", "512", "--demonstration_data", f"{options.data}/demonstrations.jsonl",
-        "--reward_function", f"{ROOT}/tests/bench/gold.py:sentiment", "--seed", str(seed),
+        "--reward_function", f"{GOLD}:sentiment", "--output_dir", str(folder),
     )  # fmt: skip
     return json.loads((folder / "report.json").read_text())["policies"]
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean, and half the range where there are several."""
-    half = (max(values) - min(values)) / 2
-    return f"{fmean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -89,8 +89,8 @@ def main() -> None:
     options = parser.parse_args()
     sft = options.output / "step1_sft" / "final"
     if not sft.exists():
-        launch(
-            "step1_sft", "--model_name_or_path", str(options.model), "--train_data",
+        start(
+            options, "step1_sft.main", "--model_name_or_path", str(options.model), "--train_data",
             f"{options.data}/demonstrations.jsonl", "--output_dir", str(sft.parent), "--max_length", "256",
             "--global_batch_size", "32", "--micro_batch_size", "16", "--learning_rate", "1e-4",
         )  # fmt: skip
@@ -101,13 +101,14 @@ def main() -> None:
             rows[name].append(figures)
     print("| loss | gold score | KL | distinct-2 | perplexity |\n|---|---|---|---|---|")
     for name, figures in rows.items():
-        gold = [next(iter(one["scores"].values()))["mean"] for one in figures]
-        columns = [
-            spread([one["kl"]["mean"] for one in figures], 2),
-            spread([one["distinct_2"] for one in figures], 3),
-            spread([one["perplexity"] for one in figures], 2),
-        ]
-        print(f"| {name} | {spread(gold, 3)} | {' | '.join(columns)} |")
+        gold = [next(iter(one["scores"].values())) for one in figures]
+        width = fmean((one["high"] - one["low"]) / 2 for one in gold)
+        kl, variety, perplexity = (
+            fmean(read(one) for one in figures)
+            for read in (lambda one: one["kl"]["mean"], itemgetter("distinct_2"), itemgetter("perplexity"))
+        )
+        score = f"{fmean(one['mean'] for one in gold):.3f} ± {width:.3f}"
+        print(f"| {name} | {score} | {kl:.2f} | {variety:.3f} | {perplexity:.2f} |")
 
 
 if __name__ == "__main__":
