@@ -3,7 +3,7 @@
 #   bash launch/test.sh [--fast]                                      # and options of pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib/environment.sh"
-install requirements.txt tests/requirements.txt
+install requirements.txt tests/requirements.txt common/model/requirements-qlora.txt
 choose_device
 cd "$ROOT"
 # As root, get what the test of HOSTFILE needs; it is skipped without.

@@ -118,7 +118,7 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     config = policy_config(options.actor_model_name_or_path, "actor_model_name_or_path")
     options = fit_prompt_length(options, config)
     check_rollout_engine(options, config)
-    check_adapters(options.actor_model_name_or_path, options)
+    check_adapters(options.actor_model_name_or_path, options, actor_zero, critic_zero)
     check_folder(options)
     encoder = SegmentEncoder(load_tokenizer(options.actor_model_name_or_path))
     reward_encoders = load_encoders(options, encoder)

@@ -128,6 +128,8 @@ class PPOOptions(
                 " micro-batches need a common divisor above 1, and --global_batch_size must be a multiple of"
                 " --samples_per_prompt"
             )
+        if self.paged_adamw and self.offload_states:
+            raise UserError("--paged_adamw: --offload_states moves the same moments; remove one of them")
         check_best_metric(self)
         check_losses(self)
         check_controller(self)

@@ -13,6 +13,7 @@ from launch.quickstart.build import build_tokenizer, write_data
 
 ZERO = Path(__file__).resolve().parents[1] / "common/zero_configs"
 LORA = ["--lora_rank", "4", "--lora_alpha", "8"]
+QLORA = [*LORA, "--load_in_4bit"]
 CLOSE = {"rel": 1e-4, "abs": 2e-6}
 
 

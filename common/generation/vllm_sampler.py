@@ -13,7 +13,7 @@ from common.generation.vllm_internals import own_state, start_engine
 from common.model.deepspeed_internals import is_partitioned
 from common.model.families import head_size
 from common.model.forward import base_model
-from common.model.lora import merged_weight
+from common.model.lora import is_mergeable, merged_weight
 from common.runtime.distributed import device, gather_objects, is_lost_contact, on_cpu, rank
 from common.runtime.options import UserError, reason
 
@@ -150,8 +150,8 @@ def cache_bytes(config: Any, dtype: torch.dtype, options: GenerationOptions, lon
 
 @torch.no_grad()
 def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
-    """Copies of all weights, by their names in a model folder: adapters merged, tied weights once, and only
-    vocabulary rows that have a token.
+    """Copies of all weights, by their names in a model folder: adapters merged, 4-bit weights dequantised,
+    tied weights once, and only vocabulary rows that have a token.
 
     Partitioned weights are gathered one at a time; all ranks must take them.
     """
@@ -160,7 +160,7 @@ def policy_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
     model = base_model(policy)
     if policy.zero_optimization_stage() == 3:
         policy.empty_partition_cache()  # the last forward may have prefetched weights for another
-    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    adapted = {name: module for name, module in model.named_modules() if is_mergeable(module)}
     ends = filter(None, (model.get_input_embeddings(), model.get_output_embeddings()))
     by_token = {id(parameter) for module in ends for parameter in module.parameters()}
     for name, parameter in model.named_parameters():

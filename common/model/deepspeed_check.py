@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from common.model.nf4 import check_bitsandbytes
+from common.runtime.distributed import on_cpu
 from common.runtime.options import UserError, reason, world_size
 from common.text.fields import shown
 
@@ -39,6 +41,16 @@ def check_config(config: dict[str, Any], source: Path) -> None:
             f"{source}: zero_optimization.zero_hpz_partition_size is {size}; it must divide the"
             f" {world_size()} ranks: the GPUs of a node"
         )
+
+
+def check_paging(config: dict[str, Any]) -> None:
+    """Raise UserError where --paged_adamw does not work."""
+    if on_cpu():
+        raise UserError("--paged_adamw: needs an NVIDIA GPU, whose driver moves memory to the host")
+    zero = config["zero_optimization"]
+    if zero["stage"] == 3 or "offload_optimizer" in zero:
+        raise UserError("--paged_adamw: allowed: ZeRO stage 0, 1 or 2 without offload_optimizer")
+    check_bitsandbytes("paged_adamw")
 
 
 def _check_types(given: dict[str, Any], defaults: dict[str, Any], source: Path, section: str = "") -> None:

@@ -183,7 +183,9 @@ def states_away(engines: Sequence[Engine]) -> Iterator[None]:
 
 
 def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, learning_rate: float) -> Any:
-    """AdamW with weight decay on matrices only; DeepSpeed's CPU AdamW for GPU runs with optimiser offload."""
+    """AdamW with weight decay on matrices only; DeepSpeed's CPU AdamW for GPU runs with optimiser offload;
+    with --paged_adamw that of bitsandbytes.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     dimensions = {id(p): len(full_shape(p)) for p in trained}
     groups = [
@@ -201,6 +203,10 @@ def _adamw(model: nn.Module, zero: dict[str, Any], options: OptimiserOptions, le
 
         with single_compilation():
             return DeepSpeedCPUAdam(groups, **settings)
+    if options.paged_adamw:
+        from bitsandbytes.optim import PagedAdamW32bit
+
+        return PagedAdamW32bit(groups, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 

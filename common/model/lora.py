@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.model.loading import load_config
+from common.model.nf4 import NF4Linear, check_bitsandbytes, linear_layers, quantise
 from common.runtime.distributed import log
 from common.runtime.options import LoraOptions, UserError, reason
 
@@ -17,8 +19,13 @@ from common.runtime.options import LoraOptions, UserError, reason
 LOW_RATE = 5
 
 
-def check_adapters(path: str, options: LoraOptions) -> None:
-    """`check_targets`, and a warning for each learning rate that suits full weights rather than adapters."""
+def check_adapters(path: str, options: LoraOptions, *zeros: dict[str, Any]) -> None:
+    """`check_4bit` and `check_targets`, and a warning for each learning rate that suits full weights rather
+    than adapters. zeros: DeepSpeed configurations of the trained models.
+    """
+    check_4bit(options, *(zero["zero_optimization"]["stage"] for zero in zeros))
+    if options.load_in_4bit:
+        check_bitsandbytes("load_in_4bit")
     check_targets(path, options)
     rates = [field for field in dataclasses.fields(options) if field.name.endswith("learning_rate")]
     if not getattr(options, "has_critic", True):
@@ -32,8 +39,21 @@ def check_adapters(path: str, options: LoraOptions) -> None:
             )
 
 
+def check_4bit(options: LoraOptions, *stages: int) -> None:
+    """Raise UserError for 4-bit weights without adapters, or at ZeRO stage 3."""
+    if not options.load_in_4bit:
+        return
+    if not options.lora_rank:
+        raise UserError("--load_in_4bit: needs --lora_rank above 0; 4-bit weights are not trained")
+    if 3 in stages:
+        raise UserError(
+            "--load_in_4bit: ZeRO stage 3 does not partition 4-bit weights; allowed: stage 0, 1 or 2"
+        )
+
+
 def check_targets(path: str, options: LoraOptions) -> None:
-    """Raise UserError when --lora_target_modules matches no module, or --lora_rank is above the size of all.
+    """Raise UserError when --lora_target_modules matches no module, --lora_rank is above the size of all, or
+    no layer can be in 4 bits.
 
     Loads no weights.
     """
@@ -46,6 +66,8 @@ def check_targets(path: str, options: LoraOptions) -> None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or _is_conv1d(module)
     }
+    if options.load_in_4bit and not linear_layers(model):
+        raise UserError(f"--load_in_4bit: {path}: {type(model).__name__} has no layers of the class Linear")
     if options.lora_rank > (largest := max(linear.values(), default=0)):
         raise UserError(
             f"--lora_rank {options.lora_rank}: above the size of all layers of {path};"
@@ -60,11 +82,16 @@ def check_targets(path: str, options: LoraOptions) -> None:
 
 
 def add_adapters(model: PreTrainedModel, options: LoraOptions, seed: int) -> nn.Module:
-    """Freeze the model and add adapters. A scalar head stays trainable; peft saves it with the adapter."""
+    """Freeze the model and add adapters. A scalar head stays trainable; peft saves it with the adapter.
+
+    With --load_in_4bit the frozen layers are quantised first.
+    """
     if not options.lora_rank:
         return model
     from peft import LoraConfig, get_peft_model
 
+    if options.load_in_4bit:
+        quantise(model, options.double_quantisation)
     torch.manual_seed(seed)  # the same initial adapters on every rank
     is_scalar = hasattr(model, "score")
     targets = options.lora_target_modules
@@ -96,30 +123,59 @@ def merged_adapters(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     if not enabled or not is_adapted(module):
         yield
         return
-    from peft.tuners.lora import Linear
-
-    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
-    originals = [layer.base_layer.weight for layer in layers]
+    layers = [layer for layer in module.modules() if is_mergeable(layer)]
+    owners = {_base_layer(layer): layer for layer in reversed(layers)}  # of a 4-bit layer, its adapter
+    originals = {base: base.weight for base in owners}
     try:
-        for layer in layers:  # not their data: a tied embedding has no adapter
-            layer.base_layer.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
+        for base, layer in owners.items():  # not their data: a tied embedding has no adapter
+            base.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
         with module.disable_adapter():
             yield
     finally:
-        for layer, original in zip(layers, originals, strict=True):
-            layer.base_layer.weight = original
+        for base, original in originals.items():
+            base.weight = original
 
 
 @torch.no_grad()
 def merged_weight(layer: nn.Module) -> Tensor:
-    """W + alpha / rank B A, rounded once. Source: Hu et al. 2021, section 4.1."""
-    weight = layer.base_layer.weight
-    merged = weight.float()
-    for name in layer.active_adapters:
+    """W + alpha / rank B A, rounded once. Source: Hu et al. 2021, section 4.1.
+
+    layer: with an adapter, or in 4 bits, or both. W in 4 bits is dequantised in fp32.
+    """
+    base = _base_layer(layer)
+    is_4bit = isinstance(base, NF4Linear)
+    dtype = base.dtype if is_4bit else base.weight.dtype
+    merged = base.dequantised(torch.float32) if is_4bit else base.weight.float()
+    for name in getattr(layer, "active_adapters", []):
         a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
         update = layer.scaling[name] * b @ a
         merged = merged + (update.T if layer.fan_in_fan_out else update)
-    return merged.to(weight.dtype)
+    return merged.to(dtype)
+
+
+def merge_4bit(adapted: nn.Module, trained: nn.Module) -> None:
+    """Merge the layers of `adapted` that have 4 bits in `trained`, as `merged_weight` does: W of `trained`,
+    with the adapter of `adapted`. Other layers stay as they are.
+
+    `adapted` has the model before it was quantised; merged by peft, 4-bit weights would get 4 bits again.
+    """
+    for name, packed in trained.named_modules():
+        if isinstance(packed, NF4Linear):
+            layer, owner = adapted.get_submodule(name), name.removesuffix(".base_layer")
+            layer.weight.data = packed.dequantised(torch.float32).to(layer.weight.device)
+            layer.weight.data = merged_weight(adapted.get_submodule(owner)).to(packed.dtype)
+            adapted.set_submodule(owner, layer)
+
+
+def is_mergeable(layer: nn.Module) -> bool:
+    """Whether `merged_weight` has a matrix for the layer: with an adapter, or in 4 bits."""
+    from peft.tuners.lora import Linear
+
+    return isinstance(layer, Linear | NF4Linear)
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    return getattr(layer, "base_layer", layer)
 
 
 def _outside_text(model: PreTrainedModel) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.model.deepspeed_check import check_config
+from common.model.deepspeed_check import check_config, check_paging
 from common.model.model_files import check_attention
 from common.runtime.distributed import on_cpu
 from common.runtime.files import parse_json
@@ -71,6 +71,8 @@ def load_zero_config(path: str, options: OptimiserOptions, learning_rate: float)
     fill_bucket_sizes(filled, hidden_size=1024)
     check_config(filled, source)
     check_attention(options.attn_implementation)
+    if options.paged_adamw:
+        check_paging(config)
     if options.attn_implementation != "auto":
         config["attn_implementation"] = options.attn_implementation
     return config

@@ -120,10 +120,7 @@ class RunOptions(RankOptions):
     # Each stage declares the metrics it has.
     best_metric: str = option("none", BEST_METRIC)
     max_skipped_steps: int = option(
-        20,
-        "Stop after this many consecutive steps skipped for non-finite gradients.",
-        at_least=1,
-        resume="free",
+        20, "Stop after this many steps in a row skipped for non-finite gradients.", at_least=1, resume="free"
     )
 
 
@@ -210,6 +207,7 @@ class OptimiserOptions:
     adam_beta1: float = option(0.9, "AdamW beta 1.", at_least=0, at_most=0.9999)
     adam_beta2: float = option(0.95, "AdamW beta 2.", at_least=0, at_most=0.99999)
     adam_epsilon: float = option(1e-8, "AdamW epsilon.", above=0)
+    paged_adamw: bool = option(False, "Let CUDA move AdamW's moments to host memory when a GPU is full.")
     max_grad_norm: float = option(1.0, "Maximum gradient norm of each model; 0: no clipping.", at_least=0)
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", resume="free"
@@ -226,6 +224,8 @@ class LoraOptions:
         ["all-linear"],
         "Modules to adapt, by name or suffix; all-linear: all linear layers except the output head.",
     )
+    load_in_4bit: bool = option(False, "Frozen linear layers in 4 bits, NF4 (QLoRA); needs --lora_rank.")
+    double_quantisation: bool = option(True, "The scales of 4-bit weights in 8 bits, not in fp32.")
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from common.model.ema import with_ema_weights
 from common.model.engine import full_state_dict
 from common.model.engine_protocol import Engine
-from common.model.lora import is_adapted
+from common.model.lora import is_adapted, merge_4bit
 from common.runtime.distributed import gather_objects, log, rank
 from common.runtime.files import flush_file, flush_folder
 from common.runtime.options import UserError, reason
@@ -90,5 +90,6 @@ def _save_merged(engine: Engine, state: dict[str, Any], folder: Path, base: PreT
         if hasattr(engine.module.config, name):
             setattr(base.config, name, getattr(engine.module.config, name))
     engine.module.save_pretrained(folder / "adapter", state_dict=state)
-    merged = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    merged.save_pretrained(folder)
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    merge_4bit(adapted, engine.module)
+    adapted.merge_and_unload().save_pretrained(folder)

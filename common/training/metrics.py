@@ -189,7 +189,8 @@ def training_flops(model: nn.Module, lengths: Sequence[int]) -> float:
     """
     share, per_token = active_share(model.config), 0.0
     for name, p in model.named_parameters():
-        size = full_size(p) * (share if "experts." in name else 1)
+        size = full_size(p) * (2 if p.dtype == torch.uint8 else 1)  # 4-bit weights: two per byte
+        size *= share if "experts." in name else 1
         per_token += size * (6 if p.requires_grad else 4)
     attention = 12 * sum(attention_widths(model.config)) * sum(length**2 for length in lengths)
     return float(per_token * sum(lengths) + attention)

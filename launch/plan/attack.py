@@ -33,7 +33,7 @@ def changes(options: PlanOptions) -> Iterator[Change]:
     for size in (1, *doublings(1, min(options.gpus_per_node, options.num_gpus))):
         if options.num_gpus % size == 0:
             yield Change(f"--{engine} vllm --{ranks} {size}", {engine: "vllm", ranks: size})
-    for name in ("zero1", "zero2", "zero3"):
+    for name in ("zero1", "zero2", *["zero3"] * (not options.load_in_4bit)):
         path = f"common/zero_configs/{name}.json"
         of_models = {"actor_zero_config": "", "critic_zero_config": ""}
         yield Change(f"--zero_config {path}", {"zero_config": path, **of_models})

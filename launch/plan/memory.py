@@ -35,6 +35,9 @@ class Shape:
     has_rms_norm: bool
     has_eager_attention: bool = False
     tensors: tuple[int, ...] = ()  # their numbers of parameters
+    in_4bit: int = 0  # parameters in 4 bits
+    bytes_of_4bit: int = 0  # these, with their scales
+    largest_in_4bit: int = 0  # parameters of the largest matrix among them
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,11 @@ def pinned(size: float) -> float:
 def weights(model: Model) -> Parts:
     """In 16 bits 2P, and 2P / N on N ranks at stage 3 (Rajbhandari et al. 2020, ZeRO, figure 1).
 
-    With hpZ of K ranks, another 2P / K (Wang et al. 2023, ZeRO++, section 3.2).
+    With hpZ of K ranks, another 2P / K (Wang et al. 2023, ZeRO++, section 3.2). In 4 bits, below stage 3:
+    `nf4_bytes`.
     """
     shape, zero = model
-    size = zero.size * shape.parameters / zero.parts_of_weights
+    size = shape.bytes_of_4bit + zero.size * (shape.parameters - shape.in_4bit) / zero.parts_of_weights
     if zero.stage == 3 and zero.hpz > 1:
         size += zero.size * shape.parameters / zero.hpz
     if not zero.offloads_weights or zero.on_cpu:
@@ -184,6 +188,21 @@ def gathered(model: Model) -> float:
     if zero.ranks == 1 and not zero.offloads_weights:
         return 0.0
     return zero.size * min(shape.parameters, zero.live)
+
+
+def present(model: Model) -> float:
+    """Weights in training precision while a model runs: `gathered`, and a matrix dequantised from 4 bits."""
+    return gathered(model) + model.zero.size * model.shape.largest_in_4bit
+
+
+def nf4_bytes(parameters: int, is_double: bool) -> int:
+    """Bytes of a matrix in 4 bits: two weights per byte and an fp32 scale per 64. Double quantisation: a byte
+    per scale, an fp32 scale per 256 of these, and 257 constants. So 4.5 or 4.127 bits per weight (Dettmers et
+    al. 2023, QLoRA, section 3).
+    """
+    scales = -(-parameters // 64)
+    of_scales = scales + FP32 * (-(-scales // 256) + 257) if is_double else FP32 * scales
+    return -(-parameters // 2) + of_scales
 
 
 def total(parts: Parts) -> float:

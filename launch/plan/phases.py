@@ -19,10 +19,10 @@ from launch.plan.memory import (
     Parts,
     buffers_of_reduction,
     copies_in_step,
-    gathered,
     gradients,
     optimiser,
     optimiser_away,
+    present,
     total,
     weights,
 )
@@ -146,7 +146,7 @@ def step3(
     scorers = [reference or actor, *rewards, *([critic] if critic else [])]
     rows, mask = sizes.shared_rows(sizes.generated), shared_mask(sizes)
     for number, model in enumerate(scorers):
-        base = idle + Parts(buffers=gathered(model))
+        base = idle + Parts(buffers=present(model))
         yield Phase("scoring", base + Parts(activations=passing(model, rows, sizes.width, mask)))
         if not number:
             head = logits_in_scoring(model, rows * sizes.sharing * sizes.response)
@@ -211,16 +211,16 @@ def training(model: Model, held: Parts, forward: Forward, accumulates: bool) -> 
     """Phases of a backward pass, which may accumulate gradients, and of the optimiser step after it."""
     zero, grads = model.zero, gradients(model)
     before = grads if accumulates or zero.stage == 3 else Parts()
-    present = Parts(buffers=gathered(model))
+    weights_in_use = Parts(buffers=present(model))
     reserved = 0 if zero.on_cpu or zero.stage == 0 else buffers_of_reduction(model)
-    running = held + before + present + Parts(buffers=reserved)
+    running = held + before + weights_in_use + Parts(buffers=reserved)
     yield Phase("backward begins", running + forward.saved + Parts(logits=forward.loss))
     in_layer = Parts(activations=forward.gradients + forward.layer * forward.is_recomputed)
     name = "recomputation" if forward.is_recomputed else "last layer"
     yield Phase(name, running + Parts(activations=forward.saved["activations"]) + in_layer)
     # Stage 2 keeps sums in 16 bits separate from the gradients of the current micro-batch.
     has_both = zero.stage == 2 and not zero.sums_in_fp32
-    after = held + present + (before + grads if has_both else grads)
+    after = held + weights_in_use + (before + grads if has_both else grads)
     after += Parts(buffers=buffers_of_reduction(model))
     # Before the gradients of this layer and of the embedding, often the largest tensor.
     others = max(model.shape.trained - model.shape.largest, 0) * (1 - 1 / max(model.shape.layers, 1))

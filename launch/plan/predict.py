@@ -9,7 +9,7 @@ import torch
 from common.generation.generate import fit_prompt_length, use_compiler
 from common.generation.vllm_sampler import cache_bytes
 from common.model.loading import fit_to_model, load_config
-from common.model.lora import check_targets
+from common.model.lora import check_4bit, check_targets
 from common.model.shared_prompt import wants_sharing, work
 from common.runtime.option_checks import rows_per_micro_batch
 from common.runtime.options import world_size
@@ -96,9 +96,13 @@ def read_models(options: PlanOptions) -> Models:
         )
     )
 
+    check_4bit(options, zero.stage, actor_zero.stage, critic_zero.stage)
+
     def shape(path: str, is_scalar: bool, rank: int = options.lora_rank) -> Shape:
         targets = tuple(options.lora_target_modules) if rank else ()
-        return read_shape(path, is_scalar, rank, targets, options.attn_implementation)
+        quantisation = "double" if options.double_quantisation else "single"
+        bits = quantisation if rank and options.load_in_4bit else "none"
+        return read_shape(path, is_scalar, rank, targets, options.attn_implementation, bits)
 
     policy, critic, reference = shape(path, False), None, None
     if options.advantage_estimator == "gae":
@@ -135,6 +139,7 @@ def setting(options: PlanOptions) -> str:
         for path in options.reward_model_name_or_path or [options.model_name_or_path]
     ]
     trained = f" ({policy.trained / 1e6:.1f} M trained)" if options.lora_rank else ""
+    bits = ("4- and " if options.load_in_4bit else "") + str(8 * zero.size)
     tokens = options.micro_batch_tokens
     size = f"of {tokens} tokens" if tokens else rows_per_micro_batch(options)
     device = "GPU" if options.device == "gpu" else "CPU rank"
@@ -143,7 +148,7 @@ def setting(options: PlanOptions) -> str:
     return "\n".join(
         [
             f"policy {policy.parameters / 1e9:.2f} B parameters{trained}, reward model {', '.join(rewards)};"
-            f" ZeRO-{zero.stage}, {'16' if zero.size == 2 else '32'}-bit weights, {options.num_gpus}"
+            f" ZeRO-{zero.stage}, {bits}-bit weights, {options.num_gpus}"
             f" {device}{'s' * (options.num_gpus > 1)}; micro-batch {size}",
             f"steps 1 and 2: rows of {options.max_length} tokens; step 3: prompts of"
             f" {options.max_prompt_length} and responses of {options.max_response_length} tokens,"

@@ -10,7 +10,7 @@ from common.model.zero import CONFIG_FOLDER
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase
-from launch.plan.predict import GIB, predict
+from launch.plan.predict import GIB, predict, read_models
 
 Changes = dict[str, Any]  # options by name
 Predictor = Callable[[Changes], dict[str, Phase]]
@@ -56,7 +56,7 @@ def remedies(options: PlanOptions) -> list[Remedy]:
     without_critic: Changes = {"advantage_estimator": "rloo"}
     if options.samples_per_prompt == 1:
         without_critic["samples_per_prompt"] = 4 if options.rollout_batch_size % 4 == 0 else 2
-    return [
+    found = [
         Remedy([{"gather_for_generation": False}], 0.02, steps="step 1"),
         Remedy(_levels(size, _halves(getattr(options, size))), 0.05),
         Remedy(_levels("generation_batch_size", _halves(rollout)), 0.06, steps="step 3"),
@@ -71,8 +71,19 @@ def remedies(options: PlanOptions) -> list[Remedy]:
         Remedy([{"gather_for_generation": False}], 4.0, steps="step 3"),
         Remedy([without_critic], 0.0, "no critic: another algorithm", steps="step 3"),
         Remedy([{"lora_rank": 16}], 0.01, "trains adapters only"),
+        Remedy(_four_bits(options), 0.3, "rounds frozen weights to 4 bits", kind="zero"),
         Remedy(_engines(options), 0.0, "needs vLLM", steps="step 3"),
     ]
+    return [remedy for remedy in found if remedy.kind != "zero" or not options.load_in_4bit]
+
+
+def _four_bits(options: PlanOptions) -> list[Changes]:
+    """Frozen weights in 4 bits, under adapters and below stage 3."""
+    if not options.lora_rank:
+        return []
+    models = read_models(options)
+    trained = [models.policy, models.actor, *([models.critic] if models.critic else [])]
+    return [] if any(model.zero.stage == 3 for model in trained) else [{"load_in_4bit": True}]
 
 
 def _engines(options: PlanOptions) -> list[Changes]:
@@ -121,7 +132,7 @@ def least(options: PlanOptions, step: str, predictor: Predictor) -> Way:
     usable = [remedy for remedy in remedies(options) if step in remedy.steps and not remedy.note]
     without = FULL_OFFLOAD.kind, BELOW_STAGE_3
     chosen = [remedy for remedy in usable if remedy.levels and remedy.kind not in without]
-    chosen.append(FULL_OFFLOAD)
+    chosen += [] if options.load_in_4bit else [FULL_OFFLOAD]
     return _way(chosen, [remedy.levels[-1] for remedy in chosen], options, step, predictor)
 
 

@@ -1,7 +1,7 @@
 """Shape of a model from its configuration, built without weights on PyTorch's meta device."""
 
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from common.model.families import active_share, attention_widths, check_policy, check_scalar
 from common.model.loading import load_config
 from common.model.lora import add_adapters
+from common.model.nf4 import linear_layers
 from common.runtime.options import LoraOptions, UserError, reason
 from common.text.transformers_internals import attention_implementation
-from launch.plan.memory import Shape
+from launch.plan.memory import Shape, nf4_bytes
 
 # Tensors of the MLP's width saved by an activation and the matrix after it. Usually 2, input and output; ReLU
 # saves only its output, and a GELU written in Python each of its factors.
@@ -30,10 +31,11 @@ class Matrix(NamedTuple):
 
 @cache
 def read_shape(
-    path: str, is_scalar: bool, rank: int, targets: tuple[str, ...], kernels: str = "auto"
-) -> Shape:
+    path: str, is_scalar: bool, rank: int, targets: tuple[str, ...], kernels: str = "auto",
+    quantisation: Literal["none", "single", "double"] = "none",
+) -> Shape:  # fmt: skip
     """Shape of the model at `path`, as a language model or with a scalar head; with adapters if rank is not
-    0. kernels: --attn_implementation.
+    0. kernels: --attn_implementation. quantisation: of the linear layers, to 4 bits.
 
     Raises UserError for a missing model, and for layers other than dense attention and a dense MLP.
     """
@@ -51,6 +53,7 @@ def read_shape(
             raise UserError(f"{path}: {reason(error)}") from None
         widths = _widths(model, path)
         largest = max(p.numel() for p in model.parameters())
+        packed = [] if quantisation == "none" else [m.weight.numel() for m in linear_layers(model).values()]
         options = LoraOptions(lora_rank=rank, lora_target_modules=[*targets])
         parameters = list(add_adapters(model, options, seed=0).parameters())
     return Shape(
@@ -61,6 +64,9 @@ def read_shape(
         has_eager_attention="eager"
         in (kernels, attention_implementation(model.config) * (kernels == "auto")),
         tensors=tuple(p.numel() for p in parameters),
+        in_4bit=sum(packed),
+        bytes_of_4bit=sum(nf4_bytes(size, quantisation == "double") for size in packed),
+        largest_in_4bit=max(packed, default=0),
         **widths,
     )
 

@@ -28,7 +28,8 @@ def read_zero(path: str, options: PlanOptions, learning_rate: float, hidden: int
 def _read_zero(
     path: str, on_cpu: bool, settings: tuple[tuple[str, Any], ...], rate: float, hidden: int, ranks: int
 ) -> Zero:
-    options = OptimiserOptions(**dict(settings) | {"attn_implementation": "auto"})
+    here = {"attn_implementation": "auto", "paged_adamw": False}  # whatever this machine lacks
+    options = OptimiserOptions(**dict(settings) | here)
     path = path or str(CONFIG_FOLDER / ("zero0.json" if on_cpu else "zero2.json"))
     config = load_zero_config(path, options, rate)
     fill_bucket_sizes(config, hidden)

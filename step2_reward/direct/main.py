@@ -39,7 +39,7 @@ def main() -> None:
     for name in ("model_name_or_path", "reference_model_name_or_path"):
         if path := getattr(options, name):
             options = fit_to_model(options, policy_config(path, name))
-    check_adapters(options.model_name_or_path, options)
+    check_adapters(options.model_name_or_path, options, zero)
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     check_reference(options, tokenizer)

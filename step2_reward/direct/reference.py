@@ -165,9 +165,11 @@ def _stopped(saved: int, total: int) -> str:
 
 def _key(rows: Sequence[Choice], options: DirectOptions, zero: dict[str, Any]) -> str:
     """Hash the inputs of the log-probabilities: weights, precision, tokens and code."""
+    is_4bit = options.load_in_4bit and not options.reference_model_name_or_path
+    four_bit = ["nf4", options.double_quantisation] if is_4bit else []
     parts = [
         _weights(options.reference_model_name_or_path or options.model_name_or_path),
-        [zero.get(precision, {}).get("enabled") for precision in ("bf16", "fp16")],
+        [zero.get(precision, {}).get("enabled") for precision in ("bf16", "fp16")] + four_bit,
         rows.digest if isinstance(rows, Examples) else [*map(list, rows)],
         [options.seed, options.max_length, inspect.getsource(ReferencedExamples)]
         if options.kind.has_point

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.bad_input.commands import check_refusal
+from tests.stages import ZERO
 
 LORA = ["--lora_rank", "4"]
+ZERO_3 = ["--zero_config", str(ZERO / "zero3.json")]
 HUGE = "1" + "0" * 40
 SAMPLING = ("step3_ppo", "best_of_n", "sample_pairs", "critique", "evaluate_ppo")
 REFUSED = [
@@ -103,6 +105,14 @@ REFUSED = [
     ("step2_direct", ["--lora_rank", str(2**62)], "--lora_rank"),
     ("step3_ppo", ["--lora_rank", "1000000"], "--lora_rank"),
     ("plan", ["--lora_rank", "1000000"], "--lora_rank"),
+    ("step1_sft", ["--load_in_4bit"], "--load_in_4bit: needs --lora_rank"),
+    ("plan", ["--load_in_4bit"], "--load_in_4bit: needs --lora_rank"),
+    ("step2_direct", [*LORA, "--load_in_4bit", *ZERO_3], "--load_in_4bit: ZeRO stage 3"),
+    ("step3_ppo", [*LORA, "--load_in_4bit", f"--critic_{ZERO_3[0][2:]}", ZERO_3[1]], "allowed: stage 0, 1"),
+    ("plan", [*LORA, "--load_in_4bit", *ZERO_3], "--load_in_4bit: ZeRO stage 3"),
+    ("step2_reward", ["--load_in_4bit", "nf4"], "--load_in_4bit"),
+    ("step1_sft", ["--paged_adamw"], "--paged_adamw: needs an NVIDIA GPU"),
+    ("step3_ppo", ["--paged_adamw", "--offload_states"], "--paged_adamw: --offload_states"),
     ("step1_sft", [*LORA, "--lora_target_modules", ""], "--lora_target_modules"),
     ("step2_reward", [*LORA, "--lora_target_modules", " "], "--lora_target_modules"),
     ("step2_direct", [*LORA, "--lora_target_modules"], "--lora_target_modules"),

@@ -31,7 +31,7 @@ if "--cpu" in sys.argv:  # before DeepSpeed looks for an accelerator
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the launch scripts do
 
 from common.runtime.options import reason
-from tests.gpu import launched, machine, memory, passes, sampling
+from tests.gpu import four_bits, launched, machine, memory, passes, sampling
 from tests.gpu.setting import Outcome, Setting, prepare
 
 LIMIT = 480  # seconds for all checks on a GPU
@@ -70,6 +70,8 @@ CHECKS = [
     Check(sampling.graphs),
     Check(passes.attention),
     Check(passes.adapters),
+    Check(four_bits.four_bits),
+    Check(four_bits.paging),
     Check(passes.head, is_alone=True),
     Check(machine.speeds, is_alone=True),
     Check(memory.fine_tuning, 120, is_alone=True),
