@@ -11,7 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
+import step1_sft.main
+from common.model.engine import make_engine
+from common.model.engine_protocol import Engine
+from common.model.nf4 import NF4Linear
+from common.training.export import export_model
 from tests.conftest import REPOSITORY
+from tests.end_to_end.test_resume import zero_config
 from tests.ranks import run_stage
 from tests.stages import CLOSE, LORA, QLORA, ZERO, metrics, ppo, reward, sft
 
@@ -52,6 +58,7 @@ def test_final_is_what_transformers_and_peft_compute(world: Path, run: Path, qlo
         final = qlora_run / stage / "final"
         packed = auto.from_pretrained(base, quantization_config=settings, **options)
         expected = PeftModel.from_pretrained(packed, final / "adapter")
+        expected.train()  # else bitsandbytes packs the weights for kernels of its own, in bf16
         torch.testing.assert_close(
             auto.from_pretrained(final)(ids).logits, expected(ids).logits.float(), rtol=1e-4, atol=1e-4
         )
@@ -79,6 +86,41 @@ def test_the_base_is_rounded(lora_run: Path, qlora_run: Path) -> None:
     for stage in ("sft", "reward"):
         fine, coarse = (metrics(folder / stage, "train/loss") for folder in (lora_run, qlora_run))
         assert fine[0] != pytest.approx(coarse[0], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [(1, "bf16"), *(pytest.param(*one, marks=pytest.mark.rare) for one in ((0, "fp32"), (2, "bf16")))],
+)
+def test_training_leaves_the_base(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: int, precision: str
+) -> None:
+    """To the bit, from before DeepSpeed casts the model to the end. Adapters move."""
+
+    def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        base = {n: m.dequantised(torch.float32) for n, m in model.named_modules() if isinstance(m, NF4Linear)}
+        return base | {n: p.detach().float() for n, p in model.named_parameters() if "lora_B" in n}
+
+    def make(model: torch.nn.Module, *parts: object) -> object:
+        torch.save(weights(model), tmp_path / "before.pt")
+        return make_engine(model, *parts)
+
+    def export(engine: Engine, *parts: object) -> None:
+        torch.save(weights(engine.module), tmp_path / "after.pt")
+        export_model(engine, *parts)
+
+    monkeypatch.setattr(step1_sft.main, "make_engine", make)
+    monkeypatch.setattr(step1_sft.main, "export_model", export)
+    words = [*sft(world, tmp_path / "out", 2), *QLORA, *zero_config(tmp_path, zero, precision)]
+    finish("step1_sft.main", words, tmp_path)
+    before, after = (torch.load(tmp_path / f"{name}.pt") for name in ("before", "after"))
+    assert before.keys() == after.keys() and len(before) == 2 * LAYERS
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == ("lora_B" not in name), name
+    exported = load_file(tmp_path / "out/final/model.safetensors")
+    assert {str(weight.dtype) for weight in exported.values()} == {
+        "torch.bfloat16" if precision == "bf16" else "torch.float32"
+    }
 
 
 @pytest.mark.parametrize(
