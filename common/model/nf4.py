@@ -1,5 +1,6 @@
 """Linear layers in 4 bits (NF4), through bitsandbytes: the frozen weights under adapters (QLoRA)."""
 
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 
 from common.runtime.distributed import device, log
 from common.runtime.options import UserError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no advice about kernels for sampling on a CPU
 
 BLOCK = 64  # weights that share a scale
 BLOCK_OF_SCALES = 256  # scales that share one, with double quantisation: fixed in bitsandbytes
@@ -83,7 +86,7 @@ def quantise(model: PreTrainedModel, is_double: bool) -> None:
         owner, _, leaf = name.rpartition(".")
         parent = model.get_submodule(owner)
         setattr(parent, leaf, NF4Linear(getattr(parent, leaf), is_double))
-    log(f"{len(names)} linear layers are in 4 bits; the model has {nbytes(model) / 2**30:.2f} GiB of weights")
+    log(f"{len(names)} linear layers are in 4 bits; the model has {nbytes(model) / 2**30:.3g} GiB of weights")
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
