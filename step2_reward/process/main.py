@@ -45,7 +45,7 @@ def main() -> None:
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = backbone_config(options.model_name_or_path, "model_name_or_path", scores_steps=True)
     options = fit_to_model(options, config)
-    check_adapters(options.model_name_or_path, options)
+    check_adapters(options.model_name_or_path, options, zero)
     check_folder(options)
     tokenizer = load_tokenizer(options.model_name_or_path)
     convert = partial(
