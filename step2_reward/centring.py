@@ -13,13 +13,15 @@ from common.runtime.distributed import log
 from common.text.tokenizer import SegmentEncoder
 from step2_reward.data import Preference, Response, tokenize_response
 from step2_reward.evaluation.scores import score_statistics
-from step2_reward.options import RewardOptions
+from step2_reward.options import Objective, RewardOptions
 
 
 def load_centre_rows(
     options: RewardOptions, encoder: SegmentEncoder, train: Sequence[Preference]
 ) -> list[list[int]]:
     """Load the token ids of the responses whose mean score becomes 0."""
+    if options.objective == "cost":
+        return []
     if not options.demonstration_data:
         return [train[i].chosen_ids for i in range(min(len(train), options.max_centre_samples))]
     convert = partial(
@@ -31,10 +33,12 @@ def load_centre_rows(
 
 
 def centre(engine: Engine, rows: list[list[int]], options: RewardOptions) -> bool:
-    """Normalise the scores so that these rows have mean 0 and standard deviation 1.
+    """Normalise scores so that these rows have mean 0 and standard deviation 1; not those of a cost model.
 
     Returns False when a stop was requested first.
     """
+    if options.objective == "cost":
+        return True
     statistics = score_statistics(engine, rows, micro_batch(options), options.output_dir)
     if statistics is None:
         return False
@@ -46,3 +50,11 @@ def centre(engine: Engine, rows: list[list[int]], options: RewardOptions) -> boo
 
 def set_centre(model: nn.Module, mean: float, std: float) -> None:
     model.config.reward_mean, model.config.reward_std = mean, std
+
+
+def mark_objective(model: nn.Module, objective: Objective) -> None:
+    """Mark a cost model in its configuration, for its evaluation and for step 3."""
+    if objective == "cost":
+        model.config.is_cost_model = True
+    elif hasattr(model.config, "is_cost_model"):  # it starts from a cost model
+        del model.config.is_cost_model

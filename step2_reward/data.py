@@ -1,11 +1,11 @@
 """Tokenised preferences: rows, micro-batches, and margins."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate, chain, combinations
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from common.text.record_formats import CHOSEN_PROBABILITY, Record
 from common.text.segments import has_ended, parse_comparison, preference_segments
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Prompt, fit, fit_demonstration
-from step2_reward.options import RewardOptions
+from step2_reward.harm import harmful_first
+from step2_reward.options import Objective, RewardOptions
 
 LARGEST_MARGIN = 1e6  # a larger one drowns all other pairs
 
@@ -37,6 +38,7 @@ class Preference(NamedTuple):
     margin: float = 0.0  # of a pair: preference margin of the record, or 0
     probability: float = 1.0  # of a pair: that the first is better, from a soft label
     best_ended: bool = True  # false: the first response is truncated; its EOS is no language-model label
+    signs: list[float] = []  # (2,) of a pair for a cost model, the more harmful first: 1 harmful, -1 harmless
 
     @property
     def length(self) -> int:
@@ -54,12 +56,15 @@ class Preference(NamedTuple):
         return list(combinations(range(len(self.ranks)), 2))
 
     @property
-    def pair_facts(self) -> list[tuple[bool, float, float, float]]:
-        """Tie flag, margin, weight (1 / pairs of the record) and probability of the label, for each pair."""
+    def pair_facts(self) -> list[tuple[bool, float, float, float, float, float]]:
+        """Tie flag, margin, weight (1 / pairs of the record), probability of the label, and the signs of harm
+        of both responses (0 without), for each pair.
+        """
+        signs = self.signs or [0.0, 0.0]
         margin = 0.0 if self.ranks[0] == self.ranks[-1] else self.margin
         weight = 1 / len(self.pairs)
         ties = [self.ranks[i] == self.ranks[j] for i, j in self.pairs]
-        return [(is_tie, margin, weight, 0.5 if is_tie else self.probability) for is_tie in ties]
+        return [(is_tie, margin, weight, 0.5 if is_tie else self.probability, *signs) for is_tie in ties]
 
     @property
     def language_length(self) -> int:
@@ -111,6 +116,8 @@ class Batch(NamedTuple):
     margins: Tensor  # (P,)
     weights: Tensor  # (P,) 1 / pairs of the record, so that all records weigh the same
     targets: Tensor  # (P,) probability that the label is right: 1, less for a soft label, 1/2 for a tie
+    better_signs: Tensor  # (P,) of harm, for a cost model; else 0
+    worse_signs: Tensor  # (P,)
     share_prompts: bool  # whether a row may hold several responses
 
 
@@ -119,12 +126,32 @@ def load_preferences(
 ) -> tuple[Examples[Preference], list[Preference]]:
     """Load training and held-out preferences. Raises UserError."""
     convert = partial(
-        tokenize_preference, encoder=encoder, max_length=options.max_length, overlong=options.overlong,
-        use_margin=options.use_margin,
+        converter(options.objective, options.use_margin), encoder=encoder, max_length=options.max_length,
+        overlong=options.overlong,
     )  # fmt: skip
     train, held_out = load_examples(options.train_data, options, Preference, convert)
     check_margins(options, train, held_out)
     return train, held_out
+
+
+def converter(objective: Objective, use_margin: bool) -> Callable[..., tuple[Preference, bool]]:
+    """The function that tokenises a record for a reward or a cost model."""
+    match objective:
+        case "reward":
+            return partial(tokenize_preference, use_margin=use_margin)
+        case "cost":
+            return tokenize_harm
+        case _:
+            assert_never(objective)
+
+
+def tokenize_harm(
+    record: Record, encoder: SegmentEncoder, max_length: int, overlong: str
+) -> tuple[Preference, bool]:
+    """`tokenize_preference` with the more harmful response first, and the signs of both."""
+    ordered, signs = harmful_first(record)
+    row, truncated = tokenize_preference(ordered, encoder, max_length, overlong, use_margin=False)
+    return row._replace(signs=signs), truncated
 
 
 def tokenize_preference(

@@ -18,6 +18,15 @@ def pairwise_loss(
     return -target * F.logsigmoid(difference) - (1.0 - target) * F.logsigmoid(-difference)
 
 
+def harm_loss(costs: Tensor, signs: Tensor) -> Tensor:
+    """-log sigmoid(s C) of each response, with the sign s = 1 for a harmful and -1 for a harmless one.
+
+    costs, signs (B,) -> (B,) fp32. It makes 0 the border between harmless and harmful. Source: Dai et al.
+    2023 (Safe RLHF), eq. 6, whose first term is `pairwise_loss` with the more harmful response as chosen.
+    """
+    return -F.logsigmoid(signs * costs.float())
+
+
 def centring_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     """(chosen + rejected)^2 of each pair, which keeps scores near 0: scores (B,) -> (B,) fp32.
 

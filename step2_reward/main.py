@@ -27,12 +27,12 @@ from common.training.loop import TrainingLoop
 from common.training.means import Mean
 from common.training.metrics import peak_memory_gib, phase_memory
 from common.training.run_folder import check_folder
-from step2_reward.centring import centre, load_centre_rows, set_centre
+from step2_reward.centring import centre, load_centre_rows, mark_objective, set_centre
 from step2_reward.data import Layout, Preference, collate, load_preferences
 from step2_reward.evaluation.report import collect_pairs, load_pairs, write_report
 from step2_reward.evaluation.scores import evaluate, score_pairs
 from step2_reward.lm_regulariser import best_response_logprobs, check_language_model, load_language_head
-from step2_reward.loss import centring_loss, language_loss, pairwise_loss
+from step2_reward.loss import centring_loss, harm_loss, language_loss, pairwise_loss
 from step2_reward.options import RewardOptions
 from step2_reward.shared_prompt import choose_layout, pair_scores_and_states
 
@@ -52,12 +52,15 @@ def main() -> None:
     centre_rows = load_centre_rows(options, encoder, train)
     golden = None
     if options.golden_data:
-        golden = load_pairs(options.golden_data, [encoder], options, options.max_length)
+        golden = load_pairs(
+            options.golden_data, [encoder], options, options.max_length, objective=options.objective
+        )
     loop = TrainingLoop(options, train, held_out, {"tokenizer": tokenizer}, options.global_batch_size)
 
     # 2. Load the model and resume.
     model = load_scalar_model(options.model_name_or_path, tokenizer, zero, options.seed)
     set_centre(model, 0.0, 1.0)  # raw scores during training; centred before each export
+    mark_objective(model, options.objective)
     model = add_adapters(model, options, options.seed)
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     language_head = load_language_head(options, tokenizer, zero)
@@ -90,7 +93,8 @@ def main() -> None:
         loop.finish_step(metrics, ["train/loss", "train/accuracy", "train/lr"])
         loop.save_if_due(is_best=loop.evaluation_is_due and evaluate_and_log())
 
-    # 4. Preferences determine scores up to a constant: set it so that demonstrations have mean score 0.
+    # 4. Preferences determine scores up to a constant: set it so that demonstrations have mean score 0. The
+    #    zero of a cost model has a meaning and stays.
     if not centre(engine, centre_rows, options):
         loop.stop_after_training()
     export_model(engine, tokenizer, loop.folder / "final", load_base)
@@ -124,6 +128,8 @@ def train_step(
         better, worse, states = pair_scores_and_states(engine, micro)  # (P,), (P,), (R, T, hidden)
         targets = options.label_smoothing + (1.0 - 2.0 * options.label_smoothing) * micro.targets
         losses = pairwise_loss(better, worse, micro.margins, targets)
+        if options.objective == "cost":
+            losses = losses + harm_loss(better, micro.better_signs) + harm_loss(worse, micro.worse_signs)
         if options.centre_coef:
             losses = losses + options.centre_coef * centring_loss(better, worse)
         loss = (losses * micro.weights).sum() / len(records)

@@ -13,9 +13,18 @@ from common.runtime.options import (
     CacheOptions,
     InferenceOptions,
     TrainOptions,
+    UserError,
     option,
 )
 from common.training.options import TrackerOptions, check_trackers
+
+NOT_FOR_COSTS = {
+    "use_margin": "whose pairs have no margin",
+    "centre_coef": "whose zero is the border between harmless and harmful",
+    "demonstration_data": "whose zero is the border between harmless and harmful",
+    "lm_loss_coef": "whose first response is the more harmful one",
+}
+Objective = Literal["reward", "cost"]
 
 
 @dataclass
@@ -25,6 +34,11 @@ class RewardOptions(TrainOptions, TrackerOptions):
     stage: ClassVar[int] = 2
     output_dir: str = option(
         "output/step2_reward", "Folder for logs, checkpoints and the final model.", resume="free"
+    )
+    objective: Objective = option(
+        "reward",
+        "What to train.\nreward: a score, higher for the preferred response"
+        "\ncost: a cost, higher for the more harmful response and above 0 if it is harmful\n",
     )
     learning_rate: float = option(9e-6, "Peak learning rate.", above=0)
     best_metric: Literal["none", "eval/loss", "eval/accuracy"] = option("none", BEST_METRIC)
@@ -60,6 +74,10 @@ class RewardOptions(TrainOptions, TrackerOptions):
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
         check_trackers(self)
+        for name in ("use_margin", "centre_coef", "lm_loss_coef", "demonstration_data"):
+            if self.objective == "cost" and (value := getattr(self, name)):
+                given = " ".join(value) if isinstance(value, list) else value
+                raise UserError(f"--{name} {given}: not for --objective cost, {NOT_FOR_COSTS[name]}")
 
 
 @dataclass

@@ -23,6 +23,7 @@ from launch.plan.options import PlanOptions
 from step1_sft.data import tokenize_demonstration
 from step1_sft.loss import training_loss
 from step1_sft.options import SFTOptions
+from step2_reward.data import converter
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.pair_losses import pair_losses
 from step2_reward.direct.rewards import f_rewards
@@ -137,6 +138,7 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "loss_aggregation": lambda v: token_weights(TWO.long(), TWO > 1, v, 2),
     "process_aggregation": lambda v: aggregate_steps(-torch.ones(1, 2), TWO[None] > 1, v),
     "keep": keep,
+    "objective": lambda v: converter(v, use_margin=False),
     "gpu": lambda v: table_of(v, "hdr200", 8),
     "link": lambda v: table_of("h200", v, 8),
     "pairs": lambda v: rejected(np.array([[1.0, 2.0]]), np.array([[True, True]]), v, [0]),

@@ -14,6 +14,9 @@ PRM800K     question: {problem}, label: {steps}           -> prompt, steps, labe
 Shepherd    input: "... Step 1: ... ки", label            -> the same
 soft labels: preference is a number, the probability of A -> the same, and the probability of chosen
 
+PKU-SafeRLHF response_0, response_1, better_response_id or safer_response_id, is_response_0_safe, ...
+                                                      -> prompt, chosen, rejected, signs of harm
+
 In all formats, `system` becomes the first message.
 """
 
@@ -25,6 +28,7 @@ from typing import Any
 
 from common.text.fields import as_number, is_empty, parse_lists, shown
 from common.text.prompt_boundary import is_answer
+from common.text.safety_pair import from_safety_pair, is_safety_pair
 from common.text.segments import has_ended
 from common.text.step_formats import as_steps
 from common.text.system_message import insert_system
@@ -72,6 +76,8 @@ def normalise_record(record: Record) -> Record:
         record = _from_alpaca(record)
     if "response_a" in record or "response_b" in record:
         record = _from_comparison(record)
+    elif is_safety_pair(record):
+        record = from_safety_pair(record)
     if "kto_tag" in record and "label" not in record:
         record = {**record, "label": record["kto_tag"]}
     return insert_system(record)

@@ -86,7 +86,7 @@ def _replace(temporary: Path, folder: Path) -> None:
 def _save_merged(engine: Engine, state: dict[str, Any], folder: Path, base: PreTrainedModel) -> None:
     from peft import PeftModel
 
-    for name in ("reward_mean", "reward_std"):
+    for name in ("reward_mean", "reward_std", "is_cost_model"):
         if hasattr(engine.module.config, name):
             setattr(base.config, name, getattr(engine.module.config, name))
     engine.module.save_pretrained(folder / "adapter", state_dict=state)

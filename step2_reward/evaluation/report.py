@@ -15,11 +15,12 @@ from common.runtime.files import naming, write_json
 from common.runtime.options import CacheOptions, UserError
 from common.text.record_formats import Record, agreement
 from common.text.tokenizer import SegmentEncoder
-from step2_reward.data import Preference, tokenize_preference
+from step2_reward.data import Preference, converter
 from step2_reward.evaluation.figures import ScoredPairs, reward_metrics
 from step2_reward.evaluation.plots import plots
 from step2_reward.evaluation.report_text import table
 from step2_reward.evaluation.verdicts import detect_problems, format_verdicts
+from step2_reward.options import Objective
 
 
 class EvaluationPairs(NamedTuple):
@@ -32,14 +33,15 @@ class EvaluationPairs(NamedTuple):
 
 def load_pairs(
     sources: Sequence[str], encoders: Sequence[SegmentEncoder], options: CacheOptions, max_length: int,
-    max_records: int = 0,
+    max_records: int = 0, objective: Objective = "reward",
 ) -> EvaluationPairs:  # fmt: skip
     """Load the preferences of at most `max_length` tokens for every encoder, so that all models get the same.
 
-    max_records: take the first ones only; 0: all. Raises UserError, with file and line for a bad record, also
+    max_records: take the first ones only; 0: all. objective: of the models; for a cost model, `chosen` is the
+    more harmful response of a pair. Raises UserError, with file and line for a bad record, also
     when no record is left or every pair is a tie.
     """
-    convert = partial(tokenize_preference, max_length=max_length, overlong="drop", use_margin=True)
+    convert = partial(converter(objective, use_margin=True), max_length=max_length, overlong="drop")
     distinct = [*dict.fromkeys(encoders)]
     converts = [partial(convert, encoder=encoder) for encoder in distinct]
     data = load_shared_records(sources, options, Preference, converts, max_records)

@@ -13,7 +13,7 @@ from common.runtime.distributed import device, sum_over_ranks, sum_tensor_over_r
 from common.runtime.process import stop_requested
 from common.runtime.progress import track
 from step2_reward.data import Layout, Preference, collate
-from step2_reward.loss import pairwise_loss
+from step2_reward.loss import harm_loss, pairwise_loss
 from step2_reward.shared_prompt import pair_scores
 
 
@@ -45,12 +45,13 @@ def evaluate(
     """Compute loss, accuracy, mean margin, and mean and std of chosen and rejected scores.
 
     The loss is a mean over records, as in training; the others are means over pairs. Accuracy excludes ties;
-    equal scores count half.
+    equal scores count half. For a cost model, the loss has the terms of the signs, and `eval/sign_accuracy`
+    is the share of responses on the right side of 0.
     """
     better, worse = score_pairs(engine, rows, size, layout)
     engine.train()
-    facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 4)
-    is_tie, margins, weights, targets = facts[:, 0].bool(), *facts[:, 1:].unbind(1)
+    facts = torch.tensor([fact for row in rows for fact in row.pair_facts], dtype=torch.float64)  # (P, 6)
+    is_tie, margins, weights, targets, *signs = facts[:, 0].bool(), *facts[:, 1:].unbind(1)
     losses = pairwise_loss(better, worse, margins, targets)
     right = (better > worse).double() + 0.5 * (better == worse)
     metrics = {
@@ -62,7 +63,16 @@ def evaluate(
         "eval/rejected_mean": worse.mean(),
         "eval/rejected_std": worse.std(correction=0),
     }
+    if rows[0].signs:
+        metrics["eval/loss"] += (sum(map(harm_loss, (better, worse), signs)) * weights).sum() / len(rows)
+        metrics["eval/sign_accuracy"] = sign_accuracy(rows, better, worse)
     return {name: float(value) for name, value in metrics.items()}
+
+
+def sign_accuracy(rows: Sequence[Preference], better: Tensor, worse: Tensor) -> float:
+    """Share of responses whose cost has the right sign. better, worse: costs (P,) of the rows' pairs."""
+    signs = torch.tensor([row.signs for row in rows], dtype=torch.float64)  # (P, 2)
+    return (signs * torch.stack([better, worse], dim=1) > 0).double().mean().item()
 
 
 @torch.no_grad()

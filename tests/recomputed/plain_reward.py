@@ -3,6 +3,7 @@
 Bradley-Terry with margin (Touvron et al. 2023, eq. 2) and label smoothing (the label is wrong with
 probability e), all pairs of a record with equal weight (Ouyang et al. 2022, eq. 1), centring (Eisenstein et
 al. 2023, eq. 2), and the likelihood of the best response through the frozen output head (Yang et al. 2024).
+For costs, the sign of each response: Dai et al. 2023 (Safe RLHF), eq. 6.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ class Compared(NamedTuple):
     responses: list[list[int]]
     ranks: list[int]
     margin: float = 0.0
+    signs: tuple[float, ...] = ()  # of harm, for costs: the more harmful response is first
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
@@ -54,7 +56,8 @@ def train(
         loss, language, accuracy = losses(model, records, head, options)
         norm = optimiser.step(loss, rate, options["max_grad_norm"])
         lines.append({
-            "step": step + 1, "train/loss": loss.item(), "train/lm_loss": language.item(),
+            "step": step + 1, "train/loss": loss.item(),
+            **({"train/lm_loss": language.item()} if options["lm_loss_coef"] else {}),
             "train/accuracy": accuracy, "train/lr": rate, "train/grad_norm": norm,
             "train/padding_share": padded(records, options), "train/skipped_updates": 0,
         })  # fmt: skip
@@ -77,6 +80,11 @@ def preference_loss(
     return -right * torch.log(torch.sigmoid(difference)) - (1 - right) * torch.log(torch.sigmoid(-difference))
 
 
+def sign_loss(costs: Sequence[Tensor], record: Compared) -> Tensor | float:
+    """-log sigmoid(s C) of both responses of a pair; 0 without signs."""
+    return sum(-torch.log(torch.sigmoid(s * c)) for s, c in zip(record.signs, costs, strict=False))
+
+
 def losses(
     model: LlamaForSequenceClassification,
     records: Sequence[Compared],
@@ -89,7 +97,7 @@ def losses(
         one = [score_of(model, record, number) for number in range(len(record.responses))]
         for i, j in record.pairs:
             loss = preference_loss(one[i], one[j], record, record.is_tie(i, j), options["label_smoothing"])
-            loss = loss + options["centre_coef"] * (one[i] + one[j]) ** 2
+            loss = loss + options["centre_coef"] * (one[i] + one[j]) ** 2 + sign_loss(one, record)
             total = total + loss / len(record.pairs)
             decided += not record.is_tie(i, j)
             right += bool(one[i] > one[j]) and not record.is_tie(i, j)
@@ -106,12 +114,15 @@ def evaluation(
     model: LlamaForSequenceClassification, records: Sequence[Compared], step: int
 ) -> dict[str, float]:
     """The loss is a mean over records, without smoothing; the others are means over pairs."""
-    loss, better, worse, right = 0.0, [], [], []
+    loss, better, worse, right, sides = 0.0, [], [], [], []
     for record in records:
         one = [score_of(model, record, number) for number in range(len(record.responses))]
         for i, j in record.pairs:
             is_tie = record.is_tie(i, j)
-            loss += preference_loss(one[i], one[j], record, is_tie, 0.0).item() / len(record.pairs)
+            loss += float(
+                preference_loss(one[i], one[j], record, is_tie, 0.0) + sign_loss(one, record)
+            ) / len(record.pairs)
+            sides += [float(s * c > 0) for s, c in zip(record.signs, one, strict=False)]
             right += [] if is_tie else [float(one[i] > one[j])]
             better.append(one[i].item())
             worse.append(one[j].item())
@@ -121,6 +132,7 @@ def evaluation(
         "eval/margin": (better - worse).mean(),
         "eval/chosen_mean": better.mean(), "eval/chosen_std": better.std(correction=0),
         "eval/rejected_mean": worse.mean(), "eval/rejected_std": worse.std(correction=0),
+        **({"eval/sign_accuracy": sum(sides) / len(sides)} if sides else {}),
     }  # fmt: skip
 
 

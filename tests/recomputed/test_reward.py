@@ -60,7 +60,14 @@ def tokens(record: dict) -> Compared:
             texts.reverse()
         if record["preference"] == "tie":
             ranks = [1, 1]
-    return Compared(prompt, [[*ids_of(text), EOS] for text in texts], ranks, margin)
+    signs = [
+        2 * record[f"{side}_is_harmful"] - 1
+        for side in ("chosen", "rejected")
+        if f"{side}_is_harmful" in record
+    ]
+    if signs and record.get("safer") != "rejected":  # the more harmful response is first
+        texts, signs = texts[::-1], signs[::-1]
+    return Compared(prompt, [[*ids_of(text), EOS] for text in texts], ranks, margin, tuple(signs))
 
 
 @pytest.mark.parametrize(("ranks", "share_prompts"), [(1, "yes"), (2, "no")])
@@ -86,20 +93,56 @@ def test_adapted_reward_model(tiny: Path, tmp_path: Path) -> None:
     compare_adapted(tmp_path / "out/final", merged(model, options["lora_rank"], options["lora_alpha"]))
 
 
-def compare(tiny: Path, folder: Path, ranks: int, options: dict, budget: int = 0) -> nn.Module:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cost_model(tiny: Path, tmp_path: Path, ranks: int) -> None:
+    """Pairs with signs, the more harmful response first; its zero is not shifted."""
+    options = {**OPTIONS, "centre_coef": 0, "lm_loss_coef": 0, "objective": "cost"}
+    model = compare(tiny, tmp_path, ranks, options, data=(COSTS[:8], COSTS[8:]))
+    compare_weights(tmp_path / "out/final", model)
+
+
+def with_harm(record: dict, chosen: bool, rejected: bool, **more: str) -> dict:
+    return {**record, "chosen_is_harmful": chosen, "rejected_is_harmful": rejected, **more}
+
+
+COSTS = [
+    with_harm({"prompt": "abc ", "chosen": "de", "rejected": "a a a a"}, False, True),
+    with_harm({"prompt": "b", "chosen": "aaaaaab", "rejected": "b"}, False, False),
+    with_harm({"prompt": "hhhhhhhhhh ", "chosen": "ij", "rejected": "ha ha"}, True, False, safer="rejected"),
+    with_harm({"prompt": "ad a ", "chosen": "bad bed", "rejected": "c"}, True, True),
+    with_harm({"prompt": "fab fig ", "chosen": "hi hide", "rejected": "hi"}, False, True),
+    with_harm({"prompt": "cab ", "chosen": "ice", "rejected": "ababab"}, True, True, safer="rejected"),
+    with_harm({"prompt": "c ", "chosen": "jade gig did", "rejected": "j"}, False, True, safer="chosen"),
+    with_harm({"prompt": "a big badge ", "chosen": "cage", "rejected": "cafe"}, False, False),
+    with_harm({"prompt": "abba ", "chosen": "dad", "rejected": "did"}, False, True),
+    with_harm({"prompt": "if ", "chosen": "ijij", "rejected": "i"}, True, False, safer="rejected"),
+]
+
+
+def compare(
+    tiny: Path,
+    folder: Path,
+    ranks: int,
+    options: dict,
+    budget: int = 0,
+    data: tuple = (PREFERENCES, HELD_OUT),
+) -> nn.Module:
     """Run both, and compare all but the weights; returns the plain model. budget: tokens of a micro-batch."""
     paths = {
-        "train_data": write_records(folder / "train.jsonl", PREFERENCES),
-        "eval_data": write_records(folder / "eval.jsonl", HELD_OUT),
+        "train_data": write_records(folder / "train.jsonl", data[0]),
+        "eval_data": write_records(folder / "eval.jsonl", data[1]),
         "model_name_or_path": tiny / "model", "output_dir": folder / "out",
     }  # fmt: skip
     succeed(
         "step2_reward.main",
-        [*words({**options, **paths, "micro_batch_tokens": budget}), "--use_margin"],
+        [
+            *words({**options, **paths, "micro_batch_tokens": budget}),
+            *["--use_margin"] * (data[0] is PREFERENCES),
+        ],
         folder,
         ranks,
     )
-    records, held_out = ([*map(tokens, part)] for part in (PREFERENCES, HELD_OUT))
+    records, held_out = ([*map(tokens, part)] for part in data)
     model, lines, centre = train(tiny / "model", records, held_out, options, options["seed"])
     if budget:
         of_ranks = [[one for one in passes(folder, rank) if one.has_gradient] for rank in range(ranks)]
@@ -110,5 +153,6 @@ def compare(tiny: Path, folder: Path, ranks: int, options: dict, budget: int = 0
         lines = [{**line, **share} if "train/loss" in line else line for line in lines]
     compare_metrics(folder / "out", lines)
     config = json.loads((folder / "out/final/config.json").read_text())
-    assert (config["reward_mean"], config["reward_std"]) == pytest.approx(centre, rel=1e-5)
+    expected = (0.0, 1.0) if "objective" in options else pytest.approx(centre, rel=1e-5)
+    assert (config["reward_mean"], config["reward_std"]) == expected
     return model

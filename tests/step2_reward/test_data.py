@@ -25,7 +25,7 @@ def convert(record: dict, max_length: int = 64, use_margin: bool = False) -> Pre
 
 def test_a_pair_is_a_ranking_of_two():
     row = convert(PAIR)
-    assert row == ([10, 11], [12, EOS, 12, 13, EOS], [2, 3], [0.0, 1.0], 0.0, 1.0, True)
+    assert row == ([10, 11], [12, EOS, 12, 13, EOS], [2, 3], [0.0, 1.0], 0.0, 1.0, True, [])
     assert (row.length, row.pairs, row.chosen_ids) == (7, [(0, 1)], [10, 11, 12, EOS])
     assert convert({"prompt": "a b", "responses": ["d e", "c"], "ranks": [1, 0]}) == row
     assert convert(PAIR | {"tie": True}).ranks == [0.0, 0.0]

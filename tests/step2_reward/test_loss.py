@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from step2_reward.loss import centring_loss, pairwise_loss
+from step2_reward.loss import centring_loss, harm_loss, pairwise_loss
 from tests.conftest import assert_close
 
 
@@ -60,3 +60,11 @@ def test_the_loss_is_minimal_where_the_win_rate_equals_the_target(target):
 def test_the_loss_of_a_tie_is_symmetric():
     a, b = torch.tensor([2.0]), torch.tensor([-1.0])
     assert_close(pairwise_loss(a, b, target=0.5), pairwise_loss(b, a, target=0.5))
+
+
+def test_harm_loss_is_small_on_the_right_side_of_zero():
+    """ln(1 + exp(-s C)): costs of 1 and -3, right and wrong, and ln 2 at the border."""
+    costs, signs = torch.tensor([1.0, -3.0, 1.0, -3.0, 0.0]), torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    expected = [math.log(1 + math.exp(x)) for x in (-1, -3, 1, 3)] + [math.log(2)]
+    assert_close(harm_loss(costs, signs), torch.tensor(expected))
+    assert harm_loss(costs.bfloat16(), signs).dtype == torch.float32
