@@ -9,18 +9,17 @@ from functools import partial
 from common.data.loading import load_examples
 from common.model.ema import update_ema_weights
 from common.model.engine import states_away
-from common.runtime.distributed import seed_everything
 from common.runtime.option_parser import parse_options
 from common.runtime.process import run_main
 from common.text.prompts import Prompt, tokenize_prompt
-from common.training.export import export_best
 from common.training.loop import TrainingLoop
 from common.training.means import step_values
 from common.training.metrics import Phases, peak_memory_gib
 from step3_ppo.errors import checkpoint_on_error
+from step3_ppo.held_out import log_evaluation
 from step3_ppo.kl_advice import advise, warn_of_penalty
-from step3_ppo.metrics import as_markdown, evaluate, rollout_metrics, speed
-from step3_ppo.models import build_models, check_inputs, export_models, load_actor
+from step3_ppo.metrics import rollout_metrics, speed
+from step3_ppo.models import build_models, check_inputs, export_models
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix, load_texts
@@ -58,19 +57,9 @@ def main() -> None:
     state = PPOState.load(options, loop.state.controllers)
     pretraining = PretrainingMix(texts, options, state) if texts else None
 
-    def evaluate_and_log() -> bool:
-        seed_everything(options.seed, loop.state.step)
-        loop.state.unevaluated = True  # until the functions have succeeded
-        with checkpoint_on_error(loop), states_away(trained):
-            metrics, samples = evaluate(models, held_out, options)
-        is_best = loop.log_evaluation(metrics, SHOWN_OF_EVALUATION)
-        loop.writer.samples(loop.state.step, samples)
-        loop.writer.text(loop.state.step, "samples", as_markdown(samples))
-        if is_best:
-            load_base = partial(load_actor, options, sources)
-            export_best(models.actor, encoder.tokenizer, loop.folder / "best", load_base)
-        return is_best
-
+    evaluate_and_log = partial(
+        log_evaluation, loop, models, held_out, options, sources, trained, SHOWN_OF_EVALUATION
+    )
     if loop.first_evaluation_is_due:
         evaluate_and_log()
         if loop.state.step:

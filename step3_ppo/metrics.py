@@ -1,6 +1,6 @@
 """Evaluation on held-out prompts, and metrics of rollouts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import Any
 
@@ -33,23 +33,22 @@ def evaluate(
     title = "responses to held-out prompts"
     rollout = sample_rollout(models.sampler, models.encoder, padded, options, EVALUATION_STEP, title)
     rollout = score_rollout(models, padded, rollout, options, with_values=False, title=f"scores of {title}")
-    gold = None
-    if models.gold:
-        rank_rows = range(rank(), len(padded), world_size())
-        size = micro_batch(options, options.generation_batch_size)
-        gold = score_responses(
-            models.gold, models.encoder, padded, rollout, rank_rows, size, f"gold scores of {title}"
-        ).scores
-        gold = gold[: len(prompts)]
+    rank_rows, judged = range(rank(), len(padded), world_size()), {}
+    size = micro_batch(options, options.generation_batch_size)
+    for name, judge in models.judges.items():
+        scored = score_responses(
+            judge, models.encoder, padded, rollout, rank_rows, size, f"{name} scores of {title}"
+        )
+        judged[name] = scored.scores[: len(prompts)]
     rollout = rollout.pick(range(len(prompts)))
     figures = {
         "eval/score": rollout.scores.mean().item(),
         "eval/score_std": rollout.scores.std(unbiased=False).item(),
         "eval/kl": response_kl(rollout),
-        **({} if gold is None else {"eval/gold": gold.mean().item()}),
+        **{f"eval/{name}": scores.mean().item() for name, scores in judged.items()},
         **{f"eval/{name}": value for name, value in describe_responses(rollout).items()},
     }
-    return figures, samples(models, rollout, gold, options.num_samples)
+    return figures, samples(models, rollout, judged, options.num_samples)
 
 
 def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) -> dict[str, Mean]:
@@ -86,12 +85,12 @@ def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
     return means
 
 
-def describe_values(rollout: Rollout, returns: Tensor) -> dict[str, float]:
-    """Explained variance of the returns (B, R), and the mean value."""
+def describe_values(rollout: Rollout, returns: Tensor, name: str = "value") -> dict[str, float]:
+    """Explained variance of the returns (B, R), and the mean value. name: of the critic in metrics."""
     mask = rollout.response_mask
     unexplained = masked_var(returns - rollout.values, mask) / masked_var(returns, mask).clamp(min=1e-8)
     mean = masked_mean(rollout.values, mask).item()
-    return {"value/explained_var": 1.0 - unexplained.item(), "value/mean": mean}
+    return {f"{name}/explained_var": 1.0 - unexplained.item(), f"{name}/mean": mean}
 
 
 def response_kl(rollout: Rollout) -> float:
@@ -146,8 +145,10 @@ def describe_responses(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -> list[dict[str, Any]]:
-    """Records of the first responses. gold: (B,)."""
+def samples(
+    models: Models, rollout: Rollout, judged: Mapping[str, Tensor], count: int
+) -> list[dict[str, Any]]:
+    """Records of the first responses. judged: by name, other scores (B,)."""
     records = []
     for row in range(min(count, len(rollout.scores))):
         prompt = rollout.prompt(row)
@@ -155,7 +156,7 @@ def samples(models: Models, rollout: Rollout, gold: Tensor | None, count: int) -
             "prompt": models.encoder.decode_prompt(prompt),
             "response": models.encoder.decode_response(prompt, rollout.reply(row)),
             "score": rollout.scores[row].item(),
-            **({} if gold is None else {"gold": gold[row].item()}),
+            **{name: scores[row].item() for name, scores in judged.items()},
             "length": int(rollout.response_lengths[row]),
             "ended": rollout.ended[row].item(),
         })  # fmt: skip

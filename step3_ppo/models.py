@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -54,7 +54,7 @@ class Models:
     critic: Engine | None
     reference: nn.Module | None
     scorer: Scorer
-    gold: Scorer | None  # scores held-out responses, for evaluation only
+    judges: dict[str, Scorer]  # score held-out responses besides, by name
     encoder: SegmentEncoder  # of the actor, and of each reward model with the same tokenizer
 
     @contextlib.contextmanager
@@ -81,6 +81,7 @@ class ModelSources:
     critic_zero: dict[str, Any]
     encoder: SegmentEncoder  # of the actor
     reward_encoders: list[SegmentEncoder]  # of each reward model
+    scores: Literal["reward", "cost"] = "reward"  # what functions and reward models give
 
     @property
     def same_tokenizer(self) -> bool:
@@ -90,10 +91,11 @@ class ModelSources:
     @property
     def tokenizers(self) -> dict[str, PreTrainedTokenizerFast]:
         """All tokenizers by their names in messages."""
-        rewards = {
-            f"tokenizer of reward model {n}": e.tokenizer for n, e in enumerate(self.reward_encoders, 1)
+        scorers = {
+            f"tokenizer of {self.scores} model {n}": e.tokenizer
+            for n, e in enumerate(self.reward_encoders, 1)
         }
-        return {"tokenizer": self.encoder.tokenizer, **rewards}
+        return {"tokenizer": self.encoder.tokenizer, **scorers}
 
 
 def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
@@ -133,45 +135,45 @@ def build_models(options: PPOOptions, sources: ModelSources, iterations: int) ->
     """Load all models. iterations: length of the learning-rate schedules; that of the actor starts after the
     critic's warmup, unless --critic_warmup_until may end it.
     """
-    encoder, actor_zero, critic_zero = sources.encoder, sources.actor_zero, sources.critic_zero
-    has_adapters = options.lora_rank > 0
-    shares_reward = has_adapters and options.has_critic and sources.reward_encoders == [encoder]
-
-    reference, rewards = None, []
-    if not has_adapters:
+    encoder, actor_zero, reference = sources.encoder, sources.actor_zero, None
+    if not options.lora_rank:
         zero = frozen_config(actor_zero, options.offload_frozen)
-        base = load_actor(options, sources, zero)
-        reference = make_frozen(base, zero, options.offload_frozen)
-    if not shares_reward:
-        rewards = load_members(options, sources.reward_encoders, critic_zero, options.offload_frozen)
-
+        reference = make_frozen(load_actor(options, sources, zero), zero, options.offload_frozen)
+    critic, scorer = build_critic(options, sources, iterations)
     actor = add_adapters(load_actor(options, sources, actor_zero), options, options.seed)
-    critic = None
-    if options.has_critic:
-        critic = add_adapters(load_critic(options, sources, critic_zero), options, options.seed)
     warmup = 0 if options.critic_warmup_until else options.critic_warmup_steps
     actor_iterations = max(iterations - warmup, 1)
     actor = make_trained(
         actor, actor_zero, options, options.actor_gradient_checkpointing, options.actor_learning_rate,
         actor_iterations,
     )  # fmt: skip
-    if critic:
-        critic = make_trained(
-            critic, critic_zero, options, options.critic_gradient_checkpointing, options.critic_learning_rate,
-            iterations,
-        )  # fmt: skip
-    if shares_reward:
-        rewards = [RewardModel(encoder, partial(without_adapter, critic))]
-    gold = None
+    judges = {}
     if options.gold_reward_model or sources.gold_function:
         single = EnsembleOptions([options.gold_reward_model] if options.gold_reward_model else [])
         encoders = load_encoders(single, encoder, *sources.reward_encoders)
-        members = load_members(single, encoders, critic_zero, offload=True)
-        gold = Scorer(members, sources.gold_function, single)
-    process = load_process_model(options, encoder, critic_zero, options.offload_frozen)
-    scorer = Scorer(rewards, sources.functions, options, process)
+        members = load_members(single, encoders, sources.critic_zero, offload=True)
+        judges["gold"] = Scorer(members, sources.gold_function, single)
     sampler = make_sampler(actor, options.actor_model_name_or_path, options)
-    return Models(actor, sampler, critic, reference, scorer, gold, encoder)
+    return Models(actor, sampler, critic, reference, scorer, judges, encoder)
+
+
+def build_critic(options: PPOOptions, sources: ModelSources, iterations: int) -> tuple[Engine | None, Scorer]:
+    """The critic, if there is one, and what gives the scores whose returns it learns. With adapters, a single
+    reward model is the critic with its adapter off.
+    """
+    encoder, zero, rewards, critic = sources.encoder, sources.critic_zero, [], None
+    is_shared = options.lora_rank > 0 and options.has_critic and sources.reward_encoders == [encoder]
+    if not is_shared:
+        rewards = load_members(options, sources.reward_encoders, zero, options.offload_frozen)
+    if options.has_critic:
+        critic = make_trained(
+            add_adapters(load_critic(options, sources, zero), options, options.seed), zero, options,
+            options.critic_gradient_checkpointing, options.critic_learning_rate, iterations,
+        )  # fmt: skip
+    if is_shared:
+        rewards = [RewardModel(encoder, partial(without_adapter, critic))]
+    process = load_process_model(options, encoder, zero, options.offload_frozen)
+    return critic, Scorer(rewards, sources.functions, options, process)
 
 
 def make_trained(
@@ -198,12 +200,14 @@ def load_critic(
     zero head.
     """
     zero, tokenizer = zero or unpartitioned(sources.critic_zero), sources.encoder.tokenizer
+    kind = sources.scores
+    name = "critic" if kind == "reward" else f"{kind} critic"
     if sources.same_tokenizer:
-        log("critic: starts from the reward model")
+        log(f"{name}: starts from the {kind} model")
         return load_scalar_model(options.reward_model_name_or_path[0], tokenizer, zero)
     has_model = bool(options.reward_model_name_or_path)
-    reason = "actor and reward model have different tokenizers" if has_model else "there is no reward model"
-    log(f"critic: starts from the SFT model with a zero head, because {reason}")
+    reason = f"actor and {kind} model have different tokenizers" if has_model else f"there is no {kind} model"
+    log(f"{name}: starts from the SFT model with a zero head, because {reason}")
     critic = load_scalar_model(options.actor_model_name_or_path, tokenizer, zero)
     initialise_head(critic, std=0.0)
     return critic

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple, assert_never
 
 import torch
@@ -88,7 +89,7 @@ def optimise(
                 norm = _update_actor(models.actor, micro, options, kl, stats.sums, gap)
                 stats.norms["policy/grad_norm"] += [norm] * micro.is_last
             if models.critic:
-                norm = _update_critic(models.critic, micro, options, stats.sums)
+                norm = _update_critic(models.critic, micro, options, stats.sums, "value")
                 stats.norms["value/grad_norm"] += [norm] * micro.is_last
             stats.sums["tokens"] += len(micro.rows.labels)
         updates += 1
@@ -98,6 +99,28 @@ def optimise(
     _follow_schedules(models, options, updates, actor_learns)
     of_step = {"policy/update_kl": update_kl, "policy/updates": updates} | gap.metrics
     return stats.metrics() | {name: Mean(value) for name, value in of_step.items()}
+
+
+def optimise_critic(
+    critic: Engine, rollout: Rollout, returns: Tensor, options: PPOOptions, step: int, updates: int, name: str
+) -> dict[str, Mean | float]:
+    """Update another critic, on the minibatches of the first `updates` of `optimise`. returns: (B, R).
+
+    name: of its metrics. Its learning rate then follows the schedule as if all updates had been made.
+    """
+    critic.train()
+    stats, no_advantages = UpdateStats(), torch.zeros_like(returns)
+    rows, size, group = len(rollout.scores), options.global_batch_size, options.samples_per_prompt
+    batches = minibatches(rows, size, options.ppo_epochs, options.seed, step, group)
+    for batch in islice(batches, updates):
+        for micro in _micro_batches(rollout, batch, no_advantages, returns, options):
+            norm = _update_critic(critic, micro, options, stats.sums, name)
+            stats.norms[f"{name}/grad_norm"] += [norm] * micro.is_last
+            stats.sums["tokens"] += len(micro.rows.labels)
+        stats.end_update()
+    for _ in range(options.updates_per_step - updates):
+        critic.lr_scheduler.step()
+    return stats.metrics()
 
 
 def _follow_schedules(models: Models, options: PPOOptions, updates: int, actor_learns: bool) -> None:
@@ -202,14 +225,16 @@ def _update_actor(
     return norm
 
 
-def _update_critic(critic: Engine, batch: MicroBatch, options: PPOOptions, sums: Sums) -> float | None:
-    """One micro-batch of the value loss."""
+def _update_critic(
+    critic: Engine, batch: MicroBatch, options: PPOOptions, sums: Sums, name: str
+) -> float | None:
+    """One micro-batch of the value loss. name: of the metrics."""
     rows = batch.rows
     values = token_scores(critic, rows.input_ids, rows.positions, **rows.layout(critic))
     result = value_loss(values, batch.values, batch.returns, options.value_clip_range)
     loss = (result.loss * batch.value_weights).sum()
     norm = backward_and_step(critic, loss / batch.tokens, world_size(), batch.is_last)
     with torch.no_grad():
-        sums["value/loss"] += loss
-        sums["value/clip_fraction"] += result.clipped.sum()
+        sums[f"{name}/loss"] += loss
+        sums[f"{name}/clip_fraction"] += result.clipped.sum()
     return norm

@@ -71,7 +71,7 @@ def estimate_advantages(
     mask, gamma, totals = rollout.response_mask, options.gamma, rewards.sum(1)
     match options.advantage_estimator:
         case "gae":
-            advantages, returns = _generalised(rollout, rewards, options)
+            advantages, returns = generalised(rollout, rewards, options)
             return (masked_whiten(advantages, mask) if options.whiten_advantages else advantages), returns
         case "reinforce_pp":
             return whitened_returns(rewards, mask, gamma), None
@@ -87,7 +87,7 @@ def estimate_advantages(
             assert_never(options.advantage_estimator)
 
 
-def _generalised(rollout: Rollout, rewards: Tensor, options: PPOOptions) -> tuple[Tensor, Tensor]:
+def generalised(rollout: Rollout, rewards: Tensor, options: PPOOptions) -> tuple[Tensor, Tensor]:
     """Advantages of the actor and returns of the critic, each (B, R), by the lambda of each."""
 
     def with_lambda(gae_lambda: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -66,10 +66,24 @@ def score_rollout(
     if is_rescored(models):  # as the update computes them
         fields["logprobs"] = logprobs(models.actor)
     if with_values and models.critic:
-        passes = [_value_pass(models.critic, rollout, batch, options) for batch in batches]
-        fields["values"] = rollout.scatter(batches, [values for values, _ in passes])
-        fields["last_values"] = gather_rows(torch.cat([last for _, last in passes]), rank_rows, len(prompts))
+        fields |= _values(models.critic, rollout, batches, options)
     return replace(rollout, **fields)
+
+
+@torch.no_grad()
+def score_again(
+    critic: Engine, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rollout: Rollout,
+    options: PPOOptions,
+) -> Rollout:  # fmt: skip
+    """The same responses with the scores of another scorer, and the values of its critic.
+
+    encoder: of the policy.
+    """
+    critic.eval()
+    size = micro_batch(options, options.generation_batch_size)
+    batches = _rank_batches(rollout, size)
+    scored = score_responses(scorer, encoder, prompts, rollout, sum(batches, []), size)
+    return replace(rollout, **vars(scored), **_values(critic, rollout, batches, options))
 
 
 @torch.no_grad()
@@ -97,6 +111,18 @@ def score_responses(
     of_steps = aggregate_steps(logprobs, ends, how)  # (B,)
     parts = torch.cat([parts, of_steps[:, None]], dim=1)
     return Scores(scores + weight * of_steps, parts, weight * logprobs, ends)
+
+
+def _values(
+    critic: Engine, rollout: Rollout, batches: list[list[int]], options: PPOOptions
+) -> dict[str, Tensor]:
+    """The values of a rollout, before each response token and after the last one, by field."""
+    passes = [_value_pass(critic, rollout, batch, options) for batch in batches]
+    last = torch.cat([last for _, last in passes])
+    return {
+        "values": rollout.scatter(batches, [values for values, _ in passes]),
+        "last_values": gather_rows(last, sum(batches, []), len(rollout.scores)),
+    }
 
 
 def _value_pass(

@@ -1,7 +1,7 @@
 """Losses, sums over tokens and gradient norms of the updates of one PPO step, and their means."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,9 +22,7 @@ class UpdateStats:
     """Collects losses and norms during the updates. Ranks meet at the end of each update."""
 
     sums: Sums = field(default_factory=Counter)
-    norms: dict[str, list[float]] = field(
-        default_factory=lambda: {"policy/grad_norm": [], "value/grad_norm": []}
-    )
+    norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     ptx_losses: list[Tensor] = field(default_factory=list)  # this rank's share, by update
     _first: dict[str, float] = field(default_factory=dict)  # sums after the first update
     _moved: float = 0.0  # sum of policy/approx_kl after the last update

@@ -103,7 +103,7 @@ def ppo_step(move: Move, encoder: SegmentEncoder, **more: Any) -> dict[str, Any]
     members = [RewardModel(encoder, partial(contextlib.nullcontext, scalars[0].module))]
     models = SimpleNamespace(
         actor=policies[0], sampler=policies[0], critic=scalars[1] if options.has_critic else None,
-        scorer=Scorer(members, [], options), gold=None, encoder=encoder,
+        scorer=Scorer(members, [], options), judges={}, encoder=encoder,
         reference_model=lambda: contextlib.nullcontext(policies[1]),
     )  # fmt: skip
     prompts = [

@@ -33,6 +33,7 @@ COMMANDS = {
     "step2_process": "step2_reward.process.options.ProcessRewardOptions",
     "step2_reward": "step2_reward.options.RewardOptions",
     "step3_ppo": "step3_ppo.options.PPOOptions",
+    "step3_safe": "step3_ppo.safe.options.SafeOptions",
 }
 
 

@@ -11,6 +11,7 @@ from launch.plan.hardware import GpuName, LinkName
 from step1_sft.options import SFTOptions
 from step3_ppo.option_groups import AlgorithmOptions, SamplingOptions
 from step3_ppo.options import PPOOptions
+from step3_ppo.safe.options import SafeOptions
 
 ESTIMATOR = AlgorithmOptions.__annotations__["advantage_estimator"]
 ENGINE = GenerationOptions.__annotations__["rollout_engine"]
@@ -47,6 +48,8 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     model_name_or_path: str = same_as(TrainOptions, "model_name_or_path")
     reward_model_name_or_path: list[str] = same_as(EnsembleOptions, "reward_model_name_or_path")
     process_model_name_or_path: str = same_as(PPOOptions, "process_model_name_or_path")
+    cost_model_name_or_path: str = same_as(SafeOptions, "cost_model_name_or_path")
+    cost_function: list[str] = same_as(SafeOptions, "cost_function")
     gold_reward_model: str = same_as(PPOOptions, "gold_reward_model")
     ptx_data: list[str] = same_as(PPOOptions, "ptx_data")
     learning_rate: float = same_as(TrainOptions, "learning_rate")
@@ -78,3 +81,8 @@ class PlanOptions(OptimiserOptions, LoraOptions):
     compile_generation: COMPILE = same_as(PPOOptions, "compile_generation")
     rollout_engine: ENGINE = same_as(PPOOptions, "rollout_engine")
     rollout_tensor_parallel: int = same_as(PPOOptions, "rollout_tensor_parallel")
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether step 3 has a limit on costs, and a critic of them."""
+        return bool(self.cost_model_name_or_path or self.cost_function)

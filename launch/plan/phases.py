@@ -126,12 +126,12 @@ def step2(reward: Model, sizes: Sizes, fixed: Parts) -> Iterator[Phase]:
 
 def step3(
     actor: Model, critic: Model | None, reference: Model | None, rewards: list[Model], sizes: Sizes,
-    fixed: Parts,
+    fixed: Parts, cost_critic: Model | None = None,
 ) -> Iterator[Phase]:  # fmt: skip
     """All prompts and responses have the maximum length. reference: None if it is the actor without its
-    adapter. rewards: empty if the reward model is the critic without its adapter.
+    adapter. rewards: of costs too; empty if the reward model is the critic without its adapter.
     """
-    trained = [actor, critic] if critic else [actor]
+    trained = [*filter(None, (actor, critic, cost_critic))]
     held = sum((weights(model) for model in [*trained, *rewards]), fixed)
     if reference:
         held += weights(reference)
@@ -143,7 +143,7 @@ def step3(
     idle = sum((gradients(model) for model in trained if model.zero.stage == 3), idle)
     held = sum((optimiser(model) for model in trained), held)
     yield Phase("rollout", idle + in_rollout)
-    scorers = [reference or actor, *rewards, *([critic] if critic else [])]
+    scorers = [reference or actor, *rewards, *trained[1:]]
     rows, mask = sizes.shared_rows(sizes.generated), shared_mask(sizes)
     for number, model in enumerate(scorers):
         base = idle + Parts(buffers=present(model))
@@ -152,7 +152,7 @@ def step3(
             head = logits_in_scoring(model, rows * sizes.sharing * sizes.response)
             states = last_states(model, rows, sizes.width)
             yield Phase("scoring", base + Parts(activations=states, logits=head))
-    yield from updates(actor, critic, held, sizes)
+    yield from updates(actor, critic, held, sizes, cost_critic)
 
 
 def rollout(actor: Model, sizes: Sizes) -> Parts:
@@ -176,14 +176,24 @@ def optimiser_between(model: Model, offloads_states: bool) -> Parts:
     return Parts(host=optimiser_away(model)) if moves else optimiser(model)
 
 
-def updates(actor: Model, critic: Model | None, held: Parts, sizes: Sizes) -> Iterator[Phase]:
-    """Micro-batches of a rollout, of actor and critic by turns. held: memory in use all the time."""
+def updates(
+    actor: Model, critic: Model | None, held: Parts, sizes: Sizes, cost_critic: Model | None = None
+) -> Iterator[Phase]:
+    """Micro-batches of a rollout, of actor and critic by turns, then of the critic of costs.
+
+    held: memory in use all the time.
+    """
     rows, width, mask = sizes.shared_rows(sizes.micro_batch), sizes.width, shared_mask(sizes)
     positions = rows * sizes.sharing * sizes.response
     policy = passed(actor, rows, width, sizes.actor_checkpointing, positions, mask)
     if not critic:
         yield from training(actor, held, policy, sizes.accumulates)
         return
+    if cost_critic:
+        costs = passed(cost_critic, rows, width, sizes.critic_checkpointing, mask=mask)
+        beside = sum((gradients(model) for model in (actor, critic) if model.zero.stage == 3), held)
+        yield from training(cost_critic, beside, costs, sizes.accumulates)
+        held = held + (gradients(cost_critic) if cost_critic.zero.stage == 3 else Parts())
     values = passed(critic, rows, width, sizes.critic_checkpointing, mask=mask)
     for model, other, forward in ((actor, critic, policy), (critic, actor, values)):
         has_gradients = sizes.accumulates or other.zero.stage == 3

@@ -43,6 +43,7 @@ class Models(NamedTuple):
     critic: Model | None
     reference: Model | None
     scorers: list[Model]
+    cost_critic: Model | None
 
 
 def predict(options: PlanOptions) -> dict[str, Phase]:
@@ -56,12 +57,12 @@ def predict(options: PlanOptions) -> dict[str, Phase]:
 def predict_phases(options: PlanOptions) -> dict[str, list[Phase]]:
     """All phases of each step in which memory may peak."""
     options = fitted(options)
-    policy, reward, *of_step3 = read_models(options)
+    policy, reward, *of_step3, cost_critic = read_models(options)
     sizes, fixed = batch_sizes(options, of_step3[0]), Parts(fixed=_fixed(options))
     return {
         "step 1": [*step1(policy, sizes, fixed)],
         "step 2": [*step2(reward, sizes, fixed)],
-        "step 3": [*step3(*of_step3, sizes, fixed)],
+        "step 3": [*step3(*of_step3, sizes, fixed, cost_critic)],
     }
 
 
@@ -74,7 +75,7 @@ def fitted(options: PlanOptions) -> PlanOptions:
 def predict_storage(options: PlanOptions) -> dict[str, Storage]:
     """Host memory for exports, and disk space, of each step."""
     models = read_models(options)
-    trained = [models.actor, models.critic] if models.critic else [models.actor]
+    trained = [*filter(None, (models.actor, models.critic, models.cost_critic))]
     return {
         "step 1": storage([models.policy]),
         "step 2": storage([models.reward]),
@@ -118,8 +119,16 @@ def read_models(options: PlanOptions) -> Models:
     if options.gold_reward_model:
         gold = replace(shape(options.gold_reward_model, True, 0), trained=0)
         scorers.append(Model(gold, frozen(critic_zero, True)))
+    cost_critic, of_costs = None, options.cost_model_name_or_path
+    if options.has_costs:
+        cost_critic = Model(shape(of_costs or path, True), critic_zero)
+    if of_costs and not options.lora_rank:
+        cost_model = replace(shape(of_costs, True, 0), trained=0)
+        scorers.insert(0, Model(cost_model, frozen(critic_zero, options.offload_frozen)))
     reward = Model(shape(path, True), zero)
-    return Models(Model(policy, zero), reward, Model(policy, actor_zero), critic, reference, scorers)
+    return Models(
+        Model(policy, zero), reward, Model(policy, actor_zero), critic, reference, scorers, cost_critic
+    )
 
 
 def paths_of_scorers(options: PlanOptions) -> tuple[list[str], list[str]]:

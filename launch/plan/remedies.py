@@ -69,7 +69,9 @@ def remedies(options: PlanOptions) -> list[Remedy]:
         _zero("zero2_offload", 1.0),
         FULL_OFFLOAD,
         Remedy([{"gather_for_generation": False}], 4.0, steps="step 3"),
-        Remedy([without_critic], 0.0, "no critic: another algorithm", steps="step 3"),
+        Remedy(
+            [without_critic] * (not options.has_costs), 0.0, "no critic: another algorithm", steps="step 3"
+        ),
         Remedy([{"lora_rank": 16}], 0.01, "trains adapters only"),
         Remedy(_four_bits(options), 0.3, "rounds frozen weights to 4 bits", kind="zero"),
         Remedy(_engines(options), 0.0, "needs vLLM", steps="step 3"),

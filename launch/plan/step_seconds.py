@@ -41,10 +41,11 @@ class Decoders(NamedTuple):
     critic: Decoder | None
     reference: Decoder
     scorers: list[Decoder]
+    cost_critic: Decoder | None
 
     @property
     def trained(self) -> list[Decoder]:
-        return [self.actor, self.critic] if self.critic else [self.actor]
+        return [*filter(None, (self.actor, self.critic, self.cost_critic))]
 
 
 def step_seconds(options: PlanOptions) -> dict[str, Step]:
@@ -86,8 +87,12 @@ def decoders(options: PlanOptions, models: Models) -> Decoders:
     actor = Decoder(models.actor, layers)
     critic = scalar_model(models.critic) if models.critic else None
     reference = Decoder(models.reference, layers) if models.reference else actor
-    is_shared = len(scorers) < sum(map(len, paths_of_scorers(options)))  # the critic is the reward model
-    return Decoders(actor, critic, reference, [*map(scalar_model, scorers), *[critic] * is_shared])
+    is_shared = len(scorers) < sum(
+        map(len, paths_of_scorers(options))
+    )  # critics are the models of their scores
+    cost_critic = scalar_model(models.cost_critic) if models.cost_critic else None
+    without_adapter = [*filter(None, (critic, cost_critic))] * is_shared
+    return Decoders(actor, critic, reference, [*map(scalar_model, scorers), *without_adapter], cost_critic)
 
 
 def iteration(options: PlanOptions, models: Decoders, sizes: Sizes, cluster: Cluster) -> Iterator[Seconds]:

@@ -160,6 +160,10 @@ RULES = [
               "Nothing is learnt: kl/mean is {end:.2g} nats at the end, and reward/mean went from"
               " {1.start:.3g} to {1.end:.3g}, within noise.",
               "a lower --kl_coef; a higher --actor_learning_rate; more steps."), FEWEST),
+    Rule("limit of the cost", "ppo", "cost/mean cost/limit",
+         when(lambda cost, limit: cost.end - limit.end > cost.noise,
+              "Cost above its limit: cost/mean is {end:.3g} at the end, cost/limit {1.end:.3g}.",
+              "more steps; a higher --lambda_rate or --lambda_max."), FEWEST, optional=True),
     Rule("jumps of KL", "ppo", "step kl/mean", checks_ppo.kl_jump, 2),
     Rule("level of KL", "ppo", "step kl/mean", checks_ppo.kl_too_large),
     Rule("critic", "ppo", "value/explained_var", checks_ppo.blind_critic, optional=True),

@@ -18,6 +18,7 @@ ALL = [
         True,
     ),
     ("ppo", "Step 3: PPO", "step3_ppo.options.PPOOptions", True),
+    ("ppo", "Step 3: PPO with a limit on cost", "step3_ppo.safe.options.SafeOptions", True),
     ("best_of_n", "Best of n", "step3_ppo.best_of_n.options.SampleOptions", False),
     ("judge", "Judge", "step2_reward.judge.options.JudgeOptions", False),
     ("critique", "critique", "step1_sft.options.CritiqueOptions", False),

@@ -11,7 +11,7 @@ from tests.stages import ppo, reward, sft
 MODULES = {
     "step1_sft": "step1_sft.main", "step2_reward": "step2_reward.main",
     "step2_direct": "step2_reward.direct.main", "step2_process": "step2_reward.process.main",
-    "step3_ppo": "step3_ppo.main",
+    "step3_ppo": "step3_ppo.main", "step3_safe": "step3_ppo.safe.main",
     "evaluate_sft": "step1_sft.evaluate", "evaluate_reward": "step2_reward.evaluation.main",
     "evaluate_ppo": "step3_ppo.compare.main", "judge": "step2_reward.judge.main",
     "critique": "step1_sft.critique", "score": "step2_reward.evaluation.score_file",
@@ -40,8 +40,9 @@ MODEL = {
     "score": "reward_model_name_or_path",
 }  # fmt: skip
 OUTPUT = {"evaluate_sft": "output", "score": "output", "annotate": "output"}
-READS_ZERO = [name for name in MODULES if name not in ("score", "annotate", "chat")]
-READS_MODEL = [name for name in MODULES if name != "annotate"]
+# step3_safe reads data and models as step3_ppo does, with the same functions.
+READS_ZERO = [name for name in MODULES if name not in ("score", "annotate", "chat", "step3_safe")]
+READS_MODEL = [name for name in MODULES if name not in ("annotate", "step3_safe")]
 
 Files = dict[str, Any]  # content of files: bytes, text, or what becomes JSON
 
@@ -56,6 +57,8 @@ def options(command: str, world: Path, folder: Path) -> list[str]:
             return reward(world, model, out, 1)
         case "step3_ppo":
             return ppo(world, model, scalar, out, 1)
+        case "step3_safe":
+            return [*ppo(world, model, scalar, out, 1), "--cost_model_name_or_path", str(scalar)]
     words = [f"--{MODEL.get(command, 'model_name_or_path')}", str(model)]
     if command in ("evaluate_reward", "score"):
         words[1] = str(scalar)

@@ -58,6 +58,19 @@ def test_file_of_bad_records_alone_is_refused(models: Path, tmp_path: Path, comm
     check_refusal(command, words, ["no rows left", "nested too deep"], models, tmp_path, files)
 
 
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({}, "'chosen_is_harmful' is missing"),
+        ({"chosen_is_harmful": 1, "rejected_is_harmful": True}, "'chosen_is_harmful' is 1"),
+    ],
+)
+def test_pair_without_signs_of_harm_is_refused(models: Path, tmp_path: Path, fields: dict, part: str) -> None:
+    words = ["--train_data", "DIR/bad.jsonl", "--objective", "cost"]
+    files = {"bad.jsonl": RECORDS["step2_reward"] | fields}
+    check_refusal("step2_reward", words, ["DIR/bad.jsonl:1: ", part], models, tmp_path, files)
+
+
 @pytest.mark.parametrize("margin", MARGINS, ids=lambda margin: margin[:12].decode())
 def test_margin_is_refused(models: Path, tmp_path: Path, margin: bytes) -> None:
     record = json.dumps(RECORDS["step2_reward"]).encode()[:-1] + b', "margin": ' + margin + b"}"

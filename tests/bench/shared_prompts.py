@@ -48,7 +48,7 @@ def make_models(sizes: str, tokenizer: str) -> Models:
     encoder = SegmentEncoder(load_tokenizer(tokenizer))
     scorer = Scorer([RewardModel(encoder, lambda: contextlib.nullcontext(reward))], [], EnsembleOptions())
     actor.lr_scheduler = SimpleNamespace(step=lambda: None)
-    return Models(actor, actor, None, reference, scorer, None, encoder)
+    return Models(actor, actor, None, reference, scorer, {}, encoder)
 
 
 def make_rollout(actor: nn.Module, arguments: argparse.Namespace) -> Rollout:

@@ -282,6 +282,21 @@ def test_updates_of_step_3_by_hand():
         assert [p.parts["gradients"] for p in single if p.name == "backward begins"] == [0, 0]
 
 
+def test_a_limit_on_costs_adds_a_critic_and_maybe_a_model(big: PlanOptions):
+    """The new critic has weights and states of AdamW all the time; it is updated after the others."""
+    of_function = replace(big, cost_function=["f.py:f"])
+    of_model = replace(big, cost_model_name_or_path=big.model_name_or_path)
+    without, function, model = map(read_models, (big, of_function, of_model))
+    assert without.cost_critic is None and function.cost_critic == function.critic == model.cost_critic
+    counts = [len(one.scorers) for one in (without, function, model)]
+    assert counts == [1, 1, 2] and len(read_models(replace(of_model, lora_rank=4)).scorers) == 0
+    parts = [predict(one)["step 3"].parts for one in (big, of_function, of_model)]
+    states, held = memory.optimiser(function.critic), memory.weights(function.critic)
+    assert parts[1]["optimiser"] - parts[0]["optimiser"] == pytest.approx(states["optimiser"])
+    assert parts[2]["weights"] - parts[0]["weights"] == pytest.approx(2 * held["weights"])
+    assert not any(remedy.note.startswith("no critic") and remedy.levels for remedy in remedies(of_model))
+
+
 def test_options_match_the_stages():
     for name in ("max_response_length", "generation_batch_size", "advantage_estimator", "actor_zero_config"):
         ours, theirs = PlanOptions.__dataclass_fields__[name], PPOOptions.__dataclass_fields__[name]

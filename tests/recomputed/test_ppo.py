@@ -191,12 +191,22 @@ def command(tiny: Path, folder: Path, options: dict[str, Any], prompts: list[str
     return words({name: value for name, value in options.items() if name not in OF_THE_TEST} | paths)
 
 
-def compare(tiny: Path, folder: Path, options: dict[str, Any], ranks: int) -> list[Any]:
-    """Recompute a run from its passes; returns its iterations and evaluations."""
+def scorer_of(tiny: Path, options: dict[str, Any]) -> Scorer:
+    """What scores the responses of a run."""
     scorer = Scorer(tiny / "reward", (0.3, 0.7)) if options.get("reward_model", True) else Scorer()
     if "function_weight" in options:
         scorer = scorer._replace(function=early, weight=options["function_weight"])
-    plain = PPO(tiny / "model", scorer, {name: SWITCHES.get(x, x) for name, x in options.items()})
+    return scorer
+
+
+def compare(
+    tiny: Path, folder: Path, options: dict[str, Any], ranks: int, plain: PPO | None = None
+) -> list[Any]:
+    """Recompute a run from its passes, with another form of `plain` PPO if given; returns its iterations and
+    evaluations.
+    """
+    if plain is None:
+        plain = PPO(tiny / "model", scorer_of(tiny, options), plain_options(options))
     lines, step, parts = [], 0, split([passes_of(folder, rank) for rank in range(ranks)], options)
     samples = [json.loads(line) for line in (folder / "out/samples.jsonl").read_text().splitlines()]
     for number, part in enumerate(parts):
@@ -221,6 +231,10 @@ def compare(tiny: Path, folder: Path, options: dict[str, Any], ranks: int) -> li
         plain.actor.load_state_dict(plain.average)
         compare_weights(folder / "out/final_ema", plain.actor)
     return parts
+
+
+def plain_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: SWITCHES.get(x, x) for name, x in options.items()}
 
 
 def early(text: str) -> float:
@@ -312,6 +326,10 @@ def iteration(part: list[list[Pass]], options: dict[str, Any]) -> Iteration:
     if "ptx_coef" in options:
         texts, actor = [demonstrations(batch) for batch in actor[::2]], actor[1::2]
     batches = [rows_of(batch, PROMPTS + MORE_PROMPTS) for batch in (critic if has_critic else actor)]
+    if "cost_limit" in options:  # the critic of costs, after the other one
+        half = len(batches) // 2
+        assert [Counter(batch) for batch in batches[:half]] == [Counter(batch) for batch in batches[half:]]
+        batches = batches[:half]
     rows = rows_of([one for of_rank in part for one in read_by_reference(of_rank)], PROMPTS + MORE_PROMPTS)
     assert len(rows) == options["rollout_batch_size"]
     assert {*Counter(row.prompt for row in rows).values()} == {options.get("samples_per_prompt", 1)}
