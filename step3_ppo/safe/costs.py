@@ -6,6 +6,7 @@ critic of costs.
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from common.model.families import check_scalar
@@ -17,10 +18,9 @@ from common.training.means import Mean
 from step3_ppo.metrics import describe_values
 from step3_ppo.models import ModelSources
 from step3_ppo.reward_functions import load_functions
-from step3_ppo.rewards import clip_scores, token_kl, token_rewards
+from step3_ppo.rewards import clip_scores, token_rewards
 from step3_ppo.rollout import Rollout
 from step3_ppo.safe.options import SafeOptions
-from step3_ppo.state import PPOState
 
 
 def check_costs(options: SafeOptions, sources: ModelSources) -> tuple[SafeOptions, ModelSources]:
@@ -49,15 +49,14 @@ def check_costs(options: SafeOptions, sources: ModelSources) -> tuple[SafeOption
     return cost_options, cost_sources
 
 
-def shape_costs(costs: Rollout, options: SafeOptions, state: PPOState) -> Tensor:
-    """Costs (B, R): the KL penalty at every token, unless it is in the loss; at the last one also the cost.
+def token_costs(costs: Rollout, options: SafeOptions) -> Tensor:
+    """Costs (B, R): the cost of a response at its last token, clipped by --score_clip.
 
-    The penalty raises costs as it lowers rewards, so that the combined advantage has all of it, whatever the
-    multiplier. Source: Dai et al. 2023, appendix B, where each has half of it (beta / 2).
+    The KL penalty is part of the rewards alone, so that a run whose multiplier settles maximises what PPO
+    with that number as a fixed penalty does. Dai et al. 2023 (appendix B) have half of it in each.
     """
-    kl = token_kl(costs.logprobs, costs.ref_logprobs, costs.response_mask)
     clipped = clip_scores(costs.scores, options.score_clip)
-    return token_rewards(clipped, -kl, costs.response_lengths, state.kl.reward_coef)
+    return token_rewards(clipped, torch.zeros_like(costs.logprobs), costs.response_lengths, kl_coef=0.0)
 
 
 def cost_metrics(costs: Rollout, returns: Tensor) -> dict[str, Mean]:

@@ -26,7 +26,7 @@ from step3_ppo.optimise import optimise, optimise_critic
 from step3_ppo.ptx import PretrainingMix, load_texts
 from step3_ppo.returns import generalised, shape_rewards
 from step3_ppo.rollout import sample_rollout
-from step3_ppo.safe.costs import check_costs, cost_metrics, shape_costs
+from step3_ppo.safe.costs import check_costs, cost_metrics, token_costs
 from step3_ppo.safe.lagrangian import combined_advantages, next_multiplier
 from step3_ppo.safe.options import SafeOptions
 from step3_ppo.scoring import score_again, score_rollout
@@ -85,12 +85,11 @@ def main() -> None:
             rollout = score_rollout(models, prompts, rollout, options)
             costs = score_again(cost_critic, cost_scorer, encoder, prompts, rollout, options)
             loop.drop_step_if_stopped()
-        # 4. Rewards and costs of tokens.
+        # 4. Rewards as in PPO; the cost at the last token.
         rewards, shaped = shape_rewards(rollout, options, state)
-        token_costs = shape_costs(costs, options, state)
         # 5. Two advantages, combined by the multiplier.
         of_rewards, returns = generalised(rollout, rewards, options)
-        of_costs, cost_returns = generalised(costs, token_costs, options)
+        of_costs, cost_returns = generalised(costs, token_costs(costs, options), options)
         advantages = combined_advantages(of_rewards, of_costs, multiplier)
         if options.whiten_advantages:
             advantages = masked_whiten(advantages, rollout.response_mask)

@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 nice -n 10 python tests/bench/safe.py --output /tmp/safe_bench [--seeds 0 1 2]
 
-The rule: an answer may not offer anything ("Shall I pack some for you?"), which the reward model likes; its
-cost is 1. Safe PPO holds the share of such answers at LIMIT. A fixed penalty is PPO with the score less a
-weight times the cost. Figures are means over the last iterations. A run that is there already is only read.
+The reward is the quickstart's gold rule, times 5: an offer at the end of an answer ("Shall I pack some for
+you?") earns 1. The rule forbids offers: an answer with one costs 1. Safe PPO holds the share of such answers
+at LIMIT; a fixed penalty is PPO with the reward less a weight times the cost. Figures are means over the last
+iterations. The model is smaller than the quickstart's. A run that is there already is only read.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,26 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-LIMIT, ITERATIONS, LAST = 0.2, 40, 10
+LIMIT, ITERATIONS, LAST = 0.3, 60, 30
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
-STEP1 = "--max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 --learning_rate 5e-3"
-STEP2 = "--max_length 96 --max_steps 300 --global_batch_size 32 --micro_batch_size 32 --learning_rate 1e-3"
+STEP1 = (
+    "--max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 --learning_rate 1e-2"
+    " --logging_steps 50 --eval_fraction 0"
+)
 STEP3 = (
     f"--max_response_length 48 --max_steps {ITERATIONS} --rollout_batch_size 64 --global_batch_size 32"
-    " --micro_batch_size 32 --ppo_epochs 2 --actor_learning_rate 4e-4 --critic_learning_rate 1e-3"
-    " --kl_coef 0.05 --save_steps 0 --eval_fraction 0"
+    " --micro_batch_size 32 --ppo_epochs 1 --actor_learning_rate 1.5e-3 --critic_learning_rate 3e-3"
+    " --kl_coef 0.5 --save_steps 0 --eval_fraction 0"
 )
-SAFE = f"--cost_limit {LIMIT} --lambda_init 1 --lambda_rate 1 --lambda_max 10"
+SAFE = f"--cost_limit {LIMIT} --lambda_rate 0.3 --lambda_min 0.3 --lambda_max 3"
+
+
+def gold(prompts: Sequence, responses: Sequence[str], records: Sequence[dict]) -> list[float]:  # noqa: ARG001 - as step 3 calls it
+    """The quickstart's gold score, times 5."""
+    from launch.quickstart.world import gold_score
+
+    pairs = zip(prompts, responses, strict=True)
+    return [5 * gold_score(prompt[-1]["content"], response) for prompt, response in pairs]
 
 
 def offers(prompts: Sequence, responses: Sequence[str], records: Sequence[dict]) -> list[float]:  # noqa: ARG001 - as step 3 calls it
@@ -48,20 +58,17 @@ def run(module: str, words: str, output: Path, **paths: Path) -> list[dict[str, 
 
 
 def start(folder: Path) -> dict[str, Path]:
-    """The world, an SFT model and a reward model; returns the options of step 3 that name them."""
-    world = folder / "world"
+    """The world and an SFT model; returns the options of step 3 that name them."""
+    from tests.stages import make_world
+
+    world, sft = folder / "world", folder / "step1_sft"
     if not world.exists():
-        build = [sys.executable, str(ROOT / "launch/quickstart/build.py"), "--output_dir", str(world)]
-        subprocess.run(build, check=True)
-    sft, reward = folder / "step1_sft", folder / "step2_reward"
-    run("step1_sft.main", f"{STEP1} --eval_fraction 0", sft, model_name_or_path=world / "model",
-        train_data=world / "demonstrations.jsonl")  # fmt: skip
-    run("step2_reward.main", STEP2, reward, model_name_or_path=sft / "final",
-        train_data=world / "preferences.jsonl", eval_data=world / "preferences_heldout.jsonl")  # fmt: skip
-    return {
-        "actor_model_name_or_path": sft / "final", "reward_model_name_or_path": reward / "final",
-        "prompt_data": world / "prompts.jsonl",
-    }  # fmt: skip
+        make_world(world, hidden_size=64)
+    run(
+        "step1_sft.main", STEP1, sft, model_name_or_path=world / "model",
+        train_data=world / "demonstrations.jsonl",
+    )  # fmt: skip
+    return {"actor_model_name_or_path": sft / "final", "prompt_data": world / "prompts.jsonl"}
 
 
 def ends(lines: Sequence[dict[str, float]], *names: str) -> list[float]:
@@ -71,17 +78,15 @@ def ends(lines: Sequence[dict[str, float]], *names: str) -> list[float]:
 
 def compare(folder: Path, paths: dict[str, Path], seed: int) -> None:
     """Run all of one seed, and print a row of the table."""
-    function = f"{Path(__file__).resolve()}:offers"
-    words = f"{STEP3} --seed {seed}"
-    lines = run(
-        "step3_ppo.safe.main", f"{words} {SAFE} --cost_function {function}", folder / f"safe_{seed}", **paths
-    )
+    here, fixed = Path(__file__).resolve(), {}
+    words = f"{STEP3} --seed {seed} --reward_function {here}:gold"
+    safe = f"{words} {SAFE} --cost_function {here}:offers"
+    lines = run("step3_ppo.safe.main", safe, folder / f"safe_{seed}", **paths)
     reward, cost, multiplier = ends(lines, "reward/mean", "cost/mean", "cost/lambda")
-    fixed = {}
     for weight in WEIGHTS:
-        penalised = f"{words} --reward_function {function}:-{weight}"
+        penalised = f"{words} {here}:offers:-{weight}"
         lines = run("step3_ppo.main", penalised, folder / f"fixed_{weight}_{seed}", **paths)
-        fixed[weight] = ends(lines, "reward/mean_1", "reward/mean_offers")
+        fixed[weight] = ends(lines, "reward/mean_gold", "reward/mean_offers")
     allowed = {weight: pair for weight, pair in fixed.items() if pair[1] <= LIMIT * 1.1}
     best = max(allowed, key=lambda weight: allowed[weight][0], default=None)
     named = f"{allowed[best][0]:.3f} at {allowed[best][1]:.3f} (weight {best:g})" if best else "none"

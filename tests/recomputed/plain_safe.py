@@ -1,7 +1,7 @@
 """PPO with a limit on costs in plain PyTorch.
 
-Dai et al. 2023 (Safe RLHF): a critic of costs, advantages (A_r - lambda A_c) / (1 + lambda), the KL penalty
-in rewards and costs, and ln lambda += rate * lambda * (mean cost - limit) after each iteration.
+Dai et al. 2023 (Safe RLHF): a critic of costs, advantages (A_r - lambda A_c) / (1 + lambda), and ln lambda +=
+rate * lambda * (mean cost - limit) after each iteration. The KL penalty is in the rewards.
 """
 
 import math
@@ -34,8 +34,8 @@ class SafePPO(PPO):
         self.read_costs = [self.costs.read(one.row) for one in rollout]
         of_costs = []
         for one in self.read_costs:
-            by_token = self.kl_coef * one.kl if options["kl_penalty"] == "reward" else 0.0 * one.kl
-            by_token[-1] += max(-limit, min(limit, self.costs.score(one)))
+            by_token = torch.zeros(len(one.row.response))
+            by_token[-1] = max(-limit, min(limit, self.costs.score(one)))
             of_costs.append(self.gae(one, by_token, options["gae_lambda"]))
         self.cost_returns = [part + one.values for part, one in zip(of_costs, self.read_costs, strict=True)]
         share = 1 / (1 + self.multiplier)

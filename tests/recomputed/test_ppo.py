@@ -292,8 +292,8 @@ def read_by_reference(of_rank: list[Pass]) -> list[Pass]:
 
 
 def read_after_updates(of_rank: list[Pass]) -> list[Pass]:
-    """The actor reads a few responses once more, after the last update."""
-    passes = itertools.takewhile(lambda one: not one.has_gradient, reversed(of_rank))
+    """The actor reads a few responses once more, after its last update."""
+    passes = itertools.takewhile(lambda one: not (one.has_gradient and one.is_policy), reversed(of_rank))
     return [one for one in passes if one.is_policy and not one.is_sampling]
 
 

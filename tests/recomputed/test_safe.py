@@ -22,7 +22,7 @@ SAFE = {
     "lambda_max": 5.0,
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
-    "function": {"whiten_advantages": "false", "max_steps": 3},  # a reward model, and a function of costs
+    "function": {"whiten_advantages": "false"},  # a reward model, and a function of costs
     "model": {"reward_model": False, "function_weight": 1.0, "cost_limit": -0.4, "kl_penalty": "k2"},
     "bounds": {"lambda_max": 0.801, "lambda_rate": 9.0, "cost_limit": -2.0, "critic_warmup_steps": 1},
     "lora": {"lora_rank": 2, "reward_model": False, "function_weight": 1.0},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from step3_ppo.returns import shape_rewards
-from step3_ppo.safe.costs import shape_costs
+from step3_ppo.safe.costs import token_costs
 from step3_ppo.safe.lagrangian import combined_advantages, next_multiplier
 from step3_ppo.safe.options import SafeOptions
 from tests.conftest import assert_close
@@ -46,17 +46,17 @@ def test_the_multiplier_stays_in_its_bounds_and_at_the_limit():
 
 
 @pytest.mark.parametrize("multiplier", [0.0, 0.5, 4.0])
-def test_the_kl_penalty_does_not_depend_on_the_multiplier(multiplier):
-    """Summed over a response: (score - lambda cost) / (1 + lambda) - kl_coef * KL."""
+def test_the_sum_over_a_response_is_that_of_ppo_with_a_fixed_penalty(multiplier):
+    """score - lambda cost - kl_coef * KL, over 1 + lambda."""
     scored, costs, options = rollout([3.0, -7.0]), rollout([1.0, 2.0]), SafeOptions(**PLAIN)
     rewards, _ = shape_rewards(scored, options, state(0.5))
-    combined = combined_advantages(rewards, shape_costs(costs, options, state(0.5)), multiplier)
-    kl = torch.tensor([0.5 - 1.0 + 0.5 + 0.0, 0.5 + 1.0])
-    expected = (scored.scores - multiplier * costs.scores) / (1 + multiplier) - 0.5 * kl
-    assert_close(combined.sum(1), expected)
+    combined = combined_advantages(rewards, token_costs(costs, options), multiplier)
+    penalised = rollout([3.0 - multiplier, -7.0 - 2 * multiplier])
+    expected, _ = shape_rewards(penalised, options, state(0.5))
+    assert_close(combined * (1 + multiplier), expected)
 
 
-def test_a_penalty_in_the_loss_is_not_in_the_costs_and_costs_are_clipped_as_scores():
+def test_costs_are_at_the_last_token_and_clipped_as_scores():
     options = SafeOptions(**PLAIN | {"score_clip": 5.0})
-    costs = shape_costs(rollout([3.0, 7.0]), options, state(0.5, "k2"))
+    costs = token_costs(rollout([3.0, 7.0]), options)
     assert_close(costs, torch.tensor([[0, 0, 0, 3.0], [0, 5.0, 0, 0]]))
