@@ -13,9 +13,7 @@ KTO         kto_tag                                       -> label
 PRM800K     question: {problem}, label: {steps}           -> prompt, steps, labels
 Shepherd    input: "... Step 1: ... ки", label            -> the same
 soft labels: preference is a number, the probability of A -> the same, and the probability of chosen
-
-PKU-SafeRLHF response_0, response_1, better_response_id or safer_response_id, is_response_0_safe, ...
-                                                      -> prompt, chosen, rejected, signs of harm
+PKU-SafeRLHF response_0, response_1 and their labels      -> prompt, chosen, rejected, signs of harm
 
 In all formats, `system` becomes the first message.
 """
