@@ -13,11 +13,12 @@ from step3_ppo.errors import checkpoint_on_error
 from step3_ppo.metrics import as_markdown, evaluate
 from step3_ppo.models import Models, ModelSources, load_actor
 from step3_ppo.options import PPOOptions
+from step3_ppo.state import PPOState
 
 
 def log_evaluation(
     loop: TrainingLoop, models: Models, held_out: Sequence[Prompt], options: PPOOptions,
-    sources: ModelSources, trained: Sequence[Engine], shown: list[str],
+    sources: ModelSources, trained: Sequence[Engine], state: PPOState, shown: list[str],
 ) -> bool:  # fmt: skip
     """Evaluate the policy and write metrics and samples; true if it is the best so far, written to best/.
 
@@ -26,7 +27,7 @@ def log_evaluation(
     seed_everything(options.seed, loop.state.step)
     loop.state.unevaluated = True  # until the functions have succeeded
     with checkpoint_on_error(loop), states_away(trained):
-        metrics, samples = evaluate(models, held_out, options)
+        metrics, samples = evaluate(models, held_out, options, state)
     is_best = loop.log_evaluation(metrics, shown)
     loop.writer.samples(loop.state.step, samples)
     loop.writer.text(loop.state.step, "samples", as_markdown(samples))

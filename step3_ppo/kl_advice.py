@@ -37,7 +37,7 @@ def warn_of_penalty(metrics: dict[str, float], options: PPOOptions) -> None:
     metrics: of the first iteration.
     """
     penalty, truncated = options.missing_eos_penalty, 1.0 - metrics["response/eos_rate"]
-    spread = 1.0 if options.normalise_scores else metrics["reward/std"]
+    spread = 1.0 if options.normalise_scores == "sum" else metrics["reward/std"]
     if penalty and truncated and penalty >= spread:
         log(
             f"warning: --missing_eos_penalty {penalty:g} is as large as the spread of the first scores"

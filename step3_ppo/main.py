@@ -20,6 +20,7 @@ from step3_ppo.held_out import log_evaluation
 from step3_ppo.kl_advice import advise, warn_of_penalty
 from step3_ppo.metrics import rollout_metrics, speed
 from step3_ppo.models import build_models, check_inputs, export_models
+from step3_ppo.objectives import comparable_scores
 from step3_ppo.optimise import optimise
 from step3_ppo.options import PPOOptions
 from step3_ppo.ptx import PretrainingMix, load_texts
@@ -58,7 +59,7 @@ def main() -> None:
     pretraining = PretrainingMix(texts, options, state) if texts else None
 
     evaluate_and_log = partial(
-        log_evaluation, loop, models, held_out, options, sources, trained, SHOWN_OF_EVALUATION
+        log_evaluation, loop, models, held_out, options, sources, trained, state, SHOWN_OF_EVALUATION
     )
     if loop.first_evaluation_is_due:
         evaluate_and_log()
@@ -78,8 +79,9 @@ def main() -> None:
             rollout = score_rollout(models, prompts, rollout, options)
             rollout, redrawn = redraw_equal_groups(models, train, indices, rollout, options, step)
             loop.drop_step_if_stopped()
+        rollout = comparable_scores(rollout, models.scorer, options, state)
         # 4. Rewards: KL penalty at every token, score at the last one.
-        rewards, shaped = shape_rewards(rollout, options, state)
+        rewards, shaped = shape_rewards(rollout, models.scorer, options, state)
         # 5. Advantages.
         advantages, returns = estimate_advantages(rollout, rewards, options, state)
         # 6. Update with clipped policy and value losses, over several epochs.

@@ -14,11 +14,13 @@ from common.runtime.options import world_size
 from common.text.prompts import Prompt
 from common.training.means import Mean
 from step3_ppo.models import Models, Scorer
+from step3_ppo.objectives import comparable_scores
 from step3_ppo.options import PPOOptions
 from step3_ppo.process_rewards import describe_steps
 from step3_ppo.rewards import repeated_share, token_kl
 from step3_ppo.rollout import Rollout, sample_rollout
 from step3_ppo.scoring import score_responses, score_rollout
+from step3_ppo.state import PPOState
 
 PERCENTILES = torch.tensor([0.1, 0.5, 0.9])
 # A sampling step beyond training: every evaluation uses the same random numbers.
@@ -26,7 +28,7 @@ EVALUATION_STEP = 1 << 40
 
 
 def evaluate(
-    models: Models, prompts: Sequence[Prompt], options: PPOOptions
+    models: Models, prompts: Sequence[Prompt], options: PPOOptions, state: PPOState
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics on one response to each held-out prompt, and the first samples with their scores."""
     padded = [*prompts, *prompts[:1] * (-len(prompts) % world_size())]  # every rank has as many
@@ -41,9 +43,11 @@ def evaluate(
         )
         judged[name] = scored.scores[: len(prompts)]
     rollout = rollout.pick(range(len(prompts)))
+    rollout = comparable_scores(rollout, models.scorer, options, state)
     figures = {
         "eval/score": rollout.scores.mean().item(),
         "eval/score_std": rollout.scores.std(unbiased=False).item(),
+        **{f"eval/score_{name}": part for name, part in part_means(models.scorer, rollout).items()},
         "eval/kl": response_kl(rollout),
         **{f"eval/{name}": scores.mean().item() for name, scores in judged.items()},
         **{f"eval/{name}": value for name, value in describe_responses(rollout).items()},
@@ -61,7 +65,7 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
         "reward/p10": low,
         "reward/median": median,
         "reward/p90": high,
-        **describe_parts(models.scorer, rollout.score_parts),
+        **describe_parts(models.scorer, rollout),
         **(describe_steps(process, rollout.step_scores, rollout.step_ends) if process else {}),
         "kl/mean": response_kl(rollout),
         **kl_by_quarter(rollout),
@@ -72,17 +76,22 @@ def rollout_metrics(models: Models, rollout: Rollout, returns: Tensor | None) ->
     return {name: Mean(value) for name, value in metrics.items()}
 
 
-def describe_parts(scorer: Scorer, parts: Tensor) -> dict[str, float]:
-    """Mean of each part of the scores (B, M + F + P) if there are several, and the std of reward models."""
-    count = len(scorer.rewards)
-    names = [*range(1, count + 1), *(function.name for function in scorer.functions)]
+def part_means(scorer: Scorer, rollout: Rollout) -> dict[str, float]:
+    """The mean score by each reward model, named by its number, function, and process model, if several."""
+    names = [*map(str, range(1, len(scorer.rewards) + 1)), *(function.name for function in scorer.functions)]
     names += ["process"] * (scorer.process is not None)
-    if len(names) == 1:
-        return {}
-    means = {f"reward/mean_{name}": part.item() for name, part in zip(names, parts.mean(0), strict=True)}
+    return dict(zip(names, rollout.score_parts.mean(0).tolist(), strict=True)) if len(names) > 1 else {}
+
+
+def describe_parts(scorer: Scorer, rollout: Rollout) -> dict[str, float]:
+    """Mean and std of each part of the scores if there are several, and the std between reward models."""
+    means, parts, count = part_means(scorer, rollout), rollout.score_parts, len(scorer.rewards)
+    figures = {f"reward/mean_{name}": mean for name, mean in means.items()}
+    for name, std in zip(means, parts.std(0, unbiased=False).tolist(), strict=False):
+        figures[f"reward/std_{name}"] = std
     if count > 1:
-        means["reward/std_between"] = parts[:, :count].std(1, unbiased=False).mean().item()
-    return means
+        figures["reward/std_between"] = parts[:, :count].std(1, unbiased=False).mean().item()
+    return figures
 
 
 def describe_values(rollout: Rollout, returns: Tensor, name: str = "value") -> dict[str, float]:

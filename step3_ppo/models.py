@@ -22,12 +22,15 @@ from common.model.reward_ensemble import RewardModel, load_encoders, load_member
 from common.model.roles import check_scalar_model, policy_config
 from common.model.zero import frozen_config, load_zero_config, unpartitioned
 from common.runtime.distributed import log
+from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_model
 from common.training.run_folder import check_folder
 from step3_ppo.options import PPOOptions
 from step3_ppo.process_rewards import ProcessModel, check_process, load_process_model
 from step3_ppo.reward_functions import RewardFunction, load_functions
+
+TAKEN = ("std", "between", "process")  # by eval/score_std, reward/std_between, reward/mean_process
 
 
 @dataclass
@@ -104,6 +107,8 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     Returns the options with a --max_prompt_length that fits. Raises UserError.
     """
     functions = load_functions(options.reward_function, "reward_function")
+    if taken := [function.title for function in functions if function.name in TAKEN]:
+        raise UserError(f"{taken[0]}: a metric has this name; rename the function")
     gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
     if options.gold_reward_model:
         check_scalar_model(options.gold_reward_model, "gold_reward_model")

@@ -66,7 +66,12 @@ class ScoringOptions(EnsembleOptions, ProcessOptions):
         "", "Gold reward model for held-out responses, for evaluation only.", resume="model"
     )
     gold_function: str = option("", "Gold function, for evaluation only: FILE.py:NAME.", resume="function")
-    normalise_scores: bool = option(False, "Normalise scores by the running mean and std of all scores.")
+    normalise_scores: Literal["off", "sum", "each"] = option(
+        "off",
+        "Normalise by the running mean and std of all scores. sum: the weighted sum of reward models and"
+        " functions; each: every reward model and function by its own mean and std, before its weight.",
+        switch=("off", "sum"),
+    )
     score_clip: float = option(10.0, "Clip scores to -/+ this; 0: do not clip.", at_least=0)
     missing_eos_penalty: float = option(
         1.0, "Subtracted from the score of a response without EOS.", at_least=0

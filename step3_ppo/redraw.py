@@ -10,6 +10,7 @@ from common.data.examples import Examples
 from common.runtime.options import world_size
 from common.training.means import Mean
 from step3_ppo.models import Models
+from step3_ppo.objectives import scores_within_rollout
 from step3_ppo.options import PPOOptions
 from step3_ppo.rollout import Rollout, concatenate, sample_rollout
 from step3_ppo.scoring import score_rollout
@@ -44,7 +45,11 @@ def redraw_equal_groups(
     group, drawn, seen = options.samples_per_prompt, 0, {*used}
     if group == 1:
         return rollout, {}
-    first = spread = has_spread(rollout.scores, group)
+
+    def spread_of(scored: Rollout) -> Tensor:
+        return has_spread(scores_within_rollout(scored, models.scorer, options), group)
+
+    first = spread = spread_of(rollout)
     for attempt in range(1, options.max_redraws + 1):
         if spread.all():
             break
@@ -58,12 +63,12 @@ def redraw_equal_groups(
         new = score_rollout(models, prompts, replace(new, sharing=rollout.sharing), options)
         new = new.pick(range(len(others) * group))
         groups = [*range(len(spread))]
-        better = has_spread(new.scores, group).nonzero()[:, 0].tolist()
+        better = spread_of(new).nonzero()[:, 0].tolist()
         for slot, other in zip(equal, better, strict=False):
             groups[slot] = len(spread) + other
         rows = [number * group + row for number in groups for row in range(group)]
         rollout = concatenate(rollout, new).pick(rows)
-        spread, seen, drawn = has_spread(rollout.scores, group), seen | {*others}, drawn + len(others)
+        spread, seen, drawn = spread_of(rollout), seen | {*others}, drawn + len(others)
     metrics = {
         "rollout/equal_groups": 1 - first.float().mean().item(),
         "rollout/equal_groups_left": 1 - spread.float().mean().item(),

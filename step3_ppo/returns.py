@@ -15,6 +15,8 @@ from step3_ppo.advantages import (
     reinforce_advantages,
     whitened_returns,
 )
+from step3_ppo.models import Scorer
+from step3_ppo.objectives import normalised_scores
 from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import clip_scores, overlong_shares, repeated_share, token_kl, token_rewards
 from step3_ppo.rollout import Rollout
@@ -23,19 +25,18 @@ from step3_ppo.state import PPOState
 MOVING = 0.9  # decay of the moving baseline per iteration
 
 
-def shape_rewards(rollout: Rollout, options: PPOOptions, state: PPOState) -> tuple[Tensor, dict[str, Mean]]:
+def shape_rewards(
+    rollout: Rollout, scorer: Scorer, options: PPOOptions, state: PPOState
+) -> tuple[Tensor, dict[str, Mean]]:
     """Rewards (B, R): the KL penalty at every token, unless it is in the loss; at the last token also the
     score less its penalties; at the last token of a step also the score of the step.
 
     Also metrics, averaged over responses: `reward/clipped`, the share of clipped scores; `reward/penalty`,
     the penalties for a missing EOS, length, an overlong response and repetition; `reward/total`, the sum of
-    rewards before they are whitened, which the policy maximises. The scores of the rollout join
-    `state.score_scale`.
+    rewards before they are whitened, which the policy maximises. The scores of the rollout join the scales
+    in the state.
     """
-    scores = rollout.scores - rollout.step_scores.sum(1)  # of whole responses alone
-    if options.normalise_scores:
-        state.score_scale.update(scores)
-        scores = state.score_scale.apply(scores)
+    scores = normalised_scores(rollout, scorer, options, state)
     clipped = clip_scores(scores, options.score_clip)
     penalties = (
         options.missing_eos_penalty * ~rollout.ended + options.length_penalty * rollout.response_lengths

@@ -17,7 +17,7 @@ def repeated_share(ids: Sequence[int], size: int = 3) -> float:
 
 @dataclass
 class RunningScale:
-    """Running mean and standard deviation of all scores, to normalise them.
+    """Running mean and standard deviation of scores, to normalise them.
 
     Source: Chan et al. 1983, for batches; Zheng et al. 2023 (PPO-max), section 5.3.
     """
@@ -36,9 +36,31 @@ class RunningScale:
         self.count = total
 
     def apply(self, scores: Tensor) -> Tensor:
-        """Normalised scores (B,): standard deviations from the mean."""
+        """Normalised scores (B,): standard deviations from the mean. Equal scores are only centred."""
         std = math.sqrt(self.squares / self.count)
-        return (scores - self.mean) / max(std, 1e-8)
+        return (scores - self.mean) / (std if std > 1e-8 else 1.0)
+
+
+def scales_of(parts: Tensor) -> list[RunningScale]:
+    """The scale of each of P parts of scores: (B, P) -> P scales."""
+    scales = [RunningScale() for _ in parts.T]
+    update_scales(scales, parts)
+    return scales
+
+
+def update_scales(scales: Sequence[RunningScale], parts: Tensor) -> None:
+    """Add the parts (B, P) of a rollout's scores, each to its own scale."""
+    for scale, part in zip(scales, parts.double().T, strict=True):  # double: equal scores have a std of 0
+        scale.update(part)
+
+
+def standardised(parts: Tensor, scales: Sequence[RunningScale]) -> Tensor:
+    """Each of P parts of scores in standard deviations from its own mean: (B, P) -> (B, P).
+
+    Source: Liu et al. 2026 (GDPO, arXiv 2601.05242), whose means and deviations are those of a group.
+    """
+    apart = [scale.apply(part) for scale, part in zip(scales, parts.double().T, strict=True)]
+    return torch.stack(apart, 1).to(parts.dtype) if apart else parts
 
 
 def clip_scores(scores: Tensor, limit: float) -> Tensor:

@@ -100,10 +100,7 @@ def score_responses(
     rank_parts += [*_function_scores(scorer, encoder, prompts, rollout, rank_rows)]
     stacked = torch.stack(rank_parts, 1) if rank_parts else torch.zeros(len(rank_rows), 0, device=device())
     parts = gather_rows(stacked, rank_rows, len(prompts))  # (B, M + F)
-    of_members, of_functions = parts[:, : len(scorer.rewards)], parts[:, len(scorer.rewards) :]
-    scores = of_functions @ parts.new_tensor([function.weight for function in scorer.functions])
-    if scorer.rewards:
-        scores = scores + combine(of_members.T, scorer.options)
+    scores = combine_parts(parts, scorer)
     if scorer.process is None:
         return Scores(scores, parts, rollout.step_scores, rollout.step_ends)
     weight, how = scorer.process.weight, scorer.process.aggregation
@@ -111,6 +108,16 @@ def score_responses(
     of_steps = aggregate_steps(logprobs, ends, how)  # (B,)
     parts = torch.cat([parts, of_steps[:, None]], dim=1)
     return Scores(scores + weight * of_steps, parts, weight * logprobs, ends)
+
+
+def combine_parts(parts: Tensor, scorer: Scorer) -> Tensor:
+    """The score of each response from its parts (B, M + F): that of the ensemble, and the weighted functions.
+
+    Returns (B,).
+    """
+    of_members, of_functions = parts[:, : len(scorer.rewards)], parts[:, len(scorer.rewards) :]
+    scores = of_functions @ parts.new_tensor([function.weight for function in scorer.functions])
+    return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores
 
 
 def _values(

@@ -1,7 +1,7 @@
 """State of PPO besides the engines."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import assert_never
 
 from step3_ppo.critic_warmup import shortened_warmup
@@ -16,11 +16,14 @@ class PPOState:
     """Saved with every checkpoint, as numbers by name (`TrainState.controllers`)."""
 
     kl: KLPenalty
-    score_scale: RunningScale  # of all scores so far, with --normalise_scores
+    score_scale: RunningScale  # of all scores so far, with --normalise_scores sum
     baseline: float | None = None  # moving average of the mean return, with --reinforce_baseline moving
     ptx_batches: int = 0  # batches of --ptx_data used so far
     entropy_coef: float | None = None  # of the next iteration, with an entropy band
     warmup_steps: int | None = None  # of the critic, if --critic_warmup_until has ended them
+    # With --normalise_scores each, by reward model and function: of all scores so far, and of the first ones.
+    part_scales: list[RunningScale] = field(default_factory=list)
+    first_scales: list[RunningScale] = field(default_factory=list)
 
     @classmethod
     def load(cls, options: PPOOptions, saved: Mapping[str, float]) -> "PPOState":
@@ -32,6 +35,7 @@ class PPOState:
             state.entropy_coef = saved.get("entropy_coef", options.entropy_coef)
         if "warmup_steps" in saved:
             state.warmup_steps = int(saved["warmup_steps"])
+        state.part_scales, state.first_scales = _scales("part", saved), _scales("first", saved)
         return state
 
     def current(self, options: PPOOptions) -> PPOOptions:
@@ -73,7 +77,22 @@ class PPOState:
             numbers["entropy_coef"] = self.entropy_coef
         if self.warmup_steps is not None:
             numbers["warmup_steps"] = self.warmup_steps
-        return numbers
+        return numbers | _numbers("part", self.part_scales) | _numbers("first", self.first_scales)
+
+
+def _numbers(name: str, scales: Sequence[RunningScale]) -> dict[str, float]:
+    """The numbers of scales, as `_scales` reads them."""
+    return {
+        f"{name}_{part}_{number}": value
+        for part, scale in enumerate(scales)
+        for number, value in vars(scale).items()
+    }
+
+
+def _scales(name: str, saved: Mapping[str, float]) -> list[RunningScale]:
+    count = sum(key.startswith(f"{name}_") and key.endswith("_count") for key in saved)
+    names = [one.name for one in fields(RunningScale)]
+    return [RunningScale(*(saved[f"{name}_{part}_{number}"] for number in names)) for part in range(count)]
 
 
 def make_kl_penalty(options: PPOOptions, coef: float) -> KLPenalty:

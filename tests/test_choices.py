@@ -1,7 +1,7 @@
 """Every value of every option with choices has a branch, and a value without one never passes for another."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -12,6 +12,7 @@ from transformers import get_scheduler
 
 from common.generation import generate
 from common.generation.options import GenerationOptions
+from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import combine_scores
 from common.model.shared_prompt import wants_sharing
 from common.text.truncation import Dropped
@@ -34,12 +35,14 @@ from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.best_of_n.select import rejected
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.losses import kl_loss, token_weights
+from step3_ppo.models import Scorer
+from step3_ppo.objectives import normalised_scores
 from step3_ppo.optimise import surrogate
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rewards import RunningScale, aggregate_steps
 from step3_ppo.state import PPOState, make_kl_penalty
-from tests.step3_ppo.test_returns import PLAIN, rollout
+from tests.step3_ppo.test_returns import PLAIN, SCORER, rollout
 from tests.word_encoder import WordEncoder
 
 CLASSES = (
@@ -89,6 +92,12 @@ def estimate(**options: Any) -> None:
     )
 
 
+def normalise(value: str) -> None:
+    scored = replace(rollout([1.0, 2.0]), score_parts=TWO[:, None])
+    scorer, options = Scorer([None], [], EnsembleOptions()), PPOOptions(normalise_scores=value)
+    normalised_scores(scored, scorer, options, PPOState(KLPenalty(0.1), RunningScale()))
+
+
 def keep(value: str) -> None:
     scores = np.array([[1.0, 2.0]])
     best_of_n_files._demonstrations(scores, scores > 0, {}, BestOfNOptions(keep=value))
@@ -127,8 +136,9 @@ DISPATCH: dict[str, Callable[..., Any]] = {
     "token_loss": lambda v: training_loss(TWO, 2, v),
     "reward_combine": lambda v: combine_scores(torch.ones(2, 3), v),
     "kl_penalty": lambda v: shape_rewards(
-        rollout([1.0, 2.0]), PPOOptions(**PLAIN), PPOState(KLPenalty(0.1, v), RunningScale())
+        rollout([1.0, 2.0]), SCORER, PPOOptions(**PLAIN), PPOState(KLPenalty(0.1, v), RunningScale())
     ),
+    "normalise_scores": normalise,
     "kl_controller": lambda v: make_kl_penalty(PPOOptions(kl_controller=v), 0.1),
     "advantage_estimator": lambda v: estimate(advantage_estimator=v),
     "reinforce_baseline": lambda v: estimate(advantage_estimator="reinforce", reinforce_baseline=v),

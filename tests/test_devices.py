@@ -32,6 +32,7 @@ from step2_reward.options import RewardOptions
 from step3_ppo import optimise
 from step3_ppo.metrics import rollout_metrics, speed
 from step3_ppo.models import Scorer
+from step3_ppo.objectives import comparable_scores
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rollout import sample_rollout
@@ -95,7 +96,7 @@ def ppo_step(move: Move, encoder: SegmentEncoder, **more: Any) -> dict[str, Any]
     """Rollout, scoring, rewards, advantages, losses, metrics, controllers and EMA weights."""
     options = PPOOptions(
         rollout_batch_size=8, global_batch_size=4, micro_batch_size=2, generation_batch_size=3, ppo_epochs=2,
-        max_response_length=9, normalise_scores=True, kl_controller="adaptive", entropy_coef=0.1, seed=1,
+        max_response_length=9, normalise_scores="each", kl_controller="adaptive", entropy_coef=0.1, seed=1,
         **more,
     )  # fmt: skip
     policies = [model(LlamaForCausalLM, encoder, seed, move) for seed in (0, 1)]
@@ -114,7 +115,8 @@ def ppo_step(move: Move, encoder: SegmentEncoder, **more: Any) -> dict[str, Any]
     state = PPOState.load(options, {})
     rollout = sample_rollout(models.sampler, encoder, prompts, options, step=1)
     rollout = score_rollout(models, prompts, rollout, options)
-    rewards, metrics = shape_rewards(rollout, options, state)
+    rollout = comparable_scores(rollout, models.scorer, options, state)
+    rewards, metrics = shape_rewards(rollout, models.scorer, options, state)
     advantages, returns = estimate_advantages(rollout, rewards, options, state)
     metrics |= optimise.optimise(models, rollout, advantages, returns, options, state.kl, None, 1)
     metrics |= rollout_metrics(models, rollout, returns) | speed(rollout, [1.0, 1.0, 1.0], 4, options)

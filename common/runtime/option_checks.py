@@ -40,7 +40,7 @@ def free_to_change(options: Any) -> set[str]:
 
 
 def with_new_names(earlier: dict[str, Any], options: Any) -> dict[str, Any]:
-    """Options of an earlier run, as from `resolved`, under the names that they have now."""
+    """Options of an earlier run, as from `resolved`, with the names and values that they have now."""
     given, renamed = set(earlier.get("given", earlier)), dict(earlier)
     for field in dataclasses.fields(options):
         old_name = field.metadata["formerly"]
@@ -48,6 +48,8 @@ def with_new_names(earlier: dict[str, Any], options: Any) -> dict[str, Any]:
             renamed[field.name] = earlier[old_name]
             renamed.pop(old_name, None)
             given |= {field.name} if old_name in given else set()
+        if field.metadata["switch"] and isinstance(earlier.get(field.name), bool):
+            renamed[field.name] = field.metadata["switch"][earlier[field.name]]
     return renamed | ({"given": sorted(given & renamed.keys())} if "given" in earlier else {})
 
 

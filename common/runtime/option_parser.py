@@ -9,6 +9,7 @@ import re
 import shutil
 import textwrap
 import typing
+from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 
 from common.runtime.options import UserError
@@ -134,6 +135,8 @@ def _add(group: Any, field: dataclasses.Field) -> None:
         settings |= {"type": _to_bool, "nargs": "?", "const": True}
     elif typing.get_origin(kind) is Literal:
         settings |= {"type": str, "choices": typing.get_args(kind)}
+        if switch := field.metadata["switch"]:
+            settings |= {"type": partial(_to_choice, switch), "nargs": "?", "const": switch[True]}
     if kind is not field.type:
         settings["nargs"] = "+"
     _add_names(group, field.name, settings)
@@ -198,6 +201,14 @@ def _to_bool(text: str) -> bool:
     if text.lower() in ("no", "false", "f", "n", "0"):
         return False
     raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+
+
+def _to_choice(switch: tuple[str, str], text: str) -> str:
+    """A choice as it is; for false and true, the choice that stands for it."""
+    try:
+        return switch[_to_bool(text)]
+    except argparse.ArgumentTypeError:
+        return text
 
 
 def _suggestion(unknown: str, options_class: type) -> str:

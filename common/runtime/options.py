@@ -39,13 +39,15 @@ Resume = Literal["same", "free", "data", "model", "function", "centring"]
 
 def option(
     default: Any, help: str, required: bool = False, resume: Resume = "same", formerly: str = "",
-    **limits: float,
+    switch: tuple[str, str] | None = None, **limits: float,
 ) -> Any:  # fmt: skip
     """A dataclass field with its help text and, optionally, the limits `at_least`, `above` or `at_most`.
 
-    formerly: an older name, which is still accepted; several options may share one.
+    formerly: an older name, which is still accepted; several options may share one. switch: the choices that
+    stand for false and true, which an option with choices still accepts if it was a switch.
     """
-    metadata = {"help": help, "required": required, "resume": resume, "formerly": formerly, "limits": limits}
+    metadata = {"help": help, "required": required, "resume": resume, "formerly": formerly, "switch": switch}
+    metadata["limits"] = limits
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

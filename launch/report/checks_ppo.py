@@ -32,17 +32,17 @@ def truncation(rates: Values, missing_eos_penalty: float | None = None) -> Findi
     )
 
 
-def large_penalties(penalties: Values, spreads: Values, normalise_scores: bool = False) -> Finding | None:
+def large_penalties(penalties: Values, spreads: Values, normalise_scores: str = "off") -> Finding | None:
     """Penalties at least as large as the spread of the scores."""
     (_, penalty), (_, spread) = ends(penalties), ends(spreads)
-    spread = 1.0 if normalise_scores else spread
+    spread = 1.0 if normalise_scores == "sum" else spread
     if penalty <= 0 or penalty < spread:
         return None
     return Finding(
         f"Penalties dominate: reward/penalty is {penalty:.3g} at the end; scores have a standard deviation of"
         f" {spread:.3g}.",
         "a longer --max_response_length; a lower --missing_eos_penalty, --length_penalty or"
-        " --repetition_penalty; --normalise_scores.",
+        " --repetition_penalty; --normalise_scores sum.",
     )
 
 
@@ -69,7 +69,7 @@ def blind_critic(explained: Values) -> Finding | None:
     return Finding(
         f"The critic does not learn: value/explained_var has a median of {later:.2f} in the second half."
         " Below 0, it predicts worse than a constant.",
-        "a higher --critic_learning_rate; --critic_warmup_steps; --normalise_scores; larger rollouts.",
+        "a higher --critic_learning_rate; --critic_warmup_steps; --normalise_scores sum; larger rollouts.",
     )
 
 

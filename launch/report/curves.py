@@ -41,6 +41,8 @@ PANELS: dict[str, dict[str, tuple[str, ...]]] = {
         "Score of each reward model and function": ("reward/mean_*",),
         "Probability that a step is right; of the worst step": ("process/mean", "process/min"),
         "Spread of scores": ("reward/std", "eval/score_std", "reward/std_between", "cost/std"),
+        "Spread of each reward model and function": ("reward/std_*",),
+        "Score of each on held-out prompts": ("eval/score_*",),
         "KL to the reference, nats per response": ("kl/mean", "eval/kl"),
         "KL by quarter of the response, nats per token": ("kl/quarter_*",),
         "Coefficient of the KL penalty": ("kl/coef",),
@@ -124,7 +126,7 @@ def draw_all(lines: Sequence[Line], folder: Path) -> tuple[dict[str, list[Pictur
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # characters missing in the font
-                by_group.setdefault(group, []).append(_save(*draw(), path))
+                by_group.setdefault(group, []).append(save_picture(*draw(), path))
         except OSError:
             raise
         except Exception as error:  # noqa: BLE001 - Matplotlib raises anything for odd names and numbers
@@ -148,7 +150,7 @@ def panels(names: Sequence[str]) -> Iterator[tuple[str, str, list[str]]]:
 
 def draw_panel(title: str, names: Sequence[str], lines: Sequence[Line]) -> tuple[Any, str]:
     """Plot metrics over steps (held-out: dashed), percentiles as a band. Returns figure and description."""
-    figure, (axes,) = _figure(title, (4.8, 3.1), 1)
+    figure, (axes,) = new_figure(title, (4.8, 3.1), 1)
     descriptions = []
     steps, low, high = columns(lines, "step", *BAND)
     if steps and set(BAND) <= set(names):
@@ -173,7 +175,7 @@ def draw_trade(lines: Sequence[Line]) -> tuple[Any, str]:
     steps, kls, scores, golds = columns(lines, "step", "eval/kl", "eval/score", "eval/gold")
     distance = [max(kl, 0.0) ** 0.5 for kl in kls]  # estimates may be negative
     top = peak(golds)
-    figure, (upper, lower) = _figure(TRADE, (7.2, 4.6), 2)
+    figure, (upper, lower) = new_figure(TRADE, (7.2, 4.6), 2)
     for axes, values, name, colour in (
         (upper, scores, "score", COLOURS[0]),
         (lower, golds, "gold", COLOURS[1]),
@@ -192,7 +194,7 @@ def draw_trade(lines: Sequence[Line]) -> tuple[Any, str]:
     )
 
 
-def _figure(title: str, size: tuple[float, float], rows: int) -> tuple[Any, Any]:
+def new_figure(title: str, size: tuple[float, float], rows: int) -> tuple[Any, Any]:
     """A figure and its axes from top to bottom."""
     from matplotlib.figure import Figure
 
@@ -206,7 +208,7 @@ def _figure(title: str, size: tuple[float, float], rows: int) -> tuple[Any, Any]
     return figure, all_axes
 
 
-def _save(figure: Any, alt: str, path: Path) -> Picture:
+def save_picture(figure: Any, alt: str, path: Path) -> Picture:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return Picture(path, alt)

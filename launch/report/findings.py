@@ -150,7 +150,7 @@ RULES = [
     Rule("clipped scores", "ppo", "reward/clipped",
          when(lambda clipped: clipped.end > 0.2,
               "Clipped scores: {end:.0%} of scores exceed --score_clip at the end.",
-              "a higher --score_clip; --normalise_scores.")),
+              "a higher --score_clip; --normalise_scores sum.")),
     Rule("spread of scores", "ppo", "reward/std",
          when(lambda spread: spread.end < 1e-3,
               "Equal scores: reward/std is {end:.2g} at the end, which leaves nothing to learn from.",

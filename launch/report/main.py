@@ -15,6 +15,7 @@ from common.runtime.options import UserError
 from launch.report.curves import draw_all
 from launch.report.findings import check_run
 from launch.report.page import Chapter, page
+from launch.report.pareto import draw_fronts
 from launch.report.read import Run
 from launch.report.scan import scan
 from launch.report.state import state_of
@@ -36,7 +37,8 @@ def write_report(root: Path) -> Path:
         for evaluation in seen.evaluations:
             chapters.setdefault(evaluation.folder, []).append(evaluation)
         in_order = [one for folder in seen.folders for one in chapters.get(folder, [])]
-        text = page(root, in_order, seen.others, seen.problems)
+        fronts, undrawn = draw_fronts(seen.runs, root / "report")
+        text = page(root, in_order, seen.others, [*seen.problems, *undrawn], fronts)
         with naming(file):
             file.write_bytes(text.encode(errors="replace"))  # lone surrogates
     except OSError as error:

@@ -25,14 +25,19 @@ class Chapter(NamedTuple):
 
 
 def page(
-    root: Path, chapters: Sequence[Chapter | Evaluation], others: Sequence[str], problems: Sequence[str]
-) -> str:
+    root: Path, chapters: Sequence[Chapter | Evaluation], others: Sequence[str], problems: Sequence[str],
+    fronts: Sequence[Picture] = (),
+) -> str:  # fmt: skip
     """The report on a folder.
 
-    others: folders that are not shown. problems: sentences about files that belong to no chapter.
+    others: folders that are not shown. problems: sentences about files that belong to no chapter. fronts:
+    pictures of several runs.
     """
     name = root.resolve().name
     contents, bodies = [], []
+    if fronts:
+        contents.append('<li><a href="#objectives">Objectives: runs with other weights</a></li>')
+        bodies += ['<h2 id="objectives">Objectives</h2>', parts.gallery(fronts, is_wide=True)]
     for number, chapter in enumerate(chapters, start=1):
         is_run = isinstance(chapter, Chapter)
         folder = chapter.run.folder if is_run else chapter.folder

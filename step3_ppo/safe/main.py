@@ -22,6 +22,7 @@ from step3_ppo.held_out import log_evaluation
 from step3_ppo.kl_advice import advise, warn_of_penalty
 from step3_ppo.metrics import rollout_metrics, speed
 from step3_ppo.models import build_critic, build_models, check_inputs, export_models, load_critic
+from step3_ppo.objectives import comparable_scores
 from step3_ppo.optimise import optimise, optimise_critic
 from step3_ppo.ptx import PretrainingMix, load_texts
 from step3_ppo.returns import generalised, shape_rewards
@@ -65,7 +66,7 @@ def main() -> None:
     pretraining = PretrainingMix(texts, options, state) if texts else None
 
     evaluate_and_log = partial(
-        log_evaluation, loop, models, held_out, options, sources, trained, SHOWN_OF_EVALUATION
+        log_evaluation, loop, models, held_out, options, sources, trained, state, SHOWN_OF_EVALUATION
     )
     if loop.first_evaluation_is_due:
         evaluate_and_log()
@@ -86,7 +87,8 @@ def main() -> None:
             costs = score_again(cost_critic, cost_scorer, encoder, prompts, rollout, options)
             loop.drop_step_if_stopped()
         # 4. Rewards as in PPO; the cost at the last token.
-        rewards, shaped = shape_rewards(rollout, options, state)
+        rollout = comparable_scores(rollout, models.scorer, options, state)
+        rewards, shaped = shape_rewards(rollout, models.scorer, options, state)
         # 5. Two advantages, combined by the multiplier.
         of_rewards, returns = generalised(rollout, rewards, options)
         of_costs, cost_returns = generalised(costs, token_costs(costs, options), options)

@@ -45,7 +45,7 @@ class SafeOptions(PPOOptions):
                 " allowed: gae"
             )
         if self.whiten_rewards:
-            raise UserError("--whiten_rewards: scales rewards, but not costs; allowed: --normalise_scores")
+            raise UserError("--whiten_rewards: scales rewards, but not costs; use --normalise_scores sum")
         if not self.lambda_min <= self.lambda_init <= self.lambda_max:
             raise UserError(
                 f"--lambda_init {self.lambda_init}: must be from --lambda_min {self.lambda_min} to"

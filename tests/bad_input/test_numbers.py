@@ -48,6 +48,8 @@ REFUSED = [
     ("step3_ppo", ["--overlong_buffer", "100000"], "--overlong_buffer 100000"),
     ("step3_ppo", ["--max_redraws", "3"], "--max_redraws 3"),
     ("step3_ppo", ["--max_redraws", "1000"], "--max_redraws"),
+    ("step3_ppo", ["--normalise_scores", "parts"], ["--normalise_scores", "off", "sum", "each"]),
+    ("step3_ppo", ["--normalise_scores", "each", "none"], "none"),
     ("step3_ppo", ["--overlong_penalty", "0"], "--overlong_penalty"),
     ("step3_ppo", ["--process_weight", "0"], "--process_weight"),
     ("step3_ppo", ["--process_model_name_or_path", "DIR/none"], "DIR/none: No such folder"),

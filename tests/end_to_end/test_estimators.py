@@ -22,6 +22,9 @@ def by_length(prompts, responses, records):
 def by_letter(prompts, responses, records):
     return [text.count("e") - 2.0 for text in responses]
 
+def between(prompts, responses, records):
+    return [0.0] * len(responses)
+
 def raises(prompts, responses, records):
     return [1 / (record != json.loads(os.environ["CULPRIT"])) for record in records]
 
@@ -49,7 +52,7 @@ def options(world: Path, run: Path, output: Path, *words: str, steps: int = 3) -
 
 
 ESTIMATORS = {
-    "reinforce": ["--reinforce_baseline", "moving", "--normalise_scores"],
+    "reinforce": ["--reinforce_baseline", "moving", "--normalise_scores", "sum"],
     "rloo": LORA,
     "group": ["--repetition_penalty", "0.5", "--length_penalty", "0.01"],
     "reinforce_pp": ["--whiten_rewards"],
@@ -101,6 +104,7 @@ BAD = {
     "missing.py:f": ["there is no file"],
     "{file}": ["FILE.py:NAME"],
     "{file}:nothing": ["has no function nothing"],
+    "{file}:between": ["--reward_function between", "rename the function"],
     "{file}:by_length {file}:by_length:2": ["by_length is given twice"],
     "{file}:raises": ["raises", "ZeroDivisionError: division by zero", "{record}"],
     "{file}:not_a_number": ["not_a_number: returned nan for record", "finite number"],

@@ -140,7 +140,7 @@ def test_stop_within_a_step_drops_the_step(
 ) -> None:
     """A stop while step 2 samples, and on the other rank while step 3 scores: each leaves out the rest."""
     full, parts = tmp_path / "full", tmp_path / "parts"
-    extra = [*zero_config(tmp_path, 2), "--normalise_scores", "--whiten_rewards"]
+    extra = [*zero_config(tmp_path, 2), "--normalise_scores", "sum", "--whiten_rewards"]
     succeed(STAGES["ppo"], [*words("ppo", world, run, full, 4), *extra], tmp_path, ranks=2)
     options = [*words("ppo", world, run, parts, 4), *extra]
     for part, left_out, step in (

@@ -5,7 +5,8 @@ coefficient, value clipping), Ye et al. 2020 (dual clip), Ouyang et al. 2022 (PP
 (RLOO), Shao et al. 2024 (GRPO), Hu 2025 (REINFORCE++), Schulman 2020 (k1, k2, k3), Yu et al. 2025 (DAPO:
 clip-higher, means over tokens, overlong penalty), Yue et al. 2025 (VAPO: two lambdas), Liu et al. 2025 (Dr.
 GRPO: sums over a constant), Zheng et al. 2025 (GSPO-token), MiniMax 2025 (CISPO),
-Yuan et al. 2025 (VC-PPO: the end of the warmup), He et al. 2025 (Skywork-OR1: entropy).
+Yuan et al. 2025 (VC-PPO: the end of the warmup), He et al. 2025 (Skywork-OR1: entropy),
+Liu et al. 2026 (GDPO: rewards standardised before their sum).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -98,6 +99,8 @@ class PPO:
         )
         self.has_critic = options["advantage_estimator"] == "gae"
         self.all_scores: list[float] = []
+        self.all_parts: list[tuple[float, float]] = []
+        self.first_parts: Tensor | None = None  # of the first evaluation
         self.baseline: float | None = None
         self.average: dict[str, Tensor] = {}
 
@@ -153,7 +156,11 @@ class PPO:
         return by_model, by_function
 
     def score(self, one: Scored) -> float:
-        return one.by_model + self.scorer.weight * one.by_function
+        """For metrics: of normalised parts, by the mean and deviation of the first evaluation."""
+        by_model, by_function = one.by_model, one.by_function
+        if self.options.get("normalise_scores") == "each":
+            by_model, by_function = standardise((by_model, by_function), self.first_parts)
+        return by_model + self.scorer.weight * by_function
 
     # Rewards and advantages
 
@@ -161,10 +168,16 @@ class PPO:
         """Per token: the KL penalty, and at the last one the score less its penalties."""
         options, rewards, clipped, penalties = self.options, [], 0, []
         normalised = [self.score(one) for one in rollout]
-        if options.get("normalise_scores"):
-            self.all_scores += normalised
-            seen = torch.tensor(self.all_scores).double()
-            normalised = [(x - seen.mean().item()) / seen.std(correction=0).item() for x in normalised]
+        match options.get("normalise_scores"):
+            case "sum":
+                self.all_scores += normalised
+                seen = torch.tensor(self.all_scores).double()
+                normalised = [(x - seen.mean().item()) / seen.std(correction=0).item() for x in normalised]
+            case "each":
+                parts = [(one.by_model, one.by_function) for one in rollout]
+                self.all_parts += parts
+                apart = [standardise(part, torch.tensor(self.all_parts)) for part in parts]
+                normalised = [by_model + self.scorer.weight * other for by_model, other in apart]
         for one, score in zip(rollout, normalised, strict=True):
             limit = options["score_clip"] or torch.inf
             clipped += abs(score) > limit
@@ -434,6 +447,8 @@ class PPO:
         if self.scorer.reward_model and self.scorer.function:
             line["reward/mean_1"] = mean([one.by_model for one in rollout])
             line["reward/mean_early"] = mean([one.by_function for one in rollout])
+            parts = torch.tensor([(one.by_model, one.by_function) for one in rollout])
+            line["reward/std_1"], line["reward/std_early"] = parts.std(0, correction=0).tolist()
         for quarter in range(4):
             part = [
                 kl
@@ -450,8 +465,12 @@ class PPO:
 
     def evaluate(self, step: int, rows: Sequence[Sampled]) -> dict[str, float]:
         rollout = [self.read(row) for row in rows]
+        parts = torch.tensor([(one.by_model, one.by_function) for one in rollout])
+        self.first_parts = parts if self.first_parts is None else self.first_parts
         every = torch.tensor([self.score(one) for one in rollout])
+        of_parts = dict(zip(("eval/score_1", "eval/score_early"), parts.mean(0).tolist(), strict=True))
         return {
+            **(of_parts if self.scorer.reward_model and self.scorer.function else {}),
             "step": step, "eval/score": every.mean().item(), "eval/score_std": every.std(correction=0).item(),
             "eval/kl": mean([one.kl.sum().item() for one in rollout]),
             **{f"eval/{name}": x for name, x in describe(rows).items()},
@@ -474,6 +493,12 @@ def repeated(response: Sequence[int], size: int) -> float:
     return (
         sum(ngram in ngrams[:number] for number, ngram in enumerate(ngrams)) / len(ngrams) if ngrams else 0.0
     )
+
+
+def standardise(part: tuple[float, float], seen: Tensor) -> tuple[float, float]:
+    """Scores by reward model and function in deviations from the means of others (N, 2)."""
+    means, deviations = seen.double().mean(0).tolist(), seen.double().std(0, correction=0).tolist()
+    return tuple((x - m) / d for x, m, d in zip(part, means, deviations, strict=True))
 
 
 def discounted(numbers: Sequence[Tensor], decay: float) -> Tensor:

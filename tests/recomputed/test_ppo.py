@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gae": {"gae_lambda": 0.9, "gamma": 0.95, "dual_clip": 0.0},
     "gae_warmup": {
         "critic_warmup_steps": 1, "whiten_rewards": "true", "bootstrap_truncated": "true", "max_steps": 3,
-        "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 20, "normalise_scores": "true",
+        "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 20, "normalise_scores": "sum",
         "length_penalty": 0.05, "repetition_penalty": 0.5, "dual_clip": 1.2, "ptx_coef": 0.3,
     },
     "rloo_ptx": {
@@ -79,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
         "advantage_estimator": "reinforce_pp", "gamma": 0.9, "temperature": 1.3, "function_weight": 0.5,
     },
     "function": {"function_weight": -2.0, "reward_model": False},
+    "each": {"function_weight": -2.0, "normalise_scores": "each", "score_clip": 2.0},
     "lora": {"lora_rank": 2},
     "tokens": {"micro_batch_tokens": 45, "ptx_coef": 0.5, "max_steps": 3},
     "sequence": {
@@ -113,7 +114,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stopped": {"advantage_estimator": "reinforce_pp", "max_update_kl": 0.01},
 }  # fmt: skip
 RESUMED = {
-    "max_steps": 3, "lr_scheduler_type": "constant", "normalise_scores": "true", "ptx_coef": 0.5,
+    "max_steps": 3, "lr_scheduler_type": "constant", "normalise_scores": "sum", "ptx_coef": 0.5,
     "kl_controller": "adaptive", "kl_target": 0.5, "kl_horizon": 20, "ema_decay": 0.7, "save_steps": 1,
     "actor_learning_rate": 0.003, "critic_learning_rate": 0.005,
     "micro_batch_size": 2,
@@ -144,9 +145,12 @@ def test_ppo(tiny: Path, tmp_path: Path, case: str, ranks: int) -> None:
         assert not shared or kinds >= {(True, True), (True, False), (False, False)}
 
 
-def test_resumed_ppo(tiny: Path, tmp_path: Path) -> None:
-    """One iteration, then two more: data, demonstrations, coefficient, scale of scores and average go on."""
-    options = {**OPTIONS, **RESUMED}
+@pytest.mark.parametrize(
+    "more", [{}, {"normalise_scores": "each", "function_weight": 0.5}], ids=["sum", "each"]
+)
+def test_resumed_ppo(tiny: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """One iteration, then two more: data, demonstrations, coefficient, scales of scores and average go on."""
+    options = {**OPTIONS, **RESUMED, **more}
     prompts = PROMPTS + MORE_PROMPTS  # two iterations
     with recorded(tmp_path):
         for steps in (1, 3):

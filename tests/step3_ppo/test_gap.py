@@ -218,8 +218,8 @@ def test_default_limits_and_when_scoring_recomputes(actor):
 def test_a_stopped_run_resumes_once_the_sampler_is_right(world, run, tmp_path, monkeypatch):
     """At ZeRO-3, in the second of two micro-batches. Only the iteration of the wrong sampler is lost."""
     uninterrupted, parts = tmp_path / "uninterrupted", tmp_path / "parts"
-    more = ["--ptx_data", str(world / "demonstrations.jsonl"), "--ema_decay", "0.5", "--normalise_scores"]
-    more += ["--zero_config", str(ZERO / "zero3.json"), "--eval_fraction", "0"]
+    more = ["--ptx_data", str(world / "demonstrations.jsonl"), "--ema_decay", "0.5"]
+    more += ["--normalise_scores", "sum", "--zero_config", str(ZERO / "zero3.json"), "--eval_fraction", "0"]
     start = run / "sft/final", run / "reward/final"
     succeed("step3_ppo.main", [*ppo(world, *start, uninterrupted, 3), *more], tmp_path, 2)
     generate = sampling.generate

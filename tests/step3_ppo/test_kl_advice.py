@@ -83,12 +83,13 @@ def test_critic_warmup_does_not_count_as_idle(monkeypatch):
 @pytest.mark.parametrize(
     ("penalty", "spread", "ended", "normalised", "is_warned"),
     [
-        (1.0, 0.4, 0.9, False, True),
-        (0.4, 0.4, 0.9, False, True),
-        (0.3, 0.4, 0.9, False, False),
-        (1.0, 0.4, 1.0, False, False),  # no response is truncated
-        (0.0, 0.0, 0.5, False, False),
-        (0.9, 0.4, 0.5, True, False),  # the spread of normalised scores is 1
+        (1.0, 0.4, 0.9, "off", True),
+        (0.4, 0.4, 0.9, "off", True),
+        (0.3, 0.4, 0.9, "off", False),
+        (1.0, 0.4, 1.0, "off", False),  # no response is truncated
+        (0.0, 0.0, 0.5, "off", False),
+        (0.9, 0.4, 0.5, "sum", False),  # the spread of normalised scores is 1
+        (0.9, 0.4, 0.9, "each", True),  # that of a weighted sum is not
     ],
 )
 def test_warning_of_a_penalty_that_outweighs_the_scores(

@@ -58,7 +58,7 @@ def redrawn(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(module, "sample_rollout", lambda _, __, rows, ___, ____: rollout(rows[::2]))
         monkeypatch.setattr(module, "score_rollout", lambda _, __, new, ___: new)
         options = PPOOptions(samples_per_prompt=2, max_redraws=max_redraws, advantage_estimator="group")
-        models = SimpleNamespace(sampler=None, encoder=None)
+        models = SimpleNamespace(sampler=None, encoder=None, scorer=None)
         result, figures = redraw_equal_groups(models, range(6), prompts, rollout(prompts), options, 1)
         return result, {name.removeprefix("rollout/"): mean.value for name, mean in figures.items()}
 

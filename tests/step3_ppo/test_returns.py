@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.model.options import EnsembleOptions
 from step3_ppo.kl_penalty import KLPenalty
+from step3_ppo.models import Scorer
 from step3_ppo.options import PPOOptions
 from step3_ppo.returns import shape_rewards
 from step3_ppo.rewards import RunningScale
@@ -16,6 +18,7 @@ from tests.step3_ppo.rollouts import rollout_of
 
 # Two responses to prompts of one token: four tokens with a repeated trigram, truncated; two tokens, ended.
 PLAIN = {"score_clip": 0.0, "missing_eos_penalty": 0.0, "kl_coef": 0.0}
+SCORER = Scorer([], [], EnsembleOptions())
 LOGPROBS, REF_LOGPROBS = (
     [[-1.0, -2.0, -0.5, -1.0], [-1.5, -1.0, 0, 0]],
     [[-1.5, -1.0, -1.0, -1.0], [-2, -2, 0, 0]],
@@ -49,7 +52,7 @@ def state(kl_coef: float, kind: str = "reward") -> PPOState:
             0,
             1.0,
         ),
-        ({"normalise_scores": True}, [1.0, -1.0], 0, 0),  # mean -2, standard deviation 5
+        ({"normalise_scores": "sum"}, [1.0, -1.0], 0, 0),  # mean -2, standard deviation 5
         (
             {"score_clip": 5.0, "missing_eos_penalty": 4.0},
             [-1.0, -5.0],
@@ -59,7 +62,7 @@ def state(kl_coef: float, kind: str = "reward") -> PPOState:
     ],
 )
 def test_scores_are_clipped_normalised_and_penalised(options, expected, clipped, penalty):
-    rewards, figures = shape_rewards(rollout([3.0, -7.0]), PPOOptions(**PLAIN | options), state(0.0))
+    rewards, figures = shape_rewards(rollout([3.0, -7.0]), SCORER, PPOOptions(**PLAIN | options), state(0.0))
     assert_close(rewards, torch.tensor([[0, 0, 0, expected[0]], [0, expected[1], 0, 0]]))
     assert figures["reward/clipped"].value == clipped
     assert figures["reward/penalty"].value == pytest.approx(penalty)
@@ -70,28 +73,28 @@ def test_scores_of_steps_are_clipped_alone_and_stay_on_their_tokens():
     """The score of a rollout holds those of its steps; only that of the whole response is normalised."""
     steps = torch.tensor([[0, -1.0, 0, -8.0], [0, -2.0, 0, 0]])
     scored = replace(rollout([3.0 - 9.0, -7.0 - 2.0]), step_scores=steps, step_ends=steps < 0)
-    rewards, figures = shape_rewards(scored, PPOOptions(**PLAIN), state(0.0))
+    rewards, figures = shape_rewards(scored, SCORER, PPOOptions(**PLAIN), state(0.0))
     assert_close(rewards, torch.tensor([[0, -1.0, 0, 3.0 - 8.0], [0, -9.0, 0, 0]]))
     assert figures["reward/clipped"].value == 0
-    rewards, figures = shape_rewards(scored, PPOOptions(**PLAIN | {"score_clip": 5.0}), state(0.0))
+    rewards, figures = shape_rewards(scored, SCORER, PPOOptions(**PLAIN | {"score_clip": 5.0}), state(0.0))
     assert_close(rewards, torch.tensor([[0, -1.0, 0, 3.0 - 5.0], [0, -5.0 - 2.0, 0, 0]]))
     assert figures["reward/clipped"].value == 0.5
-    rewards, _ = shape_rewards(scored, PPOOptions(**PLAIN, normalise_scores=True), state(0.0))
+    rewards, _ = shape_rewards(scored, SCORER, PPOOptions(**PLAIN, normalise_scores="sum"), state(0.0))
     assert_close(rewards, torch.tensor([[0, -1.0, 0, 1.0 - 8.0], [0, -1.0 - 2.0, 0, 0]]))
 
 
 def test_kl_is_subtracted_at_every_token_with_the_current_coefficient():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN)
-    rewards, figures = shape_rewards(scored, options, state(0.5))
+    rewards, figures = shape_rewards(scored, SCORER, options, state(0.5))
     assert_close(rewards, torch.tensor([[-0.25, 0.5, -0.25, 3.0], [-0.25, -7.5, 0, 0]]))
     assert figures["reward/total"].value == pytest.approx((3.0 - 7.75) / 2)
-    rewards, _ = shape_rewards(scored, options, state(0.5, "k2"))
+    rewards, _ = shape_rewards(scored, SCORER, options, state(0.5, "k2"))
     assert_close(rewards, torch.tensor([[0, 0, 0, 3.0], [0, -7.0, 0, 0]]))
 
 
 def test_whitened_rewards_have_variance_one_and_keep_their_mean():
     scored, options = rollout([3.0, -7.0]), PPOOptions(**PLAIN, whiten_rewards=True)
-    rewards, figures = shape_rewards(scored, options, state(0.5))
+    rewards, figures = shape_rewards(scored, SCORER, options, state(0.5))
     plain = torch.tensor([-0.25, 0.5, -0.25, 3.0, -0.25, -7.5])
     whitened = torch.cat([rewards[0], rewards[1, :2]])
     assert_close(whitened, (plain - plain.mean()) / plain.std() + plain.mean())
@@ -99,9 +102,9 @@ def test_whitened_rewards_have_variance_one_and_keep_their_mean():
 
 
 def test_scores_are_normalised_over_all_rollouts():
-    options, scores_so_far = PPOOptions(**PLAIN, normalise_scores=True), state(0.0)
-    shape_rewards(rollout([3.0, -7.0]), options, scores_so_far)
-    rewards, _ = shape_rewards(rollout([1.0, 0.0]), options, scores_so_far)
+    options, scores_so_far = PPOOptions(**PLAIN, normalise_scores="sum"), state(0.0)
+    shape_rewards(rollout([3.0, -7.0]), SCORER, options, scores_so_far)
+    rewards, _ = shape_rewards(rollout([1.0, 0.0]), SCORER, options, scores_so_far)
     scores = torch.tensor([3.0, -7.0, 1.0, 0.0])
     expected = (scores[2:] - scores.mean()) / scores.std(unbiased=False)
     assert_close(rewards.sum(1), expected)

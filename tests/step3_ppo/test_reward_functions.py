@@ -171,7 +171,7 @@ def test_run_resumes_after_the_function_is_fixed(case, world, run, functions, tm
     """It writes the same bytes as a run without the failure; only the failed step is lost."""
     uninterrupted, parts = tmp_path / "uninterrupted", tmp_path / "parts"
     more = [*CASES[case], "--reward_function", f"{functions}:score:1e-1", "--ema_decay", "0.5"]
-    more += ["--normalise_scores", "--ptx_data", str(world / "demonstrations.jsonl")]
+    more += ["--normalise_scores", "each", "--ptx_data", str(world / "demonstrations.jsonl")]
     if case != "score":
         more += ["--gold_function", f"{functions}:judge", "--best_metric", "eval/gold"]
     start = run / "sft/final", run / "reward/final"

@@ -61,6 +61,14 @@ def test_options_unknown_to_another_version():
     assert changes(earlier, direct("--seed", "3")) == ["--seed 0 -> 3"]
 
 
+def test_a_run_from_when_the_option_was_a_switch():
+    options = parse_options(PPOOptions, ["--normalise_scores", "sum"], check_required=False)
+    earlier = resolved(options) | {"normalise_scores": True}
+    assert with_new_names(earlier, options)["normalise_scores"] == "sum"
+    assert with_new_names(earlier | {"normalise_scores": False}, options)["normalise_scores"] == "off"
+    assert with_new_names(earlier, options) == resolved(options) == with_new_names(resolved(options), options)
+
+
 def test_changed_default_is_named_with_the_fix(tmp_path):
     options = parse_options(SFTOptions, ["--output_dir", str(tmp_path)], check_required=False)
     earlier = resolved(options) | {"adam_beta2": 0.999, "logging_steps": 3}

@@ -62,6 +62,20 @@ def test_invalid_value_is_one_line_with_the_value_and_what_is_allowed(extra, par
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("words", "choice"),
+    [
+        ([], "off"), (["--normalise_scores", "each"], "each"), (["--normalise_scores=sum"], "sum"),
+        (["--normalise_scores"], "sum"), (["--normalise-scores", "True"], "sum"),
+        (["--normalise_scores", "no", "--seed", "1"], "off"), (["--normalise_scores", "--seed", "1"], "sum"),
+    ],
+)  # fmt: skip
+def test_a_former_switch_still_takes_true_and_false(words, choice):
+    assert parse_options(PPOOptions, words, check_required=False).normalise_scores == choice
+    with pytest.raises(UserError, match="invalid choice: 'maybe' .*off.*sum.*each"):
+        parse_options(PPOOptions, ["--normalise_scores", "maybe"], check_required=False)
+
+
 def test_an_infinite_learning_rate_is_refused():
     with pytest.raises(UserError, match="--learning_rate inf"):
         parse("--learning_rate", "inf")

@@ -10,7 +10,7 @@ from step3_ppo.safe.costs import token_costs
 from step3_ppo.safe.lagrangian import combined_advantages, next_multiplier
 from step3_ppo.safe.options import SafeOptions
 from tests.conftest import assert_close
-from tests.step3_ppo.test_returns import PLAIN, rollout, state
+from tests.step3_ppo.test_returns import PLAIN, SCORER, rollout, state
 
 BOUNDS = {"lowest": 0.01, "highest": 5.0}
 A_R, A_C = torch.tensor([[1.0, -2.0], [0.5, 3.0]]), torch.tensor([[2.0, 4.0], [-1.0, 0.0]])
@@ -49,10 +49,10 @@ def test_the_multiplier_stays_in_its_bounds_and_at_the_limit():
 def test_the_sum_over_a_response_is_that_of_ppo_with_a_fixed_penalty(multiplier):
     """score - lambda cost - kl_coef * KL, over 1 + lambda."""
     scored, costs, options = rollout([3.0, -7.0]), rollout([1.0, 2.0]), SafeOptions(**PLAIN)
-    rewards, _ = shape_rewards(scored, options, state(0.5))
+    rewards, _ = shape_rewards(scored, SCORER, options, state(0.5))
     combined = combined_advantages(rewards, token_costs(costs, options), multiplier)
     penalised = rollout([3.0 - multiplier, -7.0 - 2 * multiplier])
-    expected, _ = shape_rewards(penalised, options, state(0.5))
+    expected, _ = shape_rewards(penalised, SCORER, options, state(0.5))
     assert_close(combined * (1 + multiplier), expected)
 
 
