@@ -1,7 +1,9 @@
 """Sample responses of a policy to prompts, distributed over the ranks."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple, TypeVar, assert_never
 
 import torch
@@ -100,9 +102,15 @@ def fit_prompt_length(options: Options, config: PretrainedConfig) -> Options:
 
 
 def prompts_of_rank(prompts: Sequence[list[int]]) -> list[int]:
-    """Indices of this rank's prompts, sorted by length: an equal share of short and long ones."""
+    """Indices of this rank's prompts, sorted by length: an equal share of short and long ones.
+
+    Neighbours with the same prompt, which are read once, stay on a rank, as far as all ranks get as many.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    return order[rank() :: world_size()]
+    same = [len([*run]) for _, run in groupby(order, key=prompts.__getitem__)]
+    size = math.gcd(*same, len(order) // world_size()) or 1
+    blocks = [order[start : start + size] for start in range(0, len(order), size)]
+    return [*chain(*blocks[rank() :: world_size()])]
 
 
 def generate(

@@ -10,6 +10,7 @@ resumes after the last complete chunk of prompts, or repeats the selection when 
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,7 @@ from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import Sampler, fit_prompt_length, generate, load_sampler, prompts_of_rank
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
+from common.model.shared_prompt import Sharing
 from common.model.zero import load_inference_config
 from common.runtime.distributed import init_distributed, log, on_first_rank, ranks_in_words
 from common.runtime.files import append_text, make_folder
@@ -45,6 +47,7 @@ from step3_ppo.process_rewards import check_process, load_process_model, step_pr
 from step3_ppo.reward_functions import load_functions
 from step3_ppo.rollout import Rollout, assemble
 from step3_ppo.scoring import score_responses
+from step3_ppo.shared_prompt import is_less_work
 
 
 def main() -> None:
@@ -54,6 +57,7 @@ def main() -> None:
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options = fit_prompt_length(options, config)
     check_rollout_engine(options, config)
+    hidden_size = config.get_text_config().hidden_size
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)
@@ -81,7 +85,8 @@ def main() -> None:
     while done < total:
         stop_resumably(f"{done} of {total} prompts done", options.output_dir)
         end = min(done + chunk, total)
-        samples = sample_and_score(policy, scorer, encoder, prompts, range(done * size, end * size), options)
+        rows = range(done * size, end * size)
+        samples = sample_and_score(policy, scorer, encoder, prompts, rows, options, hidden_size)
         on_first_rank(append_text, file, to_lines(samples))
         done, tokens = end, tokens + sum(sample["length"] for sample in samples)
         score, seconds = fmean(sample["score"] for sample in samples), time.perf_counter() - start
@@ -118,12 +123,13 @@ class RowIds(Sequence[list[int]]):
 
 def sample_and_score(
     policy: Sampler, scorer: Scorer, encoder: SegmentEncoder, prompts: Sequence[Prompt], rows: range,
-    options: BestOfNOptions,
+    options: BestOfNOptions, hidden_size: int,
 ) -> list[Sample]:  # fmt: skip
     """Sample and score some rows of the round. Each rank draws a part; every rank gets all of them.
 
-    A response depends on the row's number in the round, not on the other rows of the batch. Raises UserError
-    for a score that is not a finite number.
+    A response depends on the row's number in the round, not on the other rows of the batch. Reward models
+    read a prompt once for several of its responses, where that is less work for a model of this hidden size.
+    Raises UserError for a score that is not a finite number.
     """
     size = options.samples_per_prompt
     numbers = [*rows, *[rows[0]] * (-len(rows) % world_size())]  # padded: each rank draws as many
@@ -136,6 +142,12 @@ def sample_and_score(
     sizes = torch.zeros_like(responses.support_sizes)
     responses = responses._replace(support_sizes=sizes, support_ids=responses.support_ids[:0])
     rollout = assemble(row_prompts, rank_rows, responses, encoder)
+    together = (
+        math.gcd(size, options.generation_batch_size, len(rank_rows)) if len(numbers) == len(rows) else 1
+    )
+    sharing = Sharing(together, options.max_prompt_length, options.max_response_length)
+    if is_less_work(rollout, sharing, hidden_size, "auto"):
+        rollout = replace(rollout, sharing=sharing)
     scored = score_responses(scorer, encoder, row_prompts, rollout, rank_rows, options.generation_batch_size)
     scores, parts = scored.scores, scored.score_parts
     if bad := int((~scores.isfinite()).sum()):
