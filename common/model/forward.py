@@ -77,13 +77,13 @@ def logits_and_balance(
 
 
 def token_logprobs(
-    model: nn.Module, input_ids: Tensor, is_label: Tensor, entropy: Entropy = "none"
+    model: nn.Module, input_ids: Tensor, is_label: Tensor, entropy: Entropy = "none", is_summed: bool = False
 ) -> LabelPass:
-    """Predict the labels: input_ids (B, T), is_label (B, T) bool.
+    """Predict the labels: input_ids (B, T), is_label (B, T) bool; entropy, is_summed: see `Targets`.
 
     The first token of a row cannot be a label, because no state predicts it.
     """
-    targets = Targets(input_ids[is_label], entropy=entropy)
+    targets = Targets(input_ids[is_label], entropy=entropy, is_summed=is_summed)
     return label_pass(model, input_ids, is_label.roll(-1, dims=1), targets)
 
 
