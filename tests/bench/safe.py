@@ -18,7 +18,7 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-LIMIT, ITERATIONS, LAST = 0.3, 60, 30
+LIMIT, ITERATIONS, LAST = 0.3, 50, 25
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 STEP1 = (
     "--max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 --learning_rate 1e-2"
