@@ -57,7 +57,7 @@ def draw_pair(points: Sequence[Point], across: str, up: str) -> tuple[Any, str]:
     """Plot two scores of each run, and connect the front. Returns figure and description."""
     ends = [(point.end[across], point.end[up]) for point in points]
     best = front(ends)
-    figure, (axes,) = new_figure(f"Held-out scores: {up} over {across}", (7.2, 4.6), 1)
+    figure, (axes,) = new_figure(f"Held-out scores: {_named(up)} over {_named(across)}", (7.2, 4.6), 1)
     starts = {(point.start[across], point.start[up]) for point in points}
     axes.scatter(*zip(*starts, strict=True), marker="x", color="0.4", label="before training")
     others = [end for number, end in enumerate(ends) if number not in best]
@@ -73,9 +73,13 @@ def draw_pair(points: Sequence[Point], across: str, up: str) -> tuple[Any, str]:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     shown = "; ".join(f"{points[n].label}: {ends[n][0]:.3g} and {ends[n][1]:.3g}" for n in best)
     return figure, (
-        f"Held-out scores of {len(points)} runs, labelled by their weights. On the front, {across} and {up}:"
-        f" {shown}."
+        f"Held-out scores of {len(points)} runs, labelled by their weights. On the front,"
+        f" {_named(across)} and {_named(up)}: {shown}."
     )
+
+
+def _named(objective: str) -> str:
+    return f"reward model {objective}" if objective.isdecimal() else objective
 
 
 def _points(runs: Sequence[Run]) -> list[list[Point]]:

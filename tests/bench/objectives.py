@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 MODES = ("off", "sum", "each")
-WEIGHTS = (0.25, 0.5, 1, 2)
+WEIGHTS = (0.25, 0.5, 1)
 WEIGHT = 0.5  # at which both scales are compared
 COLUMNS = ("score of the reward model", "words", "gold", "KL")
 
