@@ -132,7 +132,7 @@ def test_kills_change_no_byte(world: Path, run: Path, tmp_path: Path, method: st
             script, env=os.environ | given["killed"], start_new_session=True, stdout=log, stderr=log
         )
         try:
-            assert running.wait(timeout=dice.uniform(15, 60)) == 0, Path(log.name).read_text()
+            assert running.wait(timeout=dice.uniform(15, 60 + 10 * kills)) == 0, Path(log.name).read_text()
             break
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
