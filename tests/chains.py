@@ -1,4 +1,4 @@
-"""Arithmetic in steps, whose right lines are known: questions, answers with errors, labels, judges.
+"""Arithmetic in steps, whose right lines are known: questions, answers with errors, and labels.
 
 The question `7+5-3:` has the right answer `7+5=12`, `12-3=9`, a line for each partial result.
 """
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LARGEST, OPERANDS, OFFSETS = 30, range(1, 10), (-3, -2, -1, 1, 2, 3)
-NUMBERS = [str(number) for number in range(100)]
 Line = str
 
 
@@ -57,21 +56,6 @@ def is_right(question: str, response: str) -> bool:
     return response.rstrip("\n").rpartition("=")[2] == answer_lines(question)[-1].rpartition("=")[2]
 
 
-def is_right_throughout(question: str, response: str) -> bool:
-    return response.rstrip("\n").split("\n") == answer_lines(question)
-
-
-def right_answer(prompts: list[str], responses: list[str], records: list[dict]) -> list[float]:  # noqa: ARG001
-    """For --gold_function."""
-    return [float(is_right(*pair)) for pair in zip(prompts, responses, strict=True)]
-
-
-def demonstrations(draw: random.Random, count: int, operations: int, error_rate: float) -> Iterator[dict]:
-    for _ in range(count):
-        question = make_question(draw, operations)
-        yield {"prompt": question, "completion": "\n".join(answer_lines(question, draw, error_rate))}
-
-
 def compared(draw: random.Random, count: int, operations: int, error_rate: float) -> Iterator[dict]:
     """Questions with a response whose result is right and one whose result is wrong."""
     for _ in range(count):
@@ -99,11 +83,11 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> str:
     return str(path)
 
 
-def build_model(folder: Path, hidden_size: int, layers: int, heads: int, by_digit: bool = False) -> Path:
-    """A Llama with random weights. Every number is a token, or every digit."""
-    names = ["<pad>", "</s>", *(NUMBERS[:10] if by_digit else NUMBERS), *"+-=:\n"]
+def build_model(folder: Path, hidden_size: int, layers: int, heads: int) -> Path:
+    """A Llama with random weights. Every character is a token."""
+    names = ["<pad>", "</s>", *"0123456789+-=:\n"]
     backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\d\D]" if by_digit else r"\d+|\D"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
     torch.manual_seed(0)

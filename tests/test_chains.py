@@ -7,7 +7,6 @@ from tests.chains import (
     as_steps,
     compared,
     is_right,
-    is_right_throughout,
     labels,
     make_question,
 )
@@ -22,8 +21,8 @@ def test_answers_and_labels_by_hand() -> None:
     assert labels(QUESTION, ["7+5=13", "13-3=10", "10+4=14"]) == [0, None, None]
     assert labels(QUESTION, ["7+5=12", "12-3=9", "9+4=12"]) == [1, 1, 0]
     lucky = "7+5=13\n13-3=9\n9+4=13"
-    assert is_right(QUESTION, lucky) and not is_right_throughout(QUESTION, lucky)
-    assert is_right_throughout(QUESTION, "\n".join(RIGHT)) and not is_right(QUESTION, lucky + "3")
+    assert is_right(QUESTION, lucky) and is_right(QUESTION, "\n".join(RIGHT))
+    assert not is_right(QUESTION, lucky + "3")
 
 
 def test_compared_answers_differ_in_their_results() -> None:

@@ -33,7 +33,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "steps.jsonl", [one for record in records for one in as_steps(record)])
     write_jsonl(folder / "preferences.jsonl", map(as_preference, records))
     write_jsonl(folder / "prompts.jsonl", [{"prompt": make_question(draw, 3)} for _ in range(80)])
-    build_model(folder / "model", hidden_size=32, layers=2, heads=4, by_digit=True)
+    build_model(folder / "model", hidden_size=32, layers=2, heads=4)
     done = bash("step2_process.sh", training(folder, folder / "process"), folder, NUM_GPUS="2")
     assert done.returncode == 0, done.stdout
     words = ["--model_name_or_path", str(folder / "model"), "--learning_rate", "1e-2"]
