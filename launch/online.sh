@@ -20,7 +20,8 @@ for round in $(seq "$ROUNDS"); do
     # 3. Is the last reward model right about the policy that was trained against it?
     [ "$round" = 1 ] || once "$here/shift/report.json" evaluate_reward.sh --output_dir "$here/shift" ${SHIFT_OPTIONS:-} \
         --eval_data "$here/labels/preferences.jsonl" --reward_model_name_or_path "$last/step2_reward/final"
-    # 4. Train a reward model and a policy on old and new pairs. It holds out a ninth: all hashes are above 0.1.
+    # 4. Train a reward model and a policy on old and new pairs. The hashes of
+    # sampled prompts are from 0.1 to 1, so that 0.2 holds out a ninth.
     pairs+=("$here/labels/preferences.jsonl") last="$here"
     step "$HERE/step2_reward.sh" --model_name_or_path "$MODEL" --train_data "${pairs[@]}" \
         --output_dir "$here/step2_reward" --eval_fraction 0.2 ${STEP2_OPTIONS:-}

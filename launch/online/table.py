@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def round_figures(folder: Path, number: int) -> dict[str, Any]:
-    """What a round has measured about its pairs and its reward model."""
+    """Figures of the pairs and the reward model of a round."""
     here = folder / f"round_{number}"
     shift = _read(here / "shift/report.json").get("accuracy", {})
     lines, _ = read_metrics(here / "step2_reward/metrics.jsonl")
@@ -78,7 +78,7 @@ def round_figures(folder: Path, number: int) -> dict[str, Any]:
 
 
 def policy_figures(policy: dict[str, Any]) -> dict[str, Any]:
-    """What the comparison says about a policy."""
+    """Figures of a policy in the comparison."""
     scores = policy["scores"]
     gold = scores["gold score"]["mean"] if "gold score" in scores else None
     return {"score": scores["reward model"]["mean"], "gold": gold, "kl": policy["kl"]["mean"]}

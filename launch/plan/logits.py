@@ -8,14 +8,14 @@ NUCLEUS = 256  # tokens that top-p leaves on average: an assumption, high for a 
 
 
 def logits(model: Model, positions: int) -> float:
-    """Logits at `positions` of a micro-batch, saved for the backward pass if they are a single chunk."""
+    """Logits in fp32 at `positions` of a micro-batch, saved for the backward pass if they are one chunk."""
     size = positions * model.shape.vocabulary
-    return size * model.zero.size if size == _in_chunk(model, positions) else 0.0
+    return size * FP32 if size == _in_chunk(model, positions) else 0.0
 
 
 def gradient_of_logits(model: Model, positions: int) -> float:
     """Peak of the loss: log-probabilities, saved and of the entropy, probabilities and their product, in
-    fp32. With several chunks, also the logits, the same in fp32, and the gradient of a trained head.
+    fp32. With several chunks, also the logits, and the gradient of a trained head.
     """
     (shape, zero), size = model, _in_chunk(model, positions)
     if size == positions * shape.vocabulary:
@@ -25,9 +25,10 @@ def gradient_of_logits(model: Model, positions: int) -> float:
 
 
 def logits_in_scoring(model: Model, positions: int) -> float:
-    """Pass without gradients: logits of a chunk, the same in fp32, and log-probabilities."""
-    e = model.zero.size
-    return _in_chunk(model, positions) * (e + FP32 * (e < FP32) + FP32)
+    """Pass without gradients: logits of a chunk in fp32 and log-probabilities; for models in 16 bits also
+    logits scaled by --temperature.
+    """
+    return _in_chunk(model, positions) * FP32 * (3 if model.zero.size < FP32 else 2)
 
 
 def logits_in_sampling(model: Model, rows: int) -> float:

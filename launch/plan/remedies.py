@@ -56,7 +56,7 @@ def remedies(options: PlanOptions) -> list[Remedy]:
     without_critic: Changes = {"advantage_estimator": "rloo"}
     if options.samples_per_prompt == 1:
         without_critic["samples_per_prompt"] = 4 if options.rollout_batch_size % 4 == 0 else 2
-    found = [
+    every = [
         Remedy([{"gather_for_generation": False}], 0.02, steps="step 1"),
         Remedy(_levels(size, _halves(getattr(options, size))), 0.05),
         Remedy(_levels("generation_batch_size", _halves(rollout)), 0.06, steps="step 3"),
@@ -76,7 +76,7 @@ def remedies(options: PlanOptions) -> list[Remedy]:
         Remedy(_four_bits(options), 0.3, "rounds frozen weights to 4 bits", kind="zero"),
         Remedy(_engines(options), 0.0, "needs vLLM", steps="step 3"),
     ]
-    return [remedy for remedy in found if remedy.kind != "zero" or not options.load_in_4bit]
+    return [remedy for remedy in every if remedy.kind != "zero" or not options.load_in_4bit]
 
 
 def _four_bits(options: PlanOptions) -> list[Changes]:

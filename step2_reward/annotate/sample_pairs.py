@@ -89,10 +89,11 @@ def load_prompts(options: SamplePairsOptions, encoders: Sequence[SegmentEncoder]
     convert = partial(tokenize_prompt, max_length=options.max_prompt_length, overlong="drop")
     converts = [partial(convert, encoder=encoder) for encoder in encoders]
     rows = load_shared_records(options.prompt_data, options, Prompt, converts, is_training=True).rows
-    hashes = [fraction(find_prompt(row.record), "") for row in rows[0]]  # as when training holds out
-    usable = [number for number, value in enumerate(hashes) if value >= options.eval_fraction]
+    usable = range(len(rows[0]))
+    if share := options.eval_fraction:  # the hash by which training holds out
+        usable = [n for n in usable if fraction(find_prompt(rows[0][n].record), "") >= share]
     if not usable:
-        raise UserError(f"--eval_fraction {options.eval_fraction}: leaves out all {len(hashes)} prompts")
+        raise UserError(f"--eval_fraction {share}: leaves out all {len(rows[0])} prompts")
     chosen = indices_of_round(len(usable), options.prompts_per_round, options.seed, options.round)
     return [[part[usable[index]] for index in chosen] for part in rows]
 

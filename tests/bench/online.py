@@ -71,11 +71,11 @@ def main() -> None:
     names = ("pairs", "former_accuracy", "accuracy", "gold", "score", "kl")
     print(f"| rounds | round | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}")
     for rounds in ARMS:
-        found = [run(rounds, seed, options) for seed in options.seeds]
+        runs = [run(rounds, seed, options) for seed in options.seeds]
         for number in range(rounds + 1):
-            cells = [spread([one[number][name] for one in found]) for name in names]
+            cells = [spread([one[number][name] for one in runs]) for name in names]
             print(f"| {rounds} | {number} | {' | '.join(cells)} |", flush=True)
-        last = [f"{one[-1]['gold']:.3f}" for one in found]
+        last = [f"{one[-1]['gold']:.3f}" for one in runs]
         print(f"\ngold at the end by seed: {', '.join(last)}\n")
 
 

@@ -70,8 +70,8 @@ def test_final_is_what_transformers_and_peft_compute(world: Path, run: Path, qlo
 def test_the_base_is_quantised_once_per_engine(qlora_run: Path) -> None:
     """In step 3 twice: the actor is the reference too, and the critic the reward model."""
     for name, copies in (("sft", 1), ("reward", 1), ("ppo", 2)):
-        found = QUANTISED.findall((qlora_run / f"{name}.log").read_text())
-        assert found == [str(LAYERS)] * copies
+        counts = QUANTISED.findall((qlora_run / f"{name}.log").read_text())
+        assert counts == [str(LAYERS)] * copies
 
 
 def test_the_reference_is_the_base_in_4_bits(qlora_run: Path) -> None:

@@ -21,9 +21,9 @@ def test_the_front_is_what_no_point_dominates():
         number for number, point in enumerate(draw)
         if not any((other >= point).all() and (other > point).any() for other in draw)
     }  # fmt: skip
-    found = front([*map(tuple, draw.tolist())])
-    assert {*found} == expected and 2 < len(expected) < 30
-    heights = draw[found]
+    undominated = front([*map(tuple, draw.tolist())])
+    assert {*undominated} == expected and 2 < len(expected) < 30
+    heights = draw[undominated]
     assert (np.diff(heights[:, 0]) > 0).all() and (np.diff(heights[:, 1]) < 0).all()
 
 

@@ -190,9 +190,9 @@ def test_buffers_by_hand():
 
 def test_logits_by_hand():
     model = Model(plain(1, vocabulary=32_000), Zero(2, 1, size=2))
-    assert logits.logits(model, 100) == 100 * 32_000 * 2
+    assert logits.logits(model, 100) == 100 * 32_000 * 4
     assert logits.gradient_of_logits(model, 100) == 100 * 32_000 * 4 * 4
-    assert logits.logits_in_scoring(model, 100) == 100 * 32_000 * (2 + 4 + 4)
+    assert logits.logits_in_scoring(model, 100) == 100 * 32_000 * (4 + 4 + 4)
     assert logits.logits_in_scoring(Model(model.shape, Zero(0, 1, size=4)), 100) == 100 * 32_000 * (4 + 4)
 
 
@@ -202,10 +202,10 @@ def test_logits_of_one_chunk_by_hand(monkeypatch: pytest.MonkeyPatch, hidden: in
     monkeypatch.setattr(logits, "CHUNK", 7 * 3000)
     adapted = plain(9, trained=1, vocabulary=3000, hidden=hidden)
     model = Model(replace(adapted, trained=9), Zero(2, 1, size=2))
-    assert logits.logits(model, 7) == 7 * 3000 * 2 and logits.logits(model, 8) == 0
+    assert logits.logits(model, 7) == 7 * 3000 * 4 and logits.logits(model, 8) == 0
     assert logits.gradient_of_logits(model, 100) == 3000 * hidden * 2 + 7 * 3000 * 20
     assert logits.gradient_of_logits(model._replace(shape=adapted), 100) == 7 * 3000 * 20
-    assert logits.logits_in_scoring(model, 100) == 7 * 3000 * (2 + 4 + 4)
+    assert logits.logits_in_scoring(model, 100) == 7 * 3000 * (4 + 4 + 4)
 
 
 def test_step_3_has_four_copies_of_weights_and_two_with_adapters(big: PlanOptions):

@@ -84,7 +84,7 @@ def test_weights_are_the_nearest_of_sixteen_in_each_block(shape: tuple[int, int]
 @pytest.mark.parametrize("is_double", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_and_gradients_are_those_of_bitsandbytes(is_double: bool, dtype: torch.dtype) -> None:
-    """Its own Linear4bit, which packs and multiplies by itself."""
+    """Its own Linear4bit, which has kernels of its own."""
     torch.manual_seed(0)
     linear = nn.Linear(128, 48).to(dtype)
     theirs = bitsandbytes.nn.Linear4bit(
@@ -102,8 +102,8 @@ def test_products_and_gradients_are_those_of_bitsandbytes(is_double: bool, dtype
         output.square().sum().backward()
         results.append((output, inputs.grad))
     tolerance = {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    for mine, other in zip(*results, strict=True):
-        assert_close(mine, other, **tolerance)
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, **tolerance)
     assert ours.weight.grad is None and not ours.weight.requires_grad
 
 
@@ -134,8 +134,8 @@ def test_heads_embeddings_and_norms_stay() -> None:
     scalar = LlamaForSequenceClassification(LlamaConfig(num_labels=1, vocab_size=40, **SIZES))
     for model, head in ((llama(), "lm_head"), (scalar, "score")):
         quantise(model, True)
-        kept = {name for name, p in model.named_parameters() if p.is_floating_point()}
-        assert {name.rsplit(".", 2)[-2] for name in kept} == {
+        in_float = {name for name, p in model.named_parameters() if p.is_floating_point()}
+        assert {name.rsplit(".", 2)[-2] for name in in_float} == {
             head, "embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"
         }  # fmt: skip
         assert sum(isinstance(m, NF4Linear) for m in model.modules()) == 2 * 7
