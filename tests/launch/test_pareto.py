@@ -51,6 +51,7 @@ def write(folder: Path, names: list[str], **options: object) -> None:
     write_run(folder, PPOOptions(**given | options), HEALTHY | curves)
 
 
+@pytest.mark.end_to_end
 def test_runs_are_compared_that_have_the_same_objectives(tmp_path):
     for number, weight in enumerate((0.5, 2)):
         write(tmp_path / f"two_{number}", ["1", "a"], reward_function=[f"f.py:a:{weight}"])
@@ -69,6 +70,7 @@ def test_runs_are_compared_that_have_the_same_objectives(tmp_path):
     assert page.text.index("Objectives") < page.text.index("Step 3: PPO")
 
 
+@pytest.mark.end_to_end
 def test_pairs_are_limited_and_damaged_runs_are_left_out(tmp_path):
     for number in range(2):
         write(tmp_path / f"run_{number}", ["1", *"abcde"])

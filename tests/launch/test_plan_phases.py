@@ -116,7 +116,7 @@ def test_shared_prompts_by_hand() -> None:
     segments = torch.zeros(2, 8 + 2 * 16, dtype=torch.long)
     mask = prompt_mask(segments, torch.bfloat16).nbytes
     assert layers["activations"] == activations.passing(model, 2, 40) + mask and not layers["logits"]
-    assert head["activations"] == 2 * 40 * 5 * 2 and head["logits"] == 4 * 16 * 3 * (2 + 4 + 4)
+    assert head["activations"] == 2 * 40 * 5 * 2 and head["logits"] == 4 * 16 * 3 * (4 + 4 + 4)
     begins = next(phase.parts for phase in phases if phase.name == "backward begins")
     assert begins["activations"] == activations.activations(model, 2, 40) + mask + 2 * 2 * 40 * 2 * 2 * (
         8 - 4
