@@ -8,11 +8,12 @@ Trains a pretrained causal language model to maximise the likelihood of the resp
 import time
 from functools import partial
 
+from torch import Tensor
+
 from common.model.engine import backward_and_step, make_engine
 from common.model.engine_protocol import Engine
-from common.model.forward import base_model, label_pass, pad_token_id
+from common.model.forward import label_pass, pad_token_id
 from common.model.head import Targets
-from common.model.load_balancing import has_balance_loss
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
@@ -22,6 +23,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.expert_use import ExpertUse
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
@@ -31,7 +33,7 @@ from step1_sft.data import Demonstration, collate, load_demonstrations
 from step1_sft.evaluate import answers_as_markdown, evaluate, greedy_answers
 from step1_sft.loss import training_loss
 from step1_sft.options import SFTOptions
-from step1_sft.packing import check_packing, micro_batches
+from step1_sft.packing import Row, check_packing, micro_batches
 
 
 def main() -> None:
@@ -82,23 +84,26 @@ def train_step(engine: Engine, batch: list[Demonstration], options: SFTOptions) 
     lengths = [len(row.ids) for row in batch]
     num_tokens = sum(sum(row.is_trained) for row in batch)
     batches = micro_batches(lengths, options)
-    total = balance = padded = 0.0
-    for number, (rows, is_real) in enumerate(batches, start=1):
+    total = padded = 0.0
+
+    def predict(rows: list[Row]) -> tuple[Tensor, Tensor]:
         micro = collate([[batch[i] for i in row] for row in rows], pad_token_id(engine))
         targets = Targets(micro.labels, is_summed=options.token_loss == "nll")
-        logprobs, _, balancing = label_pass(
-            engine, micro.input_ids, micro.positions, targets, micro.position_ids
-        )
-        balancing = balancing * is_real / sum(lengths)
-        loss = training_loss(logprobs, num_tokens, options.token_loss) * is_real + balancing
+        result = label_pass(engine, micro.input_ids, micro.positions, targets, micro.position_ids)
+        return result.logprobs, micro.input_ids
+
+    experts = ExpertUse(engine, predict, *zip(*batches, strict=True))
+    for number, (rows, is_real) in enumerate(batches, start=1):
+        logprobs, input_ids = predict(rows)
+        loss = training_loss(logprobs, num_tokens, options.token_loss) * is_real
+        total, padded = total + loss.detach(), padded + input_ids.numel()
+        loss = loss + experts.loss(is_real)
         norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
-        total, balance = total + loss.detach(), balance + balancing.detach()
-        padded += micro.input_ids.numel()
-    total, balance, padded = sum_over_ranks(total, balance, padded)
+    total, padded = sum_over_ranks(total, padded)
     seconds = time.perf_counter() - start
     return {
         "train/loss": Mean(total * num_tokens, num_tokens),
-        **({"train/aux_loss": Mean(balance)} if has_balance_loss(base_model(engine)) else {}),
+        **experts.metrics(),
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(sum(lengths), seconds),

@@ -22,6 +22,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import Stopped, run_main, stop_anywhere, stop_between_steps
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.expert_use import ExpertUse
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
@@ -123,8 +124,9 @@ def train_step(
     batches = deal(range(len(records)), lengths, micro_batch(options), rank(), world_size(), shapes)
     num_tokens = sum(row.language_length for row in records)
     total = right = decided = encoded = padded = lm_total = 0.0
-    for number, batch_indices in enumerate(batches, start=1):
-        micro = collate([records[i] for i in batch_indices], layout)
+    micros = [collate([records[i] for i in batch_indices], layout) for batch_indices in batches]
+    experts = ExpertUse(engine, partial(pair_scores_and_states, engine), micros)
+    for number, micro in enumerate(micros, start=1):
         better, worse, states = pair_scores_and_states(engine, micro)  # (P,), (P,), (R, T, hidden)
         targets = options.label_smoothing + (1.0 - 2.0 * options.label_smoothing) * micro.targets
         losses = pairwise_loss(better, worse, micro.margins, targets)
@@ -136,7 +138,8 @@ def train_step(
         if language_head:
             language = language_loss(best_response_logprobs(language_head, states, micro), num_tokens)
             loss, lm_total = loss + options.lm_loss_coef * language, lm_total + language.detach()
-        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
+        balanced = loss + experts.loss()
+        norm = backward_and_step(engine, balanced, world_size(), is_last=number == len(batches))
         total, right = total + loss.detach(), right + ((better > worse) & ~micro.is_tie).sum()
         decided = decided + (~micro.is_tie).sum()
         encoded, padded = encoded + (micro.segments >= 0).sum(), padded + micro.segments.numel()
@@ -148,6 +151,7 @@ def train_step(
         "train/loss": Mean(total * len(records), len(records)),
         "train/accuracy": Mean(right, decided),
         **({"train/lm_loss": Mean(lm_total * num_tokens, num_tokens)} if language_head else {}),
+        **experts.metrics(),
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(encoded, seconds),

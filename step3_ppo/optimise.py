@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, assert_never
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from common.data.batching import micro_batch
 from common.model.engine import backward_and_step
 from common.model.engine_protocol import Engine
-from common.model.forward import base_model, token_scores
-from common.model.load_balancing import has_balance_loss
+from common.model.forward import token_scores
 from common.runtime.distributed import sum_over_ranks
 from common.runtime.options import world_size
+from common.training.expert_use import ExpertUse
 from common.training.means import Mean
 from step3_ppo.gap import SamplerGap, is_rescored, largest_gap
 from step3_ppo.kl_penalty import KLPenalty
@@ -47,7 +48,6 @@ class MicroBatch(NamedTuple):
     policy_weights: Tensor  # (N,) of tokens in the actor's loss
     value_weights: Tensor  # (N,) of tokens in the critic's loss
     tokens: int  # response tokens of the minibatch, over all ranks
-    tokens_read: int  # the same with prompts
     is_last: bool  # the last micro-batch of this rank in the minibatch
 
 
@@ -81,17 +81,22 @@ def optimise(
     gap = SamplerGap(rollout, batches[0], is_rescored(models), largest_gap(models, options))
     weights = rollout_weights(rollout.logprobs, rollout.behaviour_logprobs, options.rollout_ratio_cap)
     weighted = advantages * weights  # the surrogate is proportional to the advantage
+    actor, critic = models.actor if actor_learns else None, models.critic
     for batch in batches:
         if pretraining and actor_learns:
             stats.ptx_losses.append(pretraining.add_gradients(models.actor))
-        for micro in _micro_batches(rollout, batch, weighted, returns, options):
-            if actor_learns:
-                norm = _update_actor(models.actor, micro, options, kl, stats.sums, gap)
+        micros = [*_micro_batches(rollout, batch, weighted, returns, options)]
+        of_actor = ExpertUse(actor, lambda micro: policy_pass(actor, micro.rows, options.temperature), micros)
+        of_critic = ExpertUse(critic, partial(_values, critic), micros)
+        for micro in micros:
+            if actor:
+                norm = _update_actor(actor, micro, options, kl, stats.sums, gap, of_actor)
                 stats.norms["policy/grad_norm"] += [norm] * micro.is_last
-            if models.critic:
-                norm = _update_critic(models.critic, micro, options, stats.sums, "value")
+            if critic:
+                norm = _update_critic(critic, micro, options, stats.sums, "value", of_critic)
                 stats.norms["value/grad_norm"] += [norm] * micro.is_last
             stats.sums["tokens"] += len(micro.rows.labels)
+        stats.add_experts(of_actor.metrics())
         updates += 1
         if stats.end_update() / len(batch) > options.max_update_kl:
             break
@@ -113,8 +118,10 @@ def optimise_critic(
     rows, size, group = len(rollout.scores), options.global_batch_size, options.samples_per_prompt
     batches = minibatches(rows, size, options.ppo_epochs, options.seed, step, group)
     for batch in islice(batches, updates):
-        for micro in _micro_batches(rollout, batch, no_advantages, returns, options):
-            norm = _update_critic(critic, micro, options, stats.sums, name)
+        micros = [*_micro_batches(rollout, batch, no_advantages, returns, options)]
+        experts = ExpertUse(critic, partial(_values, critic), micros)
+        for micro in micros:
+            norm = _update_critic(critic, micro, options, stats.sums, name, experts)
             stats.norms[f"{name}/grad_norm"] += [norm] * micro.is_last
             stats.sums["tokens"] += len(micro.rows.labels)
         stats.end_update()
@@ -155,7 +162,7 @@ def _micro_batches(
     rollout: Rollout, batch: list[int], advantages: Tensor, returns: Tensor | None, options: PPOOptions
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches of a minibatch. batch: the rows of the minibatch."""
-    tokens, tokens_read = int(rollout.response_lengths[batch].sum()), int(rollout.lengths[batch].sum())
+    tokens = int(rollout.response_lengths[batch].sum())
     chunks = rollout.deal(batch, micro_batch(options))
     policy_weights = _weights(rollout, batch, options.loss_aggregation, options)
     value_weights = _weights(rollout, batch, "token", options)
@@ -173,7 +180,6 @@ def _micro_batches(
             policy_weights[chunk][mask],
             value_weights[chunk][mask],
             tokens,
-            tokens_read,
             is_last=number == len(chunks),
         )
 
@@ -202,21 +208,20 @@ def surrogate(logprobs: Tensor, batch: MicroBatch, options: PPOOptions) -> Polic
 
 
 def _update_actor(
-    actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums, gap: SamplerGap
-) -> float | None:
+    actor: Engine, batch: MicroBatch, options: PPOOptions, kl: KLPenalty, sums: Sums, gap: SamplerGap,
+    experts: ExpertUse,
+) -> float | None:  # fmt: skip
     """One micro-batch of the policy loss, with KL, entropy and load-balancing terms."""
     kind = "differentiable" if options.entropy_coef else "value"
-    logprobs, entropy, balance = policy_pass(actor, batch.rows, options.temperature, kind)
+    logprobs, entropy = policy_pass(actor, batch.rows, options.temperature, kind)
     gap.add(batch.numbers, logprobs, batch.is_last)
     result = surrogate(logprobs, batch, options)
     loss = kl.add_to_loss(result.loss, logprobs, batch.ref_logprobs)  # (N,)
     if options.entropy_coef:
         loss = loss - options.entropy_coef * entropy
-    loss = (loss * batch.policy_weights).sum() / batch.tokens + balance / batch.tokens_read
+    loss = (loss * batch.policy_weights).sum() / batch.tokens + experts.loss()
     norm = backward_and_step(actor, loss, world_size(), batch.is_last)
     with torch.no_grad():
-        if has_balance_loss(base_model(actor)):  # `sums` are divided by the tokens of responses
-            sums["train/aux_loss"] += balance * batch.tokens / batch.tokens_read
         sums["policy/loss"] += (result.loss * batch.policy_weights).sum()
         sums["policy/ratio"] += result.ratio.sum()
         sums["policy/clip_fraction"] += result.clipped.sum()
@@ -225,15 +230,20 @@ def _update_actor(
     return norm
 
 
-def _update_critic(
-    critic: Engine, batch: MicroBatch, options: PPOOptions, sums: Sums, name: str
-) -> float | None:
-    """One micro-batch of the value loss. name: of the metrics."""
+def _values(critic: Engine, batch: MicroBatch) -> Tensor:
+    """Values (N,) before the response tokens."""
     rows = batch.rows
-    values = token_scores(critic, rows.input_ids, rows.positions, **rows.layout(critic))
+    return token_scores(critic, rows.input_ids, rows.positions, **rows.layout(critic))
+
+
+def _update_critic(
+    critic: Engine, batch: MicroBatch, options: PPOOptions, sums: Sums, name: str, experts: ExpertUse
+) -> float | None:
+    """One micro-batch of the value loss, with the load-balancing term. name: of the metrics."""
+    values = _values(critic, batch)
     result = value_loss(values, batch.values, batch.returns, options.value_clip_range)
     loss = (result.loss * batch.value_weights).sum()
-    norm = backward_and_step(critic, loss / batch.tokens, world_size(), batch.is_last)
+    norm = backward_and_step(critic, loss / batch.tokens + experts.loss(), world_size(), batch.is_last)
     with torch.no_grad():
         sums[f"{name}/loss"] += loss
         sums[f"{name}/clip_fraction"] += result.clipped.sum()

@@ -23,6 +23,7 @@ class UpdateStats:
 
     sums: Sums = field(default_factory=Counter)
     norms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    experts: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of the actor
     ptx_losses: list[Tensor] = field(default_factory=list)  # this rank's share, by update
     _first: dict[str, float] = field(default_factory=dict)  # sums after the first update
     _moved: float = 0.0  # sum of policy/approx_kl after the last update
@@ -34,9 +35,15 @@ class UpdateStats:
         (moved,) = sum_over_ranks(self._moved - before)
         return moved
 
+    def add_experts(self, metrics: dict[str, Mean]) -> None:
+        """Add the metrics of a mixture of experts in one update."""
+        for name, mean in metrics.items():
+            self.experts[name].append(mean.value)
+
     def metrics(self) -> dict[str, Mean | float]:
         """Means over tokens, mean norms, and how many updates were skipped for a norm that is not finite."""
         metrics = self._means() | {name: _mean_norm(norms) for name, norms in self.norms.items() if norms}
+        metrics |= {name: Mean(sum(values), len(values)) for name, values in self.experts.items()}
         if self.ptx_losses:
             metrics["ptx/loss"] = Mean(sum_over_ranks(sum(self.ptx_losses))[0], len(self.ptx_losses))
         skipped = sum(not math.isfinite(norm) for norms in self.norms.values() for norm in norms)

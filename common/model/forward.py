@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.model.head import ChunkedHead, Entropy, Targets, logprobs_and_entropy
-from common.model.load_balancing import balance_loss, has_balance_loss
+from common.model.load_balancing import count_routing, experts_per_token, read_tokens, router_logits
 from common.model.unpadded import Inputs, Positions, make_inputs
 from common.runtime.distributed import log
 
@@ -17,7 +17,6 @@ class LabelPass(NamedTuple):
 
     logprobs: Tensor  # (N,) fp32
     entropy: Tensor  # (N,) fp32, of the distribution at each position; 0 where it is not asked for
-    balance: Tensor  # () load-balancing loss of a mixture of experts in training, times tokens; else 0
 
 
 def label_pass(
@@ -37,11 +36,10 @@ def label_pass(
     layout = position_ids, attention_mask
     base = base_model(model)
     if getattr(base, "has_own_logits", False):
-        logits, balance = logits_and_balance(model, input_ids, positions, *layout)
-        return LabelPass(*logprobs_and_entropy(logits, targets), balance)
+        return LabelPass(*logprobs_and_entropy(_chosen_logits(model, input_ids, positions, *layout), targets))
     inputs = make_inputs(model, base, input_ids, positions, *layout)
     with ChunkedHead(base, inputs.positions, targets) as head:
-        outputs = model(**inputs.of_model, use_cache=False)
+        outputs = _run(model, base, inputs)
     if not hasattr(base, "has_own_logits"):  # once per model, as a GPU would have to wait for the answer
         base.has_own_logits = not head.is_exact(outputs.logits)
         if base.has_own_logits:
@@ -50,30 +48,28 @@ def label_pass(
                 " tokens of a micro-batch are in memory at once"
             )
             return label_pass(model, input_ids, positions, targets, *layout)
-    return LabelPass(*head.result, _balance(base, outputs, inputs))
+    return LabelPass(*head.result)
 
 
 def response_logits(
     model: nn.Module, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
 ) -> Tensor:
     """Logits at few positions: input_ids (B, T), positions (B, T) bool -> (N, V); see `label_pass`."""
-    return logits_and_balance(model, input_ids, positions, position_ids)[0]
+    return _chosen_logits(model, input_ids, positions, position_ids)
 
 
-def logits_and_balance(
+def _chosen_logits(
     model: nn.Module, input_ids: Tensor, positions: Positions, position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`response_logits`, and the load-balancing loss as in `LabelPass`."""
+) -> Tensor:  # fmt: skip
     base = base_model(model)
     inputs = make_inputs(model, base, input_ids, positions, position_ids, attention_mask)
     head = base.get_output_embeddings()
     choose = head.register_forward_pre_hook(lambda _, states: (states[0][inputs.positions],))
     try:
-        outputs = model(**inputs.of_model, use_cache=False)
+        return _run(model, base, inputs).logits
     finally:
         choose.remove()
-    return outputs.logits, _balance(base, outputs, inputs)
 
 
 def token_logprobs(
@@ -119,7 +115,7 @@ def _score_pass(
     calls: list[tuple[Tensor, Tensor]] = []
     read = base.score.register_forward_hook(lambda _, states, output: calls.append((states[0], output)))
     try:
-        model(**inputs.of_model, use_cache=False)
+        _run(model, base, inputs)
     finally:
         read.remove()
     (states, outputs), config = calls[0], base.config
@@ -144,10 +140,12 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _balance(base: PreTrainedModel, outputs: Any, inputs: Inputs) -> Tensor:
-    input_ids = inputs.of_model["input_ids"]
-    if base.training and has_balance_loss(base):
-        mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        mask[inputs.positions] = True
-        return balance_loss(base, outputs, mask)
-    return torch.zeros((), device=input_ids.device)
+def _run(model: nn.Module, base: PreTrainedModel, inputs: Inputs) -> Any:
+    """Forward pass. `routing` of the base counts the experts of a mixture; see `ExpertUse`."""
+    with router_logits(base) as of_layers:
+        outputs = model(**inputs.of_model, use_cache=False)
+    if of_layers:
+        is_read = torch.zeros_like(inputs.of_model["input_ids"], dtype=torch.bool)
+        is_read[inputs.positions] = True
+        base.routing = count_routing(of_layers, read_tokens(base, is_read), experts_per_token(base))
+    return outputs

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from common.model import varlen_attention
-from common.model.load_balancing import has_balance_loss, up_to_last, up_to_last_label
+from common.model.load_balancing import has_balance_loss, read_tokens, up_to_last, without_own_loss
 from common.model.probe import last_states, states_agree
 from common.runtime.distributed import device, log
 from common.text.transformers_internals import attention_implementation
@@ -44,7 +44,7 @@ def make_inputs(
     layout = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
     padded = {name: value for name, value in layout.items() if value is not None}
     if attention_mask is not None or not can_unpad(model, base):
-        return Inputs(padded, positions)
+        return Inputs(padded | without_own_loss(base), positions)
     return without_padding(base, input_ids, positions, position_ids)
 
 
@@ -54,8 +54,7 @@ def without_padding(
     """Join rows, each up to the last state that is read: attention is causal, so the rest has no effect."""
     is_read = torch.zeros_like(input_ids, dtype=torch.bool)
     is_read[positions] = True
-    # A load-balancing loss counts the last label as well.
-    is_needed = up_to_last_label(is_read) if has_balance_loss(base) else up_to_last(is_read)
+    is_needed = read_tokens(base, is_read) if has_balance_loss(base) else up_to_last(is_read)
     is_needed[0, 0] = True  # kernels refuse a row without tokens
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -70,6 +69,7 @@ def without_padding(
     }  # fmt: skip
     if attention_implementation(base.config.get_text_config()) not in FLASH:
         inputs["attention_mask"] = input_ids.new_zeros(1, 1, 1, 1)  # unused; else transformers makes (N, N)
+    inputs |= without_own_loss(base)
     columns = is_needed.flatten().cumsum(0).view(input_ids.shape) - 1
     chosen = columns[positions]
     return Inputs(inputs, (torch.zeros_like(chosen), chosen), columns)

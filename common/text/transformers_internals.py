@@ -60,3 +60,9 @@ def takes_prepared_mask(model: Any) -> bool:
 def mark_static(tensor: Tensor) -> None:
     """Let CUDA graphs write to a tensor in place, as the static caches of transformers do."""
     torch._dynamo.mark_static_address(tensor)
+
+
+def router_class(model: Any) -> type | None:
+    """Class of the modules whose first output is the router logits of a layer; None for dense models."""
+    recorder = (model._can_record_outputs or {}).get("router_logits")
+    return recorder.target_class if getattr(recorder, "index", None) == 0 else None

@@ -20,7 +20,6 @@ class ResponsePass(NamedTuple):
 
     sums: Tensor  # (N,) over the tokens of the response
     sums_with_prompt: Tensor  # (N,) where asked for, over those of the prompt too
-    balance: Tensor  # () load-balancing loss of a mixture of experts, times tokens
     tokens: Tensor  # (N, T), 0 outside
     is_response: Tensor  # (N, T)
     entropy: Tensor  # (N, T) before each token; 0 where it is not asked for
@@ -45,7 +44,7 @@ def response_logprobs(
     logprobs, entropies = (zeros.masked_scatter(is_label, values) for values in of_labels[:2])  # (N, T)
     is_response = is_label & (kinds == 1)
     tokens = logprobs * is_response
-    return ResponsePass(tokens.sum(1), logprobs.sum(1), of_labels.balance, tokens, is_response, entropies)
+    return ResponsePass(tokens.sum(1), logprobs.sum(1), tokens, is_response, entropies)
 
 
 def compared_logprobs(one: ResponsePass, rows: Sequence[Choice], options: DirectOptions) -> Tensor:

@@ -10,11 +10,10 @@ from torch import Tensor
 from common.data.batching import batches_of_rank, micro_batch
 from common.model.engine import backward_and_step
 from common.model.engine_protocol import Engine
-from common.model.forward import base_model
-from common.model.load_balancing import has_balance_loss
 from common.runtime.distributed import device, sum_over_ranks
 from common.runtime.options import UserError, world_size
 from common.runtime.progress import track
+from common.training.expert_use import ExpertUse
 from common.training.means import Mean
 from step2_reward.direct.data import Choice, Example
 from step2_reward.direct.logprobs import ResponsePass, compared_logprobs, response_logprobs
@@ -28,7 +27,7 @@ from step2_reward.direct.transport import with_partners
 DIVISORS = {
     "loss": "losses", "accuracy": "decided", "nll_chosen": "chosen tokens", "reward/chosen": "chosen",
     "reward/rejected": "rejected", "logprobs/chosen": "chosen", "logprobs/rejected": "rejected",
-    "logratio/mean": "responses", "aux_loss": "tokens",
+    "logratio/mean": "responses",
 }  # fmt: skip
 
 
@@ -81,10 +80,15 @@ def batch_metrics(
     batches = micro_batches(examples, options)
     sums: Counter[str] = Counter()
     norm = None
+
+    def measure(indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        return micro_batch_loss(engine, [examples[i] for i in indices], totals, point, options)
+
+    experts = ExpertUse(engine, measure, *zip(*batches, strict=True)) if train else None
     for number, (batch_indices, is_real) in enumerate(track(title, batches, len(examples)), start=1):
-        micro = [examples[i] for i in batch_indices]
-        loss, parts = micro_batch_loss(engine, micro, totals, point, options)
-        if train:
+        loss, parts = measure(batch_indices)
+        if experts:
+            loss = loss + experts.loss(is_real)
             norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         for name, value in parts.items():
             sums[name] += value.detach() * is_real
@@ -93,7 +97,9 @@ def batch_metrics(
     metrics = {name: Mean(value * divisors[name], divisors[name]) for name, value in means.items()}
     if {"reward/chosen", "reward/rejected"} <= means.keys():
         metrics["reward/margin"] = Mean(means["reward/chosen"] - means["reward/rejected"])
-    return metrics | ({"kl/reference_point": Mean(point)} if options.kind.has_point else {}), norm
+    if options.kind.has_point:
+        metrics["kl/reference_point"] = Mean(point)
+    return metrics | (experts.metrics() if experts else {}), norm
 
 
 def micro_batch_loss(
@@ -122,7 +128,6 @@ def micro_batch_loss(
     if kind.has_nll:
         nll = -(chosen * responses.sums_with_prompt).sum()
         loss = loss + options.nll_coef * nll / totals["nll tokens"]
-    loss = loss + responses.balance / totals["tokens"]
     logprobs = responses.sums
     sums = {
         "accuracy": right.sum(),
@@ -132,8 +137,6 @@ def micro_batch_loss(
         "logprobs/chosen": (chosen * logprobs).sum(),
         "logprobs/rejected": (rejected * logprobs).sum(),
     }
-    if engine.training and has_balance_loss(base_model(engine)):
-        sums["aux_loss"] = responses.balance
     if kind.has_reference:
         sums["logratio/mean"] = ((chosen + rejected) * log_ratios).sum()
     parts = {name: value / totals[DIVISORS[name]] for name, value in sums.items() if totals[DIVISORS[name]]}
@@ -197,7 +200,6 @@ def global_totals(examples: Sequence[Example], options: DirectOptions) -> dict[s
             totals["chosen"] += chosen
             totals["rejected"] += rejected
             totals["responses"] += chosen + rejected
-            totals["tokens"] += len(dialogue.ids)
             length = dialogue.num_predicted
             totals["chosen tokens"] += chosen * length
             totals["nll tokens"] += chosen * (

@@ -28,6 +28,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.expert_use import ExpertUse
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
@@ -101,16 +102,18 @@ def train_step(
     batches = deal(range(len(records)), lengths, micro_batch(options), rank(), world_size())
     num_steps = sum(len(record.labels) for record in records)
     sums = torch.zeros(6, dtype=torch.float64)
-    for number, indices in enumerate(batches, start=1):
-        losses, batch_sums = step_losses(engine, collate([records[i] for i in indices], pad_token_id(engine)))
-        norm = backward_and_step(
-            engine, losses.sum() / num_steps, world_size(), is_last=number == len(batches)
-        )
+    micros = [collate([records[i] for i in indices], pad_token_id(engine)) for indices in batches]
+    experts = ExpertUse(engine, partial(step_losses, engine), micros)
+    for number, micro in enumerate(micros, start=1):
+        losses, batch_sums = step_losses(engine, micro)
+        loss = losses.sum() / num_steps + experts.loss()
+        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         sums += batch_sums
     metrics = figures(*sum_over_ranks(*sums))
     seconds = time.perf_counter() - start
     return {
         **{f"train/{name}": mean for name, mean in metrics.items()},
+        **experts.metrics(),
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(sum(lengths), seconds),

@@ -55,7 +55,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "alibi": BloomConfig(**GENERAL, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
     "flash": LlamaConfig(**SHAPE),
 }  # fmt: skip
-CANNOT = ("narrow window", "alibi", "flash")
+CANNOT = ("narrow window", "alibi", "flash", "balanced mixture")
 TWO, THREE = Sharing(2, 12, 12), Sharing(3, 10, 7)
 
 
@@ -91,7 +91,7 @@ def test_models_that_cannot_share_prompts_are_detected(name: str, is_scalar: boo
         model.config._attn_implementation = (
             "flash_attention_2"  # refused by name: the kernels are not installed
         )
-    can = name not in CANNOT and (is_scalar or name != "balanced mixture")
+    can = name not in CANNOT
     assert [can_share_prompts(model, sharing) for sharing in (TWO, THREE)] == [can, can]
 
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from common.model.families import remove_noise
 from common.model.forward import label_pass, response_logits, token_scores_and_states
 from common.model.head import Targets
+from common.training.expert_use import ExpertUse
 from tests.conftest import assert_close
 from tests.end_to_end.test_families import COMPLETE, POLICIES
 
@@ -196,7 +197,11 @@ def test_balance_loss() -> None:
         one.train()
     assert isinstance(FAMILIES["mixtral"], MixtralConfig)
     positions = IS_LABEL.roll(-1, dims=1)
-    losses = [label_pass(one, IDS, positions, Targets(IDS[IS_LABEL])).balance for one in (plain, model)]
+    losses = []
+    for one in (plain, model):
+        experts = ExpertUse(one, label_pass, [None])
+        label_pass(one, IDS, positions, Targets(IDS[IS_LABEL]))
+        losses.append(experts.loss())
     assert losses[0] > 0
     assert_close(losses[1], losses[0])
 
