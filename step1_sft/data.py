@@ -6,11 +6,14 @@ from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from common.data.batching import pad_rows
 from common.data.examples import Examples
 from common.data.loading import load_examples
+from common.model.sequence_parallel import part_of_row
 from common.runtime.distributed import device
+from common.runtime.row_groups import ranks_per_row
 from common.text.record_formats import Record
 from common.text.tokenizer import SegmentEncoder
 from common.text.truncation import Dropped, fit_demonstration
@@ -88,4 +91,16 @@ def collate(rows: Sequence[Sequence[Demonstration]], pad_token_id: int) -> Batch
     if any(len(row) > 1 for row in rows):
         position_ids = pad_rows([[p for part in row for p in range(part.length)] for row in rows], 0)
         position_ids = position_ids.to(device())  # (B, T)
-    return Batch(input_ids, positions, input_ids[is_trained], position_ids)
+    batch = Batch(input_ids, positions, input_ids[is_trained], position_ids)
+    return part_of_batch(batch) if ranks_per_row() > 1 else batch
+
+
+def part_of_batch(batch: Batch) -> Batch:
+    """This rank's part of each row, for --sequence_parallel; position ids are those in the row."""
+    width = batch.input_ids.shape[1]
+    missing = -width % ranks_per_row()
+    input_ids, positions = (pad(part, (0, missing)) for part in (batch.input_ids, batch.positions))
+    columns = torch.arange(width + missing, device=input_ids.device).expand_as(input_ids)
+    labels = input_ids.roll(-1, dims=1)  # (B, T) of each position
+    input_ids, positions, columns, labels = map(part_of_row, (input_ids, positions, columns, labels))
+    return Batch(input_ids, positions, labels[positions], columns)

@@ -17,11 +17,13 @@ from common.model.head import Targets
 from common.model.loading import fit_to_model, load_causal_lm
 from common.model.lora import add_adapters, check_adapters
 from common.model.roles import policy_config
+from common.model.sequence_parallel import check_heads, share_rows, unshared_rows
 from common.model.zero import load_zero_config, unpartitioned
 from common.runtime.distributed import sum_over_ranks
 from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import run_main
+from common.runtime.row_groups import share_rows_among
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.expert_use import ExpertUse
 from common.training.export import export_best, export_model
@@ -39,8 +41,10 @@ from step1_sft.packing import Row, check_packing, micro_batches
 def main() -> None:
     # 1. Validate all inputs before loading a model.
     options = parse_options(SFTOptions)
+    share_rows_among(options.sequence_parallel)
     zero = load_zero_config(options.zero_config, options, options.learning_rate)
     config = policy_config(options.model_name_or_path, "model_name_or_path")
+    check_heads(config, options.model_name_or_path)
     options = fit_to_model(options, config)
     check_adapters(options.model_name_or_path, options, zero)
     check_folder(options)
@@ -54,13 +58,15 @@ def main() -> None:
     engine = make_engine(model, zero, options, options.learning_rate, loop.total_steps)
     if options.packing:
         check_packing(engine, options.max_length)
+    share_rows(engine)
     loop.resume({"policy": engine}, "demonstrations")
     load_base = partial(load_causal_lm, options.model_name_or_path, tokenizer, unpartitioned(zero))
 
     def evaluate_and_log() -> bool:
         metrics = evaluate(engine, held_out, options)
         is_best = loop.log_evaluation(metrics, ["eval/loss", "eval/perplexity"])
-        samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options)
+        with unshared_rows(engine):
+            samples = greedy_answers(engine, held_out[: options.num_samples], encoder, options)
         loop.writer.text(loop.state.step, "samples", answers_as_markdown(samples))
         if is_best:
             export_best(engine, tokenizer, loop.folder / "best", load_base)

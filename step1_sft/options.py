@@ -13,6 +13,7 @@ from common.runtime.options import (
     TrainOptions,
     UserError,
     option,
+    world_size,
 )
 from common.training.options import TrackerOptions, check_trackers
 
@@ -63,15 +64,40 @@ class SFTOptions(TrainOptions, SampleAnswerOptions, TrackerOptions):
         resume="free",
     )
 
+    sequence_parallel: int = option(
+        1,
+        "Ranks that share the rows of a micro-batch, each with a part of every row; for records that do not"
+        " fit on one GPU.",
+        at_least=1,
+        resume="free",
+    )
+
     def check(self) -> None:
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
         check_trackers(self)
+        check_sequence_parallel(self)
         if self.packing and 0 < self.micro_batch_tokens < self.max_length:
             raise UserError(
                 f"--micro_batch_tokens {self.micro_batch_tokens}: must be at least --max_length"
                 f" {self.max_length} with --packing, which fills rows up to that"
             )
+
+
+def check_sequence_parallel(options: SFTOptions) -> None:
+    """Raise UserError unless groups of so many ranks can share rows."""
+    count, ranks = options.sequence_parallel, world_size()
+    if count == 1:
+        return
+    if ranks % count:
+        raise UserError(f"--sequence_parallel {count}: must divide the number of ranks, {ranks}")
+    if options.packing:
+        raise UserError(f"--sequence_parallel {count}: not with --packing; remove one of the two")
+    if options.attn_implementation not in ("auto", "sdpa"):
+        raise UserError(
+            f"--sequence_parallel {count}: --attn_implementation is {options.attn_implementation}; allowed:"
+            " auto or sdpa"
+        )
 
 
 @dataclass

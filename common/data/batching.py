@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.runtime.distributed import gather_objects, rank
+from common.runtime.distributed import gather_objects
 from common.runtime.option_checks import rows_per_micro_batch
-from common.runtime.options import OptimiserOptions, TrainOptions, world_size
+from common.runtime.options import OptimiserOptions, TrainOptions
+from common.runtime.row_groups import data_rank, data_ranks
 
 # Batches per window that is sorted by length: more batches mean less padding, fewer are closer to a plain
 # shuffle.
@@ -138,7 +139,7 @@ def batches_of_rank(
 
     size, shapes: as in `deal`.
     """
-    batches = deal(range(len(lengths)), lengths, size, rank(), world_size(), shapes)
+    batches = deal(range(len(lengths)), lengths, size, data_rank(), data_ranks(), shapes)
     return with_dummies(batches, dummy=[0])
 
 
@@ -175,8 +176,8 @@ def padding_share(lengths: Sequence[int], options: TrainOptions, most_batches: i
         batch_order(lengths, options.global_batch_size, options.seed, 0, grouped=True), steps
     ):
         batch_lengths = [int(lengths[i]) for i in batch]
-        for number in range(world_size()):
-            for rows in deal(range(len(batch)), batch_lengths, micro_batch(options), number, world_size()):
+        for number in range(data_ranks()):
+            for rows in deal(range(len(batch)), batch_lengths, micro_batch(options), number, data_ranks()):
                 real += sum(batch_lengths[i] for i in rows)
                 padded += len(rows) * max((batch_lengths[i] for i in rows), default=0)
     return 1 - real / padded

@@ -5,7 +5,8 @@ from typing import Any
 from common.model.zero import offloads
 from common.runtime.distributed import gather_objects, log_once
 from common.runtime.option_checks import rows_per_micro_batch
-from common.runtime.options import OptimiserOptions, UserError, world_size
+from common.runtime.options import OptimiserOptions, UserError
+from common.runtime.row_groups import data_ranks
 
 # In bf16 the relative error of the sum is 0.2 % for 1 micro-batch, 0.5 % for 16 and 0.8 % for 64.
 MANY = 32
@@ -44,4 +45,4 @@ def choose_sums(zero: dict[str, Any], options: OptimiserOptions) -> None:
 
 def _micro_batches(options: OptimiserOptions) -> int:
     """Of one optimiser step, on each rank."""
-    return options.global_batch_size // (rows_per_micro_batch(options) * world_size())
+    return options.global_batch_size // (rows_per_micro_batch(options) * data_ranks())

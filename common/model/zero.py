@@ -18,6 +18,7 @@ from common.runtime.distributed import on_cpu
 from common.runtime.files import parse_json
 from common.runtime.option_checks import rows_per_micro_batch
 from common.runtime.options import InferenceOptions, OptimiserOptions, UserError, world_size
+from common.runtime.row_groups import data_ranks
 from common.text.fields import shown
 
 CONFIG_FOLDER = Path(__file__).parents[1] / "zero_configs"
@@ -178,11 +179,11 @@ def _has_bf16() -> bool:
 
 
 def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions) -> None:
-    ranks, name, size = world_size(), "--micro_batch_size", "auto"
+    ranks, name, size = data_ranks(), "--micro_batch_size", "auto"
     if options.global_batch_size % ranks:
         raise UserError(
-            f"--global_batch_size {options.global_batch_size} is not a multiple of the {ranks} ranks; change"
-            " one of the two"
+            f"--global_batch_size {options.global_batch_size} is not a multiple of the {ranks} ranks"
+            f"{' / --sequence_parallel' * (ranks < world_size())}; change one of the two"
         )
     if options.micro_batch_tokens:
         name, steps = "the size with --micro_batch_tokens", "auto"
@@ -205,7 +206,7 @@ def _fill_batch(config: dict[str, Any], source: Path, options: OptimiserOptions)
     config["gradient_accumulation_steps"] = 1
     if options.micro_batch_tokens:
         config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed needs a number, and does not use it
-    config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * ranks
+    config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * world_size()
 
 
 def _take_optimizer(

@@ -5,7 +5,8 @@ import json
 from typing import Any
 
 from common.runtime.option_parser import given_options
-from common.runtime.options import OptimiserOptions, Resume, UserError, world_size
+from common.runtime.options import OptimiserOptions, Resume, UserError
+from common.runtime.row_groups import data_ranks
 
 
 def check_held_out(options: Any) -> None:
@@ -94,6 +95,6 @@ def _in_words(value: Any) -> str:
 
 def rows_per_micro_batch(options: OptimiserOptions) -> int:
     """The largest number up to --micro_batch_size that divides a rank's part of a global batch."""
-    share = options.global_batch_size // world_size()
+    share = options.global_batch_size // data_ranks()
     largest = min(options.micro_batch_size, share)
     return next(size for size in range(largest, 0, -1) if share % size == 0)

@@ -89,6 +89,8 @@ REFUSED = [
     ("step3_ppo", ["--micro_batch_tokens", HUGE], "--micro_batch_tokens"),
     ("score", ["--micro_batch_tokens", "4k"], "--micro_batch_tokens"),
     ("step1_sft", ["--packing", "--micro_batch_tokens", "64"], "--micro_batch_tokens 64"),
+    ("step1_sft", ["--sequence_parallel", "0"], "--sequence_parallel 0"),
+    ("step1_sft", ["--sequence_parallel", "2"], "--sequence_parallel 2: must divide the number of ranks, 1"),
     ("evaluate_sft", ["--sample_length", "-1"], "--sample_length"),
     ("step1_sft", ["--attn_implementation", "flash_attention_2"], "needs a GPU, and pip install flash-attn"),
     ("score", ["--attn_implementation", "flash_attention_3"], "needs a GPU"),
