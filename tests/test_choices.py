@@ -28,6 +28,7 @@ from step2_reward.data import converter
 from step2_reward.direct.options import DirectOptions
 from step2_reward.direct.pair_losses import pair_losses
 from step2_reward.direct.rewards import f_rewards
+from step2_reward.ilql.options import ILQLOptions
 from step2_reward.options import RewardOptions
 from step2_reward.process.options import ProcessRewardOptions
 from step3_ppo.best_of_n import files as best_of_n_files
@@ -46,7 +47,8 @@ from tests.step3_ppo.test_returns import PLAIN, SCORER, rollout
 from tests.word_encoder import WordEncoder
 
 CLASSES = (
-    SFTOptions, RewardOptions, DirectOptions, ProcessRewardOptions, PPOOptions, BestOfNOptions, PlanOptions,
+    SFTOptions, RewardOptions, DirectOptions, ProcessRewardOptions, ILQLOptions, PPOOptions, BestOfNOptions,
+    PlanOptions,
 )  # fmt: skip
 TWO = torch.tensor([1.0, 2.0])
 
@@ -109,7 +111,7 @@ def schedule(value: str) -> None:
 
 
 def best_metric(value: str) -> None:
-    names = ("eval/loss", "eval/accuracy", "eval/first_error", "eval/score", "eval/gold")
+    names = ("eval/loss", "eval/accuracy", "eval/first_error", "eval/score", "eval/score_loss", "eval/gold")
     measured = dict.fromkeys(names, 0.5)
     assert TrainState().is_best(value, measured) == (value != "none")
 

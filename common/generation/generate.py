@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.generation.decoding import Responses, sample_responses, uniforms_for
+from common.generation.guidance import guide
 from common.generation.options import GenerationOptions
 from common.generation.vllm_sampler import VllmSampler
 from common.model.engine import gathered_weights, make_frozen
@@ -52,10 +53,16 @@ class PolicyAnswer(NamedTuple):
     ended: bool  # by an end token, not by the length limit
 
 
-def load_policy(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> PolicyEngine:
-    """Load a frozen policy: partitioned at stage 3, else a full copy on every rank."""
+def load_policy(
+    path: str, encoder: SegmentEncoder, zero: dict[str, Any], ilql_beta: float = 0.0
+) -> PolicyEngine:
+    """Load a frozen policy: partitioned at stage 3, else a full copy on every rank.
+
+    ilql_beta: see `guide`.
+    """
     frozen = frozen_config(zero)
-    model = make_frozen(load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero)), frozen)
+    model = load_causal_lm(path, encoder.tokenizer, frozen or unpartitioned(zero))
+    model = make_frozen(guide(model, path, ilql_beta), frozen)
     return model if frozen else PlainEngine(model)
 
 
@@ -76,10 +83,11 @@ def make_sampler(policy: PolicyEngine, path: str, options: GenerationOptions, lo
 
 
 def load_sampler(
-    path: str, encoder: SegmentEncoder, zero: dict[str, Any], options: GenerationOptions, longest: int = 0
-) -> Sampler:
-    """Load a frozen policy only to sample from it. longest: as in `make_sampler`."""
-    sampler = make_sampler(load_policy(path, encoder, zero), path, options, longest)
+    path: str, encoder: SegmentEncoder, zero: dict[str, Any], options: GenerationOptions, longest: int = 0,
+    ilql_beta: float = 0.0,
+) -> Sampler:  # fmt: skip
+    """Load a frozen policy only to sample from it. longest: as in `make_sampler`; ilql_beta: see `guide`."""
+    sampler = make_sampler(load_policy(path, encoder, zero, ilql_beta), path, options, longest)
     if isinstance(sampler, VllmSampler):
         sampler.hold_weights()
     return sampler

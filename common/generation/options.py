@@ -28,6 +28,18 @@ class RoundOptions:
 
 
 @dataclass
+class GuidanceOptions:
+    """Decoding with the heads of ILQL."""
+
+    ilql_beta: float = option(
+        -1.0,
+        "For folders of step2_ilql.sh, weight of Q in decoding: log-policy + beta (min Q - V). 0: the policy"
+        " alone; -1: the weight saved in the folder.",
+        at_least=-1,
+    )
+
+
+@dataclass
 class GenerationOptions:
     """Sampling."""
 

@@ -13,6 +13,7 @@ KTO         kto_tag                                       -> label
 PRM800K     question: {problem}, label: {steps}           -> prompt, steps, labels
 Shepherd    input: "... Step 1: ... ки", label            -> the same
 soft labels: preference is a number, the probability of A -> the same, and the probability of chosen
+scores      prompt, response, score                       -> prompt, completion, score
 PKU-SafeRLHF response_0, response_1 and their labels      -> prompt, chosen, rejected, signs of harm
 
 In all formats, `system` becomes the first message.
@@ -27,6 +28,7 @@ from typing import Any
 from common.text.fields import as_number, is_empty, parse_lists, shown
 from common.text.prompt_boundary import is_answer
 from common.text.safety_pair import from_safety_pair, is_safety_pair
+from common.text.scored_response import as_completion
 from common.text.segments import has_ended
 from common.text.step_formats import as_steps
 from common.text.system_message import insert_system
@@ -61,7 +63,7 @@ def normalise_record(record: Record) -> Record:
     for name in UNSUPPORTED:
         if not is_empty(record.get(name)):
             raise ValueError(f"field {name!r} changes the input of the model and is not supported; remove it")
-    record = _as_messages(parse_lists(as_steps(record)))
+    record = _as_messages(parse_lists(as_steps(as_completion(record))))
     if not any(name in record for name in QUESTIONS):
         _check_parts_of_prompt(record)
     if "conversations" in record and "messages" not in record:
@@ -243,8 +245,5 @@ def _is_hh(text: Any) -> bool:
 
 def _from_hh(text: str) -> list[dict[str, str]]:
     _, *parts = HH_TURN.split(text)  # name, text, name, text, ...
-    names, contents = parts[::2], parts[1::2]
-    return [
-        {"role": HH_ROLES[name], "content": content.strip()}
-        for name, content in zip(names, contents, strict=True)
-    ]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": HH_ROLES[name], "content": content.strip()} for name, content in turns]

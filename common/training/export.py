@@ -17,16 +17,19 @@ from common.runtime.files import flush_file, flush_folder
 from common.runtime.options import UserError, reason
 from common.runtime.patience import patience
 
+# Writes more than the model into the folder, on rank 0, and takes weights that it writes out of the state.
+WriteMore = Callable[[Path, dict[str, Tensor]], None]
 
-def export_model(*arguments: Any) -> None:
+
+def export_model(*arguments: Any, **more: Any) -> None:
     """`_export`; raises UserError on all ranks when the folder cannot be written."""
-    if problem := _export(*arguments):
+    if problem := _export(*arguments, **more):
         raise UserError(f"{problem}; run the command again with --export_only")
 
 
-def export_best(*arguments: Any) -> None:
+def export_best(*arguments: Any, **more: Any) -> None:
     """`_export`; a failure is only logged, because the run can continue."""
-    if problem := _export(*arguments):
+    if problem := _export(*arguments, **more):
         log(problem)
 
 
@@ -34,6 +37,7 @@ def export_best(*arguments: Any) -> None:
 def _export(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, folder: Path,
     load_base: Callable[[], PreTrainedModel], average: Mapping[str, Tensor] | None = None,
+    write_more: WriteMore | None = None,
 ) -> str:  # fmt: skip
     """Write the engine's model and the tokenizer to `folder`, through a temporary folder.
 
@@ -41,7 +45,7 @@ def _export(
 
     With adapters the folder holds the merged model, and `adapter/` the adapter in peft's format. Rank 0
     merges on the CPU, in a new copy of the model from `load_base`, so that the trained model does not change.
-    average: EMA weights of rank 0, to export instead of the trained weights.
+    average: EMA weights of rank 0, to export instead of the trained weights. write_more: see `WriteMore`.
     """
     state = full_state_dict(engine, trainable_only=is_adapted(engine.module))
     if average:
@@ -50,6 +54,10 @@ def _export(
     if rank() == 0:
         temporary = folder.with_name(folder.name + ".tmp")
         try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            if write_more:
+                write_more(temporary, state)
             _write(engine, tokenizer, state, temporary, load_base)
             _replace(temporary, folder)
             log(f"wrote {folder}")
@@ -63,7 +71,6 @@ def _write(
     engine: Engine, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any], folder: Path,
     load_base: Callable[[], PreTrainedModel],
 ) -> None:  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
     if is_adapted(engine.module):
         _save_merged(engine, state, folder, load_base())
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from common.generation.guidance import check_guidance, guide
 from common.model.engine import make_frozen
 from common.model.families import max_positions
 from common.model.loading import load_causal_lm, plain_config
@@ -38,12 +39,13 @@ def main() -> None:
         raise UserError(f"--model_name_or_path {' '.join(paths)}: must be one model or two")
     check_save_to(options.save_to)
     encoders = [SegmentEncoder(load_tokenizer(path)) for path in paths]
+    check_guidance(paths, options)
     limits = [max_prompt_length(path, e, options) for path, e in zip(paths, encoders, strict=True)]
     reward_encoders = load_encoders(options, *encoders)
 
     # 2. The models.
     zero = plain_config(not on_cpu(), options.attn_implementation)
-    models = [load_model(path, e, zero) for path, e in zip(paths, encoders, strict=True)]
+    models = [load_model(path, e, zero, options.ilql_beta) for path, e in zip(paths, encoders, strict=True)]
     names = ["a", "b"] if len(paths) > 1 else ["new"]
     speakers = [Speaker(*parts) for parts in zip(names, models, encoders, limits, strict=True)]
     chat = Chat(speakers, load_members(options, reward_encoders, zero), options)
@@ -76,9 +78,9 @@ def max_prompt_length(path: str, encoder: SegmentEncoder, options: ChatOptions) 
     return limit
 
 
-def load_model(path: str, encoder: SegmentEncoder, zero: dict[str, Any]) -> PreTrainedModel:
+def load_model(path: str, encoder: SegmentEncoder, zero: dict[str, Any], ilql_beta: float) -> PreTrainedModel:
     """A frozen model on the device, without its own generation defaults (penalties, minimum length)."""
-    model = make_frozen(load_causal_lm(path, encoder.tokenizer, zero), None)
+    model = make_frozen(guide(load_causal_lm(path, encoder.tokenizer, zero), path, ilql_beta), None)
     model.generation_config = GenerationConfig()
     return model
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from common.generation.options import GuidanceOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import ATTENTION, Attention, option
 
 
 @dataclass
-class ChatOptions(EnsembleOptions):
+class ChatOptions(EnsembleOptions, GuidanceOptions):
     """Chat with one model, or with two side by side; reward models score the answers."""
 
     model_name_or_path: list[str] = option(

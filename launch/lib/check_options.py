@@ -30,6 +30,7 @@ COMMANDS = {
     "score": "step2_reward.options.ScoreOptions",
     "step1_sft": "step1_sft.options.SFTOptions",
     "step2_direct": "step2_reward.direct.options.DirectOptions",
+    "step2_ilql": "step2_reward.ilql.options.ILQLOptions",
     "step2_process": "step2_reward.process.options.ProcessRewardOptions",
     "step2_reward": "step2_reward.options.RewardOptions",
     "step3_ppo": "step3_ppo.options.PPOOptions",

@@ -51,7 +51,7 @@ def main() -> None:
         ]
         print(f"| {' | '.join(cells)} |")
     shared = seconds(output, output / "step2_reward")
-    print(f"\nThe reward model took {shared} s; dpo, ipo, kto, orpo and simpo do not need it.")
+    print(f"\nThe reward model took {shared} s; dpo, ipo, kto, orpo, simpo and ilql do not need it.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ ALL = [
     ("sft", "Step 1: supervised fine-tuning", "step1_sft.options.SFTOptions", True),
     ("reward", "Step 2: reward model", "step2_reward.options.RewardOptions", True),
     ("direct", "Step 2: direct preference optimisation", "step2_reward.direct.options.DirectOptions", True),
+    ("ilql", "Step 2: ILQL", "step2_reward.ilql.options.ILQLOptions", True),
     (
         "process",
         "Step 2: process reward model",

@@ -25,6 +25,7 @@ from common.data.journal import stop_resumably, to_lines
 from common.data.loading import load_examples
 from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import Sampler, fit_prompt_length, generate, load_sampler, prompts_of_rank
+from common.generation.guidance import check_guidance
 from common.model.reward_ensemble import load_encoders, load_members
 from common.model.roles import policy_config
 from common.model.shared_prompt import Sharing
@@ -57,6 +58,7 @@ def main() -> None:
     config = policy_config(options.model_name_or_path, "model_name_or_path")
     options = fit_prompt_length(options, config)
     check_rollout_engine(options, config)
+    check_guidance([options.model_name_or_path], options, options.rollout_engine)
     hidden_size = config.get_text_config().hidden_size
     functions = load_functions(options.reward_function, "reward_function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
@@ -77,7 +79,7 @@ def main() -> None:
     start = f"; resuming: {done} of {total} prompts done" if done else ""
     log(f"{total} prompts, {size} responses per prompt, on {ranks_in_words()}{start}")
     if done < total:
-        policy = load_sampler(options.model_name_or_path, encoder, zero, options)
+        policy = load_sampler(options.model_name_or_path, encoder, zero, options, ilql_beta=options.ilql_beta)
         members = load_members(options, reward_encoders, zero)
         process = load_process_model(options, encoder, zero, aggregation=options.process_aggregation)
         scorer = Scorer(members, functions, options, process)

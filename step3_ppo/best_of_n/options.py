@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from common.generation.options import GenerationOptions, PromptDataOptions, RoundOptions
+from common.generation.options import GenerationOptions, GuidanceOptions, PromptDataOptions, RoundOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import InferenceOptions, RankOptions, UserError, option
 from step3_ppo.option_groups import ProcessOptions
@@ -11,8 +11,8 @@ from step3_ppo.option_groups import ProcessOptions
 
 @dataclass
 class SampleOptions(
-    PromptDataOptions, RoundOptions, EnsembleOptions, ProcessOptions, GenerationOptions, InferenceOptions,
-    RankOptions,
+    PromptDataOptions, RoundOptions, EnsembleOptions, ProcessOptions, GenerationOptions, GuidanceOptions,
+    InferenceOptions, RankOptions,
 ):  # fmt: skip
     """Sampling. These options determine samples.jsonl; a folder sampled with others is refused."""
 

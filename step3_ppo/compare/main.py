@@ -18,6 +18,7 @@ from common.data.loading import load_examples
 from common.data.summary import warn_of_few
 from common.generation.engine_checks import check_rollout_engine
 from common.generation.generate import fit_prompt_length
+from common.generation.guidance import check_guidance
 from common.model.loading import fit_to_model
 from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_encoders, same_tokenizer
@@ -48,6 +49,7 @@ def main() -> None:
         options = fit_prompt_length(options, config)
         check_rollout_engine(options, config)
         options = fit_to_model(options, config)
+    check_guidance(options.model_name_or_path, options, options.rollout_engine)
     encoder = load_encoder(options.model_name_or_path)
     judges = load_judges(options, encoder)
     prompts = load_prompts(options, encoder)

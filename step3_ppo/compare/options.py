@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from common.generation.options import GenerationOptions, PromptDataOptions
+from common.generation.options import GenerationOptions, GuidanceOptions, PromptDataOptions
 from common.model.options import EnsembleOptions
 from common.runtime.options import InferenceOptions, UserError, option
 
 
 @dataclass
-class ComparePoliciesOptions(PromptDataOptions, EnsembleOptions, GenerationOptions, InferenceOptions):
+class ComparePoliciesOptions(
+    PromptDataOptions, EnsembleOptions, GenerationOptions, GuidanceOptions, InferenceOptions
+):
     """Compare policies on the same held-out prompts."""
 
     stage: ClassVar[int] = 3

@@ -55,7 +55,7 @@ def sample_all(
     policies: list[Policy] = []
     for number in reversed(range(len(options.model_name_or_path))):
         path = options.model_name_or_path[number]
-        model = load_policy(path, encoder, zero)
+        model = load_policy(path, encoder, zero, options.ilql_beta)
         sampler, rollouts = make_sampler(model, path, options), []
         for draw in range(1 if number else max(1, options.best_of)):
             title = f"{path}: responses"

@@ -10,7 +10,8 @@ from tests.stages import ppo, reward, sft
 
 MODULES = {
     "step1_sft": "step1_sft.main", "step2_reward": "step2_reward.main",
-    "step2_direct": "step2_reward.direct.main", "step2_process": "step2_reward.process.main",
+    "step2_direct": "step2_reward.direct.main", "step2_ilql": "step2_reward.ilql.main",
+    "step2_process": "step2_reward.process.main",
     "step3_ppo": "step3_ppo.main", "step3_safe": "step3_ppo.safe.main",
     "evaluate_sft": "step1_sft.evaluate", "evaluate_reward": "step2_reward.evaluation.main",
     "evaluate_ppo": "step3_ppo.compare.main", "judge": "step2_reward.judge.main",
@@ -26,11 +27,14 @@ RECORDS = {
         {"prompt": "a", "chosen": "b", "rejected": "c"},
     ),
     "step2_process": {"prompt": "a", "steps": ["b", "c"], "labels": [1, 0]},
+    "step2_ilql": {"prompt": "a", "response": "b", "score": 1},
     "annotate": {"prompt": "a", "response_a": "b", "response_b": "c"},
     **dict.fromkeys(("step3_ppo", "evaluate_ppo", "critique", "sample_pairs", "best_of_n"), {"prompt": "a"}),
 }
 DATA = {
-    **dict.fromkeys(("step1_sft", "step2_reward", "step2_direct", "step2_process"), "train_data"),
+    **dict.fromkeys(
+        ("step1_sft", "step2_reward", "step2_direct", "step2_process", "step2_ilql"), "train_data"
+    ),
     **dict.fromkeys(("step3_ppo", "critique", "sample_pairs", "best_of_n"), "prompt_data"),
     **dict.fromkeys(("evaluate_sft", "evaluate_reward", "evaluate_ppo"), "eval_data"),
     "judge": "preference_data", "score": "input", "annotate": "pair_data",
@@ -71,8 +75,10 @@ def options(command: str, world: Path, folder: Path) -> list[str]:
         words += [f"--{OUTPUT.get(command, 'output_dir')}", f"{out}{suffix}"]
     if command in ("best_of_n", "evaluate_ppo"):
         words += ["--reward_model_name_or_path", str(scalar)]
-    if command in ("best_of_n", "step2_process"):
+    if command in ("best_of_n", "step2_process", "step2_ilql"):
         words += ["--eval_fraction", "0"]
+    if command == "step2_ilql":  # the records are equal
+        words += ["--standardise_scores", "False"]
     if command in ("best_of_n", "evaluate_ppo", "sample_pairs", "critique"):
         words += ["--max_response_length", "4"]
     return words

@@ -11,6 +11,7 @@ LORA = ["--lora_rank", "4"]
 ZERO_3 = ["--zero_config", str(ZERO / "zero3.json")]
 HUGE = "1" + "0" * 40
 SAMPLING = ("step3_ppo", "best_of_n", "sample_pairs", "critique", "evaluate_ppo")
+GUIDED = ("best_of_n", "evaluate_ppo", "chat")
 REFUSED = [
     ("step1_sft", ["--seed", HUGE], "--seed"),
     ("step2_reward", ["--seed", str(2**63)], "--seed"),
@@ -58,6 +59,17 @@ REFUSED = [
     ("step2_process", ["--step_separator", ""], "--step_separator: is empty"),
     ("step2_process", ["--best_metric", "eval/margin"], "--best_metric"),
     ("step2_process", ["--learning_rate", "inf"], "--learning_rate"),
+    ("step2_ilql", ["--tau", "0"], "--tau"),
+    ("step2_ilql", ["--alpha", "1.5"], "--alpha"),
+    ("step2_ilql", ["--gamma", "1.01"], "--gamma"),
+    ("step2_ilql", ["--beta", "nan"], "--beta"),
+    ("step2_ilql", ["--ilql_beta", "-1"], "--ilql_beta"),
+    ("step2_ilql", ["--steps_for_target_q_sync", "0"], "--steps_for_target_q_sync"),
+    ("step2_ilql", ["--standardise_scores", "True"], "all scores are 1; ILQL learns from their differences"),
+    ("step2_ilql", ["--best_metric", "eval/q_loss"], "--best_metric"),
+    ("step2_ilql", [*LORA, "--load_in_4bit", *ZERO_3], "--load_in_4bit: ZeRO stage 3"),
+    ("best_of_n", ["--ilql_beta", "-2"], "--ilql_beta"),
+    *((command, ["--ilql_beta", "2"], "no ilql/heads.safetensors") for command in GUIDED),
     ("step3_safe", ["--cost_limit", "nan"], "--cost_limit"),
     ("step3_safe", ["--lambda_min", "0"], "--lambda_min"),
     ("step3_safe", ["--lambda_rate", "-1"], "--lambda_rate"),

@@ -106,6 +106,22 @@ def test_labelled_steps_are_refused(models: Path, tmp_path: Path, change: dict, 
     check_refusal("step2_process", words, ["DIR/bad.jsonl:1: ", part], models, tmp_path, files)
 
 
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"score": "good"}, "field 'score' is 'good'; it must be a number"),
+        ({"score": None}, "field 'score' is missing (a scored response has"),
+        ({"score": -1e39}, "field 'score' is -1e+39; allowed: -1e+06 to 1e+06"),
+        ({"response": ""}, "field 'completion' is empty"),
+        ({"response": [{"role": "user", "content": "b"}]}, "'prompt' is a string but 'completion' is a list"),
+    ],
+)
+def test_scored_responses_are_refused(models: Path, tmp_path: Path, change: dict, part: str) -> None:
+    record = json.dumps(RECORDS["step2_ilql"] | change).encode()
+    words, files = ["--train_data", "DIR/bad.jsonl"], {"bad.jsonl": record}
+    check_refusal("step2_ilql", words, ["DIR/bad.jsonl:1: ", part], models, tmp_path, files)
+
+
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1", "0", "1e999", "101", "0.1:0.2", "", "x"])
 def test_weight_of_a_source_is_refused(models: Path, tmp_path: Path, weight: str) -> None:
     command = EVERY[len(weight) % len(EVERY)]

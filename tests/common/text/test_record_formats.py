@@ -29,6 +29,17 @@ def test_documented_formats_are_unchanged():
         assert normalise_record(record) is record
 
 
+def test_scored_responses():
+    """With a score, `response` is a completion; without one, or beside a completion, it stays as it is."""
+    record = {"prompt": "a", "response": "b", "score": 0.5}
+    assert normalise_record(record) == {**record, "completion": "b"}
+    messages = [{"from": "human", "value": "a"}]
+    turns = {"prompt": messages, "response": [{"from": "gpt", "value": "b"}], "score": 1}
+    assert normalise_record(turns)["completion"] == [reply("b")]
+    for unchanged in ({"prompt": "a", "response": "b"}, {**record, "completion": "c"}):
+        assert normalise_record(unchanged) is unchanged
+
+
 def test_sharegpt():
     turns = [("system", "Be kind."), ("human", "Hi?"), ("gpt", "Hello."), ("human", "Bye."), ("gpt", "Bye!")]
     record = {"conversations": [{"from": name, "value": value} for name, value in turns]}
