@@ -30,6 +30,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import world_size
 from common.runtime.process import run_main
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
+from common.training.expert_use import ExpertUse
 from common.training.export import export_best, export_model
 from common.training.loop import TrainingLoop
 from common.training.means import Mean
@@ -105,15 +106,19 @@ def train_step(
     lengths, num_actions = [row.length for row in rows], sum(row.num_actions for row in rows)
     batches = deal(range(len(rows)), lengths, micro_batch(options), rank(), world_size())
     sums = torch.zeros(10, dtype=torch.float64)
-    for number, indices in enumerate(batches, start=1):
-        batch = collate([rows[i] for i in indices], pad_token_id(engine), scale)
-        loss, batch_sums = batch_loss(engine, targets, batch, options)
-        norm = backward_and_step(engine, loss / num_actions, world_size(), is_last=number == len(batches))
+    micros = [collate([rows[i] for i in indices], pad_token_id(engine), scale) for indices in batches]
+    measure = partial(batch_loss, engine, targets, options=options)
+    experts = ExpertUse(engine, measure, micros)
+    for number, micro in enumerate(micros, start=1):
+        loss, batch_sums = measure(micro)
+        loss = loss / num_actions + experts.loss()
+        norm = backward_and_step(engine, loss, world_size(), is_last=number == len(batches))
         sums += batch_sums
     metrics = figures(sum_over_ranks(*sums), num_actions)
     seconds = time.perf_counter() - start
     return {
         **{f"train/{name}": mean for name, mean in metrics.items()},
+        **experts.metrics(),
         "train/lr": rate,
         "train/grad_norm": Mean(norm),
         "train/tokens_per_second": Mean(sum(lengths), seconds),

@@ -28,7 +28,6 @@ class ActionPass(NamedTuple):
     logprobs: Tensor  # (N,)
     heads: HeadOutputs
     target_q: Tensor  # (N,) the smaller one of the two target heads
-    balance: Tensor  # () load-balancing loss of a mixture of experts in training, times tokens; else 0
 
 
 def action_pass(engine: nn.Module, targets: nn.ModuleList, batch: Batch, is_summed: bool) -> ActionPass:
@@ -51,7 +50,7 @@ def action_pass(engine: nn.Module, targets: nn.ModuleList, batch: Batch, is_summ
         labels = label_pass(engine, batch.input_ids, positions, Targets(batch.actions, is_summed=is_summed))
     finally:
         hook.remove()
-    return ActionPass(labels.logprobs, *outputs, labels.balance)
+    return ActionPass(labels.logprobs, *outputs)
 
 
 def losses(passed: ActionPass, batch: Batch, options: ILQLOptions) -> Tensor:
@@ -82,7 +81,7 @@ def batch_loss(
     errors = ((lowest - batch.rewards).square() * batch.is_last).sum()
     parts = [loss, *terms, lowest.sum(), passed.target_q.sum(), values.sum(), errors, batch.is_last.sum()]
     sums = torch.stack([part.detach().double().cpu() for part in parts])
-    return loss + passed.balance, sums
+    return loss, sums
 
 
 def figures(sums: Sequence[float], num_actions: int) -> dict[str, Mean]:
