@@ -114,7 +114,8 @@ def save_heads(folder: Path, heads: Mapping[str, Tensor], targets: Mapping[str, 
     (folder / FILE).parent.mkdir(parents=True)
     tensors = {**heads, **{f"target.{name}": tensor for name, tensor in targets.items()}}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / FILE, metadata={"format": "pt", BETA: repr(beta)})
+    # One entry: safetensors writes several in a random order.
+    save_file(tensors, folder / FILE, metadata={BETA: repr(beta)})
     flush_file(folder / FILE)
 
 

@@ -25,8 +25,8 @@ while read -r name beta rate; do
 done <<<$'dpo 0.3 1e-4\nipo 3 2e-4\nkto 0.2 1e-4\norpo 2 1e-4\nsimpo 2 5e-5'
 step "$HERE/recipes/scored_responses.py" "$GOLD" "$DATA/preferences.jsonl" "$ALL/scored.jsonl"
 step "$HERE/step2_ilql.sh" --model_name_or_path "$MODEL" --train_data "$ALL/scored.jsonl" --output_dir "$ALL/ilql" \
-    --learning_rate 5e-4 --num_train_epochs 6 --global_batch_size 32 --micro_batch_size 32 --seed "$SEED" --gamma 1 \
-    --alpha 0.5 --steps_for_target_q_sync 1 --cql_scale 0.003 --awac_scale 0.1 --ilql_beta 8
+    --learning_rate 3e-3 --lora_rank 8 --num_train_epochs 4 --global_batch_size 32 --micro_batch_size 32 --seed "$SEED" \
+    --gamma 1 --alpha 0.5 --steps_for_target_q_sync 1 --cql_scale 0.01 --awac_scale 0.1 --ilql_beta 8
 # Rejection sampling, with as many responses as PPO; they are truncated at 48 tokens by design.
 export SAMPLE_OPTIONS="--keep_truncated True --samples_per_prompt 8 --prompts_per_round 266"
 export STEP1_OPTIONS="--learning_rate 4e-4 --global_batch_size 32 --micro_batch_size 32 --max_length 256 --seed $SEED"

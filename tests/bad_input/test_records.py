@@ -113,7 +113,7 @@ def test_labelled_steps_are_refused(models: Path, tmp_path: Path, change: dict, 
         ({"score": None}, "field 'score' is missing (a scored response has"),
         ({"score": -1e39}, "field 'score' is -1e+39; allowed: -1e+06 to 1e+06"),
         ({"response": ""}, "field 'completion' is empty"),
-        ({"response": [{"role": "user", "content": "b"}]}, "'prompt' is a string but 'completion' is a list"),
+        ({"response": [{"role": "user", "content": "b"}]}, "'prompt' is not one of the user messages"),
     ],
 )
 def test_scored_responses_are_refused(models: Path, tmp_path: Path, change: dict, part: str) -> None:
