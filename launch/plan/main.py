@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from common.generation.generate import fit_prompt_length
 from common.runtime.option_parser import parse_options
 from common.runtime.options import UserError
 from launch.plan.attack import advice
@@ -20,7 +19,7 @@ from launch.plan.hardware import GPUS
 from launch.plan.memory import total
 from launch.plan.options import PlanOptions
 from launch.plan.phases import Phase, peak
-from launch.plan.predict import GIB, predict_phases, predict_storage, read_config, setting
+from launch.plan.predict import GIB, fitted, predict_phases, predict_storage, setting
 from launch.plan.remedies import Predictor, cached, least, ways
 from launch.plan.step_seconds import step_seconds
 from launch.plan.storage import of_machine, on_disk
@@ -57,7 +56,7 @@ def main() -> None:
     try:
         options = parse_options(PlanOptions)
         os.environ["WORLD_SIZE"] = str(options.num_gpus)  # as the launcher sets it
-        options = fit_prompt_length(options, read_config(options.model_name_or_path))
+        options = fitted(options)
         steps = step_seconds(options) if options.device == "gpu" else {}
         all_phases = predict_phases(options)
         phases = {step: peak(of_step) for step, of_step in all_phases.items()}

@@ -423,17 +423,19 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.end_to_end
 def test_command_prints_a_table_and_verdicts(big: PlanOptions):
-    done = run("--model_name_or_path", big.model_name_or_path, "--num_gpus", "8", "--gradient_checkpointing")
+    words = ["--num_gpus", "8", "--gradient_checkpointing", "--max_length", "5000"]
+    done = run("--model_name_or_path", big.model_name_or_path, *words)
     assert done.returncode == 0 and done.stderr == ""
-    phases = predict(replace(big, gradient_checkpointing=True))
+    assert done.stdout.count("exceeds the model's context length; using 4096") == 1
+    phases = predict(replace(big, gradient_checkpointing=True, max_length=4096))
     head, printed, *_ = done.stdout.split("\n\n")
     assert (
         "policy 6.74 B parameters, reward model 6.61 B; ZeRO-2, 16-bit weights, 8 GPUs; micro-batch 4" in head
     )
-    assert "rows of 1024 tokens; step 3: prompts of 256 and responses of 128 tokens" in head
+    assert "rows of 4096 tokens; step 3: prompts of 256 and responses of 128 tokens" in head
     cells = {line[:16].strip(): line[16:].split() for line in printed.splitlines()}
     assert cells["token lists"] == ["0.00"] * 3 and cells["CUDA and NCCL"] == ["1.50"] * 3
-    assert " ".join(cells["peak phase"]) == "optimiser step recomputation optimiser step"
+    assert " ".join(cells["peak phase"]) == "recomputation recomputation optimiser step"
     assert cells["total"] == [f"{total(phase.parts) / GIB:.2f}" for phase in phases.values()]
     assert cells["optimiser"][0] == f"{12 * PARAMETERS_OF_LLAMA_2_7B / 8 / GIB:.2f}"
     assert "On cards of 40 GB, 37.4 GiB of them usable:\n  step 1 fits, with" in done.stdout
