@@ -199,7 +199,7 @@ def test_ids_without_a_token_are_never_drawn(model):
             rollout = as_rollout(responses)
             assert (responses.ids[rollout.response_mask] < count).all()
             with torch.no_grad():
-                trained, entropy, _ = policy_pass(model, rollout.rows([0, 1, 2, 3]), TEMPERATURE, "value")
+                trained, entropy = policy_pass(model, rollout.rows([0, 1, 2, 3]), TEMPERATURE, "value")
             assert (entropy <= math.log(count)).all()
             drawn = responses.logprobs[rollout.response_mask]
             torch.testing.assert_close(trained, drawn, rtol=1e-5, atol=1e-5)
