@@ -1,14 +1,16 @@
 """Scored responses for step2_ilql.sh from preferences: all their responses, scored by a function.
 
-python launch/recipes/scored_responses.py FILE.py:NAME preferences.jsonl scored.jsonl
+.venv/bin/python launch/recipes/scored_responses.py FILE.py:NAME preferences.jsonl scored.jsonl
 """
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.data.journal import to_lines
 from common.data.records import read_all
 from common.runtime.files import write_text
+from common.runtime.options import UserError
 from common.runtime.process import run_main
 from common.text.record_formats import Record, normalise_record
 from common.text.segments import Comparison, parse_comparison
@@ -17,7 +19,7 @@ from step3_ppo.reward_functions import function_scores, load_functions
 
 def main() -> None:
     if len(sys.argv) != 4:
-        sys.exit("usage: python launch/recipes/scored_responses.py FILE.py:NAME PREFERENCES OUTPUT")
+        raise UserError("usage: launch/recipes/scored_responses.py FILE.py:NAME PREFERENCES OUTPUT")
     functions = load_functions(sys.argv[1:2], "function")
     preferences, _ = read_all(sys.argv[2:3], compared, skip_bad_records=False, is_training=True)
     rows: list[Record] = [

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import REPOSITORY
 from tests.end_to_end.test_launch import bash
 from tests.end_to_end.test_process import refusal
 from tests.end_to_end.test_resume import STOPPED, assert_same_end, steps_of, zero_config
@@ -216,3 +219,21 @@ def test_an_export_alone_writes_the_heads_of_the_checkpoint(scored: Path, tmp_pa
     shutil.rmtree(tmp_path / "out/final")
     succeed(ILQL, [*words, "--export_only"], tmp_path)
     assert (tmp_path / "out/final" / HEADS).read_bytes() == heads and timeless(tmp_path / "out") == before
+
+
+def test_responses_of_preferences_are_scored_by_a_function(tmp_path: Path) -> None:
+    """From any folder, without the launch scripts' environment."""
+    (tmp_path / "rules.py").write_text(VOWELS)
+    pair = {"prompt": "Name a fruit.", "chosen": " Apple.", "rejected": " Sky."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    command = [sys.executable, str(REPOSITORY / "launch/recipes/scored_responses.py")]
+    words = ["rules.py:vowels", "pairs.jsonl", "scored.jsonl"]
+    done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"prompt": "Name a fruit.", "response": " Apple.", "score": 1.0},
+        {"prompt": "Name a fruit.", "response": " Sky.", "score": 0.0},
+    ]
+    done = subprocess.run([*command, *words[:2]], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.endswith("FILE.py:NAME PREFERENCES OUTPUT\n")
