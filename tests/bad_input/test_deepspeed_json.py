@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from tests.bad_input.commands import READS_ZERO, check_refusal
 
@@ -109,6 +110,8 @@ def test_file_is_refused(models: Path, tmp_path: Path, number: int) -> None:
 
 @pytest.mark.parametrize(("content", "part"), REFUSED_LATE)
 def test_engine_is_refused(models: Path, tmp_path: Path, content: dict[str, Any], part: str) -> None:
+    if "fp16" in content and get_accelerator().is_fp16_supported():
+        pytest.skip("this CPU computes in fp16")
     words = ["--zero_config", "DIR/zero.json"]
     check_refusal("step1_sft", words, ["--zero_config", part], models, tmp_path, {"zero.json": content})
 
