@@ -127,9 +127,9 @@ def compare_decoding(folder: Path, model: WithHeads, saved_beta: float) -> None:
             for number, token in enumerate(response):
                 scaled = torch.log_softmax(expected[len(prompt) + number - 1] / 0.8, 0)
                 nucleus = scaled.sort(descending=True)
-                kept = nucleus.indices[nucleus.values.exp().cumsum(0) - nucleus.values.exp() < 0.9]
-                assert token in kept
-                among = torch.log_softmax(scaled[kept], 0)[(kept == token).nonzero()[0, 0]]
+                allowed = nucleus.indices[nucleus.values.exp().cumsum(0) - nucleus.values.exp() < 0.9]
+                assert token in allowed
+                among = torch.log_softmax(scaled[allowed], 0)[(allowed == token).nonzero()[0, 0]]
                 assert_close(sampled.logprobs[row, number], among, rtol=1e-4, atol=1e-5)
             is_label = torch.zeros(1, len(ids), dtype=torch.bool)
             is_label[0, len(prompt) :] = True
