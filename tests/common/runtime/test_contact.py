@@ -15,6 +15,8 @@ from common.runtime.options import UserError
 from launch.lib.free_port import free_port
 from tests.ranks import FORK
 
+pytestmark = pytest.mark.end_to_end  # processes as ranks, and seconds of waiting
+
 
 def _rank(port: int, number: int, world: int, failure: str, news: Queue, names: dict[str, str]) -> None:
     os.environ |= {
