@@ -111,8 +111,7 @@ def rows_for_heads(part: Tensor) -> Tensor:
     """Exchange a part of all rows for a part of the heads: (B, H, T / N, D) -> (B, H / N, T, D)."""
     batch, heads, length, size = part.shape
     count = ranks_per_row()
-    sent = part.view(batch, count, heads // count, length, size).movedim(1, 0).contiguous()
-    received = all_to_all_single(torch.empty_like(sent), sent, group=_group)
+    received = exchanged(part.view(batch, count, heads // count, length, size).movedim(1, 0))
     return received.movedim(0, 2).reshape(batch, heads // count, count * length, size)
 
 
@@ -120,6 +119,11 @@ def heads_for_rows(part: Tensor) -> Tensor:
     """Exchange a part of the heads for a part of all rows: (B, T, H / N, D) -> (B, T / N, H, D)."""
     batch, length, heads, size = part.shape
     count = ranks_per_row()
-    sent = part.view(batch, count, length // count, heads, size).movedim(1, 0).contiguous()
-    received = all_to_all_single(torch.empty_like(sent), sent, group=_group)
+    received = exchanged(part.view(batch, count, length // count, heads, size).movedim(1, 0))
     return received.movedim(0, 2).reshape(batch, length // count, count * heads, size)
+
+
+def exchanged(parts: Tensor) -> Tensor:
+    """Send part i to rank i of the group: parts (N, ...) for N ranks -> (N, ...), part i from rank i."""
+    parts = parts.contiguous()
+    return all_to_all_single(torch.empty_like(parts), parts, group=_group)

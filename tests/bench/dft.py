@@ -11,8 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from quickstart_runs import ROOT, once, parse, spread
+
 SETTINGS = (
     "--max_length 96 --max_steps 200 --global_batch_size 32 --micro_batch_size 32 --learning_rate 2e-3"
     " --eval_steps 0 --save_steps 0"
@@ -20,29 +21,16 @@ SETTINGS = (
 LOSSES = ("nll", "dft")
 
 
-def start(module: str, options: str, output: Path, made: str, **paths: Path) -> Path:
-    """The folder of a run on one rank, which is made unless its file is there."""
-    from tests.ranks import run_stage
-
-    if not (output / made).exists():
-        words = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-        words = [*options.split(), *words, "--output_dir", str(output)]
-        result = run_stage(module, words, output.parent / "logs", timeout=3600)
-        if result.codes != [0]:
-            sys.exit(f"{output.name}: {(result.output.strip().splitlines() or ['?'])[-1]}")
-    return output
-
-
 def figures(quickstart: Path, loss: str, seed: int) -> list[float]:
-    """Gold score, its share of perfect answers, KL to the SFT model and distinct-2 over all answers."""
+    """Gold score, KL to the SFT model and distinct-2 within an answer."""
     sft, runs = quickstart / "step1_sft/final", quickstart / "dft"
     policy = sft
     if loss != "SFT model":
-        policy = start(
+        policy = once(
             "step1_sft.main", f"{SETTINGS} --token_loss {loss} --seed {seed}", runs / f"{loss}_{seed}",
-            "final/config.json", model_name_or_path=sft, train_data=quickstart / "world/demonstrations.jsonl",
+            model_name_or_path=sft, train_data=quickstart / "world/demonstrations.jsonl",
         ) / "final"  # fmt: skip
-    report = start(
+    report = once(
         "step3_ppo.compare.main",
         f"--max_response_length 64 --seed {seed} --max_eval_samples 0 --reward_function"
         f" {ROOT}/tests/bench/gold.py:market --model_name_or_path {sft} {policy}",
@@ -55,8 +43,6 @@ def figures(quickstart: Path, loss: str, seed: int) -> list[float]:
 
 
 def main() -> None:
-    from quickstart_runs import parse, spread
-
     options = parse(__doc__, LOSSES)
     print("| `--token_loss` | gold | KL | distinct-2 |\n|---|---|---|---|")
     for loss in ("SFT model", *options.only):

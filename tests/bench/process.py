@@ -9,7 +9,6 @@ are only read.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -17,9 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from quickstart_runs import last, once, read, spread
 
 OPERATIONS, ERRORS = 4, 1 / 6
 NUMBERS = (2, 4, 16)  # n of best of n
@@ -52,23 +50,6 @@ def every_line(prompts: list[Any], responses: list[str], records: list[dict]) ->
     return [float(response.split("\n") == answer_lines(prompt)) for prompt, response in pairs]
 
 
-def run(module: str, options: str, output: Path, made: str, **paths: Path) -> Path:
-    """The folder of a run on one rank, which is made unless its file is there."""
-    from tests.ranks import run_stage
-
-    if not (output / made).exists():
-        words = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-        words = [*options.split(), *words, "--output_dir", str(output)]
-        result = run_stage(module, words, output.parent, timeout=3600)
-        if result.codes != [0]:
-            sys.exit(f"{output.name}: {(result.output.strip().splitlines() or ['?'])[-1]}")
-    return output
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def build_world(folder: Path) -> None:
     from tests import chains
 
@@ -93,8 +74,8 @@ def build_world(folder: Path) -> None:
 
 def reward_models(folder: Path, seed: int) -> dict[str, dict[str, Path]]:
     """Trains both. Returns the options that name one of them, or both."""
-    sft = run(
-        "step1_sft.main", STEP1, folder / "step1_sft", "final/config.json",
+    sft = once(
+        "step1_sft.main", STEP1, folder / "step1_sft",
         model_name_or_path=folder / "model", train_data=folder / "demonstrations.jsonl",
     )  # fmt: skip
     arms = {
@@ -102,8 +83,8 @@ def reward_models(folder: Path, seed: int) -> dict[str, dict[str, Path]]:
         "process": ("step2_reward.process.main", "steps"),
     }
     paths = {
-        arm: run(
-            module, f"{REWARD} --seed {seed}", folder / f"{arm}_{seed}", "final/config.json",
+        arm: once(
+            module, f"{REWARD} --seed {seed}", folder / f"{arm}_{seed}",
             model_name_or_path=sft / "final", train_data=folder / f"{data}.jsonl",
         ) / "final"
         for arm, (module, data) in arms.items()
@@ -118,7 +99,7 @@ def best_of_n(folder: Path, arms: dict[str, dict[str, Path]], seed: int) -> dict
     """Share of right results among the best of n, by the score that chooses; `any`: of all responses."""
     samples = {
         arm: read(
-            run(
+            once(
                 "step3_ppo.best_of_n.main", f"{SAMPLES} --seed {seed}", folder / f"best_{arm}_{seed}",
                 "samples.jsonl", model_name_or_path=folder / "step1_sft/final",
                 prompt_data=folder / "prompts_heldout.jsonl", **paths,
@@ -147,15 +128,15 @@ def best_of_n(folder: Path, arms: dict[str, dict[str, Path]], seed: int) -> dict
 def optimise(folder: Path, paths: dict[str, Path], arm: str, seed: int) -> list[float]:
     """Shares of right results and of answers without a wrong line after PPO, on held-out prompts."""
     here = Path(__file__).resolve()
-    output = run(
+    output = once(
         "step3_ppo.main",
         f"{STEP3} --seed {seed} --reward_function {here}:result:0 --gold_function {here}:every_line",
-        folder / f"ppo_{arm}_{seed}", "final/config.json",
+        folder / f"ppo_{arm}_{seed}",
         actor_model_name_or_path=folder / "step1_sft/final", prompt_data=folder / "prompts.jsonl",
         eval_data=folder / "prompts_heldout.jsonl", **paths,
     )  # fmt: skip
-    last = [line for line in read(output / "metrics.jsonl") if "eval/gold" in line][-1]
-    return [last["eval/score_result"], last["eval/gold"], last["eval/kl"]]
+    lines = read(output / "metrics.jsonl")
+    return [last(lines, f"eval/{name}") for name in ("score_result", "gold", "kl")]
 
 
 def table(title: str, head: Sequence[str], rows: dict[str, list[str]]) -> None:
@@ -165,8 +146,6 @@ def table(title: str, head: Sequence[str], rows: dict[str, list[str]]) -> None:
 
 
 def main() -> None:
-    from quickstart_runs import last, spread
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Short runs of step 3 on the quickstart's SFT and reward model, each in a fork of this process."""
+"""Runs of the stages in forks of this process, each made once; short ones on the quickstart's models."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -28,24 +29,39 @@ def parse(description: str, names: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(name: str, seed: int, words: str, quickstart: Path, reward_model: bool = True) -> Lines:
-    """The metrics of a run, which is made unless it is there. words: options beside SETTINGS."""
+def once(
+    module: str, options: str, output: Path, made: str = "final/config.json", **paths: str | Path
+) -> Path:
+    """The folder of a run on one rank, which is made unless its file is there. paths: more options."""
     from tests.ranks import run_stage
 
-    output = quickstart / "short_runs" / f"{name}_{seed}"
-    if not (output / "final/config.json").exists():
-        paths = {
-            "actor_model_name_or_path": "step1_sft/final", "prompt_data": "world/prompts.jsonl",
-            "eval_data": "world/prompts_heldout.jsonl",
-        }  # fmt: skip
-        paths |= {"reward_model_name_or_path": "step2_reward/final"} if reward_model else {}
-        options = [word for option, path in paths.items() for word in (f"--{option}", str(quickstart / path))]
-        options += ["--gold_function", f"{ROOT}/tests/bench/gold.py:market", "--output_dir", str(output)]
-        options += [*SETTINGS.split(), "--seed", str(seed), *words.split()]
-        result = run_stage("step3_ppo.main", options, output.parent / "logs", timeout=3600)
+    if not (output / made).exists():
+        words = options.split()
+        for name, path in {**paths, "output_dir": output}.items():
+            words += [f"--{name}", str(path)]
+        result = run_stage(module, words, output.parent / "logs", timeout=3600)
         if result.codes != [0]:
-            sys.exit(f"{name}, seed {seed}: {(result.output.strip().splitlines() or ['?'])[-1]}")
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+            sys.exit(f"{output.name}: {(result.output.strip().splitlines() or ['?'])[-1]}")
+    return output
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(name: str, seed: int, words: str, quickstart: Path, reward_model: bool = True) -> Lines:
+    """The metrics of a run, which is made unless it is there. words: options beside SETTINGS."""
+    paths = {
+        "actor_model_name_or_path": "step1_sft/final", "prompt_data": "world/prompts.jsonl",
+        "eval_data": "world/prompts_heldout.jsonl",
+    }  # fmt: skip
+    paths |= {"reward_model_name_or_path": "step2_reward/final"} if reward_model else {}
+    output = once(
+        "step3_ppo.main", f"{SETTINGS} --seed {seed} {words}", quickstart / "short_runs" / f"{name}_{seed}",
+        gold_function=f"{ROOT}/tests/bench/gold.py:market",
+        **{option: quickstart / path for option, path in paths.items()},
+    )  # fmt: skip
+    return read(output / "metrics.jsonl")
 
 
 def last(lines: Lines, name: str, count: int = 1) -> float:

@@ -9,14 +9,13 @@ iterations. The model is smaller than the quickstart's. A run that is there alre
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from quickstart_runs import once, read
 
 LIMIT, ITERATIONS, LAST = 0.3, 50, 25
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -49,12 +48,7 @@ def offers(prompts: Sequence, responses: Sequence[str], records: Sequence[dict])
 
 def run(module: str, words: str, output: Path, **paths: Path) -> list[dict[str, float]]:
     """The lines of metrics of a run on one rank, which is made unless it is there."""
-    from tests.ranks import succeed
-
-    if not (output / "final/config.json").exists():
-        options = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-        succeed(module, [*words.split(), *options, "--output_dir", str(output)], output.parent)
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return read(once(module, words, output, **paths) / "metrics.jsonl")
 
 
 def start(folder: Path) -> dict[str, Path]:

@@ -88,7 +88,7 @@ def tolerance(name: str) -> float:
     are of order 1.
     """
     if name.startswith("reward/"):
-        return 5e-6
+        return 3e-6
     is_difference = name.startswith(("kl/", "rollout/gap_")) or name in ("eval/kl", "policy/update_kl")
     return 1e-5 if is_difference else 1e-6
 
