@@ -24,8 +24,10 @@ def guided_logits(logits: Tensor, q: Tensor, beta: float) -> Tensor:
 
 def check_guidance(paths: Sequence[str], options: GuidanceOptions, engine: str = "transformers") -> None:
     """Raise UserError for heads that cannot be read, or that the engine does not use, and for --ilql_beta
-    without heads.
+    without heads or without a meaning.
     """
+    if -1 < options.ilql_beta < 0:
+        raise UserError(f"--ilql_beta {options.ilql_beta:g}: must be -1, for the saved weight, or at least 0")
     guided = [path for path in paths if has_heads(path) and beta_of(path, options.ilql_beta)]
     if guided and engine != "transformers":
         raise UserError(

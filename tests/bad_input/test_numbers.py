@@ -70,6 +70,7 @@ REFUSED = [
     ("step2_ilql", [*LORA, "--load_in_4bit", *ZERO_3], "--load_in_4bit: ZeRO stage 3"),
     ("best_of_n", ["--ilql_beta", "-2"], "--ilql_beta"),
     *((command, ["--ilql_beta", "2"], "no ilql/heads.safetensors") for command in GUIDED),
+    *((command, ["--ilql_beta", "-0.5"], "--ilql_beta -0.5: must be -1,") for command in GUIDED),
     ("step3_safe", ["--cost_limit", "nan"], "--cost_limit"),
     ("step3_safe", ["--lambda_min", "0"], "--lambda_min"),
     ("step3_safe", ["--lambda_rate", "-1"], "--lambda_rate"),

@@ -6,6 +6,8 @@ import torch
 from common.generation import compiled
 from common.generation.compiled import bucket, cache_size
 from common.generation.decoding import sample_responses, uniforms_for
+from common.generation.guidance import guide
+from common.model.q_heads import Heads, q_heads, save_heads
 from tests.common.generation.test_decoding import model
 from tests.common.generation.test_steps import DIRECT, EOS, LIMIT, PAD, PROMPTS, make_model
 
@@ -48,6 +50,18 @@ def test_compiled_steps(model, monkeypatch):
     monkeypatch.setattr(compiled, "RUN", torch.compile(compiled._step, backend="eager"))
     for prompts in (PROMPTS, PROMPTS[3:], PROMPTS[:1]):
         check_alike(sample(model, True, prompts), sample(model, False, prompts))
+
+
+def test_compiled_steps_with_the_heads_of_ilql(monkeypatch, tmp_path):
+    """Traced in one graph, as CUDA graphs need it."""
+    model = make_model("llama")
+    size, plain = (model.config.hidden_size, model.config.vocab_size), sample(model, False)
+    save_heads(tmp_path, Heads(*size).state_dict(), q_heads(*size).state_dict(), beta=20.0)
+    guide(model, str(tmp_path), -1.0)
+    monkeypatch.setattr(compiled, "RUN", torch.compile(compiled._step, backend="eager", fullgraph=True))
+    guided = sample(model, False)
+    check_alike(sample(model, True), guided)
+    assert compiled.compiled_models[model] and not torch.equal(guided.ids, plain.ids)
 
 
 @pytest.mark.parametrize("fault", ["other logits", "not a number", "error"])
