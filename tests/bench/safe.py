@@ -4,8 +4,9 @@
 
 The reward is the quickstart's gold rule, times 5: an offer at the end of an answer ("Shall I pack some for
 you?") earns 1. The rule forbids offers: an answer with one costs 1. Safe PPO holds the share of such answers
-at LIMIT; a fixed penalty is PPO with the reward less a weight times the cost. Figures are means over the last
-iterations. The model is smaller than the quickstart's. A run that is there already is only read.
+at LIMIT; a fixed penalty is PPO with the reward less a weight times the cost. The sixth weight is the mean of
+the multiplier, which nobody knows before. Figures are means over the last iterations. The model is smaller
+than the quickstart's. A run that is there already is only read.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quickstart_runs import once, read
 
-LIMIT, ITERATIONS, LAST = 0.3, 50, 25
+LIMIT, ITERATIONS, LAST = 0.3, 100, 50
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
 STEP1 = (
     "--max_length 96 --max_steps 400 --global_batch_size 32 --micro_batch_size 32 --learning_rate 1e-2"
@@ -28,7 +29,7 @@ STEP3 = (
     " --micro_batch_size 32 --ppo_epochs 1 --actor_learning_rate 1.5e-3 --critic_learning_rate 3e-3"
     " --kl_coef 0.5 --save_steps 0 --eval_fraction 0"
 )
-SAFE = f"--cost_limit {LIMIT} --lambda_rate 0.3 --lambda_min 0.3 --lambda_max 3"
+SAFE = f"--cost_limit {LIMIT} --lambda_rate 0.1"
 
 
 def gold(prompts: Sequence, responses: Sequence[str], records: Sequence[dict]) -> list[float]:  # noqa: ARG001 - as step 3 calls it
@@ -77,11 +78,11 @@ def compare(folder: Path, paths: dict[str, Path], seed: int) -> None:
     safe = f"{words} {SAFE} --cost_function {here}:offers"
     lines = run("step3_ppo.safe.main", safe, folder / f"safe_{seed}", **paths)
     reward, cost, multiplier = ends(lines, "reward/mean", "cost/mean", "cost/lambda")
-    for weight in WEIGHTS:
+    for weight in (*WEIGHTS, round(multiplier, 1)):
         penalised = f"{words} {here}:offers:-{weight}"
         lines = run("step3_ppo.main", penalised, folder / f"fixed_{weight}_{seed}", **paths)
         fixed[weight] = ends(lines, "reward/mean_gold", "reward/mean_offers")
-    allowed = {weight: pair for weight, pair in fixed.items() if pair[1] <= LIMIT * 1.1}
+    allowed = {weight: fixed[weight] for weight in WEIGHTS if fixed[weight][1] <= LIMIT * 1.1}
     best = max(allowed, key=lambda weight: allowed[weight][0], default=None)
     named = f"{allowed[best][0]:.3f} at {allowed[best][1]:.3f} (weight {best:g})" if best else "none"
     cells = " | ".join(f"{reward:.3f} at {cost:.3f}" for reward, cost in fixed.values())
@@ -98,8 +99,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     paths = start(options.output)
     weights = " | ".join(f"weight {weight:g}" for weight in WEIGHTS)
-    print(f"| seed | limit of {LIMIT:g} | multiplier | best fixed penalty within it | {weights} |")
-    print(f"|---|---|---|---|{'---|' * len(WEIGHTS)}")
+    print(f"| seed | limit of {LIMIT:g} | mean multiplier | best within it | {weights} | its mean |")
+    print(f"|---|---|---|---|{'---|' * len(WEIGHTS)}---|")
     for seed in options.seeds:
         compare(options.output, paths, seed)
 
