@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.data.records import fraction
+from launch.lib.free_port import free_port
 from tests.chaos import wait_until_gone
 from tests.end_to_end.test_launch import LAUNCH, bash
+from tests.step2_reward.annotate.test_annotate import Rater
 
 WORDS = ["--max_response_length", "8", "--generation_batch_size", "16"]
 RULES = """
@@ -113,6 +116,43 @@ def test_pairs_are_judged_and_mixed_with_older_ones(world: Path, run: Path, tmp_
     assert trained == [str(older), str(here / "labels/preferences.jsonl")]
     again = bash("online.sh", WORDS, tmp_path, **given)
     assert again.returncode == 0 and "pairs judged" in done.stdout and "pairs judged" not in again.stdout
+
+
+@pytest.mark.rare
+def test_people_label_across_a_kill(world: Path, run: Path, tmp_path: Path) -> None:
+    """The page of a round; the script is killed while it is open, and started again at the same address."""
+    port = free_port()
+    given = variables(
+        world, run, tmp_path / "out", ROUNDS="1", LABELS="annotate", GOLD="",
+        LABEL_OPTIONS=f"--port {port}",
+    )  # fmt: skip
+    script, labels = ["bash", str(LAUNCH / "online.sh"), *WORDS], tmp_path / "out/round_1/labels"
+    chosen = {}
+    for is_killed in (True, False):
+        running = subprocess.Popen(script, env=os.environ | given, start_new_session=True)
+        rater = rater_of(f"http://127.0.0.1:{port}/", labels / "preferences.token")
+        state = rater.post("next")
+        while (pair := state["pair"]) and not (is_killed and len(chosen) == 5):
+            side = max("left", "right", key=lambda name: len(pair[name][0]["text"]))
+            chosen[pair["prompt"][0]["text"]] = pair[side][0]["text"]
+            state = rater.post("answer", click=f"{len(chosen)}", pair=pair["id"], side=side, strength=1)
+        if is_killed:
+            os.killpg(running.pid, signal.SIGKILL)
+            wait_until_gone(running, tmp_path / "out")
+    assert running.wait(timeout=600) == 0
+    pairs = records(labels.parent / "pairs/pairs.jsonl")
+    assert {one["prompt"][0]["content"] for one in pairs} == chosen.keys()
+    for one in records(labels / "preferences.jsonl"):
+        assert one[f"response_{one['votes'][0].lower()}"] == chosen.pop(one["prompt"][0]["content"])
+    assert not chosen
+    assert (tmp_path / "out/final/model.safetensors").is_file()
+
+
+def rater_of(address: str, token: Path) -> Rater:
+    """A rater of the page, as soon as it has a token."""
+    while not (token.is_file() and token.read_text()):
+        time.sleep(0.1)
+    return Rater(f"{address}?token={token.read_text().strip()}", "ada")
 
 
 @pytest.mark.rare
