@@ -101,15 +101,17 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, estimate: str) -> Tensor:
 
     With x = log pi - log pi_ref: `k2` is x^2 / 2; its expected gradient under the policy is that of the KL
     divergence. `k3` is exp(-x) - 1 + x; it is never negative and has less variance, but its expected gradient
-    is that of the divergence the other way round, KL(pi_ref, pi).
-    Source: Schulman, "Approximating KL divergence" (2020).
+    is that of the divergence the other way round, KL(pi_ref, pi). Below x = -20 it stays as it is there,
+    without gradient. Source: Schulman, "Approximating KL divergence" (2020).
     """
     log_ratio = logprobs - ref_logprobs
     match estimate:
         case "k2":
             return 0.5 * log_ratio**2
         case "k3":
-            return torch.expm1(-log_ratio.clamp(min=-LOG_RATIO_LIMIT)) + log_ratio
+            # Both terms: the second one alone would pull such a token further away from the reference.
+            limited = log_ratio.clamp(min=-LOG_RATIO_LIMIT)
+            return torch.expm1(-limited) + limited
         case _:
             assert_never(estimate)
 

@@ -237,3 +237,13 @@ def test_kl_loss_of_an_extreme_token_is_finite():
     loss = kl_loss(logprobs, torch.zeros(1), "k3")
     loss.backward()
     assert loss.isfinite() and logprobs.grad.isfinite()
+
+
+def test_k3_of_an_extreme_token_does_not_pull_away_from_the_reference():
+    """Never negative, and no gradient to even lower probabilities."""
+    logprobs = torch.tensor([-19.0, -21.0, -1e4, -1e30], requires_grad=True)
+    loss = kl_loss(logprobs, torch.zeros(4), "k3")
+    loss.sum().backward()
+    bounds = logprobs.detach().double().clamp(min=-LOG_RATIO_LIMIT)
+    assert_close(loss.double(), (-bounds).exp() - 1 + bounds, rtol=1e-6, atol=0.0)
+    assert logprobs.grad[0] < 0 and logprobs.grad[1:].tolist() == [0.0, 0.0, 0.0]
