@@ -5,7 +5,7 @@ from torch import Tensor
 
 from common.numeric.tensor_ops import masked_whiten
 
-GROUP_EPS = 1e-4  # so that a group of equal scores gets advantages of 0, not scaled rounding errors
+GROUP_EPS = 1e-4  # added to the standard deviation of a group, which may be 0
 
 
 def generalised_advantages(
@@ -77,19 +77,24 @@ def leave_one_out_advantages(totals: Tensor, group_size: int) -> Tensor:
 
     Responses to one prompt are adjacent. Source: Ahmadian et al. 2024 (RLOO), eq. 10; Kool et al. 2019.
     """
-    groups = totals.view(-1, group_size)  # (prompts, K)
+    groups = _groups(totals, group_size)  # (prompts, K)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
-    return (groups - others).flatten()
+    return (groups - others).flatten().to(totals.dtype)
 
 
 def group_advantages(totals: Tensor, group_size: int, scale: bool) -> Tensor:
     """Total reward of each response minus the mean over its prompt's responses, divided by their standard
-    deviation with `scale`: (B,) -> (B,).
+    deviation (with K - 1) plus 1e-4 with `scale`: (B,) -> (B,).
 
     Source: Shao et al. 2024 (GRPO), section 4.1.2; without scale: Liu et al. 2025 (Dr. GRPO), eq. 3.
     """
-    groups = totals.view(-1, group_size)  # (prompts, K)
+    groups = _groups(totals, group_size)  # (prompts, K)
     advantages = groups - groups.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True) + GROUP_EPS)
-    return advantages.flatten()
+    return advantages.flatten().to(totals.dtype)
+
+
+def _groups(totals: Tensor, group_size: int) -> Tensor:
+    """(B,) -> (prompts, K), in double, in which the mean of equal rewards is exact, and advantages are 0."""
+    return totals.double().view(-1, group_size)

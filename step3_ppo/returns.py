@@ -77,7 +77,7 @@ def estimate_advantages(
         case "reinforce_pp":
             return whitened_returns(rewards, mask, gamma), None
         case "reinforce":
-            baseline = _baseline(discounted_sums(rewards, gamma)[:, 0].mean().item(), options, state)
+            baseline = _baseline(discounted_sums(rewards, gamma)[:, 0].double().mean().item(), options, state)
             return reinforce_advantages(rewards, mask, gamma, baseline), None
         case "rloo":
             return leave_one_out_advantages(totals, options.samples_per_prompt)[:, None] * mask, None

@@ -28,6 +28,7 @@ class RunningScale:
 
     def update(self, scores: Tensor) -> None:
         """Add the scores (B,) of a rollout."""
+        scores = scores.double()  # in which equal scores have a deviation of 0
         number, mean = len(scores), scores.mean().item()
         distance, total = mean - self.mean, self.count + number
         self.squares += scores.var(unbiased=False).item() * number
@@ -38,7 +39,7 @@ class RunningScale:
     def apply(self, scores: Tensor) -> Tensor:
         """Normalised scores (B,): standard deviations from the mean. Equal scores are only centred."""
         std = math.sqrt(self.squares / self.count)
-        return (scores - self.mean) / (std if std > 1e-8 else 1.0)
+        return ((scores.double() - self.mean) / (std if std > 1e-8 else 1.0)).to(scores.dtype)
 
 
 def scales_of(parts: Tensor) -> list[RunningScale]:
@@ -50,7 +51,7 @@ def scales_of(parts: Tensor) -> list[RunningScale]:
 
 def update_scales(scales: Sequence[RunningScale], parts: Tensor) -> None:
     """Add the parts (B, P) of a rollout's scores, each to its own scale."""
-    for scale, part in zip(scales, parts.double().T, strict=True):  # double: equal scores have a std of 0
+    for scale, part in zip(scales, parts.T, strict=True):
         scale.update(part)
 
 
@@ -59,8 +60,8 @@ def standardised(parts: Tensor, scales: Sequence[RunningScale]) -> Tensor:
 
     Source: Liu et al. 2026 (GDPO, arXiv 2601.05242), whose means and deviations are those of a group.
     """
-    apart = [scale.apply(part) for scale, part in zip(scales, parts.double().T, strict=True)]
-    return torch.stack(apart, 1).to(parts.dtype) if apart else parts
+    apart = [scale.apply(part) for scale, part in zip(scales, parts.T, strict=True)]
+    return torch.stack(apart, 1) if apart else parts
 
 
 def clip_scores(scores: Tensor, limit: float) -> Tensor:

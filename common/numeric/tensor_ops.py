@@ -50,9 +50,11 @@ def masked_var(values: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """Whiten the entries where `mask` is true: variance 1, and mean 0 with `shift_mean`. Others become 0.
 
-    Source: Ziegler et al. 2019 (lm-human-preferences, `whiten`), here with a mask for padded responses.
+    The variance divides by n - 1. Source: Ziegler et al. 2019 (lm-human-preferences, `whiten`), here with a
+    mask for padded responses.
     """
-    mean = masked_mean(values, mask)
+    # In double the mean of equal values is exact; else its rounding would be scaled up, by as much as 1e4.
+    mean = masked_mean(values.double(), mask).to(values.dtype)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + eps)
     if not shift_mean:
         whitened = whitened + mean

@@ -121,6 +121,18 @@ def test_reinforce_pp_whitens_over_all_tokens():
     assert_close(advantages[MASK].double(), torch.from_numpy(expected), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("score", [0.1, 9.7, 1000.1])
+@pytest.mark.parametrize("size", [3, 7, 8])
+def test_equal_rewards_have_no_advantage(score, size):
+    """Rounding of their mean is not scaled up to an advantage."""
+    totals = torch.full((2 * size,), score)
+    assert not leave_one_out_advantages(totals, size).any()
+    assert not group_advantages(totals, size, scale=True).any()
+    last = torch.zeros(2 * size, 5)
+    last[:, -1] = score
+    assert not whitened_returns(last, torch.ones_like(last, dtype=torch.bool), gamma=1.0).any()
+
+
 def test_groups_by_hand():
     totals = torch.tensor([1.0, 2.0, 3.0, 5.0, 5.0, 5.0])
     assert group_advantages(totals, 3, scale=False).tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]

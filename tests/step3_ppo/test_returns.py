@@ -9,7 +9,7 @@ from common.model.options import EnsembleOptions
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.models import Scorer
 from step3_ppo.options import PPOOptions
-from step3_ppo.returns import shape_rewards
+from step3_ppo.returns import estimate_advantages, shape_rewards
 from step3_ppo.rewards import RunningScale
 from step3_ppo.rollout import Rollout
 from step3_ppo.state import PPOState
@@ -108,3 +108,14 @@ def test_scores_are_normalised_over_all_rollouts():
     scores = torch.tensor([3.0, -7.0, 1.0, 0.0])
     expected = (scores[2:] - scores.mean()) / scores.std(unbiased=False)
     assert_close(rewards.sum(1), expected)
+
+
+def test_equal_rewards_have_no_advantage_over_their_mean():
+    """With the batch baseline of reinforce, rounding of the mean is no advantage."""
+    equal = rollout_of(
+        torch.ones(7, 2, dtype=torch.long), torch.ones(7, dtype=torch.long), torch.ones(7, dtype=torch.long),
+        torch.ones(7, dtype=torch.bool),
+    )  # fmt: skip
+    options = PPOOptions(**PLAIN, advantage_estimator="reinforce")
+    advantages, _ = estimate_advantages(equal, torch.full((7, 1), 1000.1), options, state(0.0))
+    assert advantages.tolist() == [[0.0]] * 7

@@ -77,6 +77,15 @@ def test_running_scale_equals_that_of_all_scores():
     assert_close(scale.apply(scores[0]), (scores[0] - scores.mean()) / scores.std(unbiased=False))
 
 
+@pytest.mark.parametrize("score", [0.1, 9.7, 1000.1])
+def test_equal_scores_are_centred(score):
+    """Rounding of their mean is no deviation to divide by."""
+    scores, scale = torch.full((96,), score), RunningScale()
+    for _ in range(2):
+        scale.update(scores)
+        assert scale.apply(scores).tolist() == [0.0] * 96
+
+
 @pytest.mark.parametrize(
     "ids, expected",
     [([], 0.0), ([1, 2], 0.0), ([1, 2, 3, 4], 0.0), ([1, 1, 1, 1, 1], 2 / 3), ([1, 2] * 3, 0.5)],
