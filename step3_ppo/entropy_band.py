@@ -6,7 +6,8 @@ def adapted_coef(coef: float, entropy: float, low: float, high: float, change: f
     is above, but not below 0.
 
     entropy: of the iteration, in nats per token; NaN leaves the coefficient. Source: He et al. 2025
-    (Skywork-OR1), section 4, with two limits instead of one target.
+    (Skywork-OR1), adaptive entropy control, with two limits in place of one target above which their bonus is
+    off.
     """
     if entropy < low:
         return coef + change
