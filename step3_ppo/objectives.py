@@ -20,13 +20,15 @@ from step3_ppo.state import PPOState
 
 def normalised_scores(rollout: Rollout, scorer: Scorer, options: PPOOptions, state: PPOState) -> Tensor:
     """Scores (B,) of whole responses, for their rewards. The rollout joins the scales in the state."""
-    scores, parts = rollout.scores - rollout.step_scores.sum(1), _parts(rollout, scorer)
+    parts = _parts(rollout, scorer)
+    # Not as a difference from the scores of steps, whose rounding would be normalised.
+    scores = combine_parts(parts, scorer) if scorer.process else rollout.scores
     match options.normalise_scores:
         case "off":
             return scores
         case "sum":
-            state.score_scale.update(scores)
-            return state.score_scale.apply(scores)
+            state.score_scale.update(scores.double())  # double: equal scores have a std of 0
+            return state.score_scale.apply(scores.double()).to(scores.dtype)
         case "each":
             if state.part_scales:
                 update_scales(state.part_scales, parts)

@@ -116,7 +116,10 @@ def combine_parts(parts: Tensor, scorer: Scorer) -> Tensor:
     Returns (B,).
     """
     of_members, of_functions = parts[:, : len(scorer.rewards)], parts[:, len(scorer.rewards) :]
-    scores = of_functions @ parts.new_tensor([function.weight for function in scorer.functions])
+    scores = parts.new_zeros(len(parts))
+    # One by one: a matrix product would round equal rows differently.
+    for function, part in zip(scorer.functions, of_functions.T, strict=True):
+        scores = scores + function.weight * part
     return scores + combine(of_members.T, scorer.options) if scorer.rewards else scores
 
 

@@ -1,6 +1,7 @@
 """Several reward models and functions, each standardised before its weight."""
 
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,12 +153,44 @@ def test_scores_of_steps_stay_as_they_are():
     plain, options = scored(PARTS[0], scorer_of()), PPOOptions(normalise_scores="each")
     parts = torch.cat([plain.score_parts, steps], 1)
     rollout = replace(plain, score_parts=parts, step_scores=steps, scores=plain.scores + steps[:, 0])
+    scorer = replace(scorer_of(), process=SimpleNamespace())
     for how in ("off", "sum", "each"):
         before = PPOOptions(normalise_scores=how)
-        scores = normalised_scores(rollout, scorer_of(), before, state())
+        scores = normalised_scores(rollout, scorer, before, state())
         assert_close(scores, normalise(how, [PARTS[0]], scorer_of()), rtol=1e-4)
     expected = comparable_scores(plain, scorer_of(), options, state()).scores + steps[:, 0]
     assert_close(comparable_scores(rollout, scorer_of(), options, state()).scores, expected)
     alone = replace(rollout, score_parts=steps, scores=steps[:, 0])
     no_parts = scorer_of(members=0, weights=())
     assert torch.equal(normalised_scores(alone, no_parts, options, state()), torch.zeros(6))
+
+
+@pytest.mark.parametrize("how", ["sum", "each"])
+@pytest.mark.parametrize("value", [0.1, 100.1, -1e6])
+def test_equal_scores_are_not_normalised_to_their_rounding_errors(how, value):
+    """Neither those of the mean of many, nor those of a sum from which the scores of steps are taken."""
+    count, steps = 19, torch.linspace(-3.0, -0.1, 19)[:, None].expand(-1, 3) * 0.3
+    equal, scorer = torch.full((count, 1), value), scorer_of(members=0, weights=(0.7,))
+    alike = scored(equal.numpy(), scorer)
+    assert normalised_scores(alike, scorer, PPOOptions(normalise_scores=how), state()).unique().tolist() == [
+        0
+    ]
+    ones = torch.ones(count, dtype=torch.long)
+    rollout = rollout_of(torch.ones(count, 4, dtype=torch.long), ones, 3 * ones, ones > 0)
+    rollout = replace(
+        rollout, step_scores=steps, scores=alike.scores + steps.sum(1),
+        score_parts=torch.cat([equal, steps.sum(1, keepdim=True)], 1),
+    )  # fmt: skip
+    scorer = replace(scorer, process=SimpleNamespace())
+    assert normalised_scores(
+        rollout, scorer, PPOOptions(normalise_scores=how), state()
+    ).unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("members", [0, 2])
+def test_responses_with_equal_parts_have_equal_scores_in_a_batch_of_any_size(members):
+    draw = np.random.default_rng(1)
+    for weights, count in product([(0.3, 0.7), (1.1, -0.3, 0.7), (*draw.normal(size=5),)], range(1, 34)):
+        row = torch.tensor(draw.normal(size=members + len(weights)), dtype=torch.float32)
+        scorer = scorer_of(members, weights, reward_combine="mean_std")
+        assert len(combine_parts(row.repeat(count, 1), scorer).unique()) == 1, (weights, count)

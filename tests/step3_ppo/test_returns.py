@@ -1,6 +1,7 @@
 """From scores to rewards, computed by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,15 +72,21 @@ def test_scores_are_clipped_normalised_and_penalised(options, expected, clipped,
 
 def test_scores_of_steps_are_clipped_alone_and_stay_on_their_tokens():
     """The score of a rollout holds those of its steps; only that of the whole response is normalised."""
-    steps = torch.tensor([[0, -1.0, 0, -8.0], [0, -2.0, 0, 0]])
-    scored = replace(rollout([3.0 - 9.0, -7.0 - 2.0]), step_scores=steps, step_ends=steps < 0)
-    rewards, figures = shape_rewards(scored, SCORER, PPOOptions(**PLAIN), state(0.0))
+    steps, parts = (
+        torch.tensor([[0, -1.0, 0, -8.0], [0, -2.0, 0, 0]]),
+        torch.tensor([[3.0, -9.0], [-7.0, -2.0]]),
+    )
+    scored = replace(
+        rollout([3.0 - 9.0, -7.0 - 2.0]), step_scores=steps, step_ends=steps < 0, score_parts=parts
+    )
+    scorer = Scorer([], [SimpleNamespace(weight=1.0)], EnsembleOptions(), process=SimpleNamespace())
+    rewards, figures = shape_rewards(scored, scorer, PPOOptions(**PLAIN), state(0.0))
     assert_close(rewards, torch.tensor([[0, -1.0, 0, 3.0 - 8.0], [0, -9.0, 0, 0]]))
     assert figures["reward/clipped"].value == 0
-    rewards, figures = shape_rewards(scored, SCORER, PPOOptions(**PLAIN | {"score_clip": 5.0}), state(0.0))
+    rewards, figures = shape_rewards(scored, scorer, PPOOptions(**PLAIN | {"score_clip": 5.0}), state(0.0))
     assert_close(rewards, torch.tensor([[0, -1.0, 0, 3.0 - 5.0], [0, -5.0 - 2.0, 0, 0]]))
     assert figures["reward/clipped"].value == 0.5
-    rewards, _ = shape_rewards(scored, SCORER, PPOOptions(**PLAIN, normalise_scores="sum"), state(0.0))
+    rewards, _ = shape_rewards(scored, scorer, PPOOptions(**PLAIN, normalise_scores="sum"), state(0.0))
     assert_close(rewards, torch.tensor([[0, -1.0, 0, 1.0 - 8.0], [0, -1.0 - 2.0, 0, 0]]))
 
 
