@@ -211,12 +211,14 @@ class AlgorithmOptions:
         0.0, "Weight of the entropy bonus; with --entropy_high, its initial value.", at_least=0
     )
     entropy_low: float = option(
-        0.0, "Raise the weight of the entropy bonus while policy/entropy is below this.", at_least=0
+        0.0,
+        "Raise the weight of the entropy bonus while policy/entropy is below this; needs --entropy_high.",
+        at_least=0,
     )
     entropy_high: float = option(
         0.0,
         "Lower the weight of the entropy bonus while policy/entropy is above this; 0: keep the weight as it"
-        " is, whatever --entropy_low.",
+        " is.",
         at_least=0,
     )
     entropy_coef_step: float = option(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from common.generation.options import PromptDataOptions
-from common.runtime.option_checks import check_held_out, rows_per_micro_batch
+from common.runtime.option_checks import check_held_out, check_needs, default_values, rows_per_micro_batch
 from common.runtime.options import (
     BEST_METRIC,
     LoraOptions,
@@ -17,6 +17,13 @@ from common.runtime.options import (
 )
 from common.training.options import TrackerOptions, check_trackers
 from step3_ppo.option_groups import AlgorithmOptions, KLOptions, SamplingOptions, ScoringOptions
+
+# Options without effect, each unless the other one is set.
+NEEDS = {
+    "process_weight": "process_model_name_or_path", "overlong_penalty": "overlong_buffer",
+    "entropy_low": "entropy_high", "entropy_coef_step": "entropy_high", "ptx_coef": "ptx_data",
+    "critic_warmup_until": "critic_warmup_steps",
+}  # fmt: skip
 
 
 @dataclass
@@ -155,25 +162,37 @@ def check_best_metric(options: PPOOptions) -> None:
 
 
 def check_losses(options: PPOOptions) -> None:
-    """Raise UserError if options of advantages and losses exclude each other."""
+    """Raise UserError if options of scores, advantages and losses exclude each other, or lack one that they
+    need.
+    """
+    check_needs(options, NEEDS)
     of_critic = "critic_warmup_steps", "bootstrap_truncated", "critic_gae_lambda", "length_adaptive_lambda"
     for name in of_critic:
         if getattr(options, name) and not options.has_critic:
             estimator = f"--advantage_estimator {options.advantage_estimator}"
             raise UserError(f"--{name} {getattr(options, name)}: {estimator} has no critic")
+    has_scores = options.reward_model_name_or_path or options.reward_function
+    if options.normalise_scores != "off" and options.process_model_name_or_path and not has_scores:
+        raise UserError(
+            f"--normalise_scores {options.normalise_scores}: scores of steps are not normalised; it needs a"
+            " reward model or function"
+        )
     if 0 < options.dual_clip <= 1:
         raise UserError(f"--dual_clip {options.dual_clip} must be above 1, or 0 for none")
     if 0 < options.rollout_ratio_cap < 1:
         raise UserError(f"--rollout_ratio_cap {options.rollout_ratio_cap} must be at least 1, or 0 for none")
+    is_own = options.dual_clip not in (0.0, default_values(options)["dual_clip"])
+    if options.policy_loss == "cispo" and is_own:
+        raise UserError(f"--dual_clip {options.dual_clip}: --policy_loss cispo has no dual clip")
+    if options.mask_truncated and options.bootstrap_truncated:
+        raise UserError(
+            "--bootstrap_truncated: --mask_truncated leaves truncated responses out of the losses; remove"
+            " one of the two"
+        )
     if options.overlong_buffer > options.max_response_length:
         raise UserError(
             f"--overlong_buffer {options.overlong_buffer} must be at most --max_response_length"
             f" {options.max_response_length}"
-        )
-    if options.critic_warmup_until and not options.critic_warmup_steps:
-        raise UserError(
-            f"--critic_warmup_until {options.critic_warmup_until}: needs --critic_warmup_steps, the most"
-            " iterations of the warmup; it is 0"
         )
     if options.entropy_low and options.entropy_low >= options.entropy_high:
         raise UserError(

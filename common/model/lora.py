@@ -12,17 +12,24 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from common.model.loading import load_config
 from common.model.nf4 import NF4Linear, check_bitsandbytes, linear_layers, quantise
 from common.runtime.distributed import log
+from common.runtime.option_checks import without_needed
 from common.runtime.options import LoraOptions, UserError, reason
 
 # Adapters usually need 10 to 100 times the learning rate of full weights. A rate below this multiple of the
 # default, which is for full weights, gets a warning.
 LOW_RATE = 5
+# Options without effect, each unless the other one is set.
+NEEDS = {
+    "lora_alpha": "lora_rank", "lora_target_modules": "lora_rank", "double_quantisation": "load_in_4bit",
+}  # fmt: skip
 
 
 def check_adapters(path: str, options: LoraOptions, *zeros: dict[str, Any]) -> None:
-    """`check_4bit` and `check_targets`, and a warning for each learning rate that suits full weights rather
-    than adapters. zeros: DeepSpeed configurations of the trained models.
+    """`check_4bit` and `check_targets`, and a warning for each option without effect and each learning rate
+    that suits full weights rather than adapters. zeros: DeepSpeed configurations of the trained models.
     """
+    for message in without_needed(options, NEEDS):
+        log(f"warning: {message}")
     check_4bit(options, *(zero["zero_optimization"]["stage"] for zero in zeros))
     if options.load_in_4bit:
         check_bitsandbytes("load_in_4bit")

@@ -74,7 +74,8 @@ def combine(scores: Tensor, options: EnsembleOptions) -> Tensor:
 def load_encoders(options: EnsembleOptions, *known: SegmentEncoder) -> list[SegmentEncoder]:
     """The encoder of each member. Members with the same tokenizer share one, also with `known` encoders.
 
-    Raises UserError unless every member is a reward model, and for --reward_weights that do not fit.
+    Raises UserError unless every member is a reward model, and for --reward_weights or --reward_std_coef that
+    do not fit.
     """
     encoders: list[SegmentEncoder] = []
     for path in options.reward_model_name_or_path:
@@ -88,6 +89,11 @@ def load_encoders(options: EnsembleOptions, *known: SegmentEncoder) -> list[Segm
         raise UserError(f"{given}: must be {len(encoders)} numbers above 0, one per reward model")
     if weights and options.reward_combine == "min":
         raise UserError(f"{given}: not used by --reward_combine min; allowed: mean mean_std")
+    if options.reward_std_coef != EnsembleOptions.reward_std_coef and options.reward_combine != "mean_std":
+        raise UserError(
+            f"--reward_std_coef {options.reward_std_coef:g}: not used by --reward_combine"
+            f" {options.reward_combine}; allowed: mean_std"
+        )
     return encoders
 
 

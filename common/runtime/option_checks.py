@@ -18,6 +18,26 @@ def check_held_out(options: Any) -> None:
         )
 
 
+def check_needs(options: Any, needs: dict[str, str]) -> None:
+    """Raise UserError for an option that lacks the one that it needs; see `without_needed`."""
+    for message in without_needed(options, needs):
+        raise UserError(message)
+
+
+def without_needed(options: Any, needs: dict[str, str]) -> list[str]:
+    """A message for each option that differs from its default while the one that it needs is not set.
+
+    needs: names of options, each with that of the option without which it has no effect.
+    """
+    defaults = default_values(options)
+    values = {name: getattr(options, name) for name in needs}
+    return [
+        f"--{name} {_in_words(value)}: has no effect without --{needs[name]}"
+        for name, value in values.items()
+        if value != defaults[name] and not getattr(options, needs[name])
+    ]
+
+
 def same_command(options: Any) -> str:
     """Start of a sentence: how to resume a stopped run."""
     is_latest = options.resume_from_checkpoint == "latest"

@@ -6,9 +6,15 @@ LARGEST = 1e6  # size of a score; beyond it, squared errors in fp32 have no digi
 
 
 def as_completion(record: Record) -> Record:
-    """A record with `prompt`, `response` and `score` as a demonstration with a score; others as they are."""
+    """A record with `prompt`, `response` and `score` as a demonstration with a score; others as they are.
+
+    Raises ValueError for an empty response, under the name of its field.
+    """
     if {"prompt", "response", "score"} <= record.keys() and "completion" not in record:
-        return {**record, "completion": record["response"]}
+        response = record["response"]
+        if not (response.strip() if isinstance(response, str) else response):
+            raise ValueError("field 'response' is empty")
+        return {**record, "completion": response}
     return record
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from common.runtime.option_checks import check_held_out
+from common.runtime.option_checks import check_held_out, check_needs
 from common.runtime.options import BEST_METRIC, TrainOptions, option
 from common.training.options import TrackerOptions, check_trackers
 
@@ -41,3 +41,4 @@ class ILQLOptions(TrainOptions, TrackerOptions):
         """Raise UserError for options that contradict each other."""
         check_held_out(self)
         check_trackers(self)
+        check_needs(self, {"beta": "awac_scale"})

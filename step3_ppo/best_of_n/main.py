@@ -61,6 +61,8 @@ def main() -> None:
     check_guidance([options.model_name_or_path], options, options.rollout_engine)
     hidden_size = config.get_text_config().hidden_size
     functions = load_functions(options.reward_function, "reward_function")
+    if taken := [f.title for f in functions if f.name == "process" or f.name.startswith("reward_model_")]:
+        raise UserError(f"{taken[0]}: a score in samples.jsonl has this name; rename the function")
     encoder = SegmentEncoder(load_tokenizer(options.model_name_or_path))
     reward_encoders = load_encoders(options, encoder)
     check_process(options, encoder, options.max_prompt_length + options.max_response_length)

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from common.generation.options import GenerationOptions, GuidanceOptions, PromptDataOptions, RoundOptions
 from common.model.options import EnsembleOptions
+from common.runtime.option_checks import check_needs
 from common.runtime.options import InferenceOptions, RankOptions, UserError, option
 from step3_ppo.option_groups import ProcessOptions
 
@@ -82,7 +83,9 @@ class BestOfNOptions(SampleOptions, SelectOptions):
         return SelectOptions(**{field.name: getattr(self, field.name) for field in fields(SelectOptions)})
 
     def check(self) -> None:
-        """Raise UserError for a limit that the chosen --keep does not use."""
+        """Raise UserError for a limit that the chosen --keep does not use, and for other idle options."""
+        needed = "process_model_name_or_path"
+        check_needs(self, {"process_weight": needed, "process_aggregation": needed})
         defaults = SelectOptions()
         for name in ("threshold", "quantile"):
             value = getattr(self, name)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.model.families import check_scalar
 from common.model.loading import load_config
+from common.model.options import EnsembleOptions
 from common.model.reward_ensemble import load_encoders
 from common.model.roles import check_scalar_model, policy_config
 from common.runtime.distributed import log
@@ -40,7 +41,7 @@ def check_costs(options: SafeOptions, sources: ModelSources) -> tuple[SafeOption
     paths = [path] if path else []
     cost_options = replace(
         options, reward_model_name_or_path=paths, reward_combine="mean", reward_weights=[],
-        process_model_name_or_path="",
+        reward_std_coef=EnsembleOptions.reward_std_coef, process_model_name_or_path="",
     )  # fmt: skip
     encoders = load_encoders(cost_options, sources.encoder, *sources.reward_encoders)
     cost_sources = replace(sources, functions=functions, reward_encoders=encoders, scores="cost")

@@ -77,6 +77,14 @@ def test_function_is_refused(models: Path, tmp_path: Path, name: str) -> None:
     check_refusal(command, words, ["--reward_function", part], models, tmp_path, {"r.py": code})
 
 
+@pytest.mark.parametrize("name", ["process", "reward_model_1"])
+def test_function_with_the_name_of_another_score_is_refused(models: Path, tmp_path: Path, name: str) -> None:
+    """Of two scores with one name, samples.jsonl would have the last one alone."""
+    code = f"def {name}(prompts, responses, records):\n    return [0.0] * len(responses)\n"
+    words = ["--reward_function", f"DIR/r.py:{name}"]
+    check_refusal("best_of_n", words, f"{name}: a score in", models, tmp_path, {"r.py": code})
+
+
 @pytest.mark.parametrize("command", DATA)
 def test_output_is_refused(models: Path, tmp_path: Path, command: str) -> None:
     """A file, a device (by a link, which is safe), and folders that are not there."""

@@ -73,6 +73,15 @@ def test_missing_fields(encoder: SegmentEncoder, name: str, message: str) -> Non
         convert({key: value for key, value in RECORD.items() if key != name}, encoder)
 
 
+@pytest.mark.parametrize("response", ["", " ", []])
+def test_an_empty_response_has_the_name_of_its_field(encoder: SegmentEncoder, response: object) -> None:
+    turns = [{"role": "user", "content": "Hi?"}]
+    prompt = turns if isinstance(response, list) else "Hi?"
+    with pytest.raises(ValueError, match="field 'response' is empty"):
+        convert({"prompt": prompt, "response": response, "score": 1}, encoder)
+    assert actions(convert({**RECORD, "response": "null"}, encoder), encoder) == "null</s>"
+
+
 def test_long_records(encoder: SegmentEncoder) -> None:
     cut = convert(RECORD, encoder, max_length=6, overlong="truncate_response")
     assert actions(cut, encoder) == " No"
