@@ -110,6 +110,11 @@ def check_inputs(options: PPOOptions) -> tuple[PPOOptions, ModelSources]:
     functions = load_functions(options.reward_function, "reward_function")
     if taken := [function.title for function in functions if function.name in TAKEN]:
         raise UserError(f"{taken[0]}: a metric has this name; rename the function")
+    if options.normalise_scores != "off" and not (options.reward_model_name_or_path or functions):
+        raise UserError(
+            f"--normalise_scores {options.normalise_scores}: scores of steps are not normalised; it needs a"
+            " reward model or function"
+        )
     gold_function = load_functions(list(filter(None, [options.gold_function])), "gold_function")
     if options.gold_reward_model:
         check_scalar_model(options.gold_reward_model, "gold_reward_model")

@@ -171,12 +171,6 @@ def check_losses(options: PPOOptions) -> None:
         if getattr(options, name) and not options.has_critic:
             estimator = f"--advantage_estimator {options.advantage_estimator}"
             raise UserError(f"--{name} {getattr(options, name)}: {estimator} has no critic")
-    has_scores = options.reward_model_name_or_path or options.reward_function
-    if options.normalise_scores != "off" and options.process_model_name_or_path and not has_scores:
-        raise UserError(
-            f"--normalise_scores {options.normalise_scores}: scores of steps are not normalised; it needs a"
-            " reward model or function"
-        )
     if 0 < options.dual_clip <= 1:
         raise UserError(f"--dual_clip {options.dual_clip} must be above 1, or 0 for none")
     if 0 < options.rollout_ratio_cap < 1:

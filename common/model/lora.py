@@ -130,17 +130,20 @@ def merged_adapters(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     if not enabled or not is_adapted(module):
         yield
         return
-    layers = [layer for layer in module.modules() if is_mergeable(layer)]
-    owners = {_base_layer(layer): layer for layer in reversed(layers)}  # of a 4-bit layer, its adapter
-    originals = {base: base.weight for base in owners}
+    layers, stacks = ([m for m in module.modules() if test(m)] for test in (is_mergeable, _is_stack))
+    # Of a 4-bit layer, its adapter.
+    owners = {(_base_layer(layer), "weight"): layer for layer in reversed(layers)}
+    owners |= {(stack.get_base_layer(), stack.parameter_name): stack for stack in stacks}
+    originals = {(base, name): getattr(base, name) for base, name in owners}
     try:
-        for base, layer in owners.items():  # not their data: a tied embedding has no adapter
-            base.weight = nn.Parameter(merged_weight(layer), requires_grad=False)
+        for (base, name), layer in owners.items():  # not their data: a tied embedding has no adapter
+            merged = merged_stack(layer) if _is_stack(layer) else merged_weight(layer)
+            setattr(base, name, nn.Parameter(merged, requires_grad=False))
         with module.disable_adapter():
             yield
     finally:
-        for base, original in originals.items():
-            base.weight = original
+        for (base, name), original in originals.items():
+            setattr(base, name, original)
 
 
 @torch.no_grad()
@@ -158,6 +161,14 @@ def merged_weight(layer: nn.Module) -> Tensor:
         update = layer.scaling[name] * b @ a
         merged = merged + (update.T if layer.fan_in_fan_out else update)
     return merged.to(dtype)
+
+
+@torch.no_grad()
+def merged_stack(layer: nn.Module) -> Tensor:
+    """W + alpha / rank B A, of a router or of the stacked weights of a layer's experts."""
+    weight = layer.get_param()
+    updates = [layer.get_delta_weight(name) for name in layer.active_adapters]
+    return sum((update.float() for update in updates), weight.float()).to(weight.dtype)
 
 
 def merge_4bit(adapted: nn.Module, trained: nn.Module) -> None:
@@ -179,6 +190,13 @@ def is_mergeable(layer: nn.Module) -> bool:
     from peft.tuners.lora import Linear
 
     return isinstance(layer, Linear | NF4Linear)
+
+
+def _is_stack(layer: nn.Module) -> bool:
+    """Whether the layer is peft's adapter of a parameter that is in no linear layer, as experts have."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper)
 
 
 def _base_layer(layer: nn.Module) -> nn.Module:

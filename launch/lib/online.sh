@@ -6,6 +6,8 @@ script_help "$@"
 allow LABELS judge annotate gold && allow METHOD ppo dpo
 [ "$LABELS" != judge ] || require JUDGE "the model that compares responses"
 [ "$LABELS" != gold ] || require GOLD "the function that scores responses, FILE.py:NAME"
+[ "$LABELS" != gold ] || [ -z "${LABEL_OPTIONS:-}" ] ||
+    { echo "error: launch/online.sh: LABEL_OPTIONS has no effect with LABELS=gold" >&2 && exit 2; }
 LATER=(sample_pairs ${SAMPLE_OPTIONS:-} "$@" -- evaluate_reward ${SHIFT_OPTIONS:-} -- step2_reward ${STEP2_OPTIONS:-})
 [ "$LABELS" = gold ] || LATER+=(-- "$LABELS" ${LABEL_OPTIONS:-})
 [ "$METHOD" = ppo ] || LATER+=(-- step2_direct --eval_fraction 0 ${DIRECT_OPTIONS:-})

@@ -35,6 +35,12 @@ SCRIPTS = [
     ("online.sh", [], ONLINE | {"STEP3_OPTIONS": "--kl_coef -1"}, "step3_ppo.sh: --kl_coef"),
     ("online.sh", [], ONLINE | {"METHOD": "dpo", "DIRECT_OPTIONS": "--loss no"}, "step2_direct.sh: --loss"),
     ("online.sh", [], ONLINE | {"LABEL_OPTIONS": "--port 0"}, "judge.sh: unknown option --port"),
+    (
+        "online.sh",
+        [],
+        ROUNDS | {"LABELS": "gold", "GOLD": "f.py:f", "LABEL_OPTIONS": "--port 0"},
+        "LABEL_OPTIONS has no effect with LABELS=gold",
+    ),
     ("online.sh", [], ONLINE | {"EVALUATE_OPTIONS": "--best_of -1"}, "evaluate_ppo.sh: --best_of"),
     ("quickstart.sh", ["--num_train_epochs", "1e308"], {}, "step1_sft.sh: --num_train_epochs"),
 ]

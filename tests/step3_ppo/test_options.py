@@ -12,6 +12,7 @@ from common.runtime.options import LoraOptions, UserError
 from step2_reward.ilql.options import ILQLOptions
 from step3_ppo.best_of_n.options import BestOfNOptions
 from step3_ppo.idle_options import ESTIMATORS, idle_options
+from step3_ppo.models import check_inputs
 from step3_ppo.options import NEEDS, PPOOptions
 
 
@@ -30,7 +31,6 @@ from step3_ppo.options import NEEDS, PPOOptions
         (PPOOptions, "--critic_warmup_until 0.5", "without --critic_warmup_steps"),
         (PPOOptions, "--policy_loss cispo --dual_clip 4", "--dual_clip 4.0: --policy_loss cispo has no dual"),
         (PPOOptions, "--mask_truncated --bootstrap_truncated", "--mask_truncated leaves truncated responses"),
-        (PPOOptions, "--normalise_scores --process_model_name_or_path P", "needs a reward model or function"),
         (BestOfNOptions, "--process_weight 2", "without --process_model_name_or_path"),
         (BestOfNOptions, "--process_aggregation min", "--process_aggregation min: has no effect without"),
         (ILQLOptions, "--beta 1 --awac_scale 0", "--beta 1.0: has no effect without --awac_scale"),
@@ -49,13 +49,19 @@ def test_idle_options_are_refused(command, words, message):
         (PPOOptions, "--entropy_low 0.5 --entropy_high 0.6 --entropy_coef_step 0.1"),
         (PPOOptions, "--policy_loss cispo --dual_clip 0"),
         (PPOOptions, "--policy_loss gspo --dual_clip 4 --ptx_data F --ptx_coef 2"),
-        (PPOOptions, "--normalise_scores each --process_model_name_or_path P --reward_function F"),
+        (PPOOptions, "--normalise_scores each --process_model_name_or_path P"),  # a script adds a model
         (BestOfNOptions, "--process_weight 2 --process_aggregation min --process_model_name_or_path P"),
         (ILQLOptions, "--beta 1"),
     ],
 )
 def test_options_with_those_that_they_need(command, words):
     parse_options(command, words.split(), check_required=False)
+
+
+def test_scores_of_steps_alone_are_not_normalised():
+    options = PPOOptions(process_model_name_or_path="P", normalise_scores="sum")
+    with pytest.raises(UserError, match="--normalise_scores sum: .* it needs a reward model or function"):
+        check_inputs(options)
 
 
 def test_tables_name_options():

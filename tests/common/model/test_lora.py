@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from common.model.lora import add_adapters, check_adapters, merged_adapters
 from common.runtime.options import TrainOptions
@@ -41,7 +48,12 @@ def adapted(name: str, dtype: torch.dtype, targets: list[str]) -> torch.nn.Modul
         model = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=32))
     else:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=30, tie_word_embeddings=True, **sizes))
+        sizes |= {"vocab_size": 30, "tie_word_embeddings": True}
+        if name == "mixtral":
+            experts = {"num_local_experts": 4, "num_key_value_heads": 2}
+            model = MixtralForCausalLM(MixtralConfig(**sizes, **experts))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
     options = TrainOptions(lora_rank=4, lora_alpha=12.0, lora_target_modules=targets)
     model = add_adapters(model.to(dtype), options, seed=1).eval()
     for parameter in model.parameters():
@@ -51,10 +63,16 @@ def adapted(name: str, dtype: torch.dtype, targets: list[str]) -> torch.nn.Modul
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("llama", ["all-linear"]), ("llama", ["q_proj", "lm_head"]), ("gpt2", ["c_attn"])]
-)
+    ("name", "targets"),
+    [
+        ("llama", ["all-linear"]), ("llama", ["q_proj", "lm_head"]), ("gpt2", ["c_attn"]),
+        ("mixtral", ["all-linear"]),
+    ],
+)  # fmt: skip
 def test_merged_copies_give_the_same_logits(name: str, targets: list[str]) -> None:
-    """GPT-2's matrices are transposed. An adapted output head leaves the tied embedding alone."""
+    """GPT-2's matrices are transposed. An adapted output head leaves the tied embedding alone. The weights of
+    experts are stacked, and in no linear layer.
+    """
     model, ids = adapted(name, torch.float32, targets), torch.tensor([[3, 4, 5, 6]])
     before = {key: (value.data_ptr(), value.requires_grad) for key, value in model.named_parameters()}
     products = []
