@@ -27,8 +27,8 @@ def normalised_scores(rollout: Rollout, scorer: Scorer, options: PPOOptions, sta
         case "off":
             return scores
         case "sum":
-            state.score_scale.update(scores.double())  # double: equal scores have a std of 0
-            return state.score_scale.apply(scores.double()).to(scores.dtype)
+            state.score_scale.update(scores)
+            return state.score_scale.apply(scores)
         case "each":
             if state.part_scales:
                 update_scales(state.part_scales, parts)
