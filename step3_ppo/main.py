@@ -95,7 +95,8 @@ def main() -> None:
 
         # 7. Metrics, checkpoint, evaluation.
         skipped = stats.pop("train/skipped_updates")
-        metrics = rollout_metrics(models, rollout, returns) | redrawn | shaped | stats | state.coefficients()
+        metrics = rollout_metrics(models, rollout, returns) | redrawn | shaped | stats
+        metrics |= state.coefficients(current)
         metrics |= speed(rollout, phases.seconds, stats["policy/updates"].value, options)
         metrics |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib(), **phases.memory}
         values = step_values(metrics)

@@ -217,8 +217,7 @@ class AlgorithmOptions:
     )
     entropy_high: float = option(
         0.0,
-        "Lower the weight of the entropy bonus while policy/entropy is above this; 0: keep the weight as it"
-        " is.",
+        "While policy/entropy is above this, no entropy bonus, and a lower weight for later; 0: no band.",
         at_least=0,
     )
     entropy_coef_step: float = option(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import assert_never
 
 from step3_ppo.critic_warmup import shortened_warmup
-from step3_ppo.entropy_band import adapted_coef
+from step3_ppo.entropy_band import adapted_coef, bonus_weight
 from step3_ppo.kl_penalty import KLPenalty
 from step3_ppo.options import PPOOptions
 from step3_ppo.rewards import RunningScale
@@ -19,7 +19,8 @@ class PPOState:
     score_scale: RunningScale  # of all scores so far, with --normalise_scores sum
     baseline: float | None = None  # moving average of the mean return, with --reinforce_baseline moving
     ptx_batches: int = 0  # batches of --ptx_data used so far
-    entropy_coef: float | None = None  # of the next iteration, with an entropy band
+    entropy_coef: float | None = None  # with an entropy band; see `bonus_weight`
+    entropy: float = 0.0  # of the last iteration, with an entropy band
     warmup_steps: int | None = None  # of the critic, if --critic_warmup_until has ended them
     # With --normalise_scores each, by reward model and function: of all scores so far, and of the first ones.
     part_scales: list[RunningScale] = field(default_factory=list)
@@ -33,6 +34,7 @@ class PPOState:
         state = cls(kl, scale, saved.get("baseline"), int(saved.get("ptx_batches", 0)))
         if options.entropy_high:
             state.entropy_coef = saved.get("entropy_coef", options.entropy_coef)
+            state.entropy = saved.get("entropy", 0.0)
         if "warmup_steps" in saved:
             state.warmup_steps = int(saved["warmup_steps"])
         state.part_scales, state.first_scales = _scales("part", saved), _scales("first", saved)
@@ -41,22 +43,24 @@ class PPOState:
     def current(self, options: PPOOptions) -> PPOOptions:
         """The options of the next iteration, with the numbers that a run adapts."""
         if self.entropy_coef is not None:
-            options = replace(options, entropy_coef=self.entropy_coef)
+            weight = bonus_weight(self.entropy_coef, self.entropy, options.entropy_high)
+            options = replace(options, entropy_coef=weight)
         if self.warmup_steps is not None:
             options = replace(options, critic_warmup_steps=self.warmup_steps)
         return options
 
-    def coefficients(self) -> dict[str, float]:
-        """Metrics: the coefficients of the next iteration."""
-        entropy = {} if self.entropy_coef is None else {"policy/entropy_coef": self.entropy_coef}
+    def coefficients(self, current: PPOOptions) -> dict[str, float]:
+        """Metrics: the coefficients of an iteration, of which `current` returned the options."""
+        entropy = {} if self.entropy_coef is None else {"policy/entropy_coef": current.entropy_coef}
         return {"kl/coef": self.kl.coef} | entropy
 
     def adapt(self, options: PPOOptions, step: int, metrics: Mapping[str, float]) -> None:
         """Adapt the numbers after an iteration."""
         self.kl.update(metrics["kl/mean"], options.rollout_batch_size)
         if self.entropy_coef is not None and "policy/entropy" in metrics:
+            self.entropy = metrics["policy/entropy"]
             self.entropy_coef = adapted_coef(
-                self.entropy_coef, metrics["policy/entropy"], options.entropy_low, options.entropy_high,
+                self.entropy_coef, self.entropy, options.entropy_low, options.entropy_high,
                 options.entropy_coef_step,
             )  # fmt: skip
         if options.critic_warmup_until and self.warmup_steps is None:
@@ -74,7 +78,7 @@ class PPOState:
         if self.ptx_batches:
             numbers["ptx_batches"] = self.ptx_batches
         if self.entropy_coef is not None:
-            numbers["entropy_coef"] = self.entropy_coef
+            numbers |= {"entropy_coef": self.entropy_coef, "entropy": self.entropy}
         if self.warmup_steps is not None:
             numbers["warmup_steps"] = self.warmup_steps
         return numbers | _numbers("part", self.part_scales) | _numbers("first", self.first_scales)

@@ -108,8 +108,8 @@ def main() -> None:
 
         # 7. Metrics, multiplier, checkpoint, evaluation.
         skipped = stats.pop("train/skipped_updates") + cost_stats.pop("train/skipped_updates")
-        metrics = rollout_metrics(models, rollout, returns) | shaped | stats | state.coefficients()
-        metrics |= cost_metrics(costs, cost_returns) | cost_stats
+        metrics = rollout_metrics(models, rollout, returns) | shaped | stats | cost_stats
+        metrics |= cost_metrics(costs, cost_returns) | state.coefficients(current)
         metrics |= {"cost/lambda": multiplier, "cost/limit": options.cost_limit}
         metrics |= speed(rollout, phases.seconds, updates, options)
         metrics |= {"train/lr": rate, "memory/peak_gib": peak_memory_gib(), **phases.memory}

@@ -90,7 +90,7 @@ class PPO:
             self.actor, self.critic = (adapted(m, rank, alpha, seed) for m in (self.actor, self.critic))
         self.options, self.kl_coef = options, options["kl_coef"]
         self.warmup = options.get("critic_warmup_steps", 0)
-        self.entropy_coef = options["entropy_coef"]
+        self.entropy_coef = self.bonus = options["entropy_coef"]
         betas, eps = (0.9, 0.95), options["adam_epsilon"]
         self.of_actor = Optimiser(self.actor, betas, eps, options["weight_decay"])
         self.of_critic = Optimiser(self.critic, betas, eps, options["weight_decay"])
@@ -328,9 +328,10 @@ class PPO:
             error = max(-0.2, min(0.2, line["kl/mean"] / options["kl_target"] - 1))
             self.kl_coef *= 1 + error * len(rows) / options["kl_horizon"]
         if high := options.get("entropy_high"):
-            line["policy/entropy_coef"] = self.entropy_coef
+            line["policy/entropy_coef"] = self.bonus
             is_low, is_high = line["policy/entropy"] < options["entropy_low"], line["policy/entropy"] > high
             self.entropy_coef = max(self.entropy_coef + options["entropy_coef_step"] * (is_low - is_high), 0)
+            self.bonus = 0.0 if is_high else self.entropy_coef
         if not learns and line["value/explained_var"] >= options.get("critic_warmup_until", torch.inf):
             self.warmup = step
         if decay := options.get("ema_decay"):
@@ -375,7 +376,7 @@ class PPO:
                     loss = loss + self.kl_coef * x**2 / 2
                 case "k3":
                     loss = loss + self.kl_coef * (torch.exp(-x) - 1 + x)
-            losses.append(loss - self.entropy_coef * entropy)
+            losses.append(loss - self.bonus * entropy)
             surrogates.append(-surrogate)
             k2 = (logprobs - one.logprobs) ** 2 / 2
             per_token.append(torch.stack([0 * ratio, ratio, is_clipped.float(), k2, entropy], dim=1))

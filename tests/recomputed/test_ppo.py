@@ -100,6 +100,10 @@ CASES: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.05, "entropy_low": 9.0, "entropy_high": 10.0, "entropy_coef_step": 0.2,
         "max_steps": 3,
     },
+    "above_band": {
+        "entropy_coef": 0.5, "entropy_low": 0.1, "entropy_high": 0.2, "entropy_coef_step": 0.1,
+        "max_steps": 2,
+    },
     "masked": {
         "mask_truncated": "true", "overlong_buffer": 4, "overlong_penalty": 0.6, "ptx_coef": 0.3,
     },

@@ -23,13 +23,15 @@ def test_the_end_of_the_warmup_is_kept():
 
 
 def test_the_coefficient_of_entropy_is_kept():
+    """Above the band the bonus is off, and the coefficient falls; None: an iteration without an update."""
     options = PPOOptions(entropy_coef=0.02, entropy_low=0.2, entropy_high=0.5, entropy_coef_step=0.01)
     state = PPOState.load(options, {})
-    for entropy, expected in ((0.1, 0.03), (0.3, 0.03), (0.6, 0.02), (None, 0.02)):
+    assert state.current(options).entropy_coef == 0.02
+    for entropy, expected in ((0.1, 0.03), (0.3, 0.03), (0.6, 0.0), (None, 0.0), (0.5, 0.02)):
         state.adapt(options, 1, {"kl/mean": 0.0} | ({"policy/entropy": entropy} if entropy else {}))
         state = PPOState.load(options, state.plain())
         assert state.current(options).entropy_coef == pytest.approx(expected)
-        assert state.coefficients()["policy/entropy_coef"] == pytest.approx(expected)
+        assert state.coefficients(state.current(options))["policy/entropy_coef"] == pytest.approx(expected)
 
 
 def test_a_checkpoint_holds_every_number():
