@@ -77,7 +77,9 @@ def main() -> None:
             loop.drop_step_if_stopped()
             rollout = share_prompts(models, rollout, options)
             rollout = score_rollout(models, prompts, rollout, options)
-            rollout, redrawn = redraw_equal_groups(models, train, indices, rollout, options, step)
+            rollout, redrawn = redraw_equal_groups(
+                models, train, indices, rollout, options, step, loop.drop_step_if_stopped
+            )
             loop.drop_step_if_stopped()
         rollout = comparable_scores(rollout, models.scorer, options, state)
         # 4. Rewards: KL penalty at every token, score at the last one.

@@ -129,6 +129,12 @@ class PPOOptions(
                 f"--max_redraws {self.max_redraws}: --advantage_estimator {estimator} does not compare the"
                 " responses to a prompt; rloo and group do"
             )
+        longest = self.max_prompt_length + 2 * self.max_response_length
+        if self.share_prompts == "yes" and 0 < self.micro_batch_tokens < longest:
+            raise UserError(
+                f"--share_prompts yes: --micro_batch_tokens {self.micro_batch_tokens} must be at least"
+                f" {longest}, for a prompt of --max_prompt_length and two responses of --max_response_length"
+            )
         if self.share_prompts == "yes" and self.responses_per_row == 1:
             raise UserError(
                 f"--share_prompts yes: --samples_per_prompt {self.samples_per_prompt} and the size of"

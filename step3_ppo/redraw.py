@@ -1,6 +1,6 @@
 """Groups of responses with equal scores, replaced by groups of other prompts (dynamic sampling of DAPO)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,12 +35,14 @@ def other_prompts(count: int, used: Sequence[int], total: int, seed: int, step: 
 
 
 def redraw_equal_groups(
-    models: Models, train: Examples, used: Sequence[int], rollout: Rollout, options: PPOOptions, step: int
-) -> tuple[Rollout, dict[str, Mean]]:
+    models: Models, train: Examples, used: Sequence[int], rollout: Rollout, options: PPOOptions, step: int,
+    before_attempt: Callable[[], None] = lambda: None,
+) -> tuple[Rollout, dict[str, Mean]]:  # fmt: skip
     """Replace groups with equal scores by groups of other prompts, in at most --max_redraws attempts.
 
-    used: numbers of the rollout's prompts. Returns the scored rollout, and metrics. What is drawn is a
-    function of seed, step and weights. Attempts end early when prompts run out.
+    used: numbers of the rollout's prompts. before_attempt: may raise, to stop. Returns the scored rollout,
+    and metrics. What is drawn is a function of seed, step and weights. Attempts end early when prompts run
+    out.
     """
     group, drawn, seen = options.samples_per_prompt, 0, {*used}
     if group == 1:
@@ -57,6 +59,7 @@ def redraw_equal_groups(
         others = other_prompts(len(equal), [*seen], len(train), options.seed, step + attempt * STEPS)
         if not others:
             break
+        before_attempt()
         padded = [*others, *others[:1] * (-len(others) % world_size())]  # every rank samples as many
         prompts = [train[i] for i in padded for _ in range(group)]
         new = sample_rollout(models.sampler, models.encoder, prompts, options, step + attempt * STEPS)

@@ -31,6 +31,12 @@ from step3_ppo.options import NEEDS, PPOOptions
         (PPOOptions, "--critic_warmup_until 0.5", "without --critic_warmup_steps"),
         (PPOOptions, "--policy_loss cispo --dual_clip 4", "--dual_clip 4.0: --policy_loss cispo has no dual"),
         (PPOOptions, "--mask_truncated --bootstrap_truncated", "--mask_truncated leaves truncated responses"),
+        (
+            PPOOptions,
+            "--share_prompts yes --micro_batch_tokens 80 --max_prompt_length 64 --max_response_length 9"
+            " --samples_per_prompt 4 --global_batch_size 8",
+            "--micro_batch_tokens 80 must be at least 82, for a prompt",
+        ),
         (BestOfNOptions, "--process_weight 2", "without --process_model_name_or_path"),
         (BestOfNOptions, "--process_aggregation min", "--process_aggregation min: has no effect without"),
         (ILQLOptions, "--beta 1 --awac_scale 0", "--beta 1.0: has no effect without --awac_scale"),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -52,14 +53,17 @@ def rollout(prompts: list[int]) -> Rollout:
 def redrawn(monkeypatch: pytest.MonkeyPatch):
     """Redraw a rollout, with other prompts in a given order; returns it and its metrics."""
 
-    def run(prompts: list[int], attempts: list[list[int]], max_redraws: int) -> tuple[Rollout, dict]:
+    def run(
+        prompts: list[int], attempts: list[list[int]], max_redraws: int, **more: Any
+    ) -> tuple[Rollout, dict]:
         queue = iter(attempts)
         monkeypatch.setattr(module, "other_prompts", lambda count, *_, **__: next(queue)[:count])
         monkeypatch.setattr(module, "sample_rollout", lambda _, __, rows, ___, ____: rollout(rows[::2]))
         monkeypatch.setattr(module, "score_rollout", lambda _, __, new, ___: new)
         options = PPOOptions(samples_per_prompt=2, max_redraws=max_redraws, advantage_estimator="group")
         models = SimpleNamespace(sampler=None, encoder=None, scorer=None)
-        result, figures = redraw_equal_groups(models, range(6), prompts, rollout(prompts), options, 1)
+        first = rollout(prompts)
+        result, figures = redraw_equal_groups(models, range(6), prompts, first, options, 1, **more)
         return result, {name.removeprefix("rollout/"): mean.value for name, mean in figures.items()}
 
     return run
@@ -87,6 +91,20 @@ def test_attempts_are_limited_and_end_without_prompts(redrawn):
     assert prompts_of(result) == [1, 2] and figures["equal_groups_left"] == 0.5
     result, figures = redrawn([0, 1], [], max_redraws=0)
     assert prompts_of(result) == [0, 1] and figures["redrawn_groups"] == 0
+
+
+def test_a_stop_ends_the_attempts(redrawn):
+    calls = []
+
+    def stop_at_second() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        redrawn([0, 2], [[3, 1], [5], [4]], max_redraws=9, before_attempt=stop_at_second)
+    redrawn([1, 4], [], max_redraws=9, before_attempt=stop_at_second)  # no attempt
+    assert len(calls) == 2
 
 
 def test_shorter_and_longer_rollouts_are_joined():
