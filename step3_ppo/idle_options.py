@@ -1,4 +1,4 @@
-"""A warning of options on which nothing depends beside the others."""
+"""Warnings of options on which nothing depends beside the others, or that leave nothing to train."""
 
 from common.runtime.distributed import log
 from common.runtime.option_checks import default_values
@@ -15,6 +15,15 @@ def warn_of_idle(options: PPOOptions) -> None:
     """Warn of options with other values than their defaults that change nothing in this run."""
     if idle := idle_options(options):
         log(f"warning: without effect: {'; '.join(idle)}")
+
+
+def warn_of_long_warmup(options: PPOOptions, iterations: int) -> None:
+    """Warn of a critic's warmup that leaves the actor no iteration."""
+    if options.critic_warmup_steps >= iterations and not options.critic_warmup_until:
+        log(
+            f"warning: --critic_warmup_steps {options.critic_warmup_steps}: all {iterations} iterations train"
+            " the critic alone; the policy stays as it is"
+        )
 
 
 def idle_options(options: PPOOptions) -> list[str]:

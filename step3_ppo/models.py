@@ -26,7 +26,7 @@ from common.runtime.options import UserError
 from common.text.tokenizer import SegmentEncoder, load_tokenizer
 from common.training.export import export_model
 from common.training.run_folder import check_folder
-from step3_ppo.idle_options import warn_of_idle
+from step3_ppo.idle_options import warn_of_idle, warn_of_long_warmup
 from step3_ppo.options import PPOOptions
 from step3_ppo.process_rewards import ProcessModel, check_process, load_process_model
 from step3_ppo.reward_functions import RewardFunction, load_functions
@@ -154,11 +154,7 @@ def build_models(options: PPOOptions, sources: ModelSources, iterations: int) ->
     critic, scorer = build_critic(options, sources, iterations)
     actor = add_adapters(load_actor(options, sources, actor_zero), options, options.seed)
     warmup = 0 if options.critic_warmup_until else options.critic_warmup_steps
-    if warmup >= iterations:
-        log(
-            f"warning: --critic_warmup_steps {warmup}: all {iterations} iterations train the critic alone;"
-            " the policy stays as it is"
-        )
+    warn_of_long_warmup(options, iterations)
     actor_iterations = max(iterations - warmup, 1)
     actor = make_trained(
         actor, actor_zero, options, options.actor_gradient_checkpointing, options.actor_learning_rate,

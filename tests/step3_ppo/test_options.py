@@ -11,7 +11,7 @@ from common.runtime.option_parser import parse_options
 from common.runtime.options import LoraOptions, UserError
 from step2_reward.ilql.options import ILQLOptions
 from step3_ppo.best_of_n.options import BestOfNOptions
-from step3_ppo.idle_options import ESTIMATORS, idle_options
+from step3_ppo.idle_options import ESTIMATORS, idle_options, warn_of_long_warmup
 from step3_ppo.models import check_inputs
 from step3_ppo.options import NEEDS, PPOOptions
 
@@ -108,6 +108,21 @@ def test_options_of_other_estimators_are_named():
         "rloo": set(),
     }.items():  # fmt: skip
         assert {*named(advantage_estimator=estimator)} == changed.keys() - used
+
+
+@pytest.mark.parametrize(
+    "options, iterations, is_warned",
+    [
+        ({}, 1, False),
+        ({"critic_warmup_steps": 4}, 5, False),
+        ({"critic_warmup_steps": 5}, 5, True),
+        ({"critic_warmup_steps": 9, "critic_warmup_until": 0.3}, 5, False),
+    ],
+)
+def test_a_warmup_of_the_critic_as_long_as_the_run_gets_a_warning(options, iterations, is_warned, capsys):
+    warn_of_long_warmup(PPOOptions(**options), iterations)
+    out = capsys.readouterr().out
+    assert ("all 5 iterations train the critic alone" in out) == is_warned == bool(out)
 
 
 def test_targets_without_a_controller_and_a_lambda_that_two_others_replace_are_named():
