@@ -184,7 +184,7 @@ class AlgorithmOptions:
     )
     value_clip_range: float = option(0.2, "Clip the value to its old value -/+ this.", above=0)
     dual_clip: float = option(
-        3.0, "Cap on the loss of a token with negative advantage A: this times -A; 0: no cap.",
+        3.0, "Cap on the loss of a token with negative advantage A: this times -A; 0: no cap. Not of cispo.",
         at_least=0,
     )  # fmt: skip
     gamma: float = option(1.0, "Discount per token.", above=0, at_most=1)
