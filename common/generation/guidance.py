@@ -52,7 +52,10 @@ def guide(model: PreTrainedModel, path: str, beta: float) -> PreTrainedModel:
     Sampling, log-probabilities and KL are then all those of the guided policy: temperature, top-k and top-p
     apply to what this returns. The heads are a full copy on every rank, in the precision of the model.
     """
-    if not has_heads(path) or not (beta := beta_of(path, beta)):
+    if not has_heads(path):
+        return model
+    if not (beta := beta_of(path, beta)):
+        log(f"{path}: decodes with the policy alone, without its heads of ILQL")
         return model
     text = model.config.get_text_config()
     heads = load_targets(path, text.hidden_size, text.vocab_size).to(device(), model.dtype)
