@@ -4,18 +4,19 @@
 
 MODEL and DATA as in launch/recipes/stories.sh. Each run is step 2, direct, with the options below, forked
 from this process; a run that is there already is only read. VADER sentiment on held-out prompts is the gold
-score, as in stories_methods.sh. Prints a Markdown table: means over the seeds, and the 95 % interval of the
-gold score of one of them.
+score, as in stories_methods.sh. Prints a Markdown table: mean and standard deviation of the seeds, or of one
+seed the 95 % interval of the gold score.
 """
 
 import argparse
 import json
 import sys
-from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from quickstart_runs import spread
+
 import tests.conftest  # noqa: F401 - the CPU, one thread
 from tests.ranks import start_stage
 
@@ -102,13 +103,12 @@ def main() -> None:
     print("| loss | gold score | KL | distinct-2 | perplexity |\n|---|---|---|---|---|")
     for name, figures in rows.items():
         gold = [next(iter(one["scores"].values())) for one in figures]
-        width = fmean((one["high"] - one["low"]) / 2 for one in gold)
-        kl, variety, perplexity = (
-            fmean(read(one) for one in figures)
-            for read in (lambda one: one["kl"]["mean"], itemgetter("distinct_2"), itemgetter("perplexity"))
-        )
-        score = f"{fmean(one['mean'] for one in gold):.3f} ± {width:.3f}"
-        print(f"| {name} | {score} | {kl:.2f} | {variety:.3f} | {perplexity:.2f} |")
+        score = spread([one["mean"] for one in gold], 3)
+        if len(gold) == 1:
+            score += f" ± {(gold[0]['high'] - gold[0]['low']) / 2:.3f}"
+        kl = spread([one["kl"]["mean"] for one in figures])
+        variety, perplexity = (fmean(one[name] for one in figures) for name in ("distinct_2", "perplexity"))
+        print(f"| {name} | {score} | {kl} | {variety:.3f} | {perplexity:.2f} |")
 
 
 if __name__ == "__main__":
