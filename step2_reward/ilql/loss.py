@@ -7,6 +7,8 @@ text before a token, an action a the token, N the response tokens of a batch.
 import torch
 from torch import Tensor
 
+LOG_WEIGHT_LIMIT = 20.0  # one extreme token must not turn the loss of the batch into inf
+
 
 def next_values(values: Tensor, is_last: Tensor) -> Tensor:
     """V of the state after each action, 0 after a response: values (N,) of the states before, row by row;
@@ -47,6 +49,6 @@ def awac_loss(logprobs: Tensor, advantages: Tensor, beta: float) -> Tensor:
     """-exp(beta A) log pi(a | s): cross-entropy of the policy, weighted by the advantage min target Q - V.
 
     logprobs, advantages (N,) -> (N,), in nats. beta: 0, as in trlx, is plain fine-tuning; up to 1. The weight
-    has no gradient. Source: Nair et al. 2020 (AWAC), eq. 13.
+    has no gradient, and is at most e^20. Source: Nair et al. 2020 (AWAC), eq. 13.
     """
-    return -logprobs * (beta * advantages.detach()).exp()
+    return -logprobs * (beta * advantages.detach()).clamp(max=LOG_WEIGHT_LIMIT).exp()

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from step2_reward.ilql.loss import awac_loss, cql_loss, expectile_loss, next_values, td_loss
@@ -72,3 +73,4 @@ def test_awac_weighs_by_the_advantage() -> None:
     assert_close(losses.detach(), torch.tensor([2.0, 2.0, 1.5]))
     losses.sum().backward()
     assert advantages.grad is None
+    assert awac_loss(logprobs, 1e3 * advantages, 100.0).tolist() == pytest.approx([math.exp(20), 2.0, 0.0])
