@@ -13,7 +13,6 @@ from common.runtime.options import (
     TrainOptions,
     UserError,
     option,
-    world_size,
 )
 from common.training.options import TrackerOptions, check_trackers
 
@@ -85,12 +84,10 @@ class SFTOptions(TrainOptions, SampleAnswerOptions, TrackerOptions):
 
 
 def check_sequence_parallel(options: SFTOptions) -> None:
-    """Raise UserError unless groups of so many ranks can share rows."""
-    count, ranks = options.sequence_parallel, world_size()
+    """Raise UserError for options that exclude rows shared by ranks."""
+    count = options.sequence_parallel
     if count == 1:
         return
-    if ranks % count:
-        raise UserError(f"--sequence_parallel {count}: must divide the number of ranks, {ranks}")
     if options.packing:
         raise UserError(f"--sequence_parallel {count}: not with --packing; remove one of the two")
     if options.attn_implementation not in ("auto", "sdpa"):

@@ -2,14 +2,19 @@
 
 import os
 
-from common.runtime.options import world_size
+from common.runtime.options import UserError, world_size
 
 _ranks_per_row = 1
 
 
 def share_rows_among(ranks: int) -> None:
-    """Set the number of ranks in a group. Call it before a batch is divided."""
+    """Set the number of ranks in a group. Call it before a batch is divided.
+
+    Raises UserError unless it divides the number of ranks, which options do not know before the launch.
+    """
     global _ranks_per_row
+    if world_size() % ranks:
+        raise UserError(f"--sequence_parallel {ranks}: must divide the number of ranks, {world_size()}")
     _ranks_per_row = ranks
 
 

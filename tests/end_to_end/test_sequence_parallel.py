@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.test_families import COMPLETE, make_model
+from tests.end_to_end.test_launch import bash
 from tests.ranks import run_stage, succeed
 from tests.stages import LORA, ZERO, metrics, sft
 
@@ -52,10 +53,14 @@ def test_sft(world: Path, alone: Path, tmp_path: Path, ranks: int, shared: int, 
 
 
 def test_resumed_with_other_groups(world: Path, alone: Path, tmp_path: Path) -> None:
-    """A step on two ranks that share rows, then one on two that do not."""
-    for steps, shared in ((1, 2), (2, 1)):
-        options = words(world, tmp_path / "out", shared, "--save_steps", "1", steps=steps)
-        succeed("step1_sft.main", options, tmp_path, ranks=2)
+    """A step on two ranks that share rows, through the script, then one on two that do not."""
+    first, second = (
+        words(world, tmp_path / "out", shared, "--save_steps", "1", steps=steps)
+        for steps, shared in ((1, 2), (2, 1))
+    )
+    done = bash("step1_sft.sh", first, tmp_path, NUM_GPUS="2")
+    assert done.returncode == 0, done.stdout
+    succeed("step1_sft.main", second, tmp_path, ranks=2)
     assert metrics(tmp_path / "out", "train/loss") == pytest.approx(metrics(alone, "train/loss"), rel=1e-5)
 
 

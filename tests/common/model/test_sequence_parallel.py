@@ -17,6 +17,7 @@ from common.model.sequence_parallel import check_heads
 from common.model.zero import load_zero_config
 from common.runtime.options import UserError
 from common.runtime.row_groups import data_ranks, share_rows_among
+from launch.lib.check_options import check_command
 from step1_sft.options import SFTOptions
 
 
@@ -30,7 +31,6 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sequence_parallel": 3}, "--sequence_parallel 3: must divide the number of ranks, 4"),
         ({"packing": True}, "--sequence_parallel 2: not with --packing"),
         ({"attn_implementation": "varlen"}, "--attn_implementation is varlen; allowed: auto or sdpa"),
     ],
@@ -38,6 +38,16 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_options(changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SFTOptions(**{"sequence_parallel": 2} | changes).check()
+
+
+def test_groups_divide_the_ranks() -> None:
+    with pytest.raises(UserError, match="--sequence_parallel 3: must divide the number of ranks, 4"):
+        share_rows_among(3)
+
+
+def test_options_are_checked_before_there_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE")
+    check_command("step1_sft", ["--model_name_or_path", "M", "--train_data", "F", "--sequence_parallel", "2"])
 
 
 def test_global_batch_is_divided_by_groups() -> None:
