@@ -25,7 +25,7 @@ from step3_ppo.compare.report import COLOURS
 HEADS = {
     "round": "round",
     "pairs": "new pairs",
-    "former_accuracy": "former reward model on them",
+    "former_accuracy": "former reward model, new pairs",
     "accuracy": "reward model, held out",
     "score": "score",
     "gold": "gold score",
