@@ -112,7 +112,7 @@ def test_labelled_steps_are_refused(models: Path, tmp_path: Path, change: dict, 
         ({"score": "good"}, "field 'score' is 'good'; it must be a number"),
         ({"score": None}, "field 'score' is missing (a scored response has"),
         ({"score": -1e39}, "field 'score' is -1e+39; allowed: -1e+06 to 1e+06"),
-        ({"response": ""}, "field 'completion' is empty"),
+        ({"response": ""}, "field 'response' is empty"),
         ({"response": [{"role": "user", "content": "b"}]}, "'prompt' is not one of the user messages"),
     ],
 )

@@ -241,6 +241,7 @@ def test_options_of_later_commands_are_refused_before_sampling(
     assert f"error: {part}" in result.stdout
 
 
+@pytest.mark.rare
 def test_raft_resumes_after_a_stop(world: Path, run: Path, tmp_path: Path) -> None:
     """Two rounds through the script, stopped in the first one: a model, and a report on both rounds."""
     output = tmp_path / "out"
