@@ -50,7 +50,7 @@ class PPOState:
         return options
 
     def coefficients(self, current: PPOOptions) -> dict[str, float]:
-        """Metrics: the coefficients of an iteration, of which `current` returned the options."""
+        """Metrics: the coefficients of an iteration with these options, from `current`."""
         entropy = {} if self.entropy_coef is None else {"policy/entropy_coef": current.entropy_coef}
         return {"kl/coef": self.kl.coef} | entropy
 

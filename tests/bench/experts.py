@@ -31,6 +31,8 @@ MODELS = {
 def write_model(quickstart: Path, name: str, coef: float, seed: int) -> Path:
     """A folder with random weights, the same for all coefficients, and the quickstart's tokenizer."""
     folder = quickstart / "experts" / f"{name}_{coef:g}_{seed}" / "model"
+    if folder.exists():
+        return folder
     tokenizer = AutoTokenizer.from_pretrained(quickstart / "world/model")
     model_class, config_class, sizes = MODELS[name]
     config = config_class(

@@ -2,7 +2,7 @@
 
     python tests/bench/sequence_parallel.py --output /tmp/sequence_parallel [--lengths 2048 4096]
 
-A random Llama with 4.5 million parameters, 4 rows of full length per step, one row per micro-batch, 3 steps,
+A random Llama with 5.0 million parameters, 4 rows of full length per step, one row per micro-batch, 3 steps,
 two ranks on the CPU. Prints peak memory of a rank, seconds of the last step and the losses.
 """
 
@@ -47,10 +47,10 @@ def main() -> None:
     world = options.output / "world"
     if not world.exists():
         make_world(world)
-    config = LlamaConfig.from_pretrained(world / "model")
-    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "head_dim": 32}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
-    LlamaForCausalLM(LlamaConfig(**config.to_dict() | sizes | heads)).save_pretrained(world / "model")
+        config = LlamaConfig.from_pretrained(world / "model").to_dict()
+        sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "head_dim": 32}
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+        LlamaForCausalLM(LlamaConfig(**config | sizes | heads)).save_pretrained(world / "model")
     print("| tokens of a row | ranks that share it | peak memory of a rank, GiB | s/step | losses |")
     print(f"|{'---|' * 5}")
     for length in options.lengths:

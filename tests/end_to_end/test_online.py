@@ -130,7 +130,7 @@ def test_people_label_across_a_kill(world: Path, run: Path, tmp_path: Path) -> N
     chosen = {}
     for is_killed in (True, False):
         running = subprocess.Popen(script, env=os.environ | given, start_new_session=True)
-        rater = rater_of(f"http://127.0.0.1:{port}/", labels / "preferences.token")
+        rater = rater_of(running, f"http://127.0.0.1:{port}/", labels / "preferences.token")
         state = rater.post("next")
         while (pair := state["pair"]) and not (is_killed and len(chosen) == 5):
             side = max("left", "right", key=lambda name: len(pair[name][0]["text"]))
@@ -148,9 +148,10 @@ def test_people_label_across_a_kill(world: Path, run: Path, tmp_path: Path) -> N
     assert (tmp_path / "out/final/model.safetensors").is_file()
 
 
-def rater_of(address: str, token: Path) -> Rater:
-    """A rater of the page, as soon as it has a token."""
+def rater_of(running: subprocess.Popen, address: str, token: Path) -> Rater:
+    """A rater of the page of a running script, as soon as it has a token."""
     while not (token.is_file() and token.read_text()):
+        assert running.poll() is None
         time.sleep(0.1)
     return Rater(f"{address}?token={token.read_text().strip()}", "ada")
 

@@ -72,10 +72,8 @@ def test_scores_are_clipped_normalised_and_penalised(options, expected, clipped,
 
 def test_scores_of_steps_are_clipped_alone_and_stay_on_their_tokens():
     """The score of a rollout holds those of its steps; only that of the whole response is normalised."""
-    steps, parts = (
-        torch.tensor([[0, -1.0, 0, -8.0], [0, -2.0, 0, 0]]),
-        torch.tensor([[3.0, -9.0], [-7.0, -2.0]]),
-    )
+    steps = torch.tensor([[0, -1.0, 0, -8.0], [0, -2.0, 0, 0]])
+    parts = torch.tensor([[3.0, -9.0], [-7.0, -2.0]])
     scored = replace(
         rollout([3.0 - 9.0, -7.0 - 2.0]), step_scores=steps, step_ends=steps < 0, score_parts=parts
     )

@@ -1,4 +1,4 @@
-"""Heads of ILQL beside a policy: whether decoding uses them, which the log says."""
+"""Heads of ILQL beside a policy: used in decoding, or a line in the log that they are not."""
 
 import pytest
 from torch import nn
@@ -12,9 +12,7 @@ from tests.common.generation.test_steps import make_model
     ("saved", "beta", "is_guided"),
     [(2.0, -1.0, True), (2.0, 0.0, False), (0.0, -1.0, False), (0.0, 3.0, True)],
 )
-def test_a_folder_with_heads_is_decoded_with_them_or_a_line_says_not(
-    tmp_path, capsys, saved, beta, is_guided
-):
+def test_a_folder_with_heads_is_decoded_with_or_without_them(tmp_path, capsys, saved, beta, is_guided):
     model = make_model("llama")
     size = model.config.hidden_size, model.config.vocab_size
     save_heads(tmp_path, Heads(*size).state_dict(), q_heads(*size).state_dict(), beta=saved)
@@ -25,6 +23,6 @@ def test_a_folder_with_heads_is_decoded_with_them_or_a_line_says_not(
     assert bool(model._forward_hooks) == is_guided
 
 
-def test_nothing_is_said_of_a_folder_without_heads(tmp_path, capsys):
+def test_no_line_for_a_folder_without_heads(tmp_path, capsys):
     assert isinstance(guide(make_model("llama"), str(tmp_path), -1.0), nn.Module)
     assert not capsys.readouterr().out
